@@ -1,0 +1,45 @@
+"""The one configuration: a strict, typed schema, loaded from YAML files and command-line overrides."""
+
+from moba_megatron.config.checks import ConfigError, check_world
+from moba_megatron.config.load import config_from_dict, load_config
+from moba_megatron.config.schema import (
+    AttentionConfig,
+    AttentionKind,
+    AttentionStage,
+    BlendEntry,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LayerAttentionOverride,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    Section,
+    TrainingConfig,
+)
+
+__all__ = [
+    "AttentionConfig",
+    "AttentionKind",
+    "AttentionStage",
+    "BlendEntry",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "LayerAttentionOverride",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "Section",
+    "TrainingConfig",
+    "check_world",
+    "config_from_dict",
+    "load_config",
+]

@@ -1,0 +1,178 @@
+"""What no single setting can know: combinations that cannot work, and sizes that do not fit the number of processes."""
+
+from __future__ import annotations
+
+from moba_megatron.config.schema import Config, ModelConfig, ParallelConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work. `problems` holds one line for each key."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__("the configuration cannot be used:\n" + "\n".join(f"  - {line}" for line in problems))
+
+
+def check_world(config: Config, world_size: int) -> int:
+    """Hold the parallel sizes against the number of processes; return the data-parallel size.
+
+    Raises:
+        ConfigError: naming both numbers and what would fit.
+    """
+    parallel, training = config.parallel, config.training
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % model_ranks:
+        sizes = f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
+        raise ConfigError(
+            [f"{sizes} = {model_ranks} does not divide the {world_size} processes: start a multiple of it"]
+        )
+    data_ranks = world_size // model_ranks
+    per_pass = training.micro_batch_size * data_ranks
+    if training.global_batch_size % per_pass:
+        nearest = max(1, round(training.global_batch_size / per_pass)) * per_pass
+        raise ConfigError([
+            f"training.global_batch_size = {training.global_batch_size} is not a multiple of micro_batch_size x "
+            f"data-parallel size = {training.micro_batch_size} x {data_ranks} = {per_pass}: the nearest that is: {nearest}"
+        ])  # fmt: skip
+    microbatches = training.global_batch_size // per_pass
+    if parallel.virtual_pipeline and microbatches % parallel.pipeline:
+        raise ConfigError([
+            f"the interleaved schedule wants microbatches ({microbatches}) in a multiple of parallel.pipeline "
+            f"({parallel.pipeline}): change training.global_batch_size"
+        ])  # fmt: skip
+    return data_ranks
+
+
+def combination_problems(config: Config) -> list[str]:
+    """What no single field can know: one line for each combination that cannot work."""
+    return [
+        text
+        for wrong, text in [
+            *_model_checks(config.model, config.parallel),
+            *_attention_checks(config),
+            *_training_checks(config),
+        ]
+        if wrong
+    ]
+
+
+def _model_checks(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[bool, str]]:
+    heads, groups, tp = model.num_attention_heads, model.query_groups, parallel.tensor
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    scaled = model.rotary_scaling_factor != 1.0
+    return [
+        (
+            heads % groups != 0,
+            f"model.num_attention_heads = {heads} is not a multiple of model.num_query_groups = {groups}",
+        ),
+        (
+            model.kv_channels is None and model.hidden_size % heads != 0,
+            f"model.hidden_size = {model.hidden_size} is not a multiple of model.num_attention_heads = {heads}: "
+            "change one, or set model.kv_channels",
+        ),
+        (model.head_size % 2 != 0, f"size of a head = {model.head_size}: rotary embedding needs an even one"),
+        (heads % tp != 0, f"parallel.tensor = {tp} does not divide model.num_attention_heads = {heads}"),
+        (groups % tp != 0, f"parallel.tensor = {tp} does not divide model.num_query_groups = {groups}"),
+        (model.ffn_size % tp != 0, f"parallel.tensor = {tp} does not divide model.ffn_hidden_size = {model.ffn_size}"),
+        (
+            model.num_layers % chunks != 0,
+            f"model.num_layers = {model.num_layers} is not a multiple of pipeline stages x chunks = {chunks}",
+        ),
+        (parallel.sequence and tp == 1, "parallel.sequence = true needs parallel.tensor of at least 2"),
+        (
+            parallel.virtual_pipeline is not None and parallel.pipeline == 1,
+            f"parallel.virtual_pipeline = {parallel.virtual_pipeline} needs parallel.pipeline of at least 2",
+        ),
+        (
+            parallel.context > 1,
+            f"parallel.context = {parallel.context}: context parallelism is not in this version; set it to 1",
+        ),
+        (
+            scaled and model.rotary_scaling == "none",
+            f"model.rotary_scaling_factor = {model.rotary_scaling_factor} has no effect without model.rotary_scaling",
+        ),
+    ]
+
+
+def _attention_checks(config: Config) -> list[tuple[bool, str]]:
+    attention, length, layers = config.attention, config.data.sequence_length, config.model.num_layers
+    checks = []
+    for name, part in [("attention", attention)] + [
+        (f"attention.stages.{i}", s) for i, s in enumerate(attention.stages)
+    ]:
+        sizes = [(f"{name}.block_size", part.block_size if (part.kind or attention.kind) == "moba" else None)]
+        sizes += [(f"{name}.layers.{n}.block_size", layer.block_size) for n, layer in (part.layers or {}).items()]
+        checks += [
+            (size is not None and size > length, f"{key} = {size} is over data.sequence_length = {length}")
+            for key, size in sizes
+        ]
+        numbers = [(f"{name}.full_layers", n) for n in part.full_layers or []]
+        numbers += [(f"{name}.layers", n) for n in part.layers or {}]
+        checks += [
+            (not 1 <= n <= layers, f"{key} names layer {n}: layers are counted from 1 to {layers}")
+            for key, n in numbers
+        ]
+        checks.append((
+            part.last_n_full is not None and part.last_n_full > layers,
+            f"{name}.last_n_full = {part.last_n_full} is over model.num_layers = {layers}",
+        ))  # fmt: skip
+    ends = [stage.until for stage in attention.stages]
+    rising = all(a < b for a, b in zip(ends, ends[1:], strict=False))
+    checks.append((not rising, f"attention.stages: `until` must rise from stage to stage, not {ends}"))
+    checks.append((bool(ends) and ends[-1] != 1.0, f"attention.stages: the last `until` must be 1.0, not {ends[-1:]}"))
+    return checks
+
+
+def _training_checks(config: Config) -> list[tuple[bool, str]]:
+    training, optimizer, length = config.training, config.optimizer, config.data.sequence_length
+    wsd, profile = optimizer.wsd_decay_steps, config.logging.profile_steps
+    trailing = config.evaluation.trailing_tokens
+    return [
+        (
+            training.global_batch_size % training.micro_batch_size != 0,
+            f"training.global_batch_size = {training.global_batch_size} is not a multiple of "
+            f"training.micro_batch_size = {training.micro_batch_size}",
+        ),
+        (
+            config.parallel.sequence and length % config.parallel.tensor != 0,
+            f"data.sequence_length = {length} is not a multiple of parallel.tensor = {config.parallel.tensor}",
+        ),
+        (
+            optimizer.warmup_steps >= training.steps,
+            f"optimizer.warmup_steps = {optimizer.warmup_steps} must be below training.steps = {training.steps}",
+        ),
+        (
+            optimizer.min_lr > optimizer.lr,
+            f"optimizer.min_lr = {optimizer.min_lr} is over optimizer.lr = {optimizer.lr}",
+        ),
+        (
+            (optimizer.decay == "WSD") != (wsd is not None),
+            f"optimizer.wsd_decay_steps = {wsd}: it belongs to optimizer.decay: WSD, and must be set there",
+        ),
+        (
+            wsd is not None and wsd > training.steps - optimizer.warmup_steps,
+            f"optimizer.wsd_decay_steps = {wsd} is over the {training.steps - optimizer.warmup_steps} steps after "
+            "warm-up",
+        ),
+        (
+            training.stop_after is not None and training.stop_after > training.steps,
+            f"training.stop_after = {training.stop_after} is over training.steps = {training.steps}",
+        ),
+        (
+            trailing is not None and trailing > length,
+            f"evaluation.trailing_tokens = {trailing} is over data.sequence_length = {length}",
+        ),
+        (
+            config.evaluation.position_buckets > length,
+            f"evaluation.position_buckets = {config.evaluation.position_buckets} is over data.sequence_length = "
+            f"{length}",
+        ),
+        (
+            config.evaluation.every is not None and config.data.validation is None,
+            f"evaluation.every = {config.evaluation.every} needs data.validation",
+        ),
+        (
+            bool(profile) and (len(profile) != 2 or not 1 <= profile[0] <= profile[1] <= training.steps),
+            f"logging.profile_steps = {profile}: give the first and the last step, within 1 to {training.steps}",
+        ),
+    ]

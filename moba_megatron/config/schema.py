@@ -1,0 +1,286 @@
+"""Every setting, with its type, its bounds, its unit and the reason for its default.
+
+The docstring below a field is its documentation: `docs/configuration.md` is made from it. Paths are relative to the
+working directory. Sizes are in tokens unless the field says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+AttentionKind = Literal["moba", "full"]
+
+
+class Section(BaseModel):
+    """A part of the schema: unknown keys and wrong types are errors, the docstring below a field is its
+    documentation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class RunConfig(Section):
+    dir: str
+    """Folder of this run: resolved config, metrics, evaluations, checkpoints, plots. Made if missing; a run already in
+    it is resumed (see `checkpoint.resume`)."""
+    seed: int = Field(default=1234, ge=0)
+    """Seed of weights, dropout and data order."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads per process. Default: the cores of this machine divided by the processes on it."""
+
+
+class ModelConfig(Section):
+    """A Llama-style decoder (RMSNorm, SwiGLU, rotary embedding). Names are megatron-core's own."""
+
+    num_layers: int = Field(ge=1)
+    """Decoder layers."""
+    hidden_size: int = Field(ge=1)
+    """Width of the residual stream."""
+    num_attention_heads: int = Field(ge=1)
+    """Query heads."""
+    num_query_groups: int | None = Field(default=None, ge=1)
+    """Key/value heads (grouped-query attention). Default: one for each query head."""
+    kv_channels: int | None = Field(default=None, ge=1)
+    """Size of one head. Default: hidden_size / num_attention_heads."""
+    ffn_hidden_size: int | None = Field(default=None, ge=1)
+    """Width of the SwiGLU layer. Default: 8/3 hidden_size rounded up to a multiple of 256, as in Llama."""
+    vocab_size: int | None = Field(default=None, ge=2)
+    """Entries of the embedding before padding. Default: the tokenizer's size, which needs no padding of its own: rows
+    are added only up to a multiple of `parallel.tensor`, and they never enter the loss."""
+    layernorm_epsilon: float = Field(default=1e-5, gt=0)
+    """Epsilon of RMSNorm. Llama 3 and Mistral use 1e-5, Qwen 1e-6; the wrong one costs 2e-3 in the logits."""
+    init_method_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights."""
+    share_embeddings_and_output_weights: bool = False
+    """Tie the output layer to the embedding."""
+    add_qkv_bias: bool = False
+    """Biases on queries, keys and values (Qwen 2)."""
+    qk_layernorm: bool = False
+    """RMSNorm on each query and key head (Qwen 3)."""
+    rotary_base: float = Field(default=10000.0, gt=0)
+    """Base of the rotary embedding (Llama 3: 500000)."""
+    rotary_scaling: Literal["none", "linear", "llama3"] = "none"
+    """`linear` is position interpolation (arXiv 2306.15595): positions divided by the factor. `llama3` is the scaling
+    of Llama 3.1, with that model's constants (low 1, high 4, original length 8192)."""
+    rotary_scaling_factor: float = Field(default=1.0, ge=1.0)
+    """Factor of `rotary_scaling`: the new length over the old one."""
+
+    @property
+    def query_groups(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        return self.ffn_hidden_size or 256 * -(-8 * self.hidden_size // (3 * 256))
+
+
+class LayerAttentionOverride(Section):
+    kind: AttentionKind | None = None
+    """`moba` or `full` for this layer."""
+    block_size: int | None = Field(default=None, ge=1)
+    """Tokens per block in this layer."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Blocks per query in this layer, the current one counted."""
+
+
+class AttentionStage(Section):
+    """What changes from some point of the training on. Whatever is left out is as in `attention`."""
+
+    until: float = Field(gt=0, le=1)
+    """Share of the training tokens at which this stage ends; the last stage ends at 1."""
+    kind: AttentionKind | None = None
+    """As `attention.kind`."""
+    block_size: int | None = Field(default=None, ge=1)
+    """As `attention.block_size`."""
+    top_k: int | None = Field(default=None, ge=1)
+    """As `attention.top_k`."""
+    last_n_full: int | None = Field(default=None, ge=0)
+    """As `attention.last_n_full`."""
+    full_every_n: int | None = Field(default=None, ge=1)
+    """As `attention.full_every_n`."""
+    full_layers: list[int] | None = None
+    """As `attention.full_layers`."""
+    layers: dict[int, LayerAttentionOverride] | None = None
+    """As `attention.layers`."""
+
+
+class AttentionConfig(Section):
+    """Which layers attend how, and when (MoBA report, sections 2.2 and 3.2)."""
+
+    kind: AttentionKind = "moba"
+    """`moba`: block-sparse attention. `full`: causal attention over everything."""
+    block_size: int = Field(default=512, ge=1)
+    """Tokens per block (B). 512 is the report's choice at 8K."""
+    top_k: int = Field(default=3, ge=1)
+    """Blocks per query (K), the current block counted. 3 is the report's choice at 8K."""
+    last_n_full: int = Field(default=0, ge=0)
+    """The last N layers attend fully (the report: 3 of 32)."""
+    full_every_n: int | None = Field(default=None, ge=1)
+    """Every n-th layer (n, 2n, ...) attends fully."""
+    full_layers: list[int] = []
+    """Layers that attend fully, counted from 1."""
+    layers: dict[int, LayerAttentionOverride] = {}
+    """Settings of single layers, counted from 1. They win over everything above."""
+    stages: list[AttentionStage] = []
+    """Stages of the training, in order; empty: one stage. `[{until: 0.9}, {until: 1.0, kind: full}]` is the report's
+    sparse first, full at the end."""
+    backend: Literal["auto", "reference", "gathered", "triton"] = "auto"
+    """What computes MoBA. `auto` is decided once, at start, and written into the run's config.yaml."""
+
+
+class ParallelConfig(Section):
+    tensor: int = Field(default=1, ge=1)
+    """Tensor-parallel size: heads and feed-forward columns over this many ranks."""
+    sequence: bool = False
+    """Sequence parallelism: norms and residuals split along the sequence over the tensor-parallel ranks."""
+    pipeline: int = Field(default=1, ge=1)
+    """Pipeline stages."""
+    virtual_pipeline: int | None = Field(default=None, ge=2)
+    """Model chunks per pipeline rank (interleaved schedule). Default: one, not interleaved."""
+    context: int = Field(default=1, ge=1)
+    """Context-parallel size: one sequence over this many ranks."""
+    exchange: Literal["auto"] = "auto"
+    """How context-parallel ranks exchange keys, values or queries."""
+    distributed_optimizer: bool = False
+    """Split optimizer state over the data-parallel ranks. A checkpoint is bound to this choice."""
+
+
+class BlendEntry(Section):
+    path: str
+    """Prefix of an indexed dataset (`PATH.bin`, `PATH.idx`)."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the samples, relative to the other entries."""
+
+
+class DataConfig(Section):
+    train: str | list[BlendEntry]
+    """Prefix of the indexed training data (`PATH.bin` and `PATH.idx`), or a blend of several."""
+    validation: str | list[BlendEntry] | None = None
+    """The same for validation. None: no evaluation."""
+    tokenizer: str
+    """Folder of the Hugging Face tokenizer that made the data. Data made with another one is refused."""
+    sequence_length: int = Field(ge=2)
+    """Tokens per sample."""
+    packing: Literal["concatenate"] = "concatenate"
+    """`concatenate`: documents are joined by the end-of-document token and cut into samples (GPT style)."""
+    cross_document_attention: bool = False
+    """False: a document attends to itself only; blocks and positions start anew at each document of a sample (packed
+    sequences). True: a sample is one sequence."""
+
+
+class TrainingConfig(Section):
+    steps: int = Field(ge=1)
+    """Optimizer steps of the whole run: the horizon of the schedules and of the data order. A resumed run keeps it."""
+    stop_after: int | None = Field(default=None, ge=1)
+    """End this process early, after that step, with a checkpoint; the horizon stays."""
+    global_batch_size: int = Field(ge=1)
+    """Samples per optimizer step over all ranks."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Samples per forward pass of a rank."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """`bf16`: weights and activations in bf16 with fp32 main weights, gradients and optimizer state."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation in the backward: `selective` repeats the core attention, `full` whole layers."""
+    loss_chunk_size: int = Field(default=1024, ge=1)
+    """Tokens per chunk of the loss: at most chunk x vocabulary logits are in memory at once."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the decay."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up from 0."""
+    decay: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
+    """Shape of the decay from lr to min_lr, over the steps after the warm-up. `WSD`: constant, then decay over the last
+    `wsd_decay_steps`."""
+    wsd_decay_steps: int | None = Field(default=None, ge=1)
+    """Steps of the final decay of `WSD`."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay; norms and biases are exempt."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Largest norm of the gradient; 0: no clipping."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay rate of Adam's first moment."""
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay rate of Adam's second moment."""
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """Term added to Adam's denominator."""
+
+
+class CheckpointConfig(Section):
+    every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints. None: only at the end and when stopped."""
+    keep: int = Field(default=2, ge=1)
+    """How many checkpoints stay on disk, the newest ones."""
+    resume: str = "auto"
+    """`auto`: continue from the newest checkpoint in the run folder, else start. `never`: start, and refuse a run
+    folder that already holds a run. A path: start from that checkpoint folder."""
+    asynchronous: bool = True
+    """Write checkpoints in the background while training goes on."""
+    verify: bool = True
+    """Before loading, hold the checkpoint's files against their recorded digests."""
+    allow_changed: list[str] = []
+    """Keys or sections, such as `attention` or `training.steps`, that may differ from the run that is resumed.
+    Everything else that shapes the numbers must be the same; sizes of the parallel layout may always change."""
+
+
+class EvaluationConfig(Section):
+    every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations on `data.validation`. None: only at the end."""
+    samples: int = Field(default=32, ge=1)
+    """Validation samples per evaluation, always the same ones, spread over the data-parallel ranks."""
+    trailing_tokens: int | None = Field(default=None, ge=1)
+    """Trailing loss is the loss over the last so many positions of each sample. Default: a sixteenth of the sequence,
+    as the report's last 2K of 32K."""
+    position_buckets: int = Field(default=16, ge=1)
+    """Number of equal ranges of positions for the loss by position."""
+
+
+class LoggingConfig(Section):
+    every: int = Field(default=1, ge=1)
+    """Steps between lines on the console. metrics.jsonl always gets every step."""
+    tensorboard: bool = True
+    """Write TensorBoard events into RUN/tensorboard."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases. `offline` needs no network: files stay in RUN/wandb until `wandb sync`."""
+    wandb_project: str = "moba-megatron"
+    """Project name for Weights & Biases."""
+    profile_steps: list[int] = []
+    """First and last step (counted from 1) to record with the PyTorch profiler; the trace goes to RUN/profile."""
+
+
+class Config(Section):
+    """Everything that a training run can be told."""
+
+    run: RunConfig
+    model: ModelConfig
+    attention: AttentionConfig = AttentionConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.training.global_batch_size * self.data.sequence_length
+
+    @property
+    def trailing_tokens(self) -> int:
+        return self.evaluation.trailing_tokens or max(1, self.data.sequence_length // 16)
+
+    def to_yaml(self) -> str:
+        """This configuration as YAML that `load_config` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
