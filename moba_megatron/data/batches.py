@@ -1,0 +1,124 @@
+"""Microbatches of a data-parallel rank, with document boundaries.
+
+Which samples a rank gets follows megatron-core's pretraining sampler: a pass of all D ranks takes the next
+`micro_batch_size` x D samples in order, rank r the r-th run of `micro_batch_size` of them. The order of samples is thus
+the same for any D, and a run that has consumed n samples continues with sample n at any D. A last pass that the samples
+do not fill is filled with samples whose loss mask is 0: no sample is lost, none counts twice, all ranks make the same
+number of passes.
+
+Where documents do not see each other the samples of a microbatch are packed into one row, `[1, b * s]`, with
+`cu_seqlens`: a document ends after each end-of-document token and at the end of each sample. Boundaries are computed
+from the tokens; the dense mask over pairs of tokens never exists. Positions start anew at each document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+Batch = dict[str, Any]
+"""`tokens`, `labels`, `position_ids` [b, s] int64 and `loss_mask` [b, s] fp32; packed: [1, b * s], and `cu_seqlens`
+[documents + 1] int32, `max_seqlen` int."""
+
+_ROWS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def microbatches(
+    dataset: Any,
+    *,
+    consumed_samples: int,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    device: torch.device | str,
+    eod_id: int | None,
+    num_samples: int | None = None,
+) -> Iterator[Batch]:
+    """The microbatches of one rank, from sample `consumed_samples` on.
+
+    Args:
+        dataset: as `build_datasets` makes it.
+        consumed_samples: samples that all ranks together have had.
+        micro_batch_size: samples per microbatch (b).
+        data_parallel_rank, data_parallel_size: place among the ranks that see different samples.
+        device: where the tensors go.
+        eod_id: the end-of-document id, to pack and cut at documents; None where documents see each other.
+        num_samples: stop after this sample of the dataset. Default: its length.
+
+    Raises:
+        ValueError: a rank out of range, or more samples asked for than there are.
+    """
+    if not 0 <= data_parallel_rank < data_parallel_size:
+        raise ValueError(
+            f"data_parallel_rank {data_parallel_rank} is not within data_parallel_size {data_parallel_size}"
+        )
+    total = len(dataset) if num_samples is None else num_samples
+    if not 0 <= consumed_samples <= total <= len(dataset):
+        raise ValueError(f"samples {consumed_samples} to {total} are not within the {len(dataset)} of the dataset")
+    numbers = rank_samples(consumed_samples, total, micro_batch_size, data_parallel_rank, data_parallel_size)
+    for rows in numbers:
+        # A filler is the first sample again, for its shape only.
+        samples = [dataset[0 if row is None else row] for row in rows]
+        batch: Batch = {name: torch.stack([sample[name] for sample in samples]) for name in _ROWS}
+        batch["loss_mask"][[number for number, row in enumerate(rows) if row is None]] = 0.0
+        if eod_id is not None:
+            batch = pack(batch, eod_id)
+        yield {name: _to(value, device) for name, value in batch.items()}
+
+
+def rank_samples(
+    consumed_samples: int, num_samples: int, micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int
+) -> Iterator[list[int | None]]:
+    """Sample numbers of each microbatch of a rank; None is a filler.
+
+    >>> list(rank_samples(4, 9, micro_batch_size=2, data_parallel_rank=1, data_parallel_size=2))
+    [[6, 7], [None, None]]
+    """
+    for start in range(consumed_samples, num_samples, micro_batch_size * data_parallel_size):
+        first = start + data_parallel_rank * micro_batch_size
+        yield [number if number < num_samples else None for number in range(first, first + micro_batch_size)]
+
+
+def pack(batch: Batch, eod_id: int) -> Batch:
+    """Join the rows [b, s] of a batch into one of documents, [1, b * s].
+
+    >>> batch = {"tokens": torch.tensor([[5, 0, 6], [7, 8, 0]])}
+    >>> packed = pack(batch, eod_id=0)
+    >>> packed["cu_seqlens"].tolist(), packed["max_seqlen"], packed["position_ids"].tolist()
+    ([0, 2, 3, 6], 3, [[0, 1, 0, 0, 1, 2]])
+    """
+    tokens: Tensor = batch["tokens"]
+    ends = tokens == eod_id
+    ends[:, -1] = True
+    boundaries = torch.nonzero(ends.flatten()).flatten() + 1
+    cu_seqlens = torch.cat([boundaries.new_zeros(1), boundaries])
+    lengths = cu_seqlens.diff()
+    packed = {name: value.reshape(1, -1) for name, value in batch.items()}
+    starts = torch.repeat_interleave(cu_seqlens[:-1], lengths)
+    packed["position_ids"] = (torch.arange(tokens.numel(), device=tokens.device) - starts).unsqueeze(0)
+    return {**packed, "cu_seqlens": cu_seqlens.to(torch.int32), "max_seqlen": int(lengths.max())}
+
+
+def packed_seq_params(batch: Batch) -> PackedSeqParams | None:
+    """What megatron-core's layers need to know of a packed batch; None for one that is not packed."""
+    if "cu_seqlens" not in batch:
+        return None
+    cu_seqlens, longest = batch["cu_seqlens"], batch["max_seqlen"]
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def _to(value: Any, device: torch.device | str) -> Any:
+    if not isinstance(value, Tensor) or torch.device(device).type == "cpu":
+        return value
+    # From pinned memory, so that the copy runs beside the computation.
+    return value.pin_memory().to(device, non_blocking=True)

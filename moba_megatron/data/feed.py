@@ -1,0 +1,35 @@
+"""What a rank feeds its model: the microbatches of its data-parallel rank, on its device, ready for the forward
+step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from moba_megatron.config import Config
+from moba_megatron.data.batches import Batch, microbatches, packed_seq_params
+
+
+def rank_batches(
+    dataset: Any, config: Config, *, eod_id: int, consumed_samples: int, num_samples: int, device: torch.device
+) -> Iterator[Batch]:
+    """Microbatches from sample `consumed_samples` on, up to `num_samples` in all, each with its `packed_seq_params`
+    (None if it is not packed).
+
+    Every rank of a model-parallel group reads the same batches itself: nothing is broadcast.
+    """
+    stream = microbatches(
+        dataset,
+        consumed_samples=consumed_samples,
+        num_samples=num_samples,
+        micro_batch_size=config.training.micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        device=device,
+        eod_id=None if config.data.cross_document_attention else eod_id,
+    )
+    for batch in stream:
+        yield {**batch, "packed_seq_params": packed_seq_params(batch)}

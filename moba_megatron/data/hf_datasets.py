@@ -1,0 +1,89 @@
+"""Sources that Hugging Face `datasets` loads: saved to disk, local files, or the Hub, also as streams.
+
+A dataset on disk is cut into ranges of rows; a stream into the shards that `datasets` reports, usually its files.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from moba_megatron.data.documents import Document, Input, Part, Skipped, make_document, missing_column
+from moba_megatron.data.recipe import DatasetsSource
+
+
+def dataset_input(source: DatasetsSource) -> Input:
+    """The dataset as the one input of its source.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no rows.
+    """
+    # The files may have changed since this process last looked.
+    _open_dataset.cache_clear()
+    data = open_dataset(source)
+    if source.streaming:
+        return Input(source.path, 0, f"stream of {data.num_shards} shards")
+    if not len(data):
+        raise ValueError(f"no documents: split {source.dataset_split!r} of {source.path} is empty")
+    return Input(source.path, data.data.nbytes, data._fingerprint)
+
+
+def dataset_parts(number: int, source: DatasetsSource, part_bytes: int) -> list[Part]:
+    """Ranges of rows of about `part_bytes`, or the shards of a stream. `number` is the source's place in the recipe."""
+    data = open_dataset(source)
+    if source.streaming:
+        return [Part(number, (), shard, shard + 1, 0) for shard in range(data.num_shards)]
+    rows = len(data)
+    step = -(-rows // max(1, -(-data.data.nbytes // part_bytes)))
+    starts = range(0, rows, step)
+    return [Part(number, (), start, min(start + step, rows), data.data.nbytes // len(starts)) for start in starts]
+
+
+def read_dataset(source: DatasetsSource, part: Part) -> Iterator[Document | Skipped]:
+    """The documents of a part, in order."""
+    data = open_dataset(source)
+    columns = data.column_names
+    if columns is not None and source.text_column not in columns:
+        raise ValueError(missing_column(source.path, source, columns))
+    if source.streaming:
+        rows: Iterable[Any] = data.shard(num_shards=data.num_shards, index=part.start)
+    else:
+        rows = data.select_columns(source.text_column).select(range(part.start, part.stop))
+    place = f"shard {part.start}, row" if source.streaming else "row"
+    for number, row in enumerate(rows, start=0 if source.streaming else part.start):
+        if source.text_column not in row:
+            raise ValueError(missing_column(source.path, source, row))
+        yield make_document(row[source.text_column], f"{source.path}: {place} {number}")
+
+
+def open_dataset(source: DatasetsSource) -> Any:
+    """The `datasets.Dataset` (or `IterableDataset` when streaming) of a source; opened once a process."""
+    return _open_dataset(source.model_dump_json())
+
+
+@functools.lru_cache(maxsize=4)
+def _open_dataset(source_json: str) -> Any:
+    import datasets
+
+    source = DatasetsSource.model_validate_json(source_json)
+    folder = Path(source.path)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        saved = datasets.load_from_disk(source.path)
+        if isinstance(saved, datasets.DatasetDict):
+            if source.dataset_split not in saved:
+                raise ValueError(f"{source.path} has no split {source.dataset_split!r}, only {', '.join(saved)}")
+            saved = saved[source.dataset_split]
+        return saved.to_iterable_dataset() if source.streaming else saved
+    try:
+        return datasets.load_dataset(
+            source.path,
+            name=source.name,
+            split=source.dataset_split,
+            revision=source.revision,
+            data_files=source.data_files,
+            streaming=source.streaming,
+        )
+    except OSError as error:
+        raise ValueError(f"no documents: datasets cannot load {source.path}: {error}") from error

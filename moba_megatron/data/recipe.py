@@ -1,0 +1,199 @@
+"""Corpus recipes: which text, which documents of it, which tokenizer, which part is kept for validation.
+
+A recipe is a YAML file in `data/` (or a `Recipe` made in Python), as strict as the training configuration: an unknown
+key, a wrong type or an impossible value is an error that names the key. Overrides are `key.path=value`; members of a
+list are addressed by their number (`sources.0.path=...`). Paths are relative to the working directory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, ValidationError
+
+from moba_megatron.config import ConfigError, Section
+
+SplitChoice = Literal["hash", "train", "validation"]
+
+
+class SourceBase(Section):
+    split: SplitChoice = "hash"
+    """`hash`: each document goes to training or validation by a hash (see `split.validation`). `train` or `validation`:
+    the whole source goes there."""
+
+
+class FilesSource(SourceBase):
+    """A folder of UTF-8 text files; each file is one document, named by its path relative to the folder."""
+
+    kind: Literal["files"]
+    path: str
+    """Folder."""
+    pattern: str = "**/*.txt"
+    """Which files, as a glob relative to the folder; `**` is any depth."""
+    exclude: list[str] = []
+    """Leave out a file when its name, or the name of any folder between it and `path`, matches one of these globs."""
+
+
+class StdlibSource(SourceBase):
+    """The standard library of the Python that runs: real source code, long files among it, on every machine."""
+
+    kind: Literal["python_stdlib"]
+    pattern: str = "**/*.py"
+    """As in `files`."""
+    exclude: list[str] = []
+    """As in `files`."""
+
+
+class JsonlSource(SourceBase):
+    """JSON Lines files, plain, `.gz` or `.zst`; each line is one document."""
+
+    kind: Literal["jsonl"]
+    path: str
+    """A file or a glob (`**` is any depth)."""
+    text_column: str = "text"
+    """Key of the text."""
+
+
+class ParquetSource(SourceBase):
+    """Parquet files; each row is one document."""
+
+    kind: Literal["parquet"]
+    path: str
+    """A file or a glob (`**` is any depth)."""
+    text_column: str = "text"
+    """Name of the column of text."""
+
+
+class DatasetsSource(SourceBase):
+    """Anything that Hugging Face `datasets` loads; each row is one document."""
+
+    kind: Literal["datasets"]
+    path: str
+    """A name on the Hub, a builder (`json`, `parquet`, ...) with `data_files`, a local folder of data files, or a
+    folder written by `save_to_disk`."""
+    name: str | None = None
+    """Configuration of the dataset, where it has several."""
+    dataset_split: str = "train"
+    """Which split of the dataset, in the syntax of `datasets` (`train`, `train[:10%]`)."""
+    revision: str | None = None
+    """Commit or tag on the Hub. Name one to make a recipe repeatable."""
+    data_files: str | list[str] | None = None
+    """As in `datasets.load_dataset`."""
+    text_column: str = "text"
+    """Name of the column of text."""
+    streaming: bool = False
+    """Read while downloading instead of downloading first. Row order is that of the files."""
+
+
+Source = Annotated[
+    FilesSource | StdlibSource | JsonlSource | ParquetSource | DatasetsSource, Field(discriminator="kind")
+]
+
+
+class TrainedTokenizer(Section):
+    """A byte-level BPE trained on the training documents of the recipe, with `<|endoftext|>` as id 0."""
+
+    kind: Literal["bpe"]
+    vocab_size: int = Field(ge=257)
+    """Entries, the 256 bytes and the end-of-document token included."""
+    max_training_bytes: int | None = Field(default=None, ge=1)
+    """Train on the first so many bytes of the corpus only, in the order of the sources. None: on all of it, which costs
+    a second pass and memory for the distinct words."""
+    engine: Literal["auto", "tokenizers"] = "auto"
+    """What encodes. `auto`: gigatoken where it is installed, supports the tokenizer and gives the same ids as
+    `tokenizers` on a sample of every shard."""
+
+
+class PretrainedTokenizer(Section):
+    """A Hugging Face tokenizer on disk."""
+
+    kind: Literal["pretrained"]
+    path: str
+    """Folder with `tokenizer.json`."""
+    end_of_document: str | None = None
+    """Token that ends each document. None: `<|endoftext|>` where the tokenizer has it, else its `eos_token`."""
+    engine: Literal["auto", "tokenizers"] = "auto"
+    """As in `bpe`."""
+
+
+class Filters(Section):
+    """Which documents are kept; the manifest counts the others."""
+
+    min_characters: int = Field(default=1, ge=1)
+    """Shortest document."""
+    max_characters: int | None = Field(default=None, ge=1)
+    """Longest document. None: no limit; documents are never cut."""
+
+
+class Split(Section):
+    """How documents of sources with `split: hash` are divided: by a hash of the file's relative path, or of the text
+    itself for rows, so that order, machine and number of workers do not matter and equal rows never fall on both
+    sides."""
+
+    validation: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the documents (not of the tokens) for validation."""
+
+
+class Recipe(Section):
+    """A corpus."""
+
+    sources: list[Source] = Field(min_length=1)
+    """Where the text comes from; the documents keep this order."""
+    tokenizer: Annotated[TrainedTokenizer | PretrainedTokenizer, Field(discriminator="kind")]
+    """What turns it into tokens."""
+    filters: Filters = Filters()
+    """Which documents are kept."""
+    split: Split = Split()
+    """Which documents are kept apart for validation."""
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe from YAML and apply `key.path=value` overrides.
+
+    Raises:
+        ConfigError: with one line for each unknown key, wrong type or impossible value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError([f"no such recipe: {path}"])
+    try:
+        tree = OmegaConf.load(path)
+        if not isinstance(tree, DictConfig):
+            raise ConfigError([f"{path} must hold a mapping with the keys {', '.join(Recipe.model_fields)}"])
+        for text in overrides or []:
+            key, equals, value = text.partition("=")
+            if not equals or not key or key.startswith("-"):
+                raise ConfigError([f"override {text!r} is not of the form key.path=value"])
+            OmegaConf.update(tree, key, _plain_value(value))
+        return recipe_from_dict(OmegaConf.to_container(tree, resolve=True))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError([f"{path}: {str(error).splitlines()[0]}"]) from error
+
+
+def recipe_from_dict(values: Any) -> Recipe:
+    """A checked `Recipe` from plain values."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError([_explain(item) for item in error.errors()]) from error
+
+
+def _plain_value(text: str) -> Any:
+    """A number, list, ... as YAML reads it; what YAML cannot read, such as the glob `*.py`, is text."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key"
+    if error["type"] in ("missing", "union_tag_not_found"):
+        return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+from moba_megatron.data import prepare as prepare_module
+from moba_megatron.data.documents import Document
+from moba_megatron.data.encode import choose_split
+from moba_megatron.data.indexed import read_index, token_dtype
+from moba_megatron.data.manifest import load_manifest
+from moba_megatron.data.plan import make_plan
+from moba_megatron.data.prepare import prepare
+from moba_megatron.data.recipe import Recipe, recipe_from_dict
+from moba_megatron.data.sources import read_part
+from moba_megatron.data.tokenizer import Encoder, EngineMismatch, Tokenizer, train_bpe
+
+DATA_FILES = ("train.bin", "train.idx", "validation.bin", "validation.idx", "tokenizer/tokenizer.json")
+
+
+def changed(recipe: Recipe, **changes: object) -> Recipe:
+    return recipe_from_dict(recipe.model_dump() | changes)
+
+
+def stdlib_recipe(tokenizer: dict[str, object]) -> Recipe:
+    """Some modules of the standard library, 2.7 MB: enough for three parts."""
+    return recipe_from_dict({"sources": [{"kind": "python_stdlib", "pattern": "[a-r]*.py"}], "tokenizer": tokenizer})
+
+
+def data_bytes(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in DATA_FILES}
+
+
+def documents_of(recipe: Recipe, split: str) -> list[str]:
+    plan = make_plan(recipe)
+    items = [(recipe.sources[part.source], item) for part in plan.parts for item in read_part(recipe.sources[0], part)]
+    return [i.text for source, i in items if isinstance(i, Document) and choose_split(recipe, source, i) == split]
+
+
+def test_text_comes_back_document_by_document(recipe: Recipe, dataset: Path):
+    tokenizer = Tokenizer(dataset / "tokenizer")
+    total = 0
+    for split in ("train", "validation"):
+        indexed = IndexedDataset(str(dataset / split))
+        rows = [np.array(indexed[n]) for n in range(len(indexed))]
+        assert all(row[-1] == tokenizer.eod_id for row in rows)
+        assert [tokenizer.decode(row[:-1]) for row in rows] == documents_of(recipe, split)
+        assert indexed.document_indices.tolist() == list(range(len(rows) + 1))
+        total += len(rows)
+    assert total == 62
+
+
+@pytest.mark.parametrize("vocab_size", [400, 70_000])
+def test_files_equal_those_of_megatron_cores_builder(
+    recipe: Recipe, tokenizer: Tokenizer, tmp_path: Path, vocab_size: int
+):
+    if vocab_size > tokenizer.vocab_size:
+        tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
+        wide = Tokenizer(tmp_path)
+        wide.backend.add_tokens([f"<extra {n}>" for n in range(vocab_size - tokenizer.vocab_size)])
+        wide.backend.save(str(tmp_path / "tokenizer.json"))
+        recipe = changed(
+            recipe, tokenizer={"kind": "pretrained", "path": str(tmp_path), "end_of_document": "<|endoftext|>"}
+        )
+    prepare(recipe, tmp_path / "out", workers=1)
+    dtype = DType.optimal_dtype(vocab_size)
+    assert token_dtype(vocab_size) == dtype
+    for split in ("train", "validation"):
+        builder = IndexedDatasetBuilder(str(tmp_path / "builder.bin"), dtype=dtype)
+        for ids in tokenizer.encode_batch(documents_of(recipe, split)):
+            builder.add_document(np.array([*ids, tokenizer.eod_id]), [len(ids) + 1])
+        builder.finalize(str(tmp_path / "builder.idx"))
+        for ending in (".bin", ".idx"):
+            assert (tmp_path / f"out/{split}{ending}").read_bytes() == (tmp_path / f"builder{ending}").read_bytes()
+
+
+def test_the_manifest_counts_what_is_there(recipe: Recipe, dataset: Path, texts: list[str]):
+    manifest = load_manifest(dataset)
+    for split, stats in manifest.splits.items():
+        documents = documents_of(recipe, split)
+        index = read_index(dataset / split)
+        assert (stats.documents, stats.tokens) == (index.documents, index.tokens)
+        assert stats.documents == len(documents) == sum(bucket.documents for bucket in stats.lengths)
+        assert stats.characters == sum(map(len, documents))
+        assert stats.bytes == sum(len(text.encode()) for text in documents)
+        assert stats.tokens == sum(bucket.tokens for bucket in stats.lengths)
+        assert stats.longest == IndexedDataset(str(dataset / split)).sequence_lengths.max()
+    assert manifest.sources[0].documents == len(texts)
+    assert manifest.sources[0].bytes == sum(len(text.encode()) for text in texts)
+    assert manifest.tokenizer.fingerprint == Tokenizer(dataset / "tokenizer").fingerprint
+    assert (dataset / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    # The unigram loss by its definition.
+    train, validation = (np.fromfile(dataset / f"{split}.bin", np.uint16) for split in ("train", "validation"))
+    share = (np.bincount(train, minlength=400) + 1) / (train.size + 400)
+    assert manifest.unigram_loss == pytest.approx(-np.log(share[validation]).mean(), rel=1e-12)
+
+
+def test_any_number_of_workers_gives_the_same_bytes(tokenizer: Tokenizer, tmp_path: Path):
+    recipe = stdlib_recipe({"kind": "pretrained", "path": str(tokenizer.folder)})
+    assert len(make_plan(recipe).parts) >= 3
+    one, three = (prepare(recipe, tmp_path / str(n), workers=n) for n in (1, 3))
+    assert data_bytes(tmp_path / "1") == data_bytes(tmp_path / "3")
+    assert one.sources == three.sources and one.splits == three.splits
+    assert (one.workers, three.workers) == (1, 3)
+
+
+_RUN = """
+import sys
+from pathlib import Path
+from moba_megatron.data.prepare import prepare
+from moba_megatron.data.recipe import Recipe
+if __name__ == "__main__":
+    prepare(Recipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]), workers=2)
+"""
+
+
+def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path: Path):
+    """Killed while training the tokenizer, after the first shard, and while merging."""
+    recipe = stdlib_recipe({"kind": "bpe", "vocab_size": 512, "engine": "tokenizers"})
+    out, work = tmp_path / "killed", tmp_path / "killed.partial"
+    script = tmp_path / "run.py"
+    script.write_text(_RUN)
+    command = [sys.executable, str(script), recipe.model_dump_json(), str(out)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    for moment in ("plan.json", "shards/000000", "dataset"):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        while not (work / moment).exists() and process.poll() is None:
+            time.sleep(0.002)
+        # Only the last moment is so short that a busy machine may miss it.
+        assert process.poll() is None or moment == "dataset", f"ended before {moment}"
+        workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        # Orphans would go on writing beside the next run.
+        assert not psutil.wait_procs(workers, timeout=10)[1]
+        assert not out.exists() or moment == "dataset"
+    prepare(recipe, out, workers=1)
+    assert not work.exists()
+    prepare(recipe, tmp_path / "whole", workers=1)
+    assert data_bytes(out) == data_bytes(tmp_path / "whole")
+
+
+def test_finished_shards_are_kept(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe, done = stdlib_recipe({"kind": "pretrained", "path": str(tokenizer.folder)}), []
+    original = prepare_module.encode_part
+
+    def stop_at_third(job, number, part):
+        if number == 2:
+            raise KeyboardInterrupt
+        return original(job, number, part)
+
+    monkeypatch.setattr(prepare_module, "encode_part", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(recipe, tmp_path / "out", workers=1)
+    monkeypatch.setattr(prepare_module, "encode_part", lambda *args: done.append(args[1]) or original(*args))
+    prepare(recipe, tmp_path / "out", workers=1)
+    assert done == list(range(2, len(make_plan(recipe).parts)))
+
+
+def test_a_mismatch_of_engines_starts_again_with_tokenizers(recipe: Recipe, dataset: Path, tmp_path: Path, monkeypatch):
+    pytest.importorskip("gigatoken")
+
+    def differ(self: Encoder, texts: list[str]) -> None:
+        if self.fast is not None:
+            raise EngineMismatch("gigatoken and tokenizers give different ids for 'x'")
+
+    monkeypatch.setattr(Encoder, "check", differ)
+    manifest = prepare(recipe, tmp_path / "out", workers=1)
+    assert manifest.tokenizer.engine == "tokenizers" and "different ids" in manifest.tokenizer.engine_reason
+    assert load_manifest(dataset).tokenizer.engine == "gigatoken"
+    assert data_bytes(tmp_path / "out") == data_bytes(dataset)
+
+
+def test_a_dataset_is_made_once_and_replaced_only_on_request(recipe: Recipe, tmp_path: Path, capsys):
+    out = tmp_path / "out"
+    first = prepare(recipe, out, workers=1)
+    stamp = (out / "train.bin").stat().st_mtime_ns
+    assert prepare(recipe, out, workers=1) == first
+    assert "already holds this dataset" in " ".join(capsys.readouterr().err.split())
+    assert (out / "train.bin").stat().st_mtime_ns == stamp
+
+    other = changed(recipe, split={"validation": 0.4})
+    with pytest.raises(ValueError, match=r"another dataset \(recipe.split.validation\).*--overwrite"):
+        prepare(other, out, workers=1)
+    assert prepare(other, out, workers=1, overwrite=True).splits["validation"].documents > 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("do not touch")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="is no prepared dataset"):
+            prepare(recipe, mine, workers=1, overwrite=overwrite)
+
+
+def test_another_tokenizer_at_the_same_path_is_the_one_that_encodes(recipe: Recipe, texts: list[str], tmp_path: Path):
+    prepare(recipe, tmp_path / "out", workers=1)
+    other = train_bpe(texts, 300, tmp_path / "other")
+    spec = {"kind": "pretrained", "path": str(other.folder)}
+    prepare(changed(recipe, tokenizer=spec), tmp_path / "out", workers=1, overwrite=True)
+    indexed = IndexedDataset(str(tmp_path / "out" / "train"))
+    assert other.decode(np.array(indexed[0])[:-1]) == documents_of(recipe, "train")[0]
+
+
+def test_changed_files_and_unfinished_work_of_others_are_noticed(text_folder: Path, recipe: Recipe, tmp_path: Path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(f"some text {number}" * 9)
+    own = changed(recipe, sources=[{"kind": "files", "path": str(folder)}], split={"validation": 0.5})
+    prepare(own, tmp_path / "out", workers=1)
+    (folder / "3.txt").write_text("other text")
+    with pytest.raises(ValueError, match=r"another dataset \(inputs\)"):
+        prepare(own, tmp_path / "out", workers=1)
+
+    work = tmp_path / "new.partial"
+    work.mkdir()
+    (work / "plan.json").write_text('{"identity": {"format": 0}, "engine": null}')
+    with pytest.raises(ValueError, match="unfinished work on another dataset"):
+        prepare(own, tmp_path / "new", workers=1)
+    prepare(own, tmp_path / "new", workers=1, overwrite=True)
+    assert not work.exists()
+
+
+def test_unreadable_files_are_listed_and_empty_results_are_errors(recipe: Recipe, tmp_path: Path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "bad.txt").write_bytes(b"\xff\xfe\x00")
+    (folder / "empty.txt").write_text("")
+    own = changed(recipe, sources=[{"kind": "files", "path": str(folder)}])
+    with pytest.raises(
+        ValueError, match=r"no documents: 1 unreadable \(first bad.txt: not UTF-8.*\), 1 left out by filters"
+    ):
+        prepare(own, tmp_path / "out", workers=1)
+    (folder / "good.txt").write_text("the only document")
+    with pytest.raises(ValueError, match=r"no document of 1 falls into (train|validation) .*set it to 0"):
+        prepare(own, tmp_path / "out", workers=1)
+    manifest = prepare(changed(own, split={"validation": 0.0}), tmp_path / "out", workers=1)
+    assert [entry.name for entry in manifest.skipped] == ["bad.txt"]
+    assert (manifest.skipped_total, manifest.filtered, list(manifest.splits)) == (1, 1, ["train"])
+    assert not (tmp_path / "out" / "validation.bin").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_tokenizer_is_trained_on_the_training_documents_alone(recipe: Recipe, tmp_path: Path):
+    documents = documents_of(recipe, "train")
+    sizes = np.cumsum([len(text.encode()) for text in documents])
+    for limit, used in ((None, documents), (10_000, documents[: int(np.searchsorted(sizes, 10_000)) + 1])):
+        own = changed(recipe, tokenizer={"kind": "bpe", "vocab_size": 300, "max_training_bytes": limit})
+        manifest = prepare(own, tmp_path / f"out{limit}", workers=1)
+        expected = train_bpe(used, 300, tmp_path / f"expected{limit}")
+        assert manifest.tokenizer.fingerprint == expected.fingerprint
+        assert (manifest.tokenizer.vocab_size, manifest.tokenizer.eod_id) == (300, 0)
+
+
+def test_filters_leave_out_by_length(recipe: Recipe, tmp_path: Path, texts: list[str]):
+    own = changed(recipe, filters={"min_characters": 500, "max_characters": 1500})
+    manifest = prepare(own, tmp_path / "out", workers=1)
+    kept = [text for text in texts if 500 <= len(text) <= 1500]
+    assert 0 < len(kept) == sum(split.documents for split in manifest.splits.values())
+    assert manifest.filtered == len(texts) - len(kept)
+
+
+def test_whole_sources_can_be_one_split(recipe: Recipe, tmp_path: Path, text_folder: Path):
+    sources = [
+        {"kind": "files", "path": str(text_folder / "part0"), "split": "train"},
+        {"kind": "files", "path": str(text_folder / "part1"), "split": "validation"},
+    ]
+    manifest = prepare(changed(recipe, sources=sources), tmp_path / "out", workers=1)
+    assert {name: split.documents for name, split in manifest.splits.items()} == {"train": 21, "validation": 21}
+    assert [source.documents for source in manifest.sources] == [21, 21]
+
+
+def test_the_split_of_a_file_never_changes():
+    recipe = recipe_from_dict(
+        {
+            "sources": [{"kind": "python_stdlib"}],
+            "tokenizer": {"kind": "bpe", "vocab_size": 300},
+            "split": {"validation": 0.5},
+        }
+    )
+    names = [
+        "argparse.py",
+        "ast.py",
+        "asyncio/base_events.py",
+        "json/decoder.py",
+        "os.py",
+        "re/_parser.py",
+        "typing.py",
+    ]
+    chosen = [choose_split(recipe, recipe.sources[0], Document("x", b"x", name, b"")) for name in names]
+    # As they fell when the split was first made: data prepared anywhere, at any time, keeps the same files apart.
+    assert [name for name, split in zip(names, chosen, strict=True) if split == "validation"] == [
+        "asyncio/base_events.py",
+        "os.py",
+        "re/_parser.py",
+        "typing.py",
+    ]
+    # Of all files about as many as asked for: within five standard deviations.
+    files = [path.name for path in Path(sysconfig.get_path("stdlib")).glob("*.py")]
+    chosen = [choose_split(recipe, recipe.sources[0], Document("x", b"x", name, b"")) for name in files]
+    assert abs(chosen.count("validation") / len(files) - 0.5) < 5 * 0.5 / len(files) ** 0.5

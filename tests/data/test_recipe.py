@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moba_megatron.config import ConfigError
+from moba_megatron.data.recipe import load_recipe, recipe_from_dict
+
+REPOSITORY = Path(__file__).parents[2]
+GOOD = {"sources": [{"kind": "jsonl", "path": "a.jsonl"}], "tokenizer": {"kind": "bpe", "vocab_size": 300}}
+
+
+def test_the_shipped_recipe_loads_and_takes_overrides():
+    recipe = load_recipe(
+        REPOSITORY / "data" / "python_stdlib.yaml",
+        ["tokenizer.vocab_size=8192", "sources.0.pattern=*.py", "split.validation=0.1"],
+    )
+    assert recipe.tokenizer.vocab_size == 8192
+    assert recipe.sources[0].pattern == "*.py"
+    assert "test" in recipe.sources[0].exclude
+    assert recipe.split.validation == 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokeniser": {}}, "tokeniser: unknown key"),
+        ({"sources": [{"kind": "jsonl", "path": "a", "text_colum": "x"}]}, "text_colum: unknown key"),
+        ({"sources": [{"kind": "csv", "path": "a"}]}, "csv"),
+        ({"sources": [{"path": "a"}]}, "kind"),
+        ({"sources": []}, "sources"),
+        (
+            {"tokenizer": {"kind": "bpe", "vocab_size": 100}},
+            "vocab_size = 100: input should be greater than or equal to 257",
+        ),
+        ({"tokenizer": {"kind": "bpe", "vocab_size": "4096"}}, "vocab_size = '4096'"),
+        ({"split": {"validation": 1.0}}, "split.validation = 1.0"),
+    ],
+)
+def test_errors_name_the_key(change: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        recipe_from_dict(GOOD | change)
+
+
+def test_unreadable_recipes_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("sources: [")
+    with pytest.raises(ConfigError, match="broken.yaml"):
+        load_recipe(tmp_path / "broken.yaml")
+    with pytest.raises(ConfigError, match="key.path=value"):
+        load_recipe(REPOSITORY / "data" / "python_stdlib.yaml", ["split.validation"])
