@@ -1,0 +1,235 @@
+"""What megatron-core assumes (CUDA, with fused libraries) and this machine lacks: every difference, in one table.
+
+megatron-core reaches for CUDA in a handful of places. Each row of `DIFFERENCES` names one of them, says why it is
+needed and gives the replacement as (owner, attribute, new value). `apply` puts the rows in place, once, at the start
+of a process; `restore` takes them back (for tests). `torch.cuda.is_available()` stays as it is, so code that asks is
+not misled. Modules that took a reference before `apply` keep the original; megatron-core looks all of these up when it
+needs them.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.managers import SyncManager
+from typing import Any, Literal
+
+import torch
+
+from moba_megatron.platform.adam import Adam
+from moba_megatron.platform.libraries import optional_libraries
+from moba_megatron.platform.processes import die_with_parent
+
+Replacement = tuple[Any, str, Any]
+DeviceType = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One row: `name`, `reason` (what happens without it), and `replacements`, which imports only when it is called."""
+
+    name: str
+    reason: str
+    replacements: Callable[[], list[Replacement]]
+    needed: Callable[[DeviceType], bool] = lambda device_type: device_type == "cpu"
+
+    def apply(self) -> list[Replacement]:
+        """Put the replacements in place; return what was there before, in the same form."""
+        new = self.replacements()
+        before = [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _ in new]
+        for owner, attribute, value in new:
+            setattr(owner, attribute, value)
+        return before
+
+
+def _current_device() -> list[Replacement]:
+    return [(torch.cuda, "current_device", lambda: torch.device("cpu"))]
+
+
+def _synchronize() -> list[Replacement]:
+    return [(torch.cuda, "synchronize", lambda device=None: None)]
+
+
+def _tensor_cuda() -> list[Replacement]:
+    def cuda(self, device=None, non_blocking=False, memory_format=torch.preserve_format):
+        return self
+
+    return [(torch.Tensor, "cuda", cuda)]
+
+
+def _rng_state() -> list[Replacement]:
+    return [
+        (torch.cuda, "get_rng_state", lambda device="cuda": torch.get_rng_state()),
+        (torch.cuda, "set_rng_state", lambda new_state, device="cuda": torch.set_rng_state(new_state)),
+    ]
+
+
+def _manual_seed() -> list[Replacement]:
+    return [(torch.cuda, "manual_seed", lambda seed: torch.default_generator.manual_seed(seed))]
+
+
+def _tracker_rng_state() -> list[Replacement]:
+    from megatron.core.tensor_parallel import random
+
+    def get_state(device="cuda", clone=False, graph_safe=False):
+        return torch.get_rng_state()
+
+    def set_state(new_state, device=-1, graph_safe=False):
+        torch.set_rng_state(new_state)
+
+    return [(random, "_get_cuda_rng_state", get_state), (random, "_set_cuda_rng_state", set_state)]
+
+
+def _tracker_warning() -> list[Replacement]:
+    return [(logging.getLogger("megatron.core.tensor_parallel.random"), "disabled", True)]
+
+
+def _factories() -> list[Replacement]:
+    # `with torch.device(...)` knows the factories by identity and remembers them at its first use. Used first after the
+    # replacement it would remember the wrappers and let the originals, which they call, pass by.
+    from torch.utils._device import _device_constructors
+
+    _device_constructors()
+
+    def without_cuda(factory):
+        @functools.wraps(factory)
+        def wrapper(*args, device=None, pin_memory=False, **kwargs):
+            if device is not None and torch.device(device).type == "cuda":
+                device = None
+            return factory(*args, device=device, **kwargs)
+
+        return wrapper
+
+    names = ["tensor", "zeros", "empty", "empty_like"]
+    return [(torch, name, without_cuda(getattr(torch, name))) for name in names]
+
+
+def _tensor_type() -> list[Replacement]:
+    original = torch.Tensor.type
+
+    @functools.wraps(original)
+    def tensor_type(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    return [(torch.Tensor, "type", tensor_type)]
+
+
+def _results_queue() -> list[Replacement]:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def write_results_queue():
+        if filesystem_async._results_queue is None:
+            manager = SyncManager(ctx=torch.multiprocessing.get_context("fork"))
+            manager.start(initializer=die_with_parent)
+            filesystem_async._results_queue = manager.Queue()
+        return filesystem_async._results_queue
+
+    return [(filesystem_async, "_get_write_results_queue", write_results_queue)]
+
+
+def _adam() -> list[Replacement]:
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    return [
+        (optimizer, "Adam", Adam),
+        (optimizer, "USING_PYTORCH_OPTIMIZER", False),
+        (distrib_optimizer, "Adam", Adam),
+        (distrib_optimizer, "HAVE_APEX_OR_TE", True),
+        (distrib_optimizer, "USING_APEX_OPTIMIZER", True),
+    ]
+
+
+def _lacks_fused_adam(device_type: DeviceType) -> bool:
+    libraries = optional_libraries()
+    return device_type == "cpu" or not (libraries["transformer_engine"].available or libraries["apex"].available)
+
+
+DIFFERENCES: tuple[Difference, ...] = (
+    Difference(
+        "current device",
+        "torch.cuda.current_device() raises without CUDA; it is where buffers and rotary embedding go",
+        _current_device,
+    ),
+    Difference("synchronize", "raises without CUDA; pipeline communication calls it", _synchronize),
+    Difference(
+        "Tensor.cuda",
+        "raises without CUDA; tied embeddings, the distributed optimizer and checkpoint exchange call it",
+        _tensor_cuda,
+    ),
+    Difference("generator state", "torch.cuda.get_rng_state() raises; the RNG tracker reads it", _rng_state),
+    Difference(
+        "seed",
+        "torch.cuda.manual_seed() is remembered for later and does nothing: silently, all RNG streams become equal",
+        _manual_seed,
+    ),
+    Difference(
+        "tracker state",
+        "the RNG tracker sets its streams on the CUDA generator, which does not exist",
+        _tracker_rng_state,
+    ),
+    Difference(
+        "tracker warning",
+        "the RNG tracker warns at each use that the CPU generator changed; here it is the generator that is meant",
+        _tracker_warning,
+    ),
+    Difference(
+        "tensor factories",
+        "schedules, clipping, optimizer and checkpoint loading ask for device='cuda' or pinned memory by name",
+        _factories,
+    ),
+    Difference(
+        "Tensor.type",
+        "clipping and the optimizers recognise dtypes by names such as 'torch.cuda.FloatTensor'",
+        _tensor_type,
+    ),
+    Difference(
+        "checkpoint results queue",
+        "the writer's queue comes from a spawned manager, which imports the main module again (3 s at the first save) "
+        "and outlives a killed rank",
+        _results_queue,
+        needed=lambda device_type: True,
+    ),
+    Difference(
+        "Adam",
+        "PyTorch's Adam in the distributed optimizer cannot resume; this one has the state layout of FusedAdam",
+        _adam,
+        needed=_lacks_fused_adam,
+    ),
+)
+
+_before: dict[str, list[Replacement]] = {}
+
+
+def apply(device_type: DeviceType) -> None:
+    """Put every row of `DIFFERENCES` that this device needs in place. Call it once, before building anything.
+
+    On "cuda" that is the checkpoint queue and, without Transformer Engine and apex, Adam. Calling it again changes
+    nothing.
+
+    Raises:
+        ValueError: for another device type, or for "cpu" while PyTorch sees GPUs (megatron-core would then use both).
+    """
+    if device_type not in ("cpu", "cuda"):
+        raise ValueError(f"device type {device_type!r}: only 'cpu' and 'cuda' are supported")
+    if device_type == "cpu" and torch.cuda.is_available():
+        raise ValueError("PyTorch sees a GPU: set CUDA_VISIBLE_DEVICES='' to run on the CPU of this machine")
+    for difference in DIFFERENCES:
+        if difference.needed(device_type) and difference.name not in _before:
+            _before[difference.name] = difference.apply()
+
+
+def applied() -> tuple[str, ...]:
+    """Names of the rows now in place."""
+    return tuple(_before)
+
+
+def restore() -> None:
+    """Take back everything that `apply` did."""
+    while _before:
+        _, before = _before.popitem()
+        for owner, attribute, value in before:
+            setattr(owner, attribute, value)

@@ -1,0 +1,90 @@
+"""Start and stop of the process groups, and the random number streams that follow from them.
+
+Under torchrun the rendezvous comes from its environment; without it a process is a world of one; tests name a file. The
+order of ranks is megatron-core's: tensor parallel fastest, then context, data, and pipeline slowest.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from moba_megatron.config import ParallelConfig
+from moba_megatron.platform.device import current_device
+
+
+def start_process_group(
+    *,
+    init_method: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    timeout_seconds: float = 1800.0,
+) -> torch.device:
+    """Join the default process group: nccl on GPU, gloo on CPU. Returns the device of this process.
+
+    Args:
+        init_method: rendezvous, for instance `file:///path` (a file that does not exist yet). Default: torchrun's
+            environment if `RANK` is set, otherwise a world of one process.
+        rank, world_size: needed with `init_method`.
+        timeout_seconds: after this long without progress a collective fails.
+
+    Raises:
+        ValueError: if `init_method` comes without rank and world size.
+    """
+    device = current_device()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if init_method is not None:
+        if rank is None or world_size is None:
+            raise ValueError(f"init_method {init_method!r} needs rank and world_size, not {rank} and {world_size}")
+        dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
+    elif "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return device
+
+
+def start_model_parallel(parallel: ParallelConfig) -> None:
+    """Split the default process group into megatron-core's tensor, pipeline, context and data parallel groups."""
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+    )
+
+
+def stop_process_groups() -> None:
+    """Leave all process groups; does nothing where none was started."""
+    from megatron.core import parallel_state
+
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, NumPy, PyTorch and megatron-core's parallel streams. Needs the model-parallel groups.
+
+    Weights and dropout differ between pipeline stages and, where they are sharded, between tensor-parallel ranks; they
+    are the same on data-parallel ranks.
+    """
+    import random
+
+    import numpy
+    from megatron.core import parallel_state, tensor_parallel
+
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)

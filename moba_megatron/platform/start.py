@@ -1,0 +1,29 @@
+"""The start of a rank, in the one order that works: threads, differences, process groups, seeds."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from moba_megatron.config import ParallelConfig
+from moba_megatron.platform.device import current_device
+from moba_megatron.platform.differences import apply
+from moba_megatron.platform.process_groups import seed_all, start_model_parallel, start_process_group
+
+
+def start_rank(parallel: ParallelConfig, *, seed: int, threads: int | None = None) -> torch.device:
+    """Make this process a rank and return its device. A process group that the caller has started is used.
+
+    Args:
+        threads: CPU threads of this process. Default: the cores it may use, divided by the processes on this machine.
+    """
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    device = current_device()
+    apply(device.type)
+    if not torch.distributed.is_initialized():
+        start_process_group()
+    start_model_parallel(parallel)
+    seed_all(seed)
+    return device
