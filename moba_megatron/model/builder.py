@@ -1,0 +1,249 @@
+"""From a configuration to megatron-core models: the model chunks of one pipeline rank, or a model on the meta device.
+
+megatron-core has defaults that are wrong here or depend on the machine; all of them are set in `transformer_config`,
+with the reason beside each. The returned chunks are bare modules in the training dtype (fp32 or bf16): the caller wraps
+them for data parallelism.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moba_megatron.config import Config, ParallelConfig
+from moba_megatron.model.gpt import ChunkedLossGPTModel
+from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.model.specs import block_spec, choose_implementation
+from moba_megatron.platform import current_device, optional_libraries, seed_all
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    """Rows of the embedding: the vocabulary rounded up to a multiple of the tensor-parallel size.
+
+    >>> padded_vocab_size(50257, 2)
+    50258
+    """
+    return tensor_parallel * -(-vocab_size // tensor_parallel)
+
+
+def transformer_config(config: Config, *, device_type: str | None = None) -> TransformerConfig:
+    """megatron-core's configuration of this model.
+
+    Args:
+        device_type: "cpu" or "cuda"; default: this process's device. On the CPU no fused kernel is asked for.
+
+    Raises:
+        ValueError: if megatron-core refuses a combination (its assertions come through as they are).
+    """
+    model, parallel = config.model, config.parallel
+    device_type = device_type or current_device().type
+    dtype = DTYPES[config.training.precision]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_size,
+        ffn_hidden_size=model.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        rotary_interleaved=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_method_std,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # The loss is a sum over tokens, divided by their number over all micro-batches and ranks once, in the end;
+        # otherwise it is a mean of means, which weighs tokens unequally when masks differ.
+        calculate_per_token_loss=True,
+        **_parallel_settings(parallel, dtype),
+        **_recompute_settings(config.training.recompute),
+        **_machine_settings(device_type),
+    )
+
+
+def _parallel_settings(parallel: ParallelConfig, dtype: torch.dtype) -> dict:
+    interleaved = parallel.virtual_pipeline is not None
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "sequence_parallel": parallel.sequence,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
+        "context_parallel_size": parallel.context,
+        # A list with one type for each layer is off by one in megatron-core 0.16.
+        "cp_comm_type": "p2p",
+        "pipeline_dtype": dtype,
+        "autocast_dtype": dtype,
+        # The interleaved schedule of two stages computes wrong gradients with any other pair.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        # An overlapped send may still read the output after it is called done (seen with gloo: wrong losses, no error).
+        "deallocate_pipeline_outputs": not interleaved,
+    }
+
+
+def _recompute_settings(recompute: str) -> dict:
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
+def _machine_settings(device_type: str) -> dict:
+    """Fused kernels: none on the CPU; on a GPU those whose library is there."""
+    libraries = optional_libraries()
+    cuda = device_type == "cuda"
+    implementation = choose_implementation(device_type)
+    return {
+        "transformer_impl": implementation,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": cuda,
+        "apply_rope_fusion": implementation == "transformer_engine",
+        # megatron-core's own linear layers, of which the output layer is always one, need apex's kernel for it.
+        "gradient_accumulation_fusion": cuda and libraries["apex"].available,
+        "cross_entropy_loss_fusion": False,
+    }
+
+
+def build_model(
+    config: Config, vocab_size: int, schedule: AttentionSchedule, *, stage: int = 0
+) -> list[ChunkedLossGPTModel]:
+    """The model chunks of this pipeline rank, on this process's device, in training mode.
+
+    Weights depend on `config.run.seed` and the parallel sizes only: this seeds all random streams (`seed_all`).
+    The process groups must have been started (`platform.start_model_parallel`), and on a CPU `platform.apply` called.
+
+    Args:
+        vocab_size: entries of the vocabulary, without padding.
+        schedule: what each layer attends to.
+        stage: training stage (from 0) that the layers start with; `set_attention_stage` changes it later.
+
+    Raises:
+        ValueError: if the schedule does not fit the model.
+    """
+    transformer = transformer_config(config)
+    seed_all(config.run.seed)
+    chunks = []
+    for chunk in range(config.parallel.virtual_pipeline or 1):
+        vp_stage = chunk if config.parallel.virtual_pipeline else None
+        chunks.append(
+            _build_chunk(
+                config,
+                transformer,
+                vocab_size,
+                schedule,
+                stage,
+                pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+                vp_stage=vp_stage,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+                pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+            )
+        )
+    return chunks
+
+
+def _build_chunk(
+    config: Config,
+    transformer: TransformerConfig,
+    vocab_size: int,
+    schedule: AttentionSchedule,
+    stage: int,
+    *,
+    pp_rank: int,
+    vp_stage: int | None,
+    pre_process: bool,
+    post_process: bool,
+    pg_collection: ProcessGroupCollection,
+) -> ChunkedLossGPTModel:
+    model = config.model
+    layers = block_spec(
+        transformer, schedule, stage=stage, backend=config.attention.backend, pp_rank=pp_rank, vp_stage=vp_stage
+    )
+    return ChunkedLossGPTModel(
+        config=transformer,
+        transformer_layer_spec=layers,
+        vocab_size=padded_vocab_size(vocab_size, config.parallel.tensor),
+        unpadded_vocab_size=vocab_size,
+        loss_chunk_size=config.training.loss_chunk_size,
+        max_sequence_length=config.data.sequence_length,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        seq_len_interpolation_factor=model.rotary_scaling_factor if model.rotary_scaling == "linear" else None,
+        rope_scaling=model.rotary_scaling == "llama3",
+        rope_scaling_factor=model.rotary_scaling_factor,
+        pg_collection=pg_collection,
+        vp_stage=vp_stage,
+    )
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a whole model, over all ranks, without padding of the vocabulary."""
+
+    layers: int
+    """Decoder layers and final norm: what scaling laws count."""
+    embedding: int
+    """The embedding, which is the output layer as well if they are tied."""
+    output: int
+    """The output layer; 0 if it is tied to the embedding."""
+
+    @property
+    def total(self) -> int:
+        return self.layers + self.embedding + self.output
+
+
+def build_meta_model(config: Config, vocab_size: int) -> ChunkedLossGPTModel:
+    """The whole model, unsharded, on the meta device: shapes without memory. Needs no process group and no platform."""
+    whole = config.model_copy(update={"parallel": ParallelConfig()})
+    transformer = dataclasses.replace(
+        transformer_config(whole, device_type="cpu"), use_cpu_initialization=True, perform_initialization=False
+    )
+    schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
+    with torch.device("meta"):
+        return _build_chunk(
+            whole, transformer, vocab_size, schedule, 0, pp_rank=0, vp_stage=None, pre_process=True, post_process=True,
+            pg_collection=_groups_of_one(),
+        )  # fmt: skip
+
+
+def count_parameters(config: Config, vocab_size: int | None = None) -> ParameterCount:
+    """Count the parameters by building the model on the meta device.
+
+    Args:
+        vocab_size: default: `model.vocab_size`.
+
+    Raises:
+        ValueError: if neither gives a vocabulary size.
+    """
+    vocab_size = vocab_size or config.model.vocab_size
+    if vocab_size is None:
+        raise ValueError("no vocabulary size: set model.vocab_size or pass the tokenizer's size")
+    model = build_meta_model(config, vocab_size)
+    counts = {"embedding.": 0, "output_layer.": 0, "decoder.": 0}
+    for name, parameter in model.named_parameters():
+        counts[next(prefix for prefix in counts if name.startswith(prefix))] += parameter.numel()
+    return ParameterCount(layers=counts["decoder."], embedding=counts["embedding."], output=counts["output_layer."])
+
+
+def _groups_of_one() -> ProcessGroupCollection:
+    """Process groups of a model that is only looked at: megatron-core takes None as a group of one rank."""
+    groups = [field.name for field in dataclasses.fields(ProcessGroupCollection)]
+    return ProcessGroupCollection(**dict.fromkeys(groups))

@@ -1,0 +1,200 @@
+"""MoBA as a core attention of megatron-core: the module between rotary embedding and output projection.
+
+megatron-core builds it through `SelfAttentionSubmodules.core_attention` and calls it with queries `[sq, b, np, hn]` and
+keys and values `[sk, b, ng, hn]` (b sequences of one length), or with a pack of documents, `[t, np, hn]` and
+`[t, ng, hn]`, whose boundaries are in `PackedSeqParams`. Head counts are read from the tensors, so tensor parallelism
+and grouped queries need nothing here: each rank attends with its own heads, and keys are never repeated.
+
+The module has no parameters. What it computes is the attribute `attention`, which may change between steps
+(`set_attention_stage`): block-sparse or full attention over the same projections. Nothing else in it changes, so
+activation recomputation, which runs it twice, is exact.
+
+Sequences of a batch are laid end to end, as documents of one pack. At b = 1 that is a view; otherwise one copy each of
+queries, keys and values.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
+from moba_megatron.ops import full_attention, moba_attention
+
+CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+class MoBACoreAttention(MegatronModule):
+    """Block-sparse (or, in full layers, plain causal) attention behind megatron-core's core attention contract.
+
+    Args:
+        config, layer_number, attn_mask_type, attention_type, attention_dropout, softmax_scale, cp_comm_type,
+            pg_collection: as megatron-core passes them to every core attention. `layer_number` counts from 1 over all
+            pipeline stages. `softmax_scale` defaults to 1 / sqrt(head size).
+        attention: how this layer attends.
+        backend: what computes MoBA: `auto`, `reference`, `gathered` or `triton`.
+
+    Raises:
+        ValueError: for settings that are not MoBA: dropout in attention, a mask that is not causal, cross attention, a
+            window, softmax offsets, latent attention, fp8 in attention; and for context parallelism, which this class
+            does not do.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        attention: LayerAttention,
+        backend: str = "auto",
+    ):
+        super().__init__(config=config)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        _refuse_what_is_not_moba(config, layer_number, attn_mask_type, attention_type, dropout)
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
+        self.attention = attention
+        self.backend = backend
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [sq, b, np, hn], or [t, np, hn] with `packed_seq_params`.
+            key, value: [sk, b, ng, hn] with sk = sq, or [t, ng, hn]; np a multiple of ng; all of one dtype.
+            attention_mask: must be None: the mask is causal within each sequence or document.
+            packed_seq_params: boundaries of the documents of a pack, in tokens (`qkv_format` "thd"). Padded boundaries
+                win where they are given: padding follows its document's tokens, which therefore never attend to it.
+
+        Returns:
+            [sq, b, np * hn], or [t, np * hn] for a pack, in the dtype of `query`.
+
+        Raises:
+            ValueError: for a mask, a bias, or keys that are not those of the queries' tokens (decoding with a cache).
+        """
+        self._check_call(query, key, attention_mask, attn_mask_type, attention_bias)
+        if packed_seq_params is not None and packed_seq_params.qkv_format != "sbhd":
+            cu_seqlens, max_seqlen = _pack_boundaries(packed_seq_params)
+            return self._attend(query, key, value, cu_seqlens, max_seqlen).flatten(1)
+        length, batch = query.shape[:2]
+        if batch == 1:
+            return self._attend(query[:, 0], key[:, 0], value[:, 0], None, length).flatten(1).unsqueeze(1)
+        boundaries = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
+        packed = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
+        output = self._attend(*packed, boundaries, length)
+        return output.view(batch, length, -1).transpose(0, 1).contiguous()
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
+        common = {"softmax_scale": self.softmax_scale, "max_seqlen": max_seqlen}
+        if self.attention.kind == "full":
+            return full_attention(q, k, v, cu_seqlens, **common)
+        sizes = {"block_size": self.attention.block_size, "top_k": self.attention.top_k}
+        return moba_attention(q, k, v, cu_seqlens, **sizes, backend=self.backend, **common)
+
+    def _check_call(self, query, key, attention_mask, attn_mask_type, attention_bias) -> None:
+        if attention_bias is not None:
+            raise ValueError("attention_bias is not MoBA: pass None")
+        if attention_mask is not None:
+            raise ValueError(
+                f"attention_mask of shape {tuple(attention_mask.shape)}: MoBA masks causally by itself; pass None, "
+                "and give document boundaries as PackedSeqParams"
+            )
+        if attn_mask_type is not None and attn_mask_type not in CAUSAL:
+            raise ValueError(f"attn_mask_type {attn_mask_type} is not causal: MoBA is causal self-attention")
+        if query.shape[0] != key.shape[0]:
+            raise ValueError(
+                f"{query.shape[0]} queries against {key.shape[0]} keys: this core attention needs the keys of exactly "
+                "the queries' tokens; decoding with a key/value cache is not its task"
+            )
+
+    def extra_repr(self) -> str:
+        return f"layer_number={self.layer_number}, attention={self.attention}, backend={self.backend}"
+
+
+def set_attention_stage(model_chunks: list[torch.nn.Module], schedule: AttentionSchedule, stage: int) -> int:
+    """Let every MoBA core attention of these model chunks attend as in this stage of the schedule.
+
+    Args:
+        model_chunks: what this pipeline rank holds, wrapped (DDP) or not.
+        stage: counted from 0, see `AttentionSchedule.stage_at`.
+
+    Returns:
+        the number of layers whose attention changed.
+
+    Raises:
+        ValueError: if the schedule has another stage or layer count than asked for.
+    """
+    if not 0 <= stage < len(schedule.stages):
+        raise ValueError(f"stage {stage} is not one of 0 to {len(schedule.stages) - 1}")
+    changed = 0
+    for chunk in model_chunks:
+        for module in chunk.modules():
+            if isinstance(module, MoBACoreAttention):
+                if module.layer_number > schedule.num_layers:
+                    raise ValueError(f"layer {module.layer_number}, but the schedule has {schedule.num_layers} layers")
+                attention = schedule.stages[stage][module.layer_number - 1]
+                changed += module.attention != attention
+                module.attention = attention
+    return changed
+
+
+def _pack_boundaries(packed: PackedSeqParams) -> tuple[Tensor, int | None]:
+    """(cu_seqlens [documents + 1] int32, longest document) of a pack of documents."""
+    if packed.qkv_format != "thd":
+        raise ValueError(f"PackedSeqParams.qkv_format = {packed.qkv_format!r}: packs of documents are 'thd'")
+    cu_q = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+    cu_kv = packed.cu_seqlens_kv if packed.cu_seqlens_kv_padded is None else packed.cu_seqlens_kv_padded
+    if cu_q is None:
+        raise ValueError("PackedSeqParams without cu_seqlens_q: the boundaries of the documents are missing")
+    # Values are compared on the CPU only: reading them from a GPU would stall it at every layer.
+    differ = cu_kv is not None and cu_kv is not cu_q and (
+        cu_kv.shape != cu_q.shape or (cu_q.device.type == "cpu" and not torch.equal(cu_q, cu_kv))
+    )  # fmt: skip
+    if differ:
+        raise ValueError("PackedSeqParams: cu_seqlens_q and cu_seqlens_kv differ, but MoBA is self-attention")
+    return cu_q, packed.max_seqlen_q
+
+
+def _refuse_what_is_not_moba(
+    config: TransformerConfig, layer: int, mask_type: AttnMaskType, attention_type: str, dropout: float
+) -> None:
+    fp8 = config.fp8_dot_product_attention or config.fp8_multi_head_attention
+    checks = [
+        (dropout > 0, f"attention_dropout = {dropout} is not MoBA: set it to 0.0"),
+        (mask_type not in CAUSAL, f"attn_mask_type = {mask_type} is not causal: use AttnMaskType.causal"),
+        (attention_type != "self", f"attention_type = {attention_type!r}: MoBA is self-attention"),
+        (config.window_size is not None, f"window_size = {config.window_size} is not MoBA: set it to None"),
+        (
+            config.softmax_type != "vanilla",
+            f"softmax_type = {config.softmax_type!r} (a softmax offset) is not MoBA: set it to 'vanilla'",
+        ),
+        (config.multi_latent_attention, "multi_latent_attention = True is not supported by MoBA: set it to False"),
+        (fp8, "fp8 attention is not supported by MoBA: unset fp8_dot_product_attention and fp8_multi_head_attention"),
+        (
+            config.context_parallel_size > 1,
+            f"context_parallel_size = {config.context_parallel_size}: this class holds whole sequences; set it to 1",
+        ),
+    ]
+    problems = [text for wrong, text in checks if wrong]
+    if problems:
+        raise ValueError(f"layer {layer} cannot use MoBA: " + "; ".join(problems))

@@ -1,0 +1,92 @@
+"""megatron-core's GPTModel with a loss in chunks, and with rotary embedding that restarts at every document of a pack.
+
+Everything but the last step is the stock model. Without labels it returns logits exactly as the stock model does (of
+the padded vocabulary, sharded over the tensor-parallel ranks).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from moba_megatron.model.loss import chunked_cross_entropy
+
+
+class DocumentRotaryEmbedding(RotaryEmbedding):
+    """Rotary embedding whose table is longer than the pack.
+
+    For packs, megatron-core takes the length of the table from `max_seqlen_q`: it computes and keeps one table for each
+    longest document it meets, and when the table happens to be as long as the pack, positions run on through it instead
+    of starting anew at each document. Scores only depend on distances, but their rounding then grows with the position.
+    A table of one position more than the pack holds avoids both.
+    """
+
+    def get_rotary_seq_len(
+        self, inference_context, transformer, transformer_input, transformer_config, packed_seq_params=None, **kwargs
+    ) -> int:
+        """As in megatron-core, in tokens; for a pack, its tokens plus one."""
+        pack = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+        length = super().get_rotary_seq_len(
+            inference_context,
+            transformer,
+            transformer_input,
+            transformer_config,
+            None if pack else packed_seq_params,
+            **kwargs,
+        )
+        return length + 1 if pack else length
+
+
+class ChunkedLossGPTModel(GPTModel):
+    """GPTModel that returns the loss of each token, [b, s] in fp32, without holding the logits of a long sequence.
+
+    Args:
+        loss_chunk_size: tokens per chunk of the loss.
+        unpadded_vocab_size: entries of the vocabulary; `vocab_size` of the stock model may be larger, up to a multiple
+            of the tensor-parallel size.
+        **stock: arguments of `GPTModel`, by name.
+
+    Raises:
+        ValueError: for settings that the chunked loss or the rotary embedding of documents does not serve.
+    """
+
+    def __init__(self, *, loss_chunk_size: int, unpadded_vocab_size: int, **stock: Any):
+        if not 1 <= unpadded_vocab_size <= stock["vocab_size"]:
+            raise ValueError(
+                f"unpadded_vocab_size = {unpadded_vocab_size} is not in 1 to vocab_size = {stock['vocab_size']}"
+            )
+        if stock.get("mtp_block_spec") is not None:
+            raise ValueError("multi-token prediction is not supported with the chunked loss")
+        if stock.get("position_embedding_type") != "rope":
+            raise ValueError(f"position_embedding_type = {stock.get('position_embedding_type')!r}: 'rope' is supported")
+        super().__init__(**stock)
+        self.loss_chunk_size = loss_chunk_size
+        self.unpadded_vocab_size = unpadded_vocab_size
+        self.rotary_pos_emb = DocumentRotaryEmbedding(
+            kv_channels=self.config.kv_channels,
+            rotary_percent=stock.get("rotary_percent", 1.0),
+            rotary_interleaved=self.config.rotary_interleaved,
+            seq_len_interpolation_factor=stock.get("seq_len_interpolation_factor"),
+            rotary_base=stock.get("rotary_base", 10000),
+            rope_scaling=stock.get("rope_scaling", False),
+            rope_scaling_factor=stock.get("rope_scaling_factor", 8.0),
+            use_cpu_initialization=self.config.use_cpu_initialization,
+            cp_group=self.pg_collection.cp,
+        )
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+        tied = self.share_embeddings_and_output_weights
+        return chunked_cross_entropy(
+            hidden_states,
+            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            labels,
+            chunk_size=self.loss_chunk_size,
+            vocab_size=self.unpadded_vocab_size,
+            tp_group=self.pg_collection.tp,
+            sequence_parallel=self.config.sequence_parallel,
+        )

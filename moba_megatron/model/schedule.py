@@ -1,0 +1,200 @@
+"""The attention schedule: what each layer attends to, in each stage of the training (MoBA report, section 3.2).
+
+A schedule is plain data: for each stage a tuple with one `LayerAttention` per layer, and the share of the training at
+which the stage ends. Which layers are full is found in this order, the later rule winning:
+
+1. `kind` holds for every layer;
+2. `full_layers`, `full_every_n` and `last_n_full` make layers full;
+3. `layers` sets single layers, in every respect.
+
+A stage that leaves a setting out takes the one of the `attention` section.
+
+Stages are cut by steps. With S steps in all, a stage that ends at the share u of the training ends after step
+floor(u S + 1/2): the nearest whole step, halves upward. Steps count from 1, so with S = 100 and u = 0.9 step 90 is the
+last of the first stage and step 91 the first of the next one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from moba_megatron.config import AttentionConfig, AttentionKind, AttentionStage
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """How one layer attends: `full`, or `moba` with `block_size` (tokens) and `top_k` (blocks; the current one counts).
+
+    A full layer has no block size and no top_k, so that two schedules are equal where they compute the same.
+
+    >>> LayerAttention("moba", 512, 3)
+    LayerAttention(kind='moba', block_size=512, top_k=3)
+    """
+
+    kind: AttentionKind
+    block_size: int | None = None
+    top_k: int | None = None
+
+    def __post_init__(self):
+        if self.kind == "full":
+            if self.block_size is not None or self.top_k is not None:
+                raise ValueError(f"full attention takes no block_size ({self.block_size}) and no top_k ({self.top_k})")
+        elif self.kind == "moba":
+            if not self.block_size or not self.top_k or self.block_size < 1 or self.top_k < 1:
+                raise ValueError(
+                    f"moba attention needs block_size and top_k of at least 1, not {self.block_size} and {self.top_k}"
+                )
+        else:
+            raise ValueError(f"kind {self.kind!r} of attention: 'moba' or 'full'")
+
+    def __str__(self) -> str:
+        return "full" if self.kind == "full" else f"moba B={self.block_size} K={self.top_k}"
+
+
+FULL = LayerAttention("full")
+
+
+@dataclass(frozen=True)
+class AttentionSchedule:
+    """What every layer attends to in every stage.
+
+    Attributes:
+        stages: for each stage one entry per layer, layer 1 first.
+        until: for each stage the share of the training at which it ends, rising to 1.0.
+    """
+
+    stages: tuple[tuple[LayerAttention, ...], ...]
+    until: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self):
+        if len(self.stages) != len(self.until) or not self.stages:
+            raise ValueError(f"{len(self.stages)} stages and {len(self.until)} ends of stages: one end for each stage")
+        if len({len(layers) for layers in self.stages}) != 1:
+            raise ValueError(f"stages with different numbers of layers: {[len(layers) for layers in self.stages]}")
+        shares = (0.0, *self.until)
+        if any(a >= b for a, b in zip(shares, shares[1:], strict=False)) or self.until[-1] != 1.0:
+            raise ValueError(f"the ends of the stages must rise from above 0 to 1.0, not {self.until}")
+
+    @classmethod
+    def from_config(cls, attention: AttentionConfig, num_layers: int) -> AttentionSchedule:
+        """The schedule of a configuration's `attention` section for a model of `num_layers` layers.
+
+        Raises:
+            ValueError: if a layer is named that the model does not have.
+        """
+        stages = attention.stages or [AttentionStage(until=1.0)]
+        layers = tuple(_stage_layers(attention, stage, num_layers) for stage in stages)
+        return cls(layers, tuple(stage.until for stage in stages))
+
+    @classmethod
+    def uniform(cls, num_layers: int, layer: LayerAttention) -> AttentionSchedule:
+        """One stage in which every layer attends alike."""
+        return cls(((layer,) * num_layers,))
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.stages[0])
+
+    def last_step(self, stage: int, steps: int) -> int:
+        """The last step (counted from 1) of a stage when the training has `steps` steps."""
+        return math.floor(self.until[stage] * steps + 0.5)
+
+    def stage_at(self, step: int, steps: int) -> int:
+        """The stage (counted from 0) that holds at `step`, counted from 1: the step that is about to be taken.
+
+        A stage whose share is less than half a step has no step at all.
+
+        Raises:
+            ValueError: if `step` is not one of 1 to `steps`.
+        """
+        if not 1 <= step <= steps:
+            raise ValueError(f"step {step} is not one of 1 to {steps}")
+        return next(stage for stage in range(len(self.stages)) if step <= self.last_step(stage, steps))
+
+    def always_full(self, layer_number: int) -> bool:
+        """Whether this layer (counted from 1) attends fully in every stage."""
+        return all(layers[layer_number - 1].kind == "full" for layers in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, for JSON or a checkpoint; `from_dict` reads them back."""
+        return {
+            "until": list(self.until),
+            "stages": [[[layer.kind, layer.block_size, layer.top_k] for layer in layers] for layers in self.stages],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AttentionSchedule:
+        """The schedule that `to_dict` wrote.
+
+        Raises:
+            ValueError: if `values` is not of that form.
+        """
+        try:
+            stages = tuple(tuple(LayerAttention(*layer) for layer in layers) for layers in values["stages"])
+            return cls(stages, tuple(values["until"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a stored attention schedule: {type(error).__name__}: {error}") from error
+
+    def table(self, steps: int | None = None) -> str:
+        """A few readable lines: each stage with its layers, equal neighbours together; with `steps`, also its steps."""
+        lines, first = [], 1
+        for stage, layers in enumerate(self.stages):
+            head = f"stage {stage + 1}/{len(self.stages)} until {self.until[stage]:.0%}"
+            if steps is not None:
+                last = self.last_step(stage, steps)
+                head += f" (steps {first}-{last})" if last >= first else " (no steps)"
+                first = last + 1
+            runs = (f"layers {a}-{b}: {what}" if a != b else f"layer {a}: {what}" for a, b, what in _runs(layers))
+            lines.append(head + "  " + ", ".join(runs))
+        return "\n".join(lines)
+
+    def differences(self, other: AttentionSchedule) -> list[str]:
+        """What `other` has that this schedule has not, one line each; empty if they are equal."""
+        if self.num_layers != other.num_layers:
+            return [f"{self.num_layers} layers against {other.num_layers}"]
+        if self.until != other.until:
+            return [f"stages end at {list(self.until)} of the training against {list(other.until)}"]
+        return [
+            f"stage {stage + 1}, layer {number}: {mine} against {theirs}"
+            for stage, (ours, others) in enumerate(zip(self.stages, other.stages, strict=True))
+            for number, (mine, theirs) in enumerate(zip(ours, others, strict=True), start=1)
+            if mine != theirs
+        ]
+
+
+def _stage_layers(attention: AttentionConfig, stage: AttentionStage, num_layers: int) -> tuple[LayerAttention, ...]:
+    def setting(name: str) -> Any:
+        own = getattr(stage, name)
+        return getattr(attention, name) if own is None else own
+
+    overrides = setting("layers")
+    unknown = sorted(n for n in {*setting("full_layers"), *overrides} if not 1 <= n <= num_layers)
+    if unknown:
+        raise ValueError(f"attention names layers {unknown}: layers are counted from 1 to {num_layers}")
+    every, last = setting("full_every_n"), setting("last_n_full")
+    layers = []
+    for number in range(1, num_layers + 1):
+        full = number in setting("full_layers") or (every and number % every == 0) or number > num_layers - last
+        kind = "full" if full else setting("kind")
+        override = overrides.get(number)
+        kind = override.kind if override and override.kind else kind
+        if kind == "full":
+            layers.append(FULL)
+            continue
+        block_size = override.block_size if override and override.block_size else setting("block_size")
+        top_k = override.top_k if override and override.top_k else setting("top_k")
+        layers.append(LayerAttention("moba", block_size, top_k))
+    return tuple(layers)
+
+
+def _runs(layers: tuple[LayerAttention, ...]) -> list[tuple[int, int, LayerAttention]]:
+    """Neighbouring equal layers as (first, last, what), counted from 1."""
+    runs: list[tuple[int, int, LayerAttention]] = []
+    for number, layer in enumerate(layers, start=1):
+        if runs and runs[-1][2] == layer:
+            runs[-1] = (runs[-1][0], number, layer)
+        else:
+            runs.append((number, number, layer))
+    return runs
