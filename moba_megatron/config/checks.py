@@ -31,8 +31,9 @@ def check_world(config: Config, world_size: int) -> int:
     if training.global_batch_size % per_pass:
         nearest = max(1, round(training.global_batch_size / per_pass)) * per_pass
         raise ConfigError([
-            f"training.global_batch_size = {training.global_batch_size} is not a multiple of micro_batch_size x "
-            f"data-parallel size = {training.micro_batch_size} x {data_ranks} = {per_pass}: the nearest that is: {nearest}"
+            f"training.global_batch_size = {training.global_batch_size} is not a multiple of "
+            f"micro_batch_size x data-parallel size = {training.micro_batch_size} x {data_ranks} = {per_pass}: "
+            f"the nearest that is: {nearest}"
         ])  # fmt: skip
     microbatches = training.global_batch_size // per_pass
     if parallel.virtual_pipeline and microbatches % parallel.pipeline:

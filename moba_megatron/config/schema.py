@@ -187,7 +187,7 @@ class TrainingConfig(Section):
     """`bf16`: weights and activations in bf16 with fp32 main weights, gradients and optimizer state."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation in the backward: `selective` repeats the core attention, `full` whole layers."""
-    loss_chunk_size: int = Field(default=1024, ge=1)
+    loss_chunk_size: int = Field(default=512, ge=1)
     """Tokens per chunk of the loss: at most chunk x vocabulary logits are in memory at once."""
 
 

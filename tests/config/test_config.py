@@ -67,7 +67,10 @@ def test_a_file_that_includes_itself_is_refused(tmp_path):
         ({"attention__stages": [{"until": 0.5}]}, "the last `until` must be 1.0"),
         ({"attention__stages": [{"until": 0.5}, {"until": 0.4}]}, "`until` must rise"),
         ({"attention__backend": "cuda"}, "attention.backend = 'cuda'"),
-        ({"model__num_query_groups": 3}, "model.num_attention_heads = 4 is not a multiple of model.num_query_groups = 3"),
+        (
+            {"model__num_query_groups": 3},
+            "model.num_attention_heads = 4 is not a multiple of model.num_query_groups = 3",
+        ),
         ({"model__hidden_size": 66}, "model.hidden_size = 66 is not a multiple of model.num_attention_heads = 4"),
         ({"model__hidden_size": "64"}, "model.hidden_size = '64'"),
         ({"parallel__tensor": 4}, "parallel.tensor = 4 does not divide model.num_query_groups = 2"),

@@ -1,0 +1,65 @@
+"""A trained model from a run folder, for whatever comes after training: evaluation, generation, export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moba_megatron.checkpoint.manifest import NAME, CheckpointError, Manifest, find_latest
+from moba_megatron.checkpoint.reader import load_model
+from moba_megatron.config import Config, ParallelConfig, config_from_dict
+from moba_megatron.model.builder import build_model
+from moba_megatron.model.core_attention import set_attention_stage
+from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.platform.start import start_rank
+
+
+@dataclass
+class OpenedModel:
+    """A model in evaluation mode that attends as at its last training step, and where it came from."""
+
+    model: list[torch.nn.Module]
+    config: Config
+    schedule: AttentionSchedule
+    step: int
+    checkpoint: Path
+    device: torch.device
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that a path means: a checkpoint folder itself, or the newest one of a run folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    found = path if (path / NAME).is_file() else find_latest(path / "checkpoints")
+    if found is None:
+        raise CheckpointError(f"{path} is neither a checkpoint nor a run folder with a complete checkpoint")
+    return found
+
+
+def saved_config(checkpoint: Path) -> Config:
+    """The configuration a checkpoint was trained with, on one rank (any layout loads at any other)."""
+    values = Manifest.read(checkpoint).config
+    return config_from_dict({**values, "parallel": ParallelConfig().model_dump()})
+
+
+def open_model(path: str | Path, vocab_size: int) -> OpenedModel:
+    """Start this process as a single rank and load a model into it.
+
+    Args:
+        vocab_size: size of the tokenizer, used where the configuration leaves `model.vocab_size` to it.
+    """
+    checkpoint = find_checkpoint(path)
+    config = saved_config(checkpoint)
+    device = start_rank(config.parallel, seed=config.run.seed)
+    schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
+    model = build_model(config, config.model.vocab_size or vocab_size, schedule)
+    step = load_model(checkpoint, model, check_files=config.checkpoint.verify).step
+    set_attention_stage(model, schedule, schedule.stage_at(max(step, 1), config.training.steps))
+    for chunk in model:
+        chunk.eval()
+    return OpenedModel(model, config, schedule, step, checkpoint, device)

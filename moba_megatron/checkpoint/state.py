@@ -1,0 +1,88 @@
+"""Everything that a training run must carry over a stop: weights, optimizer, learning-rate schedule and random states.
+
+Weights and optimizer state are described to megatron-core by their place in the whole model, so a checkpoint written at
+one parallel layout loads at another. Random states belong to a (pipeline, tensor) position and are only restored at the
+same layout.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+# The default type of the distributed optimizer's checkpoint cannot be resumed in megatron-core 0.16.
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclass
+class TrainingState:
+    """Unwrapped model chunks of this pipeline rank, and what trains them."""
+
+    model: list[torch.nn.Module]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    def sharded(self, *, loading: bool, with_random_state: bool = True) -> dict[str, Any]:
+        """The sharded state dict that megatron-core saves or fills."""
+        state = sharded_model(self.model)
+        state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=loading, metadata=SHARDING)
+        state["scheduler"] = self.scheduler.state_dict()
+        if with_random_state:
+            state["random"] = _sharded_random_state()
+        return state
+
+    def load(self, loaded: dict[str, Any]) -> None:
+        """Take over what `dist_checkpointing.load` returned for `sharded(loading=True)`."""
+        load_weights(self.model, loaded)
+        with torch.no_grad():
+            self.optimizer.load_state_dict(loaded["optimizer"])
+        self.scheduler.load_state_dict(loaded["scheduler"])
+        if "random" in loaded:
+            _set_random_state(loaded["random"])
+
+
+def sharded_model(model: list[torch.nn.Module]) -> dict[str, Any]:
+    """Sharded state dict of the weights alone: one entry for each model chunk."""
+    return {_chunk_name(model, i): chunk.sharded_state_dict(metadata=SHARDING) for i, chunk in enumerate(model)}
+
+
+def load_weights(model: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    for i, chunk in enumerate(model):
+        chunk.load_state_dict(loaded[_chunk_name(model, i)], strict=True)
+
+
+def _chunk_name(model: list[torch.nn.Module], index: int) -> str:
+    return "model" if len(model) == 1 else f"model{index}"
+
+
+def _sharded_random_state() -> ShardedObject:
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    pipeline = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    tensor = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return ShardedObject("random", states, (pipeline[1], tensor[1]), (pipeline[0], tensor[0]), replica_id=replica)
+
+
+def _set_random_state(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])

@@ -1,0 +1,111 @@
+"""Writing checkpoints while training goes on.
+
+A save copies nothing on CPU: megatron-core's asynchronous saver forks a process that sees the state as it was, writes
+this rank's files and their digests, and ends. When every rank's process is done, all ranks finalize together: rank 0
+writes the manifest, flushes everything to disk and renames `.step_N.partial` to `step_N`; only then are older
+checkpoints removed. A run killed at any moment leaves either the old set or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+
+from moba_megatron.checkpoint.manifest import Manifest, digest_file, list_checkpoints
+from moba_megatron.checkpoint.state import SHARDING, TrainingState
+
+
+class CheckpointWriter:
+    """Writes `DIRECTORY/step_N`, one save at a time, and keeps the newest `keep` of them.
+
+    Every method is collective: all ranks call it at the same step.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, asynchronous: bool):
+        self.directory = directory
+        self.keep = keep
+        self.asynchronous = asynchronous
+        self.queue = AsyncCallsQueue()
+
+    def save(self, state: TrainingState, manifest: Manifest) -> Path:
+        """Start writing; waits for the previous save first. Returns the path the checkpoint will have."""
+        self.wait()
+        final = self.directory / f"step_{manifest.step}"
+        unfinished = self.directory / f".step_{manifest.step}.partial"
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        torch.distributed.barrier()
+        request = dist_checkpointing.save(
+            state.sharded(loading=False), str(unfinished), async_sharded_save=True, content_metadata=SHARDING
+        )
+        request = request._replace(async_fn=partial(_write_and_digest, request.async_fn, unfinished))
+        request.add_finalize_fn(partial(self._publish, unfinished, final, manifest))
+        self._start(request)
+        return final
+
+    def poll(self) -> None:
+        """Publish a finished save, if there is one."""
+        self.queue.maybe_finalize_async_calls(blocking=False)
+
+    def wait(self) -> None:
+        """Wait until nothing is being written. Raises megatron-core's CheckpointException if writing failed."""
+        self.queue.maybe_finalize_async_calls(blocking=True)
+
+    def _start(self, request: AsyncRequest) -> None:
+        if self.asynchronous:
+            self.queue.schedule_async_request(request)
+        else:
+            request.execute_sync()
+
+    def _publish(self, unfinished: Path, final: Path, manifest: Manifest) -> None:
+        if torch.distributed.get_rank() == 0:
+            for part in unfinished.glob("digests_*.json"):
+                manifest.files.update(json.loads(part.read_text()))
+                part.unlink()
+            small = [path for path in unfinished.iterdir() if path.name not in manifest.files]
+            manifest.files.update({path.name: digest_file(path) for path in small})
+            manifest.write(unfinished)
+            for path in unfinished.iterdir():
+                _flush(path)
+            if final.exists():
+                shutil.rmtree(final)
+            unfinished.rename(final)
+            _flush(self.directory)
+            for old in list_checkpoints(self.directory)[: -self.keep]:
+                _remove(old)
+        torch.distributed.barrier()
+
+
+def _write_and_digest(write: Callable[..., Any] | None, folder: Path, *args: Any, **kwargs: Any) -> None:
+    """Runs in the forked process: write this rank's files, then record their digests beside them."""
+    rank = torch.distributed.get_rank()
+    if write is not None:
+        write(*args, **kwargs)
+    digests = {path.name: digest_file(path) for path in folder.glob(f"__{rank}_*.distcp")}
+    (folder / f"digests_{rank}.json").write_text(json.dumps(digests))
+
+
+def _flush(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint so that no moment shows a half-removed one under its name."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)

@@ -1,0 +1,75 @@
+"""`moba-megatron doctor`: what this machine has, and what a run on it would use."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform as machine
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from moba_megatron import __version__
+from moba_megatron.config import ConfigError, load_config
+from moba_megatron.ops.backends import BACKENDS, resolve_backend
+from moba_megatron.platform import current_device, optional_libraries
+
+PACKAGES = ("torch", "megatron-core", "triton", "transformers", "tokenizers", "datasets", "gigatoken", "wandb")
+
+
+def doctor_command(
+    config: Annotated[
+        Path | None, typer.Argument(help="A configuration: also say what a run of it would choose.")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value")] = None,
+) -> None:
+    """Print versions, devices, optional libraries and attention backends, and why those that cannot run cannot."""
+    console = Console(highlight=False, soft_wrap=True)
+    _print_versions(console)
+    _print_libraries(console)
+    device = current_device()
+    _print_backends(console, device)
+    if config is not None:
+        try:
+            name = load_config(config, overrides).attention.backend
+            chosen, reason = resolve_backend(name, device)
+        except (ConfigError, ValueError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+        console.print(f"{config}: attention.backend = {name} runs as {chosen} ({reason})")
+
+
+def _print_versions(console: Console) -> None:
+    table = Table("what", "version")
+    table.add_row("moba-megatron", __version__)
+    table.add_row("python", machine.python_version())
+    for name in PACKAGES:
+        try:
+            table.add_row(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(name, "not installed")
+    table.add_row("cores this process may use", str(len(os.sched_getaffinity(0))))
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    table.add_row("GPUs", ", ".join(gpus) or "none: training runs on the CPU with gloo")
+    console.print(table)
+
+
+def _print_libraries(console: Console) -> None:
+    table = Table(Column("optional library", no_wrap=True), "state", "used for", "how to get it")
+    for library in optional_libraries().values():
+        state = f"{library.version or 'found'}" if library.available else f"no: {library.reason}"
+        table.add_row(library.name, state, library.purpose, "" if library.available else library.how_to_get)
+    console.print(table)
+
+
+def _print_backends(console: Console, device: torch.device) -> None:
+    table = Table("attention backend", f"on {device.type}", "what it is")
+    for backend in BACKENDS.values():
+        reason = backend.unavailable(device)
+        table.add_row(backend.name, "available" if reason is None else f"no: {reason}", backend.summary)
+    table.add_row("auto", *resolve_backend("auto", device))
+    console.print(table)

@@ -1,0 +1,106 @@
+"""Validation loss by position in the document, which shows what an average hides: whether the far end of the window
+learns.
+
+*Position* is the number of tokens a prediction can look back on within its document (the batch's `position_ids`).
+*Trailing loss* is the mean over the last positions of the window (MoBA report, section 3.1: the last 2K of 32K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from moba_megatron.config import Config
+from moba_megatron.model.forward import Batch, forward_step, microbatch_shape, reduce_over_ranks
+
+
+@dataclass
+class PositionRange:
+    """Mean loss (nats per token) over the predictions at positions start to end (exclusive); None where there were
+    none."""
+
+    start: int
+    end: int
+    tokens: int
+    loss: float | None
+
+
+@dataclass
+class Evaluation:
+    """Losses in nats per token over `tokens` predictions; trailing loss over the last `trailing_tokens` positions."""
+
+    loss: float
+    trailing_loss: float | None
+    trailing_tokens: int
+    tokens: int
+    by_position: list[PositionRange]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    model: list[torch.nn.Module], batches: list[Iterator[Batch]], config: Config, num_microbatches: int
+) -> Evaluation:
+    """Run the model over validation batches. Collective; every rank gets the same result.
+
+    Args:
+        model: this pipeline rank's chunks, wrapped for data parallelism or not; left in training mode if they were.
+        batches: one iterator of this rank's batches for each chunk.
+        num_microbatches: how many batches to take from each.
+    """
+    was_training = [chunk.training for chunk in model]
+    for chunk in model:
+        chunk.eval()
+    with torch.no_grad():
+        reductions = get_forward_backward_func()(
+            forward_step_func=partial(
+                forward_step, reduction=partial(position_sums, length=config.data.sequence_length)
+            ),
+            data_iterator=batches if len(batches) > 1 else batches[0],
+            model=model if len(model) > 1 else model[0],
+            num_microbatches=num_microbatches,
+            **microbatch_shape(config.data, config.training.micro_batch_size),
+            forward_only=True,
+        )
+    for chunk, training in zip(model, was_training, strict=True):
+        chunk.train(training)
+    sums_2S = reduce_over_ranks([item["sums"] for item in reductions], (2, config.data.sequence_length))
+    return summarise(sums_2S, config.trailing_tokens, config.evaluation.position_buckets)
+
+
+def position_sums(
+    losses_BS: torch.Tensor, batch: Batch, length: int
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Losses and token counts added up by position: `sums` is fp64 `[2, length]`."""
+    mask = batch["loss_mask"].double().flatten()
+    position = batch["position_ids"].flatten()
+    sums_2S = torch.zeros(2, length, dtype=torch.float64, device=losses_BS.device)
+    sums_2S[0].index_add_(0, position, losses_BS.double().flatten() * mask)
+    sums_2S[1].index_add_(0, position, mask)
+    return sums_2S[0].sum(), mask.sum().int(), {"sums": sums_2S}
+
+
+def summarise(sums_2S: torch.Tensor, trailing_tokens: int, buckets: int) -> Evaluation:
+    """Means from sums by position: over all, over the trailing positions, and over equal ranges of positions."""
+    length = sums_2S.size(1)
+    bounds = [length * i // buckets for i in range(buckets + 1)]
+    by_position = []
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        loss, tokens = _mean(sums_2S[:, start:end])
+        by_position.append(PositionRange(start, end, tokens, loss))
+    loss, tokens = _mean(sums_2S)
+    if loss is None:
+        raise ValueError("no token of the evaluation counts: its loss mask is empty")
+    trailing, _ = _mean(sums_2S[:, length - trailing_tokens :])
+    return Evaluation(loss, trailing, trailing_tokens, tokens, by_position)
+
+
+def _mean(sums_2S: torch.Tensor) -> tuple[float | None, int]:
+    total, count = sums_2S.sum(dim=1).tolist()
+    return (total / count if count else None), int(count)

@@ -1,0 +1,124 @@
+"""The public operator: MoBA attention and its selection (MoBA report, arXiv 2502.13189, section 2.2).
+
+Two steps, whatever the backend: select past blocks for every query and head (no gradient), then attend the selected
+blocks and, causally, the query's own. docs/semantics.md tells what is computed in each edge case.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+
+import torch
+from torch import Tensor
+
+from moba_megatron.ops.backends import resolve_backend
+from moba_megatron.ops.dense import full_attention
+from moba_megatron.ops.gathered import attend
+from moba_megatron.ops.layout import BlockLayout, block_layout, check_inputs, check_settings
+from moba_megatron.ops.reference import reference_attend, reference_select
+from moba_megatron.ops.routing import select_past, summarize
+
+_logger = logging.getLogger("moba_megatron.ops")
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _logger.info(message)
+
+
+def _layout(q: Tensor, cu_seqlens: Tensor | None, block_size: int, max_seqlen: int | None) -> BlockLayout:
+    return block_layout(q.shape[0], block_size, cu_seqlens, max_seqlen=max_seqlen, device=q.device)
+
+
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    block_size: int,
+    top_k: int,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """Mixture of Block Attention over a pack of documents.
+
+    Every query attends its own block causally and, of the complete blocks before it in its document, the `top_k` - 1
+    whose mean key has the largest inner product with it. Differentiable in q, k and v; selection is a constant.
+
+    Args:
+        q: queries [T, N, D] after rotary embedding; floating.
+        k, v: keys and values [T, G, D], same dtype and device; N a multiple of G.
+        cu_seqlens: int32 [documents + 1] on q's device, boundaries from 0 to T in tokens; None for one document.
+        block_size: tokens per block.
+        top_k: blocks per query, its own counted.
+        softmax_scale: factor on the scores of the softmax, 1/sqrt(D) if None. Selection does not depend on it.
+        backend: `auto`, `reference`, `gathered` or `triton`. `auto` takes full causal attention where it is the same:
+            where top_k blocks cover the longest document.
+        max_seqlen: an upper bound on the longest document in tokens; spares reading cu_seqlens on an accelerator.
+
+    Returns:
+        [T, N, D] in q's dtype. Softmax and sums are in fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: inputs or settings that do not fit, or a backend that cannot run; the message names the values.
+
+    >>> q, k, v = torch.randn(3, 8, 2, 4).unbind(0)
+    >>> moba_attention(q, k, v, torch.tensor([0, 5, 8], dtype=torch.int32), block_size=2, top_k=2).shape
+    torch.Size([8, 2, 4])
+    """
+    check_settings(block_size, top_k)
+    check_inputs({"q": q, "k": k, "v": v}, cu_seqlens)
+    name, _ = resolve_backend(backend, q.device)
+    if q.shape[0] == 0:
+        # No rows, but the graph stays connected.
+        return q + (k.sum() + v.sum()).to(q.dtype)
+    scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else float(softmax_scale)
+    if name == "reference":
+        ids = reference_select(q, k, cu_seqlens, block_size, min(top_k, -(-q.shape[0] // block_size)) - 1)
+        return reference_attend(q, k, v, ids, cu_seqlens, block_size, scale)[0]
+    layout = _layout(q, cu_seqlens, block_size, max_seqlen)
+    if backend == "auto" and top_k >= layout.max_blocks:
+        _say_once(
+            f"auto: full causal attention where top_k = {top_k} blocks of {block_size} tokens cover every document"
+        )
+        return full_attention(q, k, v, cu_seqlens, softmax_scale=scale, max_seqlen=max_seqlen)
+    ids = select_past(q, summarize(k, layout), layout, min(top_k, layout.max_blocks) - 1)
+    return attend(q, k, v, ids, layout, scale)[0]
+
+
+@torch.no_grad()
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    block_size: int,
+    top_k: int,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """The blocks that `moba_attention` attends for every query and head.
+
+    Args: as for `moba_attention`.
+
+    Returns:
+        int32 [T, N, top_k], block numbers within the query's document: its own block first, then past blocks by falling
+        score, equal scores by lower number, -1 where there are fewer.
+
+    Raises:
+        ValueError: as `moba_attention`.
+
+    The last query below likes the third block (mean 5) better than the first (1) and the second (0):
+
+    >>> keys = torch.tensor([1.0, 1.0, 0.0, 0.0, 4.0, 6.0, 0.0]).view(7, 1, 1)
+    >>> select_blocks(torch.ones(7, 1, 1), keys, block_size=2, top_k=3)[-1, 0].tolist()
+    [3, 2, 0]
+    """
+    check_settings(block_size, top_k)
+    check_inputs({"q": q, "k": k}, cu_seqlens)
+    layout = _layout(q, cu_seqlens, block_size, max_seqlen)
+    own_TN1 = layout.block_T.to(torch.int32).view(-1, 1, 1).expand(-1, q.shape[1], 1)
+    return torch.cat([own_TN1, select_past(q, summarize(k, layout), layout, top_k - 1)], dim=-1)

@@ -1,0 +1,63 @@
+"""Full causal attention of packed documents through PyTorch's fused kernels, for the full layers of a hybrid.
+
+Keys are never repeated in memory: grouped-query attention is the kernel's own. Documents on a CPU are attended one by
+one (views, no copies of keys); packed bf16 and fp16 on CUDA go through the variable-length flash kernel, which takes
+the boundaries from the device. Packed fp32 on CUDA, which that kernel refuses, reads the boundaries on the host.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moba_megatron.ops.layout import check_inputs
+
+
+def full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    softmax_scale: float | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """Causal attention within each document of a pack.
+
+    Args:
+        q: queries [T, N, D], floating.
+        k, v: keys and values [T, G, D], same dtype and device; N a multiple of G.
+        cu_seqlens: int32 [documents + 1], boundaries from 0 to T; None for one document.
+        softmax_scale: factor on the scores, 1/sqrt(D) if None.
+        max_seqlen: an upper bound on the longest document in tokens; only the kernel for packs on CUDA looks at it.
+
+    Returns:
+        [T, N, D] in q's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or boundaries that do not fit.
+    """
+    check_inputs({"q": q, "k": k, "v": v}, cu_seqlens)
+    scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else softmax_scale
+    if cu_seqlens is None or cu_seqlens.numel() == 2:
+        return _one_document(q, k, v, scale)
+    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+        longest = q.shape[0] if max_seqlen is None else max_seqlen
+        bounds = cu_seqlens.to(torch.int32)
+        flash = torch.ops.aten._flash_attention_forward
+        return flash(q, k, v, bounds, bounds, longest, longest, 0.0, True, False, scale=scale)[0]
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    outputs = [_one_document(*part, scale) for part in parts if part[0].shape[0]]
+    return torch.cat(outputs) if outputs else torch.zeros_like(q)
+
+
+def _one_document(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if q.shape[0] == 0:
+        return torch.zeros_like(q)
+    heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.squeeze(0).transpose(0, 1)

@@ -1,0 +1,190 @@
+"""Where the blocks of a packed batch lie: integer arithmetic on document boundaries, and the checks of the operator's
+inputs.
+
+Blocks start anew at each document, so a block has two numbers: its number *within its document* (what users and
+selections speak of) and its number *within the pack* (what indexes summaries). `first_block` translates between them.
+Everything here is a tensor of integers on the inputs' device. Values of `cu_seqlens` are read on the host only when
+they already live there; on an accelerator that would stall it, so the number of blocks is then the bound T // B +
+documents, and unused numbers belong to empty blocks.
+
+Legend: T tokens, N query heads, G key heads, D head size, B block size, M blocks of the pack, docs documents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """The blocks of one pack.
+
+    Attributes:
+        num_tokens: T.
+        block_size: B, in tokens.
+        num_blocks: M, blocks of all documents together (an upper bound where cu_seqlens lives on an accelerator).
+        max_blocks: blocks of the longest document (the same remark holds, unless `max_seqlen` was given).
+        cu_seqlens: int64 [docs + 1], document boundaries in tokens.
+        first_block: int64 [docs + 1], pack-wide number of each document's first block; its last entry is the true M.
+        document_T: int64 [T], document of each token.
+        block_T: int64 [T], number of each token's block within its document.
+        first_block_T: int64 [T], pack-wide number of the first block of each token's document.
+    """
+
+    num_tokens: int
+    block_size: int
+    num_blocks: int
+    max_blocks: int
+    cu_seqlens: Tensor
+    first_block: Tensor
+    document_T: Tensor
+    block_T: Tensor
+    first_block_T: Tensor
+
+    @property
+    def pack_block_T(self) -> Tensor:
+        """int64 [T], pack-wide number of each token's block."""
+        return self.first_block_T + self.block_T
+
+    def block_starts(self) -> Tensor:
+        """int64 [num_blocks], first token of every block; T for the unused numbers of an upper bound."""
+        blocks = torch.arange(self.num_blocks, device=self.cu_seqlens.device)
+        document = torch.searchsorted(self.first_block[1:], blocks, right=True).clamp_(max=self.cu_seqlens.numel() - 2)
+        starts = self.cu_seqlens[document] + (blocks - self.first_block[document]) * self.block_size
+        return torch.where(blocks < self.first_block[-1], starts, self.num_tokens)
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Stretches of equally long adjacent blocks as (first token, blocks, tokens per block), in order of tokens.
+
+        A document gives at most two: its full blocks, and its short last one. Reads cu_seqlens on the host.
+        """
+        bounds = self.cu_seqlens.tolist()
+        runs = []
+        for start, end in zip(bounds, bounds[1:], strict=False):
+            full, tail = divmod(end - start, self.block_size)
+            if full:
+                runs.append((start, full, self.block_size))
+            if tail:
+                runs.append((end - tail, 1, tail))
+        return runs
+
+
+def block_layout(
+    num_tokens: int,
+    block_size: int,
+    cu_seqlens: Tensor | None = None,
+    *,
+    max_seqlen: int | None = None,
+    device: torch.device | str | None = None,
+) -> BlockLayout:
+    """Lay out the blocks of a pack.
+
+    Args:
+        num_tokens: T, tokens in the pack.
+        block_size: B, tokens in a block, at least 1.
+        cu_seqlens: integer [docs + 1], document boundaries from 0 to T; None for one document.
+        max_seqlen: an upper bound on the longest document, in tokens, for where cu_seqlens may not be read.
+        device: where the tensors live when cu_seqlens is None.
+
+    >>> layout = block_layout(7, 2, torch.tensor([0, 5, 7]))
+    >>> layout.block_T.tolist(), layout.pack_block_T.tolist()
+    ([0, 0, 1, 1, 2, 0, 0], [0, 0, 1, 1, 2, 3, 3])
+    >>> layout.runs()
+    [(0, 2, 2), (4, 1, 1), (5, 1, 2)]
+    """
+    if cu_seqlens is None:
+        cu_seqlens = torch.tensor([0, num_tokens], device=device)
+        longest = num_tokens
+        num_blocks = -(-num_tokens // block_size)
+    cu = cu_seqlens.to(torch.int64)
+    blocks_of_document = (cu[1:] - cu[:-1] + block_size - 1) // block_size
+    first_block = torch.cat([cu.new_zeros(1), blocks_of_document.cumsum(0)])
+    if cu.device.type == "cpu":
+        longest = int((cu[1:] - cu[:-1]).max())
+        num_blocks = int(first_block[-1])
+    elif cu.numel() > 2:
+        longest = num_tokens if max_seqlen is None else min(max_seqlen, num_tokens)
+        num_blocks = num_tokens // block_size + cu.numel() - 1
+    else:
+        longest, num_blocks = num_tokens, -(-num_tokens // block_size)
+    tokens = torch.arange(num_tokens, device=cu.device)
+    document_T = torch.searchsorted(cu[1:], tokens, right=True).clamp_(max=cu.numel() - 2)
+    return BlockLayout(
+        num_tokens=num_tokens,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        max_blocks=-(-longest // block_size),
+        cu_seqlens=cu,
+        first_block=first_block,
+        document_T=document_T,
+        block_T=(tokens - cu[document_T]) // block_size,
+        first_block_T=first_block[document_T],
+    )
+
+
+def check_inputs(tensors: dict[str, Tensor], cu_seqlens: Tensor | None) -> None:
+    """Check shapes, dtypes and devices of q, k (and v), and the values of cu_seqlens where they lie on the host.
+
+    Raises:
+        ValueError: with the offending names and values, and what would be right.
+    """
+    q, k = tensors["q"], tensors["k"]
+    for name, tensor in tensors.items():
+        if tensor.dim() != 3:
+            raise ValueError(f"{name} must be [tokens, heads, head size], got shape {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"q and {name} must have one dtype, got {q.dtype} and {tensor.dtype}; cast one of them")
+        if tensor.device != q.device:
+            raise ValueError(
+                f"q and {name} must be on one device, got {q.device} and {tensor.device}; move one of them"
+            )
+        if (
+            tensor.shape[0] != q.shape[0]
+            or tensor.shape[2] != q.shape[2]
+            or tensor.shape[1] != (q if name == "q" else k).shape[1]
+        ):
+            raise ValueError(
+                "q [T, N, D], k and v [T, G, D] must agree in T, G and D, got "
+                + ", ".join(f"{n} {tuple(t.shape)}" for n, t in tensors.items())
+            )
+    num_heads, num_groups = q.shape[1], k.shape[1]
+    if num_groups == 0 or num_heads % num_groups:
+        raise ValueError(f"query heads must be a multiple of key heads, got N = {num_heads} and G = {num_groups}")
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, q.shape[0], q.device)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> None:
+    """Check the document boundaries of a pack; their values only if they lie on the host. Raises ValueError."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            "cu_seqlens must be int32 [documents + 1] with at least one document, "
+            f"got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and q on {device}; move cu_seqlens to {device}")
+    if cu_seqlens.device.type != "cpu":
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != num_tokens:
+        raise ValueError(
+            f"cu_seqlens must run from 0 to the number of tokens, {num_tokens}; "
+            f"it runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}"
+        )
+    falls = (cu_seqlens[1:] < cu_seqlens[:-1]).nonzero()
+    if falls.numel():
+        at = int(falls[0])
+        raise ValueError(
+            f"cu_seqlens must not fall, but {int(cu_seqlens[at])} is followed by {int(cu_seqlens[at + 1])} at {at + 1}"
+        )
+
+
+def check_settings(block_size: int, top_k: int) -> None:
+    """Check block size (tokens) and top-k (blocks, the current one counted). Raises ValueError."""
+    for name, value in (("block_size", block_size), ("top_k", top_k)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")

@@ -1,0 +1,56 @@
+"""MoBA by its definition: a dense mask, in fp32 or wider. Slow, quadratic in memory, and meant to be obviously right.
+
+It shares no code with the other backends. Each step is one line of the definition (MoBA report, equations 2 to 6):
+documents are cut into blocks, a block's summary is the mean of its keys, complete past blocks are ranked by the query's
+inner product with their summary (equal scores: the lower block first), and one softmax runs over the keys of the chosen
+blocks and, up to the query itself, of its own block. Gradients are autograd's; selection is a constant.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _documents(num_tokens: int, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
+    bounds = [0, num_tokens] if cu_seqlens is None else cu_seqlens.tolist()
+    return list(zip(bounds, bounds[1:], strict=False))
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+@torch.no_grad()
+def reference_select(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, block_size: int, num_past: int) -> Tensor:
+    """int32 [T, N, num_past]: past blocks by falling score, equal scores by lower number, -1 where fewer."""
+    num_heads, num_groups = q.shape[1], k.shape[1]
+    ids = torch.full((q.shape[0], num_heads, num_past), -1, dtype=torch.int32, device=q.device)
+    for start, end in _documents(q.shape[0], cu_seqlens):
+        for block in range(1, -(-(end - start) // block_size)):
+            past_keys = _widen(k[start : start + block * block_size])
+            summaries = past_keys.unflatten(0, (block, block_size)).mean(dim=1)
+            rows = slice(start + block * block_size, min(start + (block + 1) * block_size, end))
+            summaries = summaries.repeat_interleave(num_heads // num_groups, dim=1)
+            scores = torch.einsum("tnd,mnd->tnm", _widen(q[rows]), summaries)
+            ranking = scores.sort(dim=-1, descending=True, stable=True).indices[..., :num_past]
+            ids[rows, :, : ranking.shape[-1]] = ranking.to(torch.int32)
+    return ids
+
+
+def reference_attend(
+    q: Tensor, k: Tensor, v: Tensor, ids: Tensor, cu_seqlens: Tensor | None, block_size: int, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention with given past block ids through a dense mask: out [T, N, D] in q's dtype, lse [T, N]."""
+    repeat = q.shape[1] // k.shape[1]
+    scores = torch.einsum("tnd,snd->nts", _widen(q), _widen(k).repeat_interleave(repeat, dim=1)) * softmax_scale
+    allowed = torch.zeros(scores.shape, dtype=torch.bool, device=q.device)
+    for start, end in _documents(q.shape[0], cu_seqlens):
+        position = torch.arange(end - start, device=q.device)
+        block = position // block_size
+        own = (block[:, None] == block) & (position[:, None] >= position)
+        chosen = (ids[start:end, :, :, None] == block).any(dim=2).transpose(0, 1)
+        allowed[:, start:end, start:end] = own | chosen
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    out = torch.einsum("nts,snd->tnd", scores.softmax(dim=-1), _widen(v).repeat_interleave(repeat, dim=1))
+    return out.to(q.dtype), scores.logsumexp(dim=-1).t()

@@ -1,0 +1,71 @@
+"""Attention on one tile: a batch of query rows against a batch of key rows, small enough to hold their scores.
+
+`forward` returns (out, lse). `backward` takes the *whole* attention's lse and delta (the inner product of output and
+its gradient), not the tile's own: with them exp(score - lse) is the true probability, so that gradients of a tile need
+nothing of the other tiles and simply add up (FlashAttention-2, arXiv 2307.08691, algorithm 2).
+
+Two implementations. Matrix products on any device, in fp32 (fp64 for fp64 inputs): on a CPU they are faster than
+PyTorch's fused kernel at these sizes. And for bf16 and fp16 on a CPU that fused kernel, which multiplies in the input's
+dtype with fp32 sums (no matrix product of PyTorch does so on a CPU) and returns its log-sum-exp; its outputs are in the
+input's dtype.
+
+Shapes: q, out, dout [b, n, D]; k, v [b, m, D]; lse, delta [b, n] fp32 or wider.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def uses_fused_kernel(tensor: Tensor) -> bool:
+    """Whether tiles of such tensors go through PyTorch's fused attention kernel for CPU."""
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def matmul_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention of one tile by matrix products; inputs in fp32 or wider.
+
+    Args:
+        mask: added to the scores of the last keys, [n, up to m], 0 or -inf.
+    """
+    scores = torch.bmm(q * scale, k.transpose(1, 2))
+    if mask is not None:
+        scores[..., -mask.shape[-1] :] += mask
+    top = scores.amax(dim=-1, keepdim=True)
+    scores.sub_(top).exp_()
+    total = scores.sum(dim=-1, keepdim=True)
+    out = torch.bmm(scores, v).div_(total)
+    return out, top.add_(total.log_()).squeeze(-1)
+
+
+def matmul_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq [b, n, D], dk and dv [b, m, D] of one tile by matrix products; inputs in fp32 or wider."""
+    scaled = q * scale
+    weights = torch.baddbmm(lse.unsqueeze(-1), scaled, k.transpose(1, 2), beta=-1)
+    if mask is not None:
+        weights[..., -mask.shape[-1] :] += mask
+    weights.exp_()
+    dv = torch.bmm(weights.transpose(1, 2), dout)
+    weights.mul_(torch.baddbmm(delta.unsqueeze(-1), dout, v.transpose(1, 2), beta=-1))
+    dk = torch.bmm(weights.transpose(1, 2), scaled)
+    return torch.bmm(weights, k).mul_(scale), dk, dv
+
+
+def fused_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool = False) -> tuple[Tensor, Tensor]:
+    """Attention of one tile by PyTorch's fused kernel for CPU; with `is_causal`, n = m."""
+    out, lse = _fused_forward(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), 0.0, is_causal, scale=scale)
+    return out.squeeze(1), lse.squeeze(1)
+
+
+def fused_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of one tile by PyTorch's fused kernel for CPU, which makes delta from `out` itself."""
+    one_head = (x.unsqueeze(1) for x in (dout, q, k, v, out, lse))
+    return tuple(x.squeeze(1) for x in _fused_backward(*one_head, 0.0, False, scale=scale))

@@ -1,0 +1,73 @@
+"""`moba-megatron bench`: the operator's speed and memory against PyTorch's fused full attention."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from moba_megatron.planning.bench import BenchSettings, run_bench
+
+DEFAULTS = BenchSettings()
+
+
+def bench_command(
+    lengths: Annotated[str, typer.Option(help="Lengths in tokens, by commas; 32K means 32768.")] = "2K,4K,8K,16K,32K",
+    blocks: Annotated[str, typer.Option(help="Pairs of block size and top-k: B:K, by commas.")] = "512:3",
+    dtypes: Annotated[str, typer.Option(help="Out of fp32, bf16, fp16, fp64, by commas.")] = "fp32,bf16",
+    modes: Annotated[str, typer.Option(help="fwd, fwd+bwd or both, by commas.")] = "fwd,fwd+bwd",
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = DEFAULTS.num_heads,
+    groups: Annotated[int, typer.Option(min=1, help="Key/value heads.")] = DEFAULTS.num_groups,
+    head_size: Annotated[int, typer.Option(min=1, help="Size of a head.")] = DEFAULTS.head_size,
+    backend: Annotated[str, typer.Option(help="auto, reference, gathered or triton.")] = "auto",
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs of each side; medians are reported.")] = DEFAULTS.runs,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    preset: Annotated[str | None, typer.Option(help="`targets`: the CPU targets, with floor and goal.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for bench.csv, bench.md and bench.png.")] = Path("bench"),
+) -> None:
+    """Measure MoBA against PyTorch's fused causal attention in the same process, routing included.
+
+    No speed is reported for settings under which the operator disagrees with its reference.
+    """
+    console = Console(soft_wrap=True)
+    try:
+        settings = BenchSettings(
+            lengths=tuple(_tokens(text) for text in lengths.split(",")),
+            blocks=tuple(_block(text) for text in blocks.split(",")),
+            dtypes=tuple(dtypes.split(",")),
+            modes=tuple(modes.split(",")),
+            num_heads=heads,
+            num_groups=groups,
+            head_size=head_size,
+            backend=backend,
+            runs=runs,
+            threads=threads,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+        result = run_bench(settings, output, preset=preset, console=console)
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    for name in ("bench.csv", "bench.md", "bench.png"):
+        console.print(f"  {output / name}")
+    if result.refused:
+        raise typer.Exit(1)
+
+
+def _tokens(text: str) -> int:
+    match = re.fullmatch(r"(\d+)([KM]?)", text.strip())
+    if not match:
+        raise ValueError(f"--lengths: {text!r} is not a number of tokens such as 4096 or 32K")
+    return int(match[1]) * {"": 1, "K": 2**10, "M": 2**20}[match[2]]
+
+
+def _block(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    if not match:
+        raise ValueError(f"--blocks: {text!r} is not a pair of block size and top-k such as 512:3")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,79 @@
+"""Losses by position: the arithmetic, and a model against its own logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from distributed import run_ranks
+from small_run import small_config
+
+from moba_megatron.evaluation.positions import evaluate, position_sums, summarise
+
+
+def test_sums_go_to_the_position_in_the_document():
+    losses = torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0]])
+    batch = {
+        "loss_mask": torch.tensor([[1.0, 1.0, 0.0, 1.0, 1.0]]),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1]]),
+    }
+    total, count, records = position_sums(losses, batch, length=4)
+    assert (float(total), int(count)) == (27.0, 4)
+    assert records["sums"].tolist() == [[9.0, 18.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0]]
+
+
+def test_means_over_all_over_the_trailing_positions_and_by_range():
+    sums = torch.tensor([[4.0, 6.0, 3.0, 0.0], [2.0, 2.0, 1.0, 0.0]], dtype=torch.float64)
+    result = summarise(sums, trailing_tokens=2, buckets=2)
+    assert (result.loss, result.trailing_loss, result.tokens) == (13 / 5, 3.0, 5)
+    assert [(r.start, r.end, r.tokens, r.loss) for r in result.by_position] == [(0, 2, 4, 2.5), (2, 4, 1, 3.0)]
+    assert summarise(sums, trailing_tokens=1, buckets=1).trailing_loss is None
+    with pytest.raises(ValueError, match="no token"):
+        summarise(torch.zeros(2, 4), 1, 1)
+
+
+def _evaluate_twice(config):
+    """An evaluation, one over the same samples in other microbatches, and the losses computed from the logits."""
+    from moba_megatron.data.datasets import build_datasets, check_data
+    from moba_megatron.data.feed import rank_batches
+    from moba_megatron.model.builder import build_model
+    from moba_megatron.model.schedule import AttentionSchedule
+    from moba_megatron.platform.start import start_rank
+
+    device = start_rank(config.parallel, seed=1, threads=1)
+    summary = check_data(config)
+    schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
+    model = build_model(config, summary.vocab_size, schedule)
+    _, validation = build_datasets(config)
+
+    def feed(size):
+        training = config.training.model_copy(update={"micro_batch_size": size})
+        changed = config.model_copy(update={"training": training})
+        samples = {"consumed_samples": 0, "num_samples": config.evaluation.samples}
+        stream = rank_batches(validation, changed, eod_id=summary.eod_id, **samples, device=device)
+        return changed, stream
+
+    results = []
+    for size in (1, 3):
+        changed, stream = feed(size)
+        results.append(evaluate(model, [stream], changed, -(-config.evaluation.samples // size)))
+    assert model[0].training, "evaluation leaves the mode as it was"
+    total = count = 0.0
+    for batch in feed(1)[1]:
+        with torch.no_grad():
+            logits = model[0](
+                batch["tokens"], batch["position_ids"], None, packed_seq_params=batch["packed_seq_params"]
+            )
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+        total += float((losses * batch["loss_mask"].flatten()).sum())
+        count += float(batch["loss_mask"].sum())
+    return [result.to_dict() for result in results], total / count, count
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_an_evaluation_is_the_loss_of_the_logits_in_any_microbatches(tmp_path, cross):
+    config = small_config(tmp_path, data__cross_document_attention=cross, evaluation__position_buckets=4)
+    [(results, expected, count)] = run_ranks(1, _evaluate_twice, config)
+    one, three = results
+    assert one["loss"] == pytest.approx(expected, rel=1e-5) and one["tokens"] == three["tokens"] == count
+    assert three["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    assert sum(r["tokens"] for r in one["by_position"]) == count

@@ -1,0 +1,190 @@
+"""Edge cases of the operator, refusals, backends, the merge, documentation examples, and imports."""
+
+import doctest
+import importlib
+import logging
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import moba_megatron.ops
+from moba_megatron.ops import backend_names, full_attention, moba_attention, resolve_backend, select_blocks
+from moba_megatron.ops.merge import merge, merge_weights
+
+BACKENDS = ["auto", "reference", "gathered"]
+
+
+def qkv(tokens=20, heads=2, groups=1, size=4, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(tokens, h, size, generator=generator).to(dtype) for h in (heads, groups, groups)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_document_shorter_than_a_block(backend):
+    q, k, v = qkv()
+    got = moba_attention(q, k, v, block_size=64, top_k=1, backend=backend)
+    torch.testing.assert_close(got, full_attention(q, k, v), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "gathered"])
+def test_short_last_block_is_never_a_candidate(backend):
+    """Tokens 16 to 19 are a short block: nothing but their own queries depends on them, in values or gradients."""
+    q, k, v = (x.requires_grad_() for x in qkv())
+    out = moba_attention(q, k, v, block_size=8, top_k=3, backend=backend)
+    (dv,) = torch.autograd.grad(out[:16].sum(), v)
+    assert dv[16:].abs().max() == 0 and dv[:16].abs().min() > 0
+    ids = select_blocks(q, k, block_size=8, top_k=3)
+    assert ids[16:, :, 0].unique().tolist() == [2] and ids[..., 1:].max() == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_documents_and_empty_packs(backend):
+    q, k, v = qkv()
+    one = moba_attention(q, k, v, block_size=4, top_k=2, backend=backend)
+    bounds = torch.tensor([0, 0, 20, 20, 20], dtype=torch.int32)
+    assert torch.equal(moba_attention(q, k, v, bounds, block_size=4, top_k=2, backend=backend), one)
+    none = [x[:0].requires_grad_() for x in (q, k, v)]
+    out = moba_attention(*none, torch.tensor([0, 0], dtype=torch.int32), block_size=4, top_k=2, backend=backend)
+    out.sum().backward()
+    assert out.shape == (0, 2, 4) and none[1].grad.shape == (0, 1, 4)
+    assert select_blocks(none[0], none[1], block_size=4, top_k=2).shape == (0, 2, 2)
+
+
+def test_gqa_selects_per_head_without_repeating_keys():
+    q, k, v = qkv(64, heads=4, groups=2, dtype=torch.float64)
+    ids = select_blocks(q, k, block_size=4, top_k=2)
+    for head in range(4):
+        group = slice(head // 2, head // 2 + 1)
+        assert torch.equal(
+            ids[:, head : head + 1], select_blocks(q[:, head : head + 1], k[:, group], block_size=4, top_k=2)
+        )
+    assert not torch.equal(ids[:, 0], ids[:, 1])
+    spread = moba_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), block_size=4, top_k=2)
+    torch.testing.assert_close(moba_attention(q, k, v, block_size=4, top_k=2), spread)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_is_kept(backend, dtype):
+    out = moba_attention(*qkv(dtype=dtype), block_size=4, top_k=2, backend=backend)
+    assert out.dtype == dtype and out.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "gathered"])
+def test_large_scores_do_not_overflow(backend):
+    q, k, v = qkv(64)
+    out = moba_attention(q * 1e3, k * 1e3, v, block_size=8, top_k=3, backend=backend)
+    assert out.isfinite().all()
+
+
+def test_strided_inputs():
+    q, k, v = qkv(64, heads=2, groups=2)
+    fused = torch.stack([q, k, v], dim=2).flatten(1, 2).unflatten(1, (2, 3))
+    parts = [x.requires_grad_() for x in fused.detach().unbind(2)]
+    want = moba_attention(q, k, v, block_size=8, top_k=3, backend="gathered")
+    out = moba_attention(*parts, block_size=8, top_k=3, backend="gathered")
+    assert torch.equal(out, want)
+    out.sum().backward()
+
+
+def test_softmax_scale_leaves_the_selection_alone():
+    q, k, v = qkv(64)
+    zero = moba_attention(q, k, v, block_size=8, top_k=2, softmax_scale=0.0, backend="gathered")
+    ids = select_blocks(q, k, block_size=8, top_k=2)
+    keys = list(range(56, 64)) + [8 * int(ids[63, 0, 1]) + i for i in range(8)]
+    torch.testing.assert_close(zero[63, 0], v[keys, 0].mean(0))
+
+
+def test_auto_says_once_that_it_is_full(caplog):
+    q, k, v = qkv(33)
+    with caplog.at_level(logging.INFO, logger="moba_megatron.ops"):
+        for _ in range(2):
+            moba_attention(q, k, v, block_size=11, top_k=3)
+        moba_attention(q, k, v, block_size=11, top_k=2)
+    assert [record.getMessage() for record in caplog.records if "11 tokens" in record.getMessage()] == [
+        "auto: full causal attention where top_k = 3 blocks of 11 tokens cover every document"
+    ]
+
+
+REFUSED = [
+    (dict(block_size=0), "block_size.*0"),
+    (dict(top_k=0), "top_k.*0"),
+    (dict(top_k=2.0), r"top_k.*2\.0"),
+    (dict(q=torch.zeros(20, 3, 4), k=torch.zeros(20, 2, 4), v=torch.zeros(20, 2, 4)), "N = 3 and G = 2"),
+    (dict(k=torch.zeros(20, 1, 4, dtype=torch.float64)), "float32 and torch.float64"),
+    (dict(k=torch.zeros(20, 1, 4, device="meta")), "cpu and meta"),
+    (dict(v=torch.zeros(20, 2, 4)), r"v \(20, 2, 4\)"),
+    (dict(k=torch.zeros(19, 1, 4)), r"k \(19, 1, 4\)"),
+    (dict(q=torch.zeros(1, 20, 2, 4)), r"\(1, 20, 2, 4\)"),
+    (dict(q=torch.zeros(20, 2, 4, dtype=torch.int32)), "int32"),
+    (dict(cu_seqlens=[0, 12, 8, 20]), "12 is followed by 8 at 2"),
+    (dict(cu_seqlens=[1, 20]), "from 0 to the number of tokens, 20; it runs from 1 to 20"),
+    (dict(cu_seqlens=[0, 19]), "0 to 19"),
+    (dict(cu_seqlens=[0]), "at least one document"),
+    (dict(cu_seqlens=[0.0, 20.0]), "float32"),
+    (dict(backend="flash"), "unknown backend 'flash'.*gathered"),
+    (dict(backend="triton"), "'triton' is not available"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_refusals_name_the_values(change, message):
+    settings = dict(zip("qkv", qkv(), strict=True)) | dict(block_size=4, top_k=2) | change
+    if "cu_seqlens" in change:
+        bounds = change["cu_seqlens"]
+        settings["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32 if isinstance(bounds[0], int) else None)
+    with pytest.raises(ValueError, match=message):
+        moba_attention(**settings)
+
+
+def test_dense_masks_and_dropout_have_no_way_in():
+    """What is not MoBA is not an argument: dropout, bias and masks cannot reach the operator unseen."""
+    for name in ("dropout_p", "attn_mask", "attention_bias", "is_causal", "window_size"):
+        with pytest.raises(TypeError):
+            moba_attention(*qkv(), block_size=4, top_k=2, **{name: None})
+
+
+def test_backend_names_and_auto():
+    assert backend_names() == ["auto", "reference", "gathered", "triton"]
+    assert resolve_backend("auto", "cpu")[0] == "gathered"
+    assert resolve_backend("reference", torch.device("cpu"))[0] == "reference"
+
+
+def test_merge_equals_softmax_over_everything():
+    scores, values = torch.randn(5, 24, dtype=torch.float64), torch.randn(24, 3, dtype=torch.float64)
+    parts = scores.split(8, dim=1)
+    out = torch.stack([p.softmax(1) @ v for p, v in zip(parts, values.split(8), strict=True)])
+    lse = torch.stack([p.logsumexp(1) for p in parts])
+    whole, whole_lse = merge(out, lse)
+    torch.testing.assert_close(whole, scores.softmax(1) @ values)
+    torch.testing.assert_close(whole_lse, scores.logsumexp(1))
+    out, lse = torch.cat([out, torch.zeros_like(out[:1])]), torch.cat([lse, torch.full_like(lse[:1], -torch.inf)])
+    assert torch.equal(merge(out, lse)[0], whole)
+
+
+def test_merge_of_nothing_is_zero():
+    weights, lse = merge_weights(torch.full((2, 3), -torch.inf))
+    assert torch.equal(weights, torch.zeros(2, 3)) and torch.equal(lse, torch.full((3,), -torch.inf))
+    assert torch.equal(merge(torch.ones(2, 3, 4), torch.full((2, 3), -torch.inf))[0], torch.zeros(3, 4))
+
+
+def test_examples_in_docstrings():
+    names = [m.name for m in pkgutil.iter_modules(moba_megatron.ops.__path__) if not m.ispkg]
+    outcomes = [
+        doctest.testmod(importlib.import_module(f"moba_megatron.ops.{name}")) for name in names if name != "triton"
+    ]
+    assert sum(o.attempted for o in outcomes) >= 10 and all(o.failed == 0 for o in outcomes)
+
+
+def test_imports_with_torch_alone():
+    code = (
+        "import sys\n"
+        "for name in ('megatron', 'triton', 'transformers', 'pydantic', 'omegaconf'): sys.modules[name] = None\n"
+        "import torch, moba_megatron.ops as ops\n"
+        "print(ops.moba_attention(*torch.randn(3, 8, 2, 4).unbind(0), block_size=2, top_k=2).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "[8, 2, 4]" in done.stdout, done.stderr

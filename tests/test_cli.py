@@ -1,0 +1,81 @@
+"""The installed command on a real run: evaluate, generate, doctor, and their errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from distributed import run_ranks
+from small_run import small_config, train_here
+
+COMMAND = Path(sys.executable).with_name("moba-megatron")
+
+
+def call(*arguments: object, code: int = 0) -> str:
+    """Run the command and return what it prints, or what it complains of; fail unless it ends with this code."""
+    result = subprocess.run([str(COMMAND), *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr if code else result.stdout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    config = small_config(
+        tmp_path_factory.mktemp("trained"),
+        training__steps=6,
+        checkpoint__every=3,
+        attention__stages=[{"until": 0.5}, {"until": 1.0, "kind": "full"}],
+        logging__tensorboard=True,
+        logging__wandb="offline",
+        logging__profile_steps=[3, 4],
+    )
+    run_ranks(1, train_here, config)
+    return Path(config.run.dir)
+
+
+def test_evaluate_gives_the_loss_that_training_recorded(run):
+    output = call("evaluate", run)
+    assert "validation loss" in output and "trailing loss (last 8 positions)" in output and str(run) in output
+    recorded = json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])
+    found = json.loads((run / "evaluation/step_6.json").read_text())
+    assert found["loss"] == pytest.approx(recorded["loss"], rel=1e-6)
+    assert (run / "plots/loss_by_position_step_6.png").stat().st_size > 1000
+
+
+def test_evaluate_takes_a_checkpoint_and_attends_as_in_its_stage(run):
+    call("evaluate", run / "checkpoints/step_3", "--samples", 4)
+    assert json.loads((run / "evaluation/step_3.json").read_text())["step"] == 3
+
+
+def test_generate_continues_the_prompt(run):
+    first, second = (call("generate", run, "--prompt", "w5 w6", "--tokens", 5, "--seed", s) for s in (1, 1))
+    assert first == second and first.startswith("w5w6")
+    assert call("generate", run, "--prompt", "w5 w6", "--tokens", 5, "--temperature", 0).startswith("w5w6")
+
+
+@pytest.mark.parametrize("command", [("evaluate",), ("generate", "--prompt", "x")])
+def test_a_folder_without_a_run_is_refused(tmp_path, command):
+    assert "neither a checkpoint nor a run folder" in call(*command, tmp_path, code=2)
+
+
+def test_doctor_tells_what_a_configuration_would_use(run):
+    output = call("doctor", run / "config.yaml")
+    for expected in ("megatron-core", "transformer_engine", "gathered", "attention.backend = auto runs as gathered"):
+        assert expected in output
+
+
+def test_trackers_and_profiler_wrote_their_files(run):
+    assert list((run / "tensorboard").glob("events.*"))
+    assert list((run / "wandb").glob("offline-run-*/*.wandb"))
+    trace = json.loads((run / "profile/rank_0_steps_3_4.json").read_text())
+    assert any(str(event.get("name")).startswith("aten::") for event in trace["traceEvents"])
+
+
+def test_help_lists_every_command():
+    output = call("--help")
+    for name in ("prepare", "evaluate", "generate", "bench", "doctor"):
+        assert name in output

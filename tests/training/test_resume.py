@@ -1,0 +1,114 @@
+"""A run that is stopped and resumed equals the unbroken one bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_ranks
+from small_run import numbers_of, read_metrics, small_config, train_here
+
+from moba_megatron.checkpoint import list_checkpoints
+from moba_megatron.config import ConfigError
+from moba_megatron.training.run_folder import RunFolder, find_resume
+
+HALVES = {"attention__stages": [{"until": 0.5}, {"until": 1.0, "kind": "full"}]}
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, weights and optimizer state, read without any model."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    metadata = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+    shapes = {name: m for name, m in metadata.items() if hasattr(m, "size")}
+    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in shapes.items()}
+    load(tensors, checkpoint_id=str(checkpoint), no_dist=True)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (1, {"training__precision": "fp32", **HALVES}),
+        (1, {"training__precision": "bf16", "data__cross_document_attention": True, "checkpoint__asynchronous": False}),
+        (2, {"parallel__distributed_optimizer": True, "training__precision": "bf16"}),
+    ],
+    ids=["fp32-stages", "bf16-synchronous", "two-ranks-distributed-optimizer"],
+)
+def test_stopped_and_resumed_equals_unbroken(tmp_path, ranks, changes):
+    changes = {"checkpoint__every": 3, "evaluation__every": 3, **changes}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = small_config(tmp_path / "a", **changes)
+    parts = small_config(tmp_path / "b", **changes)
+    first = parts.model_copy(update={"training": parts.training.model_copy(update={"stop_after": 4})})
+    assert run_ranks(ranks, train_here, whole, ranks) == [("finished", 8)] * ranks
+    assert run_ranks(ranks, train_here, first, ranks) == [("paused", 4)] * ranks
+    assert run_ranks(ranks, train_here, parts, ranks) == [("finished", 8)] * ranks
+    here, there = Path(whole.run.dir), Path(parts.run.dir)
+    assert numbers_of(read_metrics(here)) == numbers_of(read_metrics(there))
+    assert read_metrics(here, "evaluations.jsonl") == read_metrics(there, "evaluations.jsonl")
+    assert [p.name for p in list_checkpoints(there / "checkpoints")] == ["step_6", "step_8"]
+    one, two = (weights_of(folder / "checkpoints/step_8") for folder in (here, there))
+    assert one.keys() == two.keys() and len(one) > 30
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_finished_run_started_again_says_so_and_changes_nothing(tmp_path):
+    config = small_config(tmp_path, training__steps=3)
+    run_ranks(1, train_here, config)
+    before = (Path(config.run.dir) / "metrics.jsonl").read_bytes()
+    assert run_ranks(1, train_here, config) == [("finished", 3)]
+    assert (Path(config.run.dir) / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def paused(tmp_path_factory):
+    """A folder with a run paused after step 2, and its configuration's changes."""
+    folder = tmp_path_factory.mktemp("paused")
+    config = small_config(folder, training__stop_after=2)
+    run_ranks(1, train_here, config)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"attention__top_k": 2}, "attention.top_k = 2, but the run has 3"),
+        ({"attention__stages": HALVES["attention__stages"]}, "attention.stages"),
+        ({"training__steps": 9}, "training.steps = 9, but the run has 8"),
+        ({"run__seed": 1}, "run.seed = 1"),
+        ({"model__rotary_base": 5e5}, "model.rotary_base"),
+        ({"checkpoint__resume": "never"}, "already holds a run"),
+        ({"checkpoint__resume": "nowhere"}, "no complete checkpoint"),
+    ],
+)
+def test_a_resume_with_other_settings_is_refused(paused, changes, expected):
+    with pytest.raises(ConfigError) as error:
+        find_resume(small_config(paused, **changes))
+    assert expected in str(error.value)
+
+
+def test_what_is_asked_for_by_name_may_change(paused):
+    allowed = {"checkpoint__allow_changed": ["attention", "training.steps"]}
+    config = small_config(paused, attention__top_k=2, training__steps=9, **allowed)
+    assert find_resume(config).name == "step_2"
+
+
+def test_layout_and_logging_may_change_freely(paused):
+    config = small_config(paused, training__micro_batch_size=1, logging__every=5, training__recompute="full")
+    assert find_resume(config).name == "step_2"
+
+
+def test_status_and_history_tell_how_a_run_went(tmp_path):
+    config = small_config(tmp_path, training__stop_after=2)
+    run_ranks(1, train_here, config)
+    folder = RunFolder(config.run.dir)
+    assert json.loads(folder.status.read_text())["state"] == "paused"
+    assert "attention.backend = auto: gathered" in folder.config.read_text()
+    run_ranks(1, train_here, small_config(tmp_path, logging__every=2))
+    assert json.loads(folder.status.read_text())["state"] == "finished"
+    assert (folder.path / "config.until_step_2.yaml").is_file()
