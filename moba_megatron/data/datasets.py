@@ -6,18 +6,22 @@ follows from `run.seed` and `training.steps` x `training.global_batch_size` alon
 in it. Validation has a seed of its own that never changes: its first `evaluation.samples` samples are the same in every
 evaluation of every run.
 
-megatron-core stores its sample indices in `index_cache/` beside the first training file. Its cache keys know paths and
-settings but not contents, so a digest of the data is added to them: data made anew at the same path never meets an old
-index. The folder must be writable by rank 0 and visible to all.
+megatron-core stores its sample indices in `index_cache/` beside the first file of each split, so that evaluation needs
+the validation data alone. Its cache keys know paths and settings but not contents, so a digest of the data is added to
+them: data made anew at the same path never meets an old index. Rank 0 cleans up and builds under a file lock, so that
+runs on the same data do not meet in half-written files. The folder must be writable by rank 0 and visible to all.
 
 No dense attention mask is ever made; document boundaries come from the tokens, in `batches`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,18 +43,27 @@ _VALIDATION_SEED = 0
 _SAMPLED_TOKENS = 2**20
 
 
-@dataclass(frozen=True)
-class DataSummary:
-    """What `check_data` found."""
+@dataclass(frozen=True, kw_only=True)
+class ValidationSummary:
+    """What `check_validation` found."""
 
     vocab_size: int
     """Entries of the tokenizer."""
     eod_id: int
     """The id that ends each document."""
+    validation_tokens: int
+    """Tokens on disk, over all entries of a blend; 0 without validation data."""
+    identity: dict[str, str]
+    """What the work was done with, to be recorded and compared: `tokenizer` is the tokenizer's fingerprint; `train` (of
+    `check_data`) and `validation` (of `check_validation`) are digests of the data, of its first MiB and its size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSummary(ValidationSummary):
+    """What `check_data` found."""
+
     train_tokens: int
     """Tokens on disk, over all entries of a blend."""
-    validation_tokens: int
-    """The same for validation; 0 without."""
     epochs: float
     """Tokens that the run reads for each token on disk."""
 
@@ -78,27 +91,32 @@ def check_data(config: Config) -> DataSummary:
         ConfigError: with one line for each file that is missing or damaged, each dataset made with another tokenizer, a
             vocabulary over `model.vocab_size`, and too few tokens.
     """
-    try:
-        tokenizer = Tokenizer(config.data.tokenizer)
-    except ValueError as error:
-        raise ConfigError([f"data.tokenizer = {config.data.tokenizer}: {error}"]) from error
-    problems: list[str] = []
-    model_size = config.model.vocab_size
-    if model_size is not None and tokenizer.vocab_size > model_size:
-        problems.append(
-            f"model.vocab_size = {model_size} is below the {tokenizer.vocab_size} entries of data.tokenizer"
-        )
-    tokens = {"train": 0, "validation": 0}
-    for key in tokens:
-        for entry, samples in _wanted_samples(config, key):
-            try:
-                tokens[key] += _check_entry(f"data.{key}", entry.path, samples, tokenizer, config)
-            except ValueError as error:
-                problems.append(str(error))
-    if problems:
-        raise ConfigError(problems)
-    epochs = config.training.steps * config.tokens_per_step / tokens["train"]
-    return DataSummary(tokenizer.vocab_size, tokenizer.eod_id, tokens["train"], tokens["validation"], epochs)
+    tokenizer, tokens = _check_splits(config, ["train", "validation"])
+    return DataSummary(
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        train_tokens=tokens["train"],
+        validation_tokens=tokens["validation"],
+        epochs=config.training.steps * config.tokens_per_step / tokens["train"],
+        identity={"tokenizer": tokenizer.fingerprint, "train": _data_digest(_paths(config.data.train))},
+    )
+
+
+def check_validation(config: Config) -> ValidationSummary:
+    """Hold the validation data alone against the configuration, as `check_data` does: training data need not be there.
+
+    Raises:
+        ConfigError: as `check_data`, and where `data.validation` is not set.
+    """
+    if config.data.validation is None:
+        raise ConfigError(["data.validation is not set: give the prefix of validation data"])
+    tokenizer, tokens = _check_splits(config, ["validation"])
+    return ValidationSummary(
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        validation_tokens=tokens["validation"],
+        identity={"tokenizer": tokenizer.fingerprint, "validation": _data_digest(_paths(config.data.validation))},
+    )
 
 
 def build_datasets(config: Config) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset | None]:
@@ -107,19 +125,25 @@ def build_datasets(config: Config) -> tuple[torch.utils.data.Dataset, torch.util
     Sample i is a dict of `tokens`, `labels`, `position_ids` [s] int64 and `loss_mask` [s] fp32. Under torch.distributed
     all ranks must call it: rank 0 builds the indices, the others read them.
     """
-    tokenizer = Tokenizer(config.data.tokenizer)
-    train = _build(config, tokenizer, 0, config.training.steps * config.training.global_batch_size, config.run.seed)
+    train = _build(config, 0, config.training.steps * config.training.global_batch_size, config.run.seed)
+    return train, build_validation(config)
+
+
+def build_validation(config: Config) -> torch.utils.data.Dataset | None:
+    """The validation dataset of `build_datasets` alone, the same samples; None where `data.validation` is. Reads no
+    training data. Under torch.distributed all ranks must call it."""
     if config.data.validation is None:
-        return train, None
-    return train, _build(config, tokenizer, 1, config.evaluation.samples, _VALIDATION_SEED)
+        return None
+    return _build(config, 1, config.evaluation.samples, _VALIDATION_SEED)
 
 
-def _build(config: Config, tokenizer: Tokenizer, split: int, samples: int, seed: int) -> torch.utils.data.Dataset:
+def _build(config: Config, split: int, samples: int, seed: int) -> torch.utils.data.Dataset:
     """One split: 0 is train, 1 is validation, as in megatron-core's lists of three."""
+    tokenizer = Tokenizer(config.data.tokenizer)
     entries = _entries(config.data.train if split == 0 else config.data.validation)
     paths = [entry.path for entry in entries]
     blend = (paths, [entry.weight for entry in entries] if len(entries) > 1 else None)
-    cache = Path(_entries(config.data.train)[0].path).parent / INDEX_CACHE
+    cache = Path(paths[0]).parent / INDEX_CACHE
     # To cache the order of a blend, megatron-core asks for this process's rank, which there may be none of.
     cached = len(entries) == 1 or torch.distributed.is_initialized()
     dataset_config = GPTDatasetConfig(
@@ -135,23 +159,59 @@ def _build(config: Config, tokenizer: Tokenizer, split: int, samples: int, seed:
         eod_mask_loss=not config.data.cross_document_attention,
         create_attention_mask=False,
     )
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        _remove_damaged(cache)
     sizes = [samples if number == split else 0 for number in range(3)]
-    return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, dataset_config).build()[split]
+    with _locked(cache):
+        return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, dataset_config).build()[split]
 
 
-def _remove_damaged(cache: Path) -> None:
-    """Remove index files that a killed process left half-written; megatron-core would trip over them for ever."""
-    for path in cache.glob("*.npy"):
-        try:
-            np.load(path, mmap_mode="r")
-        except (ValueError, EOFError):
-            path.unlink()
+@contextmanager
+def _locked(cache: Path) -> Iterator[None]:
+    """Rank 0, which writes the indices, waits until no other run does, and first removes files that a killed run left
+    half-written: megatron-core would trip over them for ever."""
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        yield
+        return
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for path in cache.glob("*.npy"):
+            try:
+                np.load(path, mmap_mode="r")
+            except (ValueError, EOFError):
+                path.unlink()
+        yield
 
 
 def _entries(blend: str | list[BlendEntry] | None) -> list[BlendEntry]:
     return [BlendEntry(path=blend)] if isinstance(blend, str) else blend or []
+
+
+def _paths(blend: str | list[BlendEntry] | None) -> list[str]:
+    return [entry.path for entry in _entries(blend)]
+
+
+def _check_splits(config: Config, keys: list[str]) -> tuple[Tokenizer, dict[str, int]]:
+    """Check the tokenizer and the data of these splits; return it and the tokens of each."""
+    try:
+        tokenizer = Tokenizer(config.data.tokenizer)
+    except ValueError as error:
+        raise ConfigError([f"data.tokenizer = {config.data.tokenizer}: {error}"]) from error
+    problems: list[str] = []
+    model_size = config.model.vocab_size
+    if model_size is not None and tokenizer.vocab_size > model_size:
+        problems.append(
+            f"model.vocab_size = {model_size} is below the {tokenizer.vocab_size} entries of data.tokenizer"
+        )
+    tokens = dict.fromkeys(keys, 0)
+    for key in keys:
+        for entry, samples in _wanted_samples(config, key):
+            try:
+                tokens[key] += _check_entry(f"data.{key}", entry.path, samples, tokenizer, config)
+            except ValueError as error:
+                problems.append(str(error))
+    if problems:
+        raise ConfigError(problems)
+    return tokenizer, tokens
 
 
 def _wanted_samples(config: Config, key: str) -> list[tuple[BlendEntry, int]]:

@@ -1,4 +1,4 @@
-"""What sources are made of: inputs, parts, documents, and what could not be a document."""
+"""What sources are made of: inputs, parts, documents, what could not be a document, and what ends a corpus."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 MIB = 2**20
+
+
+class CorpusError(ValueError):
+    """The recipe, or the files that it names, must change. That makes another corpus, which has no use for the work
+    done on this one."""
 
 
 @dataclass(frozen=True)

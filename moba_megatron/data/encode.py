@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError
+
 from moba_megatron.config import Section
 from moba_megatron.data.documents import MIB, Document, Part, Skipped
 from moba_megatron.data.indexed import ShardWriter, token_dtype
@@ -90,12 +92,27 @@ def shard_folder(work: Path, number: int) -> Path:
     return work / "shards" / f"{number:06d}"
 
 
+def has_shard(work: Path, number: int) -> bool:
+    """Whether part `number` is done. A shard whose `stats.json` is lost or damaged, as after a power cut, is removed,
+    to be made again."""
+    shard = shard_folder(work, number)
+    if not shard.is_dir():
+        return False
+    try:
+        ShardStats.model_validate_json((shard / "stats.json").read_bytes())
+    except (FileNotFoundError, ValidationError):
+        shutil.rmtree(shard)
+        return False
+    return True
+
+
 def encode_part(job: Job, number: int, part: Part) -> ShardStats:
     """Read, encode and write one part.
 
     Raises:
         EngineMismatch: gigatoken and `tokenizers` differ on the sample.
-        ValueError: the part cannot be read as its source says.
+        CorpusError: the part cannot be read as its source says.
+        OSError: the file system failed.
     """
     final = shard_folder(job.work, number)
     folder = final.with_name(f"{final.name}.{os.getpid()}.unfinished")

@@ -7,6 +7,7 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
+from moba_megatron.data.documents import CorpusError
 from moba_megatron.data.encode import MAX_SKIPPED, SPLITS, ShardStats, shard_folder
 from moba_megatron.data.indexed import merge, token_dtype
 from moba_megatron.data.manifest import (
@@ -29,7 +30,8 @@ def merge_shards(plan: Plan, tokenizer: Tokenizer, space: Workspace) -> Manifest
     """Build the whole dataset folder in the work folder; `seconds` and `workers` of its manifest are still 0.
 
     Raises:
-        ValueError: a split that the recipe wants has no document.
+        CorpusError: a split that the recipe wants has no document.
+        ValueError: a shard was damaged since it was made.
     """
     shutil.rmtree(space.dataset, ignore_errors=True)
     space.dataset.mkdir()
@@ -38,7 +40,7 @@ def merge_shards(plan: Plan, tokenizer: Tokenizer, space: Workspace) -> Manifest
     wanted = _wanted_splits(plan.recipe)
     for name in wanted:
         if not any(stat.splits[name].documents for stat in stats):
-            raise ValueError(_empty_split(name, plan.recipe, stats))
+            raise CorpusError(_empty_split(name, plan.recipe, stats))
     shutil.copytree(space.tokenizer, space.dataset / "tokenizer")
     manifest = _merge_splits(plan, tokenizer, space, shards, stats, wanted)
     plot_lengths(manifest.splits, space.dataset / "lengths.png")

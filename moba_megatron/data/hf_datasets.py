@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from moba_megatron.data.documents import Document, Input, Part, Skipped, make_document, missing_column
+from moba_megatron.data.documents import CorpusError, Document, Input, Part, Skipped, make_document, missing_column
 from moba_megatron.data.recipe import DatasetsSource
 
 
@@ -18,7 +18,8 @@ def dataset_input(source: DatasetsSource) -> Input:
     """The dataset as the one input of its source.
 
     Raises:
-        ValueError: it cannot be loaded, or has no rows.
+        ValueError: it is not there, or has no rows.
+        OSError: the network or the file system failed; loading again may succeed.
     """
     # The files may have changed since this process last looked.
     _open_dataset.cache_clear()
@@ -42,11 +43,15 @@ def dataset_parts(number: int, source: DatasetsSource, part_bytes: int) -> list[
 
 
 def read_dataset(source: DatasetsSource, part: Part) -> Iterator[Document | Skipped]:
-    """The documents of a part, in order."""
+    """The documents of a part, in order.
+
+    Raises:
+        CorpusError: a missing column.
+    """
     data = open_dataset(source)
     columns = data.column_names
     if columns is not None and source.text_column not in columns:
-        raise ValueError(missing_column(source.path, source, columns))
+        raise CorpusError(missing_column(source.path, source, columns))
     if source.streaming:
         rows: Iterable[Any] = data.shard(num_shards=data.num_shards, index=part.start)
     else:
@@ -54,7 +59,7 @@ def read_dataset(source: DatasetsSource, part: Part) -> Iterator[Document | Skip
     place = f"shard {part.start}, row" if source.streaming else "row"
     for number, row in enumerate(rows, start=0 if source.streaming else part.start):
         if source.text_column not in row:
-            raise ValueError(missing_column(source.path, source, row))
+            raise CorpusError(missing_column(source.path, source, row))
         yield make_document(row[source.text_column], f"{source.path}: {place} {number}")
 
 
@@ -85,5 +90,5 @@ def _open_dataset(source_json: str) -> Any:
             data_files=source.data_files,
             streaming=source.streaming,
         )
-    except OSError as error:
+    except FileNotFoundError as error:
         raise ValueError(f"no documents: datasets cannot load {source.path}: {error}") from error

@@ -45,6 +45,6 @@ def make_plan(recipe: Recipe) -> Plan:
         "format": _FORMAT,
         "recipe": recipe.model_dump(mode="json", exclude={"tokenizer": {"engine"}}),
         "inputs": [hashlib.blake2b(repr(items).encode(), digest_size=16).hexdigest() for items in inputs],
-        "tokenizer": "trained" if isinstance(spec, TrainedTokenizer) else fingerprint(spec.path),
+        "tokenizer": "trained" if isinstance(spec, TrainedTokenizer) else fingerprint(spec.path, spec.end_of_document),
     }
     return Plan(recipe, inputs, parts, identity)

@@ -4,8 +4,9 @@
 
 All work happens in OUTPUT.partial beside the output: the tokenizer (trained or copied), one shard per part, at the end
 the merged dataset, which then takes its name by one rename. So a run killed at any moment leaves either nothing new, or
-finished shards that the next run keeps, or the whole dataset. Shards are numbered by part and merged in that order: the
-bytes are the same for any number of workers and any number of kills.
+finished shards that the next run keeps, or the whole dataset. Errors of the file system keep the work too; only one
+that asks for another recipe or other files discards it. Shards are numbered by part and merged in that order: the bytes
+are the same for any number of workers and any number of kills.
 
 Encoding by gigatoken is held against `tokenizers` on a sample of every shard. One difference anywhere discards all
 shards and starts again with `tokenizers`.
@@ -27,8 +28,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moba_megatron.data.documents import MIB, Document
-from moba_megatron.data.encode import Job, choose_split, encode_part, shard_folder, start_worker
+from moba_megatron.data.documents import MIB, CorpusError, Document
+from moba_megatron.data.encode import Job, choose_split, encode_part, has_shard, start_worker
 from moba_megatron.data.finish import merge_shards
 from moba_megatron.data.manifest import Manifest
 from moba_megatron.data.plan import Plan, make_plan
@@ -56,6 +57,7 @@ def prepare(recipe: Recipe, output: Path, workers: int | None = None, overwrite:
 
     Raises:
         ValueError: nothing to read, a missing column or tokenizer, an empty split, or another dataset in the way.
+        OSError: reading or writing failed. Finished shards are kept, as they are when the process is killed.
     """
     console, begin = Console(stderr=True), time.monotonic()
     output, plan = Path(output), make_plan(recipe)
@@ -66,12 +68,17 @@ def prepare(recipe: Recipe, output: Path, workers: int | None = None, overwrite:
         remove_leftovers(output, plan.identity)
         return found
     with open_workspace(output, plan.identity, overwrite) as space:
+        # Again under the lock: another run may have published since.
+        found = existing_dataset(output, plan.identity, overwrite)
+        if found is not None:
+            console.print(f"{output} was finished by another run meanwhile: nothing to do")
+            space.discard()
+            return found
         try:
             tokenizer = _make_tokenizer(plan, space, console)
             _encode_all(plan, tokenizer, space, workers, console)
             manifest = merge_shards(plan, tokenizer, space)
-        except ValueError:
-            # The mend is another recipe or other files, to which this work would not belong.
+        except CorpusError:
             space.discard()
             raise
         manifest.seconds, manifest.workers = time.monotonic() - begin, workers
@@ -134,7 +141,7 @@ def _encode_all(plan: Plan, tokenizer: Tokenizer, space: Workspace, workers: int
 def _make_shards(plan: Plan, job: Job, workers: int, console: Console) -> None:
     for leftover in job.work.glob("shards/*.unfinished"):
         shutil.rmtree(leftover)
-    todo = [(n, part) for n, part in enumerate(plan.parts) if not shard_folder(job.work, n).is_dir()]
+    todo = [(n, part) for n, part in enumerate(plan.parts) if not has_shard(job.work, n)]
     if len(todo) < len(plan.parts):
         console.print(f"continuing: {len(plan.parts) - len(todo)} of {len(plan.parts)} parts are there already")
     with encoding_progress(console, [part.size for part in plan.parts], [part.size for _, part in todo]) as advance:

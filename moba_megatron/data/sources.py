@@ -23,7 +23,7 @@ from typing import BinaryIO
 import pyarrow
 import pyarrow.parquet
 
-from moba_megatron.data.documents import Document, Input, Part, Skipped, make_document, missing_column
+from moba_megatron.data.documents import CorpusError, Document, Input, Part, Skipped, make_document, missing_column
 from moba_megatron.data.hf_datasets import dataset_input, dataset_parts, read_dataset
 from moba_megatron.data.recipe import (
     DatasetsSource,
@@ -77,7 +77,12 @@ def list_parts(number: int, source: SourceBase, inputs: list[Input], part_bytes:
 
 
 def read_part(source: SourceBase, part: Part) -> Iterator[Document | Skipped]:
-    """The documents of a part, in order."""
+    """The documents of a part, in order.
+
+    Raises:
+        CorpusError: a missing column, a column that is not text, or a truncated file.
+        OSError: the file system failed; reading again may succeed.
+    """
     if isinstance(source, FilesSource | StdlibSource):
         return _read_files(files_root(source), part)
     if isinstance(source, JsonlSource):
@@ -132,10 +137,13 @@ def _read_jsonl(source: JsonlSource, part: Part) -> Iterator[Document | Skipped]
                 yield Skipped(f"{path}:{place}", f"not JSON: {error}")
                 continue
             if not isinstance(row, dict) or source.text_column not in row:
-                raise ValueError(missing_column(f"{path}:{place}", source, row if isinstance(row, dict) else ()))
+                raise CorpusError(missing_column(f"{path}:{place}", source, row if isinstance(row, dict) else ()))
             yield make_document(row[source.text_column], f"{path}:{place}")
     except OSError as error:
-        raise ValueError(f"{path} cannot be read to its end ({error}): fetch it again or remove it") from error
+        # What the system reports has a number; what a decompressor finds in the bytes has none.
+        if error.errno is not None:
+            raise
+        raise CorpusError(f"{path} cannot be read to its end ({error}): fetch it again or remove it") from error
 
 
 def _lines(path: str, part: Part) -> Iterator[tuple[str, bytes]]:
@@ -178,9 +186,9 @@ def _read_parquet(source: ParquetSource, part: Part) -> Iterator[Document | Skip
     with pyarrow.parquet.ParquetFile(path) as file:
         kind = {field.name: field.type for field in file.schema_arrow}.get(source.text_column)
         if kind is None:
-            raise ValueError(missing_column(path, source, file.schema_arrow.names))
+            raise CorpusError(missing_column(path, source, file.schema_arrow.names))
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise ValueError(f"{path}: column {source.text_column!r} holds {kind}, not text; set text_column")
+            raise CorpusError(f"{path}: column {source.text_column!r} holds {kind}, not text; set text_column")
         row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
         groups = range(part.start, part.stop)
         for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[source.text_column]):

@@ -5,8 +5,9 @@ ends a document, and a *fingerprint*, a hash of everything that decides which id
 fingerprint of its tokenizer, and training compares.
 
 Encoding is done by `Encoder`: gigatoken where it can, which is one to two orders of magnitude faster than `tokenizers`,
-held against `tokenizers` on samples. A document that contains the end-of-document token literally is encoded by
-`tokenizers` with special tokens read as plain text, so that this id marks the ends of documents and nothing else.
+held against `tokenizers` on samples. A document that contains the end-of-document token, literally or in what a
+normalizer makes of it, is encoded by `tokenizers` with special tokens read as plain text, so that this id marks the
+ends of documents and nothing else.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any, Literal
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from moba_megatron.data.documents import CorpusError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # How GPT-4's tokenizer (cl100k_base) cuts text before merging: line ends stay apart from indentation, numbers have at
@@ -43,11 +46,14 @@ class EngineMismatch(Exception):
 class Tokenizer:
     """A Hugging Face tokenizer folder.
 
+    Args:
+        end_of_document: the token that ends a document. Default: as the folder says.
+
     Raises:
         ValueError: no `tokenizer.json` in the folder, or no token that ends documents.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, end_of_document: str | None = None):
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
         if not path.is_file():
@@ -62,7 +68,7 @@ class Tokenizer:
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
         """One more than the largest id."""
-        self.eod_token: str = _end_of_document(self.folder, vocabulary)
+        self.eod_token: str = _end_of_document(self.folder, vocabulary, end_of_document)
         """The token that ends a document."""
         self.eod_id: int = vocabulary[self.eod_token]
 
@@ -78,7 +84,7 @@ class Tokenizer:
         """Ids of a text in which special tokens are ordinary characters.
 
         Raises:
-            ValueError: the end-of-document token is not a special one, so that a text could end in its middle.
+            CorpusError: the end-of-document token is not a special one, so that a text could end in its middle.
         """
         self.backend.encode_special_tokens = True
         try:
@@ -86,7 +92,7 @@ class Tokenizer:
         finally:
             self.backend.encode_special_tokens = False
         if self.eod_id in ids:
-            raise ValueError(
+            raise CorpusError(
                 f"a document contains {self.eod_token!r}, which this tokenizer cannot read as plain text: mark it "
                 "special in tokenizer.json, name another end-of-document token, or filter the document out"
             )
@@ -114,17 +120,21 @@ class Encoder:
             self.fast = gigatoken.Tokenizer(tokenizer.backend)
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """All ids of the texts in one array [tokens] int64 and the number of ids of each text [texts] int64."""
-        plain = [number for number, text in enumerate(texts) if self.tokenizer.eod_token in text]
-        if plain:
-            rest = iter(self._rows([text for text in texts if self.tokenizer.eod_token not in text]))
-            marked = set(plain)
-            rows = [
-                np.asarray(self.tokenizer.encode_plain(text), np.int64) if number in marked else next(rest)
-                for number, text in enumerate(texts)
-            ]
-            return np.concatenate(rows), np.array([len(row) for row in rows], np.int64)
-        return self._encode(texts)
+        """All ids of the texts in one array [tokens] int64 and the number of ids of each text [texts] int64.
+
+        Raises:
+            CorpusError: a text cannot be encoded without the end-of-document id.
+        """
+        ids, lengths = self._encode(texts)
+        ends = np.cumsum(lengths)
+        marked = {number for number, text in enumerate(texts) if self.tokenizer.eod_token in text}
+        marked.update(np.searchsorted(ends, np.flatnonzero(ids == self.tokenizer.eod_id), side="right").tolist())
+        if not marked:
+            return ids, lengths
+        rows = np.split(ids, ends[:-1])
+        for number in marked:
+            rows[number] = np.asarray(self.tokenizer.encode_plain(texts[number]), np.int64)
+        return np.concatenate(rows), np.array([len(row) for row in rows], np.int64)
 
     def check(self, texts: list[str]) -> None:
         """Hold gigatoken against `tokenizers` on up to 64 Ki characters of these texts.
@@ -169,22 +179,27 @@ def choose_engine(tokenizer: Tokenizer, wanted: Literal["auto", "tokenizers"]) -
         return "tokenizers", "gigatoken is not installed"
     try:
         Encoder(tokenizer, "gigatoken")
-    except (ValueError, KeyError, TypeError, NotImplementedError) as error:
-        return "tokenizers", f"gigatoken cannot load this tokenizer: {error}"
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        # Only its first line: places in gigatoken's source follow.
+        return "tokenizers", f"gigatoken cannot load this tokenizer: {next(iter(str(error).splitlines()), '')}"
     return "gigatoken", "agrees with tokenizers on a sample of every shard"
 
 
-def fingerprint(folder: str | Path) -> str:
+def fingerprint(folder: str | Path, end_of_document: str | None = None) -> str:
     """Hash (32 hex digits) of what decides the ids that a tokenizer folder gives: normalizer, pre-tokenizer, model,
-    added tokens and the end-of-document id. Chat templates, decoders, names and file layout do not enter."""
-    return Tokenizer(folder).fingerprint
+    added tokens and the end-of-document id. Chat templates, decoders, names and file layout do not enter.
+
+    Args:
+        end_of_document: as in `Tokenizer`.
+    """
+    return Tokenizer(folder, end_of_document).fingerprint
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Tokenizer:
     """Train a byte-level BPE and save it as a Hugging Face tokenizer folder. The same texts give the same tokenizer.
 
     Raises:
-        ValueError: too little text for that many entries.
+        CorpusError: too little text for that many entries.
     """
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -202,7 +217,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Toke
     )
     backend.train_from_iterator(texts, trainer=trainer)
     if backend.get_vocab_size() < vocab_size:
-        raise ValueError(
+        raise CorpusError(
             f"the text yields {backend.get_vocab_size()} tokenizer entries, not tokenizer.vocab_size = {vocab_size}: "
             "give more text or ask for fewer entries"
         )
@@ -231,16 +246,16 @@ def copy_tokenizer(source: str | Path, folder: str | Path, end_of_document: str 
     return Tokenizer(folder)
 
 
-def _end_of_document(folder: Path, vocabulary: dict[str, int]) -> str:
+def _end_of_document(folder: Path, vocabulary: dict[str, int], named: str | None) -> str:
     config = _read_json(folder / _CONFIG_FILE)
     eos = config.get("eos_token") or _read_json(folder / "special_tokens_map.json").get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
-    named = config.get(_EOD_KEY)
+    named = named or config.get(_EOD_KEY)
     token = named or (END_OF_DOCUMENT if END_OF_DOCUMENT in vocabulary else eos)
     if token is None:
-        raise ValueError(f"{folder} names no eos_token: say which token ends a document (tokenizer.end_of_document)")
+        raise CorpusError(f"{folder} names no eos_token: say which token ends a document (tokenizer.end_of_document)")
     if token not in vocabulary:
-        raise ValueError(f"the end-of-document token {token!r} is not in the vocabulary of {folder}")
+        raise CorpusError(f"the end-of-document token {token!r} is not in the vocabulary of {folder}")
     return token
 
 

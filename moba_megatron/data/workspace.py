@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from moba_megatron.data.manifest import Manifest, load_manifest
 
@@ -51,7 +52,10 @@ class Workspace:
         self.discard()
 
     def discard(self) -> None:
-        shutil.rmtree(self.folder)
+        """Remove the work folder; call it under the lock."""
+        _empty(self.folder)
+        # Only the lock is left. A run that opens the folder now makes a lock of its own, and with it the folder stays.
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def work_folder(output: Path) -> Path:
@@ -90,10 +94,8 @@ def open_workspace(output: Path, identity: Identity, overwrite: bool) -> Iterato
     space = Workspace(work_folder(output), identity)
     space.folder.mkdir(parents=True, exist_ok=True)
     with open(space.folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process is preparing {output} at this moment (it holds {lock.name})") from error
+        if not _try_lock(lock):
+            raise ValueError(f"another process is preparing {output} at this moment (it holds {lock.name})")
         found = _identity_of(space.folder)
         if found is not None and found != identity and not overwrite:
             raise ValueError(
@@ -119,9 +121,25 @@ def differences(old: Identity, new: Identity, prefix: str = "") -> str:
 
 
 def remove_leftovers(output: Path, identity: Identity) -> None:
-    """Remove the work folder of a run that was killed between publishing its dataset and tidying up."""
-    if _identity_of(work_folder(output)) == identity:
-        shutil.rmtree(work_folder(output))
+    """Remove the work folder of a run that was killed between publishing its dataset and tidying up. One that is in use
+    is left to its user."""
+    space = Workspace(work_folder(output), identity)
+    try:
+        lock = open(space.folder / "lock", "r+")
+    except FileNotFoundError:
+        return
+    with lock:
+        if _try_lock(lock) and _identity_of(space.folder) == identity:
+            space.discard()
+
+
+def _try_lock(lock: TextIO) -> bool:
+    """Lock an open file; False if another process holds it, or has removed it before it was locked here."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name))
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def _identity_of(folder: Path) -> Identity | None:

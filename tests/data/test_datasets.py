@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import fcntl
 import logging
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,13 @@ import pytest
 from distributed import run_ranks
 
 from moba_megatron.config import Config, ConfigError, config_from_dict
-from moba_megatron.data.datasets import INDEX_CACHE, build_datasets, check_data
+from moba_megatron.data.datasets import (
+    INDEX_CACHE,
+    build_datasets,
+    build_validation,
+    check_data,
+    check_validation,
+)
 from moba_megatron.data.manifest import load_manifest
 from moba_megatron.data.tokenizer import Tokenizer, train_bpe
 
@@ -125,6 +133,52 @@ def test_an_index_left_half_written_is_made_again(own: Path):
     assert tokens_of(build_datasets(config)[0], range(80)) == rows
 
 
+def test_an_index_that_another_run_is_writing_is_left_alone(own: Path):
+    config, cache, built = make_config(own), own / INDEX_CACHE, []
+    rows = tokens_of(build_datasets(config)[0], range(80))
+    (path,) = cache.glob("*train-shuffle_index.npy")
+    whole = path.read_bytes()
+    with open(cache / "lock", "r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path.write_bytes(whole[:-4])
+        builder = threading.Thread(target=lambda: built.append(build_datasets(config)), daemon=True)
+        builder.start()
+        builder.join(0.5)
+        assert builder.is_alive() and path.read_bytes() == whole[:-4]
+        stamp = path.write_bytes(whole) and path.stat().st_mtime_ns
+    builder.join(30)
+    assert tokens_of(built[0][0], range(80)) == rows
+    assert path.stat().st_mtime_ns == stamp
+
+
+def test_evaluation_needs_the_validation_data_alone(own: Path, tmp_path: Path):
+    rows = tokens_of(build_datasets(make_config(own))[1], range(4))
+    apart = tmp_path / "apart"
+    shutil.copytree(own, apart, ignore=shutil.ignore_patterns(INDEX_CACHE, "train.*"))
+    config = make_config(own, data__validation=str(apart / "validation"), data__train=str(tmp_path / "gone" / "train"))
+    summary, manifest = check_validation(config), load_manifest(own)
+    assert (summary.vocab_size, summary.eod_id) == (400, 0)
+    assert summary.validation_tokens == manifest.splits["validation"].tokens
+    assert set(summary.identity) == {"tokenizer", "validation"}
+    assert summary.identity["tokenizer"] == manifest.tokenizer.fingerprint
+    assert tokens_of(build_validation(config), range(4)) == rows
+    assert list((apart / INDEX_CACHE).glob("*valid*.npy")) and not (tmp_path / "gone").exists()
+    assert build_validation(make_config(own, data__validation=None)) is None
+
+
+def test_check_validation_refuses_what_cannot_work(own: Path, texts: list[str], tmp_path: Path):
+    other = train_bpe(texts, 300, tmp_path / "other")
+    for changes, message in (
+        ({"data__validation": None}, "data.validation is not set"),
+        ({"data__validation": str(own / "nothing")}, "data.validation = .*nothing: missing"),
+        ({"data__tokenizer": str(other.folder)}, "data.validation = .* was made with another tokenizer"),
+        ({"evaluation__samples": 1000}, "but 1000 are needed: lower evaluation.samples"),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            check_validation(make_config(own, **changes))
+        assert len(caught.value.problems) == 1
+
+
 def test_check_data_sums_up(own: Path):
     manifest, config = load_manifest(own), make_config(own)
     summary = check_data(config)
@@ -132,6 +186,14 @@ def test_check_data_sums_up(own: Path):
     assert (summary.vocab_size, summary.eod_id) == (400, 0)
     assert (summary.train_tokens, summary.validation_tokens) == (tokens, manifest.splits["validation"].tokens)
     assert summary.epochs == pytest.approx(10 * 8 * 64 / tokens)
+    assert set(summary.identity) == {"tokenizer", "train"}
+    assert summary.identity["tokenizer"] == manifest.tokenizer.fingerprint
+    changes = make_config(own, run__seed=1, training__steps=500, data__validation=None)
+    assert check_data(changes).identity == summary.identity
+    ids = np.fromfile(own / "train.bin", np.uint16)
+    ids[5] += 1
+    ids.tofile(own / "train.bin")
+    assert check_data(config).identity["train"] != summary.identity["train"]
 
 
 def test_check_data_refuses_what_cannot_work(own: Path, texts: list[str], tmp_path: Path):

@@ -1,19 +1,14 @@
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import sysconfig
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
+import tokenizers
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from prepare_examples import changed, data_bytes, documents_of, stdlib_recipe
 
-from moba_megatron.data import prepare as prepare_module
 from moba_megatron.data.documents import Document
 from moba_megatron.data.encode import choose_split
 from moba_megatron.data.indexed import read_index, token_dtype
@@ -21,29 +16,7 @@ from moba_megatron.data.manifest import load_manifest
 from moba_megatron.data.plan import make_plan
 from moba_megatron.data.prepare import prepare
 from moba_megatron.data.recipe import Recipe, recipe_from_dict
-from moba_megatron.data.sources import read_part
 from moba_megatron.data.tokenizer import Encoder, EngineMismatch, Tokenizer, train_bpe
-
-DATA_FILES = ("train.bin", "train.idx", "validation.bin", "validation.idx", "tokenizer/tokenizer.json")
-
-
-def changed(recipe: Recipe, **changes: object) -> Recipe:
-    return recipe_from_dict(recipe.model_dump() | changes)
-
-
-def stdlib_recipe(tokenizer: dict[str, object]) -> Recipe:
-    """Some modules of the standard library, 2.7 MB: enough for three parts."""
-    return recipe_from_dict({"sources": [{"kind": "python_stdlib", "pattern": "[a-r]*.py"}], "tokenizer": tokenizer})
-
-
-def data_bytes(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in DATA_FILES}
-
-
-def documents_of(recipe: Recipe, split: str) -> list[str]:
-    plan = make_plan(recipe)
-    items = [(recipe.sources[part.source], item) for part in plan.parts for item in read_part(recipe.sources[0], part)]
-    return [i.text for source, i in items if isinstance(i, Document) and choose_split(recipe, source, i) == split]
 
 
 def test_text_comes_back_document_by_document(recipe: Recipe, dataset: Path):
@@ -113,59 +86,6 @@ def test_any_number_of_workers_gives_the_same_bytes(tokenizer: Tokenizer, tmp_pa
     assert (one.workers, three.workers) == (1, 3)
 
 
-_RUN = """
-import sys
-from pathlib import Path
-from moba_megatron.data.prepare import prepare
-from moba_megatron.data.recipe import Recipe
-if __name__ == "__main__":
-    prepare(Recipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]), workers=2)
-"""
-
-
-def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path: Path):
-    """Killed while training the tokenizer, after the first shard, and while merging."""
-    recipe = stdlib_recipe({"kind": "bpe", "vocab_size": 512, "engine": "tokenizers"})
-    out, work = tmp_path / "killed", tmp_path / "killed.partial"
-    script = tmp_path / "run.py"
-    script.write_text(_RUN)
-    command = [sys.executable, str(script), recipe.model_dump_json(), str(out)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    for moment in ("plan.json", "shards/000000", "dataset"):
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        while not (work / moment).exists() and process.poll() is None:
-            time.sleep(0.002)
-        # Only the last moment is so short that a busy machine may miss it.
-        assert process.poll() is None or moment == "dataset", f"ended before {moment}"
-        workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        # Orphans would go on writing beside the next run.
-        assert not psutil.wait_procs(workers, timeout=10)[1]
-        assert not out.exists() or moment == "dataset"
-    prepare(recipe, out, workers=1)
-    assert not work.exists()
-    prepare(recipe, tmp_path / "whole", workers=1)
-    assert data_bytes(out) == data_bytes(tmp_path / "whole")
-
-
-def test_finished_shards_are_kept(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    recipe, done = stdlib_recipe({"kind": "pretrained", "path": str(tokenizer.folder)}), []
-    original = prepare_module.encode_part
-
-    def stop_at_third(job, number, part):
-        if number == 2:
-            raise KeyboardInterrupt
-        return original(job, number, part)
-
-    monkeypatch.setattr(prepare_module, "encode_part", stop_at_third)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(recipe, tmp_path / "out", workers=1)
-    monkeypatch.setattr(prepare_module, "encode_part", lambda *args: done.append(args[1]) or original(*args))
-    prepare(recipe, tmp_path / "out", workers=1)
-    assert done == list(range(2, len(make_plan(recipe).parts)))
-
-
 def test_a_mismatch_of_engines_starts_again_with_tokenizers(recipe: Recipe, dataset: Path, tmp_path: Path, monkeypatch):
     pytest.importorskip("gigatoken")
 
@@ -209,6 +129,18 @@ def test_another_tokenizer_at_the_same_path_is_the_one_that_encodes(recipe: Reci
     prepare(changed(recipe, tokenizer=spec), tmp_path / "out", workers=1, overwrite=True)
     indexed = IndexedDataset(str(tmp_path / "out" / "train"))
     assert other.decode(np.array(indexed[0])[:-1]) == documents_of(recipe, "train")[0]
+
+
+def test_a_recipe_may_name_the_end_of_documents_for_a_tokenizer_that_does_not(recipe: Recipe, tmp_path: Path):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"other": 0, "END": 1}, unk_token="other"))
+    words.add_special_tokens(["END"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    for token, message in ((None, r"names no eos_token: .*tokenizer.end_of_document"), ("STOP", "'STOP' is not in")):
+        spec = {"kind": "pretrained", "path": str(tmp_path), "end_of_document": token}
+        with pytest.raises(ValueError, match=message):
+            prepare(changed(recipe, tokenizer=spec), tmp_path / "out", workers=1)
+    manifest = prepare(changed(recipe, tokenizer=spec | {"end_of_document": "END"}), tmp_path / "out", workers=1)
+    assert (manifest.tokenizer.eod_token, manifest.tokenizer.eod_id) == ("END", 1)
 
 
 def test_changed_files_and_unfinished_work_of_others_are_noticed(text_folder: Path, recipe: Recipe, tmp_path: Path):

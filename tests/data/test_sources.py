@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 from pathlib import Path
@@ -154,3 +155,13 @@ def test_missing_things_are_named(tmp_path: Path):
         read_all(kind="files", path=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="no documents: no file matches .* with pattern '\\*.md'"):
         read_all(kind="files", path=str(tmp_path), pattern="*.md")
+
+
+def test_an_error_of_the_system_is_no_truncated_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.jsonl.gz").symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        read_all(kind="jsonl", path=str(tmp_path / "a.jsonl.gz"))
+    assert caught.value.errno == errno.EIO
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="Couldn't reach"):
+        read_all(kind="datasets", path="no-one/nothing")

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, normalizers
 
+from moba_megatron.data.documents import CorpusError
 from moba_megatron.data.tokenizer import (
     Encoder,
     EngineMismatch,
@@ -102,6 +104,7 @@ def test_the_end_of_document_token_can_be_named(tokenizer: Tokenizer, tmp_path: 
     assert named.eod_token == "!" and named.eod_id == tokenizer.backend.token_to_id("!")
     assert Tokenizer(named.folder).eod_id == named.eod_id
     assert named.fingerprint != tokenizer.fingerprint
+    assert named.fingerprint == fingerprint(tokenizer.folder, "!")
     with pytest.raises(ValueError, match="'<none>' is not in the vocabulary"):
         copy_tokenizer(tokenizer.folder, tmp_path / "wrong", "<none>")
     with pytest.raises(ValueError, match="cannot read as plain text"):
@@ -111,3 +114,35 @@ def test_the_end_of_document_token_can_be_named(tokenizer: Tokenizer, tmp_path: 
 def test_a_missing_tokenizer_is_explained(tmp_path: Path):
     with pytest.raises(ValueError, match="needs a tokenizer.json"):
         Tokenizer(tmp_path)
+
+
+def test_what_gigatoken_does_not_know_is_left_to_tokenizers():
+    pytest.importorskip("gigatoken")
+    words = Tokenizer(Path(__file__).parents[1] / "assets/tokens/tokenizer")
+    engine, reason = choose_engine(words, "auto")
+    assert engine == "tokenizers"
+    assert reason.startswith("gigatoken cannot load this tokenizer: ") and "WordLevel" in reason and "\n" not in reason
+    assert rows(Encoder(words, engine), ["w5 w7", "w9"]) == [[5, 7], [9]]
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_normalizer_cannot_bring_the_end_of_document_id_into_a_text(
+    tokenizer: Tokenizer, tmp_path: Path, special: bool
+):
+    tree = Tokenizer(tokenizer.folder).backend
+    tree.normalizer = normalizers.NFKC()
+    tree.add_tokens([AddedToken("</s>", normalized=True, special=special)])
+    tree.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"end_of_document": "</s>"}')
+    own = Tokenizer(tmp_path)
+    texts = ["", "plain", "a \uff1c/s\uff1e b", "", "\uff1c/s\uff1e", "end"]
+    assert own.eod_token not in "".join(texts)
+    assert [own.eod_id in ids for ids in own.encode_batch(texts)] == [False, False, True, False, True, False]
+    encoder = Encoder(own, "tokenizers")
+    if special:
+        encoded = rows(encoder, texts)
+        assert not any(own.eod_id in row for row in encoded)
+        assert [own.decode(row) for row in encoded] == ["", "plain", "a </s> b", "", "</s>", "end"]
+    else:
+        with pytest.raises(CorpusError, match="cannot read as plain text"):
+            encoder.encode(texts)
