@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moba_megatron.config import ConfigError, load_config
-from moba_megatron.platform.quiet import silence_missing_libraries
+from moba_megatron.platform.quiet import configure_logging, silence_missing_libraries
 
 
 def main(
@@ -23,23 +23,26 @@ def main(
 ) -> None:
     """Train a language model with MoBA attention on megatron-core. A run folder that holds a run is continued."""
     silence_missing_libraries()
-    first_rank = os.environ.get("RANK", "0") == "0"
+    # One voice a machine: a file may be missing on one of them only.
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    configure_logging("INFO" if speaks else "ERROR")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         loaded = load_config(config, overrides)
         if dry_run:
             from moba_megatron.training.dry_run import print_dry_run
 
-            print_dry_run(loaded, int(os.environ.get("WORLD_SIZE", "1")))
-            return
-        from moba_megatron.training.run import preflight, train
+            return print_dry_run(loaded, world_size)
+        from moba_megatron.training.preflight import preflight
 
-        ready = preflight(loaded, int(os.environ.get("WORLD_SIZE", "1")))
+        ready = preflight(loaded, world_size)
     except ConfigError as error:
-        if first_rank:
+        if speaks:
             typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     from moba_megatron.platform.processes import die_with_parent, leave
     from moba_megatron.training.faults import leave_after_failure
+    from moba_megatron.training.run import train
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()

@@ -17,6 +17,7 @@ from moba_megatron import __version__
 from moba_megatron.config import ConfigError, load_config
 from moba_megatron.ops.backends import BACKENDS, resolve_backend
 from moba_megatron.platform import current_device, optional_libraries
+from moba_megatron.training.preflight import checked_schedule, run_choices
 
 PACKAGES = ("torch", "megatron-core", "triton", "transformers", "tokenizers", "datasets", "gigatoken", "wandb")
 
@@ -35,12 +36,12 @@ def doctor_command(
     _print_backends(console, device)
     if config is not None:
         try:
-            name = load_config(config, overrides).attention.backend
-            chosen, reason = resolve_backend(name, device)
-        except (ConfigError, ValueError) as error:
+            loaded = load_config(config, overrides)
+            lines = run_choices(loaded, checked_schedule(loaded))
+        except ConfigError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from error
-        console.print(f"{config}: attention.backend = {name} runs as {chosen} ({reason})")
+        console.print("\n".join([f"a run of {config} would use", *(f"  {line}" for line in lines)]), markup=False)
 
 
 def _print_versions(console: Console) -> None:

@@ -57,7 +57,8 @@ def small_config(folder: Path, **changes: Any) -> Config:
 
 def train_here(config: Config, world_size: int = 1) -> tuple[str, int]:
     """Train inside a rank of `run_ranks`; returns how the run ended and after which step."""
-    from moba_megatron.training.run import preflight, train
+    from moba_megatron.training.preflight import preflight
+    from moba_megatron.training.run import train
 
     outcome = train(config, preflight(config, world_size))
     return outcome.state, outcome.step

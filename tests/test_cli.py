@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ def run(tmp_path_factory):
         tmp_path_factory.mktemp("trained"),
         training__steps=6,
         checkpoint__every=3,
+        evaluation__every=3,
         attention__stages=[{"until": 0.5}, {"until": 1.0, "kind": "full"}],
         logging__tensorboard=True,
         logging__wandb="offline",
@@ -46,9 +48,18 @@ def test_evaluate_gives_the_loss_that_training_recorded(run):
     assert (run / "plots/loss_by_position_step_6.png").stat().st_size > 1000
 
 
-def test_evaluate_takes_a_checkpoint_and_attends_as_in_its_stage(run):
-    call("evaluate", run / "checkpoints/step_3", "--samples", 4)
-    assert json.loads((run / "evaluation/step_3.json").read_text())["step"] == 3
+def test_a_checkpoint_attends_as_in_its_stage_and_a_moved_run_keeps_its_results(run, tmp_path):
+    moved = shutil.copytree(run, tmp_path / "moved")
+    call("evaluate", moved / "checkpoints/step_3")
+    found = json.loads((moved / "evaluation/step_3.json").read_text())
+    in_training, last = (json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines())
+    assert (in_training["step"], last["step"]) == (3, 6)
+    # Step 3 is the last of the sparse stage; with full attention its weights give another loss.
+    assert found["loss"] == pytest.approx(in_training["loss"], rel=1e-6)
+
+
+def test_evaluate_refuses_more_samples_than_there_are(run):
+    assert "evaluation.samples" in call("evaluate", run, "--samples", 100000, code=2)
 
 
 def test_generate_continues_the_prompt(run):
@@ -64,7 +75,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path, command):
 
 def test_doctor_tells_what_a_configuration_would_use(run):
     output = call("doctor", run / "config.yaml")
-    for expected in ("megatron-core", "transformer_engine", "gathered", "attention.backend = auto runs as gathered"):
+    for expected in ("megatron-core", "transformer_engine", "attention.backend = auto: gathered", "layers: local"):
         assert expected in output
 
 

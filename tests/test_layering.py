@@ -19,7 +19,7 @@ ALLOWED = {
     "evaluation": {"model", "data", "checkpoint", "config"},
     "generation": {"model", "data", "checkpoint", "ops"},
     "training": {"model", "data", "checkpoint", "evaluation", "planning", "ops", "config", "platform"},
-    "doctor": {"config", "ops", "platform"},
+    "doctor": {"config", "ops", "platform", "training"},
     "cli": {"data", "evaluation", "generation", "planning", "doctor", "platform"},
 }
 

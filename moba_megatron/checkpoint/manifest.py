@@ -27,13 +27,15 @@ class Manifest:
     """Facts about a checkpoint that are readable without torch.
 
     step counts finished optimizer steps, consumed_samples the samples they took; `config` is the run's resolved
-    configuration, `schedule` its attention schedule, `files` maps names to `{"bytes": int, "blake2b": str}`.
+    configuration, `schedule` its attention schedule, `data` what identifies its tokenizer and training data, `files`
+    maps names to `{"bytes": int, "blake2b": str}`.
     """
 
     step: int
     consumed_samples: int
     config: dict[str, Any]
     schedule: dict[str, Any]
+    data: dict[str, str]
     versions: dict[str, str]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format: int = FORMAT
@@ -53,7 +55,10 @@ class Manifest:
             raise CheckpointError(f"{path} is damaged: {error}") from error
         if values.get("format") != FORMAT:
             raise CheckpointError(f"{path} has format {values.get('format')}, this version reads format {FORMAT}")
-        return Manifest(**values)
+        try:
+            return Manifest(**values)
+        except TypeError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def digest_file(path: Path) -> dict[str, Any]:

@@ -27,6 +27,12 @@ class OpenedModel:
     checkpoint: Path
     device: torch.device
 
+    @property
+    def folder(self) -> Path:
+        """The run folder of the checkpoint, wherever it was moved; the checkpoint's own folder if it stands alone."""
+        parent = self.checkpoint.parent
+        return parent.parent if parent.name == "checkpoints" else parent
+
 
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint that a path means: a checkpoint folder itself, or the newest one of a run folder.
@@ -47,14 +53,24 @@ def saved_config(checkpoint: Path) -> Config:
     return config_from_dict({**values, "parallel": ParallelConfig().model_dump()})
 
 
-def open_model(path: str | Path, vocab_size: int) -> OpenedModel:
+def open_model(path: str | Path, tokenizer_fingerprint: str, vocab_size: int) -> OpenedModel:
     """Start this process as a single rank and load a model into it.
 
     Args:
-        vocab_size: size of the tokenizer, used where the configuration leaves `model.vocab_size` to it.
+        tokenizer_fingerprint: of the tokenizer that is at hand.
+        vocab_size: size of that tokenizer, used where the configuration leaves `model.vocab_size` to it.
+
+    Raises:
+        CheckpointError: no complete checkpoint there, a damaged one, or one that was trained with another tokenizer.
     """
     checkpoint = find_checkpoint(path)
     config = saved_config(checkpoint)
+    trained_with = Manifest.read(checkpoint).data["tokenizer"]
+    if trained_with != tokenizer_fingerprint:
+        raise CheckpointError(
+            f"{checkpoint} was trained with the tokenizer of fingerprint {trained_with}, but data.tokenizer = "
+            f"{config.data.tokenizer} has {tokenizer_fingerprint}: put the old one back"
+        )
     device = start_rank(config.parallel, seed=config.run.seed)
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
     model = build_model(config, config.model.vocab_size or vocab_size, schedule)

@@ -20,8 +20,9 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
-from moba_megatron.checkpoint.manifest import Manifest, digest_file, list_checkpoints
+from moba_megatron.checkpoint.manifest import CheckpointError, Manifest, digest_file, list_checkpoints
 from moba_megatron.checkpoint.state import SHARDING, TrainingState
+from moba_megatron.platform.processes import die_with_parent
 
 
 class CheckpointWriter:
@@ -35,6 +36,10 @@ class CheckpointWriter:
         self.keep = keep
         self.asynchronous = asynchronous
         self.queue = AsyncCallsQueue()
+        if torch.distributed.get_rank() == 0:
+            for leftover in [*directory.glob(".step_*.partial"), *directory.glob(".step_*.removed")]:
+                shutil.rmtree(leftover)
+        torch.distributed.barrier()
 
     def save(self, state: TrainingState, manifest: Manifest) -> Path:
         """Start writing; waits for the previous save first. Returns the path the checkpoint will have."""
@@ -42,13 +47,13 @@ class CheckpointWriter:
         final = self.directory / f"step_{manifest.step}"
         unfinished = self.directory / f".step_{manifest.step}.partial"
         if torch.distributed.get_rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
         torch.distributed.barrier()
         request = dist_checkpointing.save(
             state.sharded(loading=False), str(unfinished), async_sharded_save=True, content_metadata=SHARDING
         )
-        request = request._replace(async_fn=partial(_write_and_digest, request.async_fn, unfinished))
+        write = partial(_write_and_digest, request.async_fn, unfinished, forked=self.asynchronous)
+        request = request._replace(async_fn=write)
         request.add_finalize_fn(partial(self._publish, unfinished, final, manifest))
         self._start(request)
         return final
@@ -69,30 +74,45 @@ class CheckpointWriter:
 
     def _publish(self, unfinished: Path, final: Path, manifest: Manifest) -> None:
         if torch.distributed.get_rank() == 0:
-            for part in unfinished.glob("digests_*.json"):
-                manifest.files.update(json.loads(part.read_text()))
-                part.unlink()
+            self._collect_digests(unfinished, manifest)
             small = [path for path in unfinished.iterdir() if path.name not in manifest.files]
             manifest.files.update({path.name: digest_file(path) for path in small})
             manifest.write(unfinished)
             for path in unfinished.iterdir():
                 _flush(path)
             if final.exists():
-                shutil.rmtree(final)
+                _remove(final)
             unfinished.rename(final)
             _flush(self.directory)
             for old in list_checkpoints(self.directory)[: -self.keep]:
                 _remove(old)
         torch.distributed.barrier()
 
+    def _collect_digests(self, unfinished: Path, manifest: Manifest) -> None:
+        parts = sorted(unfinished.glob("digests_*.json"))
+        if len(parts) != torch.distributed.get_world_size():
+            raise CheckpointError(
+                f"{unfinished}: {len(parts)} of {torch.distributed.get_world_size()} ranks finished writing. Is the "
+                "disk full? The checkpoints before it are untouched"
+            )
+        for part in parts:
+            manifest.files.update(json.loads(part.read_text()))
+            part.unlink()
 
-def _write_and_digest(write: Callable[..., Any] | None, folder: Path, *args: Any, **kwargs: Any) -> None:
-    """Runs in the forked process: write this rank's files, then record their digests beside them."""
+
+def _write_and_digest(write: Callable[..., Any] | None, folder: Path, *args: Any, forked: bool, **kwargs: Any) -> None:
+    """Write this rank's files, then record their digests beside them; in a forked process of its own if
+    asynchronous."""
+    if forked:
+        die_with_parent()
     rank = torch.distributed.get_rank()
     if write is not None:
         write(*args, **kwargs)
     digests = {path.name: digest_file(path) for path in folder.glob(f"__{rank}_*.distcp")}
-    (folder / f"digests_{rank}.json").write_text(json.dumps(digests))
+    whole = folder / f"digests_{rank}.json"
+    unfinished = folder / f".digests_{rank}.tmp"
+    unfinished.write_text(json.dumps(digests))
+    os.replace(unfinished, whole)
 
 
 def _flush(path: Path) -> None:

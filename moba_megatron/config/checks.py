@@ -35,12 +35,16 @@ def check_world(config: Config, world_size: int) -> int:
             f"micro_batch_size x data-parallel size = {training.micro_batch_size} x {data_ranks} = {per_pass}: "
             f"the nearest that is: {nearest}"
         ])  # fmt: skip
-    microbatches = training.global_batch_size // per_pass
-    if parallel.virtual_pipeline and microbatches % parallel.pipeline:
-        raise ConfigError([
-            f"the interleaved schedule wants microbatches ({microbatches}) in a multiple of parallel.pipeline "
-            f"({parallel.pipeline}): change training.global_batch_size"
-        ])  # fmt: skip
+    for key, samples in [
+        ("training.global_batch_size", training.global_batch_size),
+        ("evaluation.samples", config.evaluation.samples),
+    ]:
+        microbatches = -(-samples // per_pass)
+        if parallel.virtual_pipeline and microbatches % parallel.pipeline:
+            raise ConfigError([
+                f"{key} = {samples} makes {microbatches} microbatches, but the interleaved schedule wants a multiple "
+                f"of parallel.pipeline = {parallel.pipeline}: use a multiple of {per_pass * parallel.pipeline}"
+            ])  # fmt: skip
     return data_ranks
 
 

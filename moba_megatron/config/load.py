@@ -9,6 +9,7 @@ mend.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         values = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError([str(error).splitlines()[0]]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError([f"an override among {overrides} has a value that is not valid YAML: {error}"]) from error
     return config_from_dict(values)
 
 
@@ -61,7 +64,9 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     if not isinstance(tree, DictConfig):
         raise ConfigError([f"{path} must hold a mapping of sections"])
     bases = tree.pop("base", [])
-    bases = [bases] if isinstance(bases, str) else list(bases)
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, Sequence) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError([f"{path}: base = {bases!r} must be a path or a list of paths"])
     return OmegaConf.merge(*[_read_yaml(path.parent / base, (*seen, path)) for base in bases], tree)
 
 

@@ -42,19 +42,21 @@ def _section(name: str, section: type[BaseModel]) -> str:
     lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, field in section.model_fields.items():
         meaning = " ".join((field.description or "").split()).replace("|", "\\|")
-        bounds = ", ".join(_bound(item) for item in field.metadata)
+        bounds = ", ".join(bound for item in field.metadata if (bound := _bound(item)))
         kind = _type_name(field.annotation) + (f" ({bounds})" if bounds else "")
         lines.append(f"| `{key}` | {kind} | {_default(field.default)} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
-def _bound(item: Any) -> str:
+def _bound(item: Any) -> str | None:
     symbols = {"ge": "\u2265", "gt": ">", "le": "\u2264", "lt": "<"}
-    return next(f"{symbol} {getattr(item, name)}" for name, symbol in symbols.items() if hasattr(item, name))
+    return next((f"{symbol} {getattr(item, name)}" for name, symbol in symbols.items() if hasattr(item, name)), None)
 
 
 def _type_name(annotation: Any) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _type_name(args[0])
     if origin is typing.Literal:
         return " \\| ".join(f"`{value}`" for value in args)
     if origin in (list, dict):

@@ -6,12 +6,14 @@ working directory. Sizes are in tokens unless the field says otherwise.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 AttentionKind = Literal["moba", "full"]
+# JSON and the command line have only strings as keys.
+LayerNumber = Annotated[int, Field(strict=False)]
 
 
 class Section(BaseModel):
@@ -106,7 +108,7 @@ class AttentionStage(Section):
     """As `attention.full_every_n`."""
     full_layers: list[int] | None = None
     """As `attention.full_layers`."""
-    layers: dict[int, LayerAttentionOverride] | None = None
+    layers: dict[LayerNumber, LayerAttentionOverride] | None = None
     """As `attention.layers`."""
 
 
@@ -125,7 +127,7 @@ class AttentionConfig(Section):
     """Every n-th layer (n, 2n, ...) attends fully."""
     full_layers: list[int] = []
     """Layers that attend fully, counted from 1."""
-    layers: dict[int, LayerAttentionOverride] = {}
+    layers: dict[LayerNumber, LayerAttentionOverride] = {}
     """Settings of single layers, counted from 1. They win over everything above."""
     stages: list[AttentionStage] = []
     """Stages of the training, in order; empty: one stage. `[{until: 0.9}, {until: 1.0, kind: full}]` is the report's
@@ -224,7 +226,8 @@ class CheckpointConfig(Section):
     """How many checkpoints stay on disk, the newest ones."""
     resume: str = "auto"
     """`auto`: continue from the newest checkpoint in the run folder, else start. `never`: start, and refuse a run
-    folder that already holds a run. A path: start from that checkpoint folder."""
+    folder that already holds a run. A path: a run folder without checkpoints starts from that `step_N` folder; one
+    that has its own continues from its newest."""
     asynchronous: bool = True
     """Write checkpoints in the background while training goes on."""
     verify: bool = True
@@ -240,10 +243,16 @@ class EvaluationConfig(Section):
     samples: int = Field(default=32, ge=1)
     """Validation samples per evaluation, always the same ones, spread over the data-parallel ranks."""
     trailing_tokens: int | None = Field(default=None, ge=1)
-    """Trailing loss is the loss over the last so many positions of each sample. Default: a sixteenth of the sequence,
-    as the report's last 2K of 32K."""
+    """Trailing loss is the loss over the last so many positions of the window. A position counts the tokens before it
+    in its document, so with `data.cross_document_attention` off only documents that fill the window have any.
+    Default: a sixteenth of the sequence, as the report's last 2K of 32K."""
     position_buckets: int = Field(default=16, ge=1)
     """Number of equal ranges of positions for the loss by position."""
+
+
+def _yaml_off(value: Any) -> Any:
+    """YAML 1.1 reads a bare `off` as false."""
+    return "off" if value is False else value
 
 
 class LoggingConfig(Section):
@@ -251,7 +260,7 @@ class LoggingConfig(Section):
     """Steps between lines on the console. metrics.jsonl always gets every step."""
     tensorboard: bool = True
     """Write TensorBoard events into RUN/tensorboard."""
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: Annotated[Literal["off", "offline", "online"], BeforeValidator(_yaml_off)] = "off"
     """Weights & Biases. `offline` needs no network: files stay in RUN/wandb until `wandb sync`."""
     wandb_project: str = "moba-megatron"
     """Project name for Weights & Biases."""

@@ -13,10 +13,9 @@ from rich.table import Table
 from moba_megatron.checkpoint.manifest import CheckpointError
 from moba_megatron.checkpoint.opened import OpenedModel, find_checkpoint, open_model, saved_config
 from moba_megatron.config import Config
-from moba_megatron.data.datasets import build_datasets
+from moba_megatron.data.datasets import build_validation, check_validation
 from moba_megatron.data.feed import rank_batches
 from moba_megatron.data.manifest import load_manifest
-from moba_megatron.data.tokenizer import Tokenizer
 from moba_megatron.evaluation.plots import plot_positions
 from moba_megatron.evaluation.positions import Evaluation, evaluate
 
@@ -35,15 +34,15 @@ def evaluate_command(
     Writes RUN/evaluation/step_N.json and RUN/plots/loss_by_position_step_N.png.
     """
     try:
-        config = saved_config(find_checkpoint(run))
-        config = _with_data(config, validation, samples)
-        opened = open_model(run, Tokenizer(config.data.tokenizer).vocab_size)
+        config = _with_data(saved_config(find_checkpoint(run)), validation, samples)
+        data = check_validation(config)
+        opened = open_model(run, data.identity["tokenizer"], data.vocab_size)
     except (CheckpointError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     console = Console(highlight=False, soft_wrap=True)
     with console.status(f"evaluating step {opened.step} on {config.evaluation.samples} samples"):
-        result = _evaluate(opened, config)
+        result = _evaluate(opened, config, data.eod_id)
     _print_losses(console, opened, config, result)
     for path in _write(opened, config, result):
         console.print(f"  {path}")
@@ -58,9 +57,8 @@ def _with_data(config: Config, validation: str | None, samples: int | None) -> C
     return config.model_copy(update={"data": data, "evaluation": evaluation, "training": training})
 
 
-def _evaluate(opened: OpenedModel, config: Config) -> Evaluation:
-    _, validation = build_datasets(config)
-    eod_id = Tokenizer(config.data.tokenizer).eod_id
+def _evaluate(opened: OpenedModel, config: Config, eod_id: int) -> Evaluation:
+    validation = build_validation(config)
     samples = config.evaluation.samples
     feed = rank_batches(
         validation, config, eod_id=eod_id, consumed_samples=0, num_samples=samples, device=opened.device
@@ -77,7 +75,7 @@ def unigram_baseline(config: Config) -> float | None:
 
 
 def _print_losses(console: Console, opened: OpenedModel, config: Config, result: Evaluation) -> None:
-    table = Table("nats per token", f"{config.run.dir}, step {opened.step}")
+    table = Table("nats per token", f"{opened.folder}, step {opened.step}")
     unigram = unigram_baseline(config)
     table.add_row("unigram model", "not known: no manifest" if unigram is None else f"{unigram:.4f}")
     table.add_row("validation loss", f"{result.loss:.4f}")
@@ -90,7 +88,7 @@ def _print_losses(console: Console, opened: OpenedModel, config: Config, result:
 
 
 def _write(opened: OpenedModel, config: Config, result: Evaluation) -> list[Path]:
-    folder = Path(config.run.dir)
+    folder = opened.folder
     record = folder / "evaluation" / f"step_{opened.step}.json"
     record.parent.mkdir(parents=True, exist_ok=True)
     values = {"step": opened.step, "data": config.data.validation, "unigram_loss": unigram_baseline(config)}

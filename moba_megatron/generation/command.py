@@ -28,7 +28,7 @@ def generate_command(
     """Continue a prompt. The text goes to standard output."""
     try:
         tokenizer = Tokenizer(saved_config(find_checkpoint(run)).data.tokenizer)
-        opened = open_model(run, tokenizer.vocab_size)
+        opened = open_model(run, tokenizer.fingerprint, tokenizer.vocab_size)
         ids = tokenizer.encode_batch([prompt])[0]
         new = generate(
             opened.model[0],

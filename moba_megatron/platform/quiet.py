@@ -1,8 +1,11 @@
-"""What megatron-core says at import on a machine without its optional libraries; `doctor` says it once, with the
-mend."""
+"""What is said while a process starts: our own messages, and less of megatron-core's.
+
+At import, on a machine without its optional libraries, it warns once for each; `doctor` says it once, with the mend.
+"""
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 
@@ -13,3 +16,10 @@ def silence_missing_libraries() -> None:
         warnings.filterwarnings("ignore", message=message, module="megatron")
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module="megatron")
+    warnings.filterwarnings("ignore", message=".*deprecating ShardedTensor", category=FutureWarning)
+
+
+def configure_logging(level: str) -> None:
+    """Let this package's own messages through from `level` on, plainly; other libraries from warnings on."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("moba_megatron").setLevel(level)

@@ -11,6 +11,7 @@ from moba_megatron.model.builder import count_parameters
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.planning.flops import attended_pairs, training_flops_per_token
 from moba_megatron.planning.memory import estimate_memory
+from moba_megatron.training.preflight import checked_schedule, run_choices
 
 
 def print_dry_run(config: Config, world_size: int) -> None:
@@ -22,7 +23,7 @@ def print_dry_run(config: Config, world_size: int) -> None:
     world_size = max(world_size, parallel.tensor * parallel.pipeline * parallel.context)
     data_parallel = check_world(config, world_size)
     vocab_size = config.model.vocab_size or _tokenizer_size(config)
-    schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
+    schedule = checked_schedule(config)
     counts = count_parameters(config, vocab_size)
     console = Console(highlight=False, soft_wrap=True)
     console.print(config.to_yaml(), markup=False)
@@ -30,7 +31,7 @@ def print_dry_run(config: Config, world_size: int) -> None:
     console.print(f"parameters           {counts.total:,} ({counts.layers:,} without embeddings)")
     console.print(f"tokens per step      {config.tokens_per_step:,}")
     console.print(f"tokens in all        {config.tokens_per_step * config.training.steps:,}")
-    console.print(schedule.table(config.training.steps), markup=False)
+    console.print("\n".join([*run_choices(config, schedule), schedule.table(config.training.steps)]), markup=False)
     _print_flops(console, config, schedule, vocab_size)
     _print_memory(console, config, counts.total, vocab_size, data_parallel)
 

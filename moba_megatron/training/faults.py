@@ -15,8 +15,10 @@ from types import FrameType
 
 import torch
 
+from moba_megatron.checkpoint import CheckpointError
 from moba_megatron.platform.processes import leave
 from moba_megatron.training.run_folder import RunFolder
+from moba_megatron.training.step import TrainingDiverged
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -52,13 +54,15 @@ class StopRequest:
 def leave_after_failure(error: BaseException, run_dir: str) -> None:
     """Print an exception with this rank's number, record it in the run folder, and end the process with exit code 1
     (130 after Ctrl-C), without any clean-up that waits for other ranks."""
-    if isinstance(error, KeyboardInterrupt):
-        print("interrupted before the state could be saved", file=sys.stderr)
-        leave(130)
     rank = os.environ.get("RANK", "0")
-    text = "".join(traceback.format_exception(error))
-    print(f"[rank {rank}] failed:\n{text}", file=sys.stderr, flush=True)
-    folder = RunFolder(run_dir)
-    if folder.path.is_dir():
-        folder.write_status("failed", None, rank=int(rank), error=f"{type(error).__name__}: {error}")
-    leave(1)
+    interrupted = isinstance(error, KeyboardInterrupt)
+    # These two explain themselves; where they were raised helps nobody.
+    short = isinstance(error, CheckpointError | TrainingDiverged | KeyboardInterrupt)
+    text = f"{type(error).__name__}: {error}" if short else "".join(traceback.format_exception(error))
+    try:
+        print(f"[rank {rank}] failed: {text}", file=sys.stderr, flush=True)
+        folder = RunFolder(run_dir)
+        if folder.path.is_dir():
+            folder.write_status("failed", None, rank=int(rank), error=f"{type(error).__name__}: {error}")
+    finally:
+        leave(130 if interrupted else 1)

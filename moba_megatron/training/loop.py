@@ -32,7 +32,7 @@ class LoopParts:
 
     set_stage: makes the model attend as in a stage of the schedule (counted from 0).
     evaluate: runs an evaluation and returns a JSON-ready record.
-    manifest: describes the state after a number of finished steps.
+    save: starts a checkpoint of the state after a number of finished steps.
     flops_per_token: training operations per token in a stage; peak_flops: of all devices together, None if unknown.
     """
 
@@ -68,7 +68,7 @@ def run_loop(parts: LoopParts, first_step: int) -> LoopEnd:
     stage, saved, signal = -1, first_step - 1, None
     seconds: list[float] = []
     number = first_step - 1
-    with StopRequest() as stop, parts.progress, _profiler(parts) as profiler:
+    with StopRequest() as stop, parts.progress, _profiler(parts, first_step) as profiler:
         for number in range(first_step, last_step + 1):
             started = time.perf_counter()
             if parts.stage_at(number) != stage:
@@ -79,15 +79,19 @@ def run_loop(parts: LoopParts, first_step: int) -> LoopEnd:
             _record(parts, number, stage, result, seconds, last_step)
             profiler.step()
             signal = stop.agreed(parts.device)
-            at_end = signal is not None or number == last_step
-            if parts.evaluate and (_due(config.evaluation.every, number) or number == config.training.steps):
+            evaluate = parts.evaluate and (_due(config.evaluation.every, number) or number == config.training.steps)
+            if evaluate and signal is None:
                 _evaluate(parts, number)
-            if at_end or _due(config.checkpoint.every, number):
+            if signal is not None or number == last_step or _due(config.checkpoint.every, number):
                 parts.save(number)
                 saved = number
             else:
                 parts.checkpoints.poll()
             if signal is not None:
+                # The state first: whoever sent the signal may not wait for long.
+                parts.checkpoints.wait()
+                if evaluate:
+                    _evaluate(parts, number)
                 break
         parts.checkpoints.wait()
     assert saved == number, "the last state is on disk"
@@ -139,13 +143,14 @@ class _NoProfiler:
         """Nothing is recorded."""
 
 
-def _profiler(parts: LoopParts) -> AbstractContextManager[Any]:
+def _profiler(parts: LoopParts, first_step: int) -> AbstractContextManager[Any]:
     """PyTorch's profiler for the chosen steps, one trace a rank in the run folder; else a stand-in that does
     nothing."""
     chosen = parts.config.logging.profile_steps
-    if not chosen:
+    if not chosen or chosen[1] < first_step:
         return nullcontext(_NoProfiler())
-    first, last = chosen
+    first, last = max(chosen[0], first_step), chosen[1]
+    before = first - first_step
     activities = [torch.profiler.ProfilerActivity.CPU]
     if parts.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -154,7 +159,7 @@ def _profiler(parts: LoopParts) -> AbstractContextManager[Any]:
     return torch.profiler.profile(
         activities=activities,
         schedule=torch.profiler.schedule(
-            skip_first=max(first - 2, 0), wait=0, warmup=min(first - 1, 1), active=last - first + 1, repeat=1
+            skip_first=max(before - 1, 0), wait=0, warmup=min(before, 1), active=last - first + 1, repeat=1
         ),
         on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace)),
     )

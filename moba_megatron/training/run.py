@@ -4,7 +4,6 @@ other."""
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import math
 import os
 from collections.abc import Iterator
@@ -15,58 +14,26 @@ from typing import Any
 import torch
 from megatron.core.timers import Timers
 
-from moba_megatron import __version__, platform
-from moba_megatron.checkpoint import CheckpointWriter, Manifest, TrainingState, load_training
-from moba_megatron.config import Config, ConfigError, check_world
+from moba_megatron import __version__
+from moba_megatron.checkpoint import CheckpointError, CheckpointWriter, Manifest, TrainingState, load_training
+from moba_megatron.config import Config
 from moba_megatron.data.batches import Batch
-from moba_megatron.data.datasets import DataSummary, build_datasets, check_data
+from moba_megatron.data.datasets import build_datasets
 from moba_megatron.data.feed import rank_batches
 from moba_megatron.evaluation.positions import evaluate
 from moba_megatron.model.builder import build_model
 from moba_megatron.model.core_attention import set_attention_stage
 from moba_megatron.model.schedule import AttentionSchedule
-from moba_megatron.ops.backends import resolve_backend
 from moba_megatron.planning.flops import peak_flops, training_flops_per_token
 from moba_megatron.platform.start import start_rank
 from moba_megatron.training.loop import LoopEnd, LoopParts, run_loop
 from moba_megatron.training.metrics import MetricsWriter
 from moba_megatron.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from moba_megatron.training.plots import plot_run
+from moba_megatron.training.preflight import Preflight
 from moba_megatron.training.progress import ProgressView
-from moba_megatron.training.run_folder import RunFolder, find_resume
+from moba_megatron.training.run_folder import RunFolder
 from moba_megatron.training.step import TrainStep
-
-
-@dataclass(frozen=True)
-class Preflight:
-    """What is known before any process group starts."""
-
-    world_size: int
-    data_parallel: int
-    resume: Path | None
-    data: DataSummary
-    choices: list[str]
-    """What every `auto` became, and why: one line each."""
-
-    def vocab_size(self, config: Config) -> int:
-        return config.model.vocab_size or self.data.vocab_size
-
-
-def preflight(config: Config, world_size: int) -> Preflight:
-    """Every check that needs no process group.
-
-    Raises:
-        ConfigError: sizes that do not fit the processes, data or checkpoint that cannot be used, a missing library.
-    """
-    data_parallel = check_world(config, world_size)
-    if config.logging.wandb != "off" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError([f"logging.wandb = {config.logging.wandb}: wandb is not installed (pip install wandb)"])
-    try:
-        backend, reason = resolve_backend(config.attention.backend, platform.current_device())
-    except ValueError as error:
-        raise ConfigError([f"attention.backend = {config.attention.backend}: {error}"]) from error
-    choices = [f"attention.backend = {config.attention.backend}: {backend} ({reason})"]
-    return Preflight(world_size, data_parallel, find_resume(config), check_data(config), choices)
 
 
 @dataclass
@@ -84,8 +51,9 @@ def train(config: Config, ready: Preflight) -> Outcome:
     device = start_rank(config.parallel, seed=config.run.seed, threads=config.run.threads)
     rank = torch.distributed.get_rank()
     folder = RunFolder(config.run.dir)
-    schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
-    state, wrapped = _build(config, ready.vocab_size(config), schedule)
+    schedule = ready.schedule
+    _agree_on_resume(ready)
+    state, wrapped = _build(config, ready.vocab_size, schedule)
     first_step = 1
     if ready.resume:
         manifest = load_training(
@@ -98,7 +66,7 @@ def train(config: Config, ready: Preflight) -> Outcome:
     if rank == 0:
         folder.write_config(config, first_step - 1, ready.choices)
         folder.write_status("running", first_step - 1, pid=os.getpid())
-        _introduce(progress, config, ready, schedule, wrapped)
+        _introduce(progress, config, ready, wrapped)
     if first_step > config.training.steps:
         return _conclude(config, folder, progress, LoopEnd(config.training.steps, None), rank)
     writer = MetricsWriter(folder.path, config, first_step - 1) if rank == 0 else None
@@ -107,6 +75,14 @@ def train(config: Config, ready: Preflight) -> Outcome:
     if writer:
         writer.close()
     return _conclude(config, folder, progress, end, rank)
+
+
+def _agree_on_resume(ready: Preflight) -> None:
+    """Raise if the ranks see different checkpoints, as over a network disk that lags."""
+    seen: list[str] = [""] * ready.world_size
+    torch.distributed.all_gather_object(seen, str(ready.resume))
+    if len(set(seen)) > 1:
+        raise CheckpointError(f"the ranks would resume from different checkpoints: {sorted(set(seen))}. Start again")
 
 
 def _build(config: Config, vocab_size: int, schedule: AttentionSchedule) -> tuple[TrainingState, list[Any]]:
@@ -141,7 +117,7 @@ def _loop_parts(
         return [rank_batches(dataset, config, **which) for _ in wrapped]
 
     def save(step: int) -> None:
-        checkpoints.save(state, _manifest(config, schedule, step))
+        checkpoints.save(state, _manifest(config, ready, step))
 
     def run_evaluation() -> dict[str, Any]:
         passes = math.ceil(config.evaluation.samples / (training.micro_batch_size * ready.data_parallel))
@@ -149,9 +125,10 @@ def _loop_parts(
 
     def flops_per_token(stage: int) -> float:
         layers = [None if a.kind == "full" else (a.block_size, a.top_k) for a in schedule.stages[stage]]
-        return training_flops_per_token(config, ready.vocab_size(config), layers)
+        return training_flops_per_token(config, ready.vocab_size, layers)
 
-    one_device = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
+    known_peak = device.type == "cuda" and config.training.precision == "bf16"
+    one_device = peak_flops(torch.cuda.get_device_name()) if known_peak else None
     return LoopParts(
         config=config,
         folder=folder,
@@ -173,27 +150,26 @@ def _loop_parts(
     )
 
 
-def _manifest(config: Config, schedule: AttentionSchedule, step: int) -> Manifest:
+def _manifest(config: Config, ready: Preflight, step: int) -> Manifest:
     libraries = ("torch", "megatron-core")
     return Manifest(
         step=step,
         consumed_samples=step * config.training.global_batch_size,
         config=config.model_dump(mode="json"),
-        schedule=schedule.to_dict(),
+        schedule=ready.schedule.to_dict(),
+        data=ready.data.identity,
         versions={"moba-megatron": __version__, **{name: importlib.metadata.version(name) for name in libraries}},
     )
 
 
-def _introduce(
-    progress: ProgressView, config: Config, ready: Preflight, schedule: AttentionSchedule, wrapped: list[Any]
-) -> None:
+def _introduce(progress: ProgressView, config: Config, ready: Preflight, wrapped: list[Any]) -> None:
     local = sum(parameter.numel() for chunk in wrapped for parameter in chunk.parameters())
     progress.say(f"run folder {config.run.dir}: " + (f"resuming from {ready.resume}" if ready.resume else "new run"))
     progress.say(
         f"{local:,} parameters on this rank, {ready.world_size} processes ({ready.data_parallel} data-parallel), "
         f"{config.tokens_per_step:,} tokens a step"
     )
-    for line in [*ready.choices, *schedule.table(config.training.steps).splitlines()]:
+    for line in [*ready.choices, *ready.schedule.table(config.training.steps).splitlines()]:
         progress.say(line)
 
 
@@ -201,18 +177,15 @@ def _conclude(config: Config, folder: RunFolder, progress: ProgressView, end: Lo
     """Write status and plots, and say what there is and how to go on."""
     state = "finished" if end.step == config.training.steps else "stopped" if end.signal else "paused"
     if rank == 0:
-        plots = plot_run(folder)
-        why = {
-            "finished": "finished",
-            "paused": "paused at training.stop_after",
-            "stopped": f"stopped by {end.signal}",
-        }[state]
+        folder.write_status(state, end.step, signal=end.signal)
+        why = {"paused": "paused at training.stop_after", "stopped": f"stopped by {end.signal}"}.get(state, state)
         progress.say(f"{why} after step {end.step} of {config.training.steps}")
-        for path in [folder.metrics, *plots]:
+        for path in [folder.metrics, *plot_run(folder)]:
             progress.say(f"  {path}")
         if state != "finished":
-            again = "the same command" if state == "stopped" else "the same command without training.stop_after"
-            progress.say(f"  to continue: {again} (checkpoint {folder.checkpoints}/step_{end.step})")
-        folder.write_status(state, end.step, signal=end.signal)
+            more = {"paused": " without training.stop_after"}.get(state, "")
+            if config.checkpoint.resume == "never":
+                more += " with checkpoint.resume=auto"
+            progress.say(f"  to continue: the same command{more} (checkpoint {folder.checkpoints}/step_{end.step})")
     torch.distributed.barrier()
     return Outcome(state, end.step, end.signal, folder.path)

@@ -15,9 +15,10 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from moba_megatron.checkpoint import find_latest
+from moba_megatron.checkpoint import CheckpointError, find_latest
 from moba_megatron.checkpoint.manifest import NAME, Manifest
 from moba_megatron.config import Config, ConfigError
+from moba_megatron.model.schedule import AttentionSchedule
 
 State = Literal["running", "paused", "stopped", "finished", "failed"]
 
@@ -65,47 +66,73 @@ class RunFolder:
         _write_whole(self.status, json.dumps({"state": state, "step": step, **more}) + "\n")
 
 
-def find_resume(config: Config) -> Path | None:
+def find_resume(config: Config, schedule: AttentionSchedule, data: dict[str, str]) -> Path | None:
     """The checkpoint that this run continues from, or None for a new run.
+
+    Args:
+        data: what identifies tokenizer and training data, as a checkpoint's manifest records it.
 
     Raises:
         ConfigError: the run folder or the named checkpoint cannot be used, with every difference in the way.
     """
     folder, resume = RunFolder(config.run.dir), config.checkpoint.resume
-    latest = find_latest(folder.checkpoints)
+    own = find_latest(folder.checkpoints)
     if resume == "never":
-        if latest or folder.metrics.is_file():
+        if own or folder.metrics.is_file():
             raise ConfigError([
                 f"checkpoint.resume = never, but {folder.path} already holds a run: choose another run.dir, "
                 "or continue it with checkpoint.resume=auto"
             ])  # fmt: skip
         return None
-    if resume != "auto":
-        latest = Path(resume)
-        if not (latest / NAME).is_file():
-            raise ConfigError(
-                [f"checkpoint.resume = {resume}: no complete checkpoint there (auto, never, or a step_N folder)"]
-            )
-    if latest is not None:
-        problems = differences(Manifest.read(latest).config, config)
+    chosen = own if resume == "auto" else _named_checkpoint(Path(resume), own)
+    if chosen is not None:
+        try:
+            problems = differences(Manifest.read(chosen), config, schedule, data)
+        except CheckpointError as error:
+            raise ConfigError([str(error)]) from error
         if problems:
-            raise ConfigError([f"{latest} belongs to a run with other settings", *problems])
-    return latest
+            raise ConfigError([f"{chosen} belongs to a run with other settings", *problems])
+    return chosen
 
 
-def differences(saved: dict[str, Any], config: Config) -> list[str]:
-    """What of a saved configuration differs and may not: one line each, with both values and the way to allow it."""
+def _named_checkpoint(named: Path, own: Path | None) -> Path:
+    """A named checkpoint starts a run; once the run has checkpoints of its own, it continues from the newest of
+    these."""
+    if not (named / NAME).is_file():
+        raise ConfigError(
+            [f"checkpoint.resume = {named}: no complete checkpoint there (auto, never, or a step_N folder)"]
+        )
+    if own is not None and named.resolve() != own.resolve() and named.resolve().parent == own.resolve().parent:
+        raise ConfigError(
+            [f"checkpoint.resume = {named}: the run already has {own.name}; to go back, choose another run.dir"]
+        )
+    return named if own is None else own
+
+
+def differences(manifest: Manifest, config: Config, schedule: AttentionSchedule, data: dict[str, str]) -> list[str]:
+    """What of a checkpoint's run differs and may not: one line each, with both values and the way to allow it."""
     allowed = (*FREE, *config.checkpoint.allow_changed)
-    before, now = _flatten(saved), _flatten(config.model_dump(mode="json"))
-    lines = []
-    for key in sorted(before.keys() | now.keys()):
-        free = any(key == name or key.startswith(name + ".") for name in allowed)
-        if before.get(key) != now.get(key) and not free:
-            allow = f'checkpoint.allow_changed=["{key.split(".stages")[0]}"]'
-            lines.append(
-                f"{key} = {now.get(key)!r}, but the run has {before.get(key)!r}: set it back, or allow it by {allow}"
-            )
-    return lines
+
+    def free(key: str) -> bool:
+        return any(key == name or key.startswith(name + ".") for name in allowed)
+
+    before, now = _flatten(manifest.config), _flatten(config.model_dump(mode="json"))
+    changed = [
+        (key, f"{key} = {now.get(key)!r}, but the run has {before.get(key)!r}")
+        for key in sorted(before.keys() | now.keys())
+        # Schedules are compared by what they mean.
+        if before.get(key) != now.get(key) and not key.startswith("attention.")
+    ]
+    for line in schedule.differences(AttentionSchedule.from_dict(manifest.schedule)):
+        changed.append(("attention", f"attention: {line} in the run's schedule"))
+    for name, key in (("tokenizer", "data.tokenizer"), ("train", "data.train")):
+        if manifest.data.get(name) != data.get(name):
+            changed.append((key, f"{key}: the files are not those that the run was trained on"))
+    return [
+        f'{line}: set it back, or allow it by checkpoint.allow_changed=["{key}"]'
+        for key, line in changed
+        if not free(key)
+    ]
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -116,6 +143,7 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _write_whole(path: Path, text: str) -> None:
     """Replace a file so that a reader sees the old text or the new one."""
-    unfinished = path.with_name(f".{path.name}.tmp")
+    # Several ranks may write at once when all of them fail.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     unfinished.write_text(text)
     os.replace(unfinished, path)

@@ -63,9 +63,9 @@ def test_every_kind_of_damage_to_every_file_is_found(copy, damage):
 def test_a_damaged_checkpoint_is_refused_on_resume(run, copy):
     shard = next(copy.glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    config = run.model_copy(
-        update={"checkpoint": run.checkpoint.model_copy(update={"resume": str(copy)}), "run": run.run}
-    )
+    elsewhere = run.run.model_copy(update={"dir": str(copy.parent / "run")})
+    named = run.checkpoint.model_copy(update={"resume": str(copy)})
+    config = run.model_copy(update={"checkpoint": named, "run": elsewhere})
     with pytest.raises(AssertionError, match=rf"is damaged: {shard.name} has \d+ bytes"):
         run_ranks(1, train_here, config)
 

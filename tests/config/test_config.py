@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ def changed(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_written_configuration_reads_back_equal(tmp_path):
-    config = config_from_dict(changed(attention__stages=[{"until": 0.9}, {"until": 1.0, "kind": "full"}]))
+    stages = [{"until": 0.9, "layers": {1: {"kind": "full"}}}, {"until": 1.0, "kind": "full"}]
+    config = config_from_dict(changed(attention__stages=stages, attention__layers={3: {"top_k": 2}}))
+    assert config_from_dict(json.loads(config.model_dump_json())) == config
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml())
     assert load_config(path) == config
@@ -48,6 +51,30 @@ def test_files_inherit_and_the_command_line_wins(tmp_path):
     assert (config.optimizer.lr, config.training.steps, config.attention.full_layers) == (5e-4, 30, [4])
     assert config.run.dir == "elsewhere"
     assert config.model.hidden_size == 64
+
+
+def test_words_that_yaml_reads_otherwise_are_taken_as_written(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(config_from_dict(changed(logging__wandb="offline")).to_yaml())
+    config = load_config(path, ["logging.wandb=off", "attention.layers.3.kind=full"])
+    assert config.logging.wandb == "off" and config.attention.layers[3].kind == "full"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("base: 3\n", [], "base = 3 must be a path"),
+        ("base: nowhere.yaml\n", [], "no such configuration file"),
+        ("[1, 2]\n", [], "must hold a mapping"),
+        ("a: [1\n", [], "is not valid YAML"),
+        ("", ["attention.full_layers=[4"], "not valid YAML"),
+    ],
+)
+def test_what_is_no_configuration_is_refused(tmp_path, text, overrides, expected):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "config.yaml", overrides)
+    assert expected in str(error.value)
 
 
 def test_a_file_that_includes_itself_is_refused(tmp_path):
@@ -116,7 +143,7 @@ def test_an_override_of_another_form_is_refused(tmp_path, override):
         (
             {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "training__global_batch_size": 3},
             2,
-            "interleaved schedule wants microbatches (3) in a multiple of parallel.pipeline (2)",
+            "training.global_batch_size = 3 makes 3 microbatches, but the interleaved schedule wants a multiple",
         ),
     ],
 )

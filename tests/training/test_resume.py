@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from small_run import numbers_of, read_metrics, small_config, train_here
 
 from moba_megatron.checkpoint import list_checkpoints
 from moba_megatron.config import ConfigError
-from moba_megatron.training.run_folder import RunFolder, find_resume
+from moba_megatron.training.preflight import preflight
+from moba_megatron.training.run_folder import RunFolder
 
 HALVES = {"attention__stages": [{"until": 0.5}, {"until": 1.0, "kind": "full"}]}
 
@@ -35,8 +37,17 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
         (1, {"training__precision": "fp32", **HALVES}),
         (1, {"training__precision": "bf16", "data__cross_document_attention": True, "checkpoint__asynchronous": False}),
         (2, {"parallel__distributed_optimizer": True, "training__precision": "bf16"}),
+        (
+            2,
+            {
+                "parallel__pipeline": 2,
+                "parallel__virtual_pipeline": 2,
+                "model__share_embeddings_and_output_weights": True,
+            },
+        ),
+        (2, {"parallel__tensor": 2, "parallel__sequence": True}),
     ],
-    ids=["fp32-stages", "bf16-synchronous", "two-ranks-distributed-optimizer"],
+    ids=["fp32-stages", "bf16-synchronous", "distributed-optimizer", "interleaved-pipeline", "tensor-sequence"],
 )
 def test_stopped_and_resumed_equals_unbroken(tmp_path, ranks, changes):
     changes = {"checkpoint__every": 3, "evaluation__every": 3, **changes}
@@ -53,8 +64,20 @@ def test_stopped_and_resumed_equals_unbroken(tmp_path, ranks, changes):
     assert read_metrics(here, "evaluations.jsonl") == read_metrics(there, "evaluations.jsonl")
     assert [p.name for p in list_checkpoints(there / "checkpoints")] == ["step_6", "step_8"]
     one, two = (weights_of(folder / "checkpoints/step_8") for folder in (here, there))
-    assert one.keys() == two.keys() and len(one) > 30
+    assert one.keys() == two.keys() and len(one) >= 24
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_goes_on_at_another_parallel_layout(tmp_path):
+    whole = small_config(tmp_path / "a")
+    run_ranks(1, train_here, whole)
+    changes = {"parallel__tensor": 2, "parallel__sequence": True, "training__stop_after": 4}
+    run_ranks(2, train_here, small_config(tmp_path / "b", **changes), 2)
+    run_ranks(1, train_here, small_config(tmp_path / "b"))
+    one, two = (read_metrics(folder / "run") for folder in (tmp_path / "a", tmp_path / "b"))
+    # Initial weights depend on the layout, so only the course is compared: the loss goes on falling without a jump.
+    assert [line["step"] for line in two] == [line["step"] for line in one]
+    assert abs(two[4]["loss"] - two[3]["loss"]) < 0.2 and two[-1]["loss"] < two[3]["loss"]
 
 
 def test_a_finished_run_started_again_says_so_and_changes_nothing(tmp_path):
@@ -77,8 +100,8 @@ def paused(tmp_path_factory):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"attention__top_k": 2}, "attention.top_k = 2, but the run has 3"),
-        ({"attention__stages": HALVES["attention__stages"]}, "attention.stages"),
+        ({"attention__top_k": 2}, "attention: stage 1, layer 1: moba B=16 K=2 against moba B=16 K=3"),
+        ({"attention__stages": HALVES["attention__stages"]}, "attention: stages end at [0.5, 1.0]"),
         ({"training__steps": 9}, "training.steps = 9, but the run has 8"),
         ({"run__seed": 1}, "run.seed = 1"),
         ({"model__rotary_base": 5e5}, "model.rotary_base"),
@@ -88,19 +111,48 @@ def paused(tmp_path_factory):
 )
 def test_a_resume_with_other_settings_is_refused(paused, changes, expected):
     with pytest.raises(ConfigError) as error:
-        find_resume(small_config(paused, **changes))
+        preflight(small_config(paused, **changes), 1)
     assert expected in str(error.value)
 
 
 def test_what_is_asked_for_by_name_may_change(paused):
     allowed = {"checkpoint__allow_changed": ["attention", "training.steps"]}
     config = small_config(paused, attention__top_k=2, training__steps=9, **allowed)
-    assert find_resume(config).name == "step_2"
+    assert preflight(config, 1).resume.name == "step_2"
+
+
+def test_a_schedule_said_in_other_words_is_the_same(paused):
+    config = small_config(paused, attention__last_n_full=0, attention__full_layers=[4])
+    assert preflight(config, 1).resume.name == "step_2"
+
+
+def test_data_made_anew_at_the_same_place_is_noticed(paused, tmp_path):
+    shutil.copytree(paused, tmp_path / "copy")
+    config = small_config(tmp_path / "copy", run__dir=str(paused / "run"))
+    shutil.copy(tmp_path / "copy/tokens/validation.bin", tmp_path / "copy/tokens/train.bin")
+    shutil.copy(tmp_path / "copy/tokens/validation.idx", tmp_path / "copy/tokens/train.idx")
+    moved = {"checkpoint__allow_changed": ["data.tokenizer"]}
+    with pytest.raises(ConfigError, match="data.train: the files are not those"):
+        preflight(small_config(tmp_path / "copy", run__dir=config.run.dir, **moved), 1)
+
+
+def test_a_named_checkpoint_starts_a_run_that_then_goes_its_own_way(paused, tmp_path):
+    named = paused / "run/checkpoints/step_2"
+    config = small_config(
+        tmp_path, checkpoint__resume=str(named), checkpoint__allow_changed=["data"], checkpoint__every=1
+    )
+    assert preflight(config, 1).resume == named
+    stopped = config.model_copy(update={"training": config.training.model_copy(update={"stop_after": 4})})
+    assert run_ranks(1, train_here, stopped) == [("paused", 4)]
+    assert preflight(config, 1).resume.name == "step_4"
+    back = small_config(tmp_path, checkpoint__resume=str(Path(config.run.dir) / "checkpoints/step_3"))
+    with pytest.raises(ConfigError, match="to go back, choose another run.dir"):
+        preflight(back, 1)
 
 
 def test_layout_and_logging_may_change_freely(paused):
     config = small_config(paused, training__micro_batch_size=1, logging__every=5, training__recompute="full")
-    assert find_resume(config).name == "step_2"
+    assert preflight(config, 1).resume.name == "step_2"
 
 
 def test_status_and_history_tell_how_a_run_went(tmp_path):

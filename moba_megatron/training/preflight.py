@@ -1,0 +1,112 @@
+"""Every check that needs no process group, and every choice that `auto` leaves, made once before a run starts."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from moba_megatron.config import Config, ConfigError, check_world
+from moba_megatron.data.datasets import DataSummary, check_data
+from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.model.specs import choose_implementation
+from moba_megatron.ops.backends import resolve_backend
+from moba_megatron.platform import current_device, optional_libraries
+from moba_megatron.training.run_folder import find_resume
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What is known before any process group starts."""
+
+    world_size: int
+    data_parallel: int
+    schedule: AttentionSchedule
+    data: DataSummary
+    vocab_size: int
+    resume: Path | None
+    choices: list[str]
+    """What every `auto` became, and why: one line each."""
+
+
+def preflight(config: Config, world_size: int) -> Preflight:
+    """Check everything that can be checked by one process.
+
+    Raises:
+        ConfigError: sizes that do not fit the processes, data or checkpoint that cannot be used, a missing library.
+    """
+    data_parallel = check_world(config, world_size)
+    schedule = checked_schedule(config)
+    if config.logging.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError([f"logging.wandb = {config.logging.wandb}: wandb is not installed (pip install wandb)"])
+    data = check_data(config)
+    return Preflight(
+        world_size=world_size,
+        data_parallel=data_parallel,
+        schedule=schedule,
+        data=data,
+        vocab_size=config.model.vocab_size or data.vocab_size,
+        resume=find_resume(config, schedule, data.identity),
+        choices=run_choices(config, schedule),
+    )
+
+
+def checked_schedule(config: Config) -> AttentionSchedule:
+    """The attention schedule of a configuration.
+
+    Raises:
+        ConfigError: settings without effect, or blocks longer than the sequence, in any layer of any stage.
+    """
+    try:
+        schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    length = config.data.sequence_length
+    problems = [
+        f"attention: layer {number} of stage {stage} has block_size = {layer.block_size}, over data.sequence_length = "
+        f"{length}: use at most that"
+        for stage, layers in enumerate(schedule.stages, start=1)
+        for number, layer in enumerate(layers, start=1)
+        if layer.block_size is not None and layer.block_size > length
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return schedule
+
+
+def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:
+    """What a run of this configuration uses on this machine, one line a choice with its reason.
+
+    Raises:
+        ConfigError: an attention backend that cannot run here.
+    """
+    try:
+        device = current_device()
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    try:
+        backend, reason = resolve_backend(config.attention.backend, device)
+    except ValueError as error:
+        raise ConfigError([f"attention.backend = {config.attention.backend}: {error}"]) from error
+    libraries = optional_libraries()
+    fused_adam = [
+        name for name in ("transformer_engine", "apex") if device.type == "cuda" and libraries[name].available
+    ]
+    lines = [
+        f"attention.backend = {config.attention.backend}: {backend} ({reason})",
+        f"layers: {choose_implementation(device.type)}; full attention: "
+        f"{'flash or cuDNN' if device.type == 'cuda' else 'PyTorch fused CPU'} kernel; "
+        f"Adam: {fused_adam[0] if fused_adam else 'PyTorch'}",
+    ]
+    length = config.data.sequence_length
+    covered = sum(
+        layer.kind == "moba" and layer.block_size * layer.top_k >= length
+        for layers in schedule.stages
+        for layer in layers
+    )
+    if covered:
+        lines.append(
+            f"attention: in {covered} layers (over all stages) top_k blocks cover data.sequence_length = {length}: "
+            "MoBA is full attention there"
+        )
+    return lines
