@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -142,24 +143,31 @@ def set_attention_stage(model_chunks: list[torch.nn.Module], schedule: Attention
         the number of layers whose attention changed.
 
     Raises:
-        ValueError: if the schedule has another stage or layer count than asked for.
+        ValueError: if the schedule has another stage or layer count than asked for, or the stage makes a layer MoBA
+            that was built with another core attention. Nothing has changed then.
     """
     if not 0 <= stage < len(schedule.stages):
         raise ValueError(f"stage {stage} is not one of 0 to {len(schedule.stages) - 1}")
-    changed = 0
-    for chunk in model_chunks:
-        for module in chunk.modules():
-            if isinstance(module, MoBACoreAttention):
-                if module.layer_number > schedule.num_layers:
-                    raise ValueError(f"layer {module.layer_number}, but the schedule has {schedule.num_layers} layers")
-                attention = schedule.stages[stage][module.layer_number - 1]
-                changed += module.attention != attention
-                module.attention = attention
+    modules = [module for chunk in model_chunks for module in chunk.modules()]
+    layers = schedule.stages[stage]
+    for module in modules:
+        if isinstance(module, (MoBACoreAttention, SelfAttention)) and module.layer_number > schedule.num_layers:
+            raise ValueError(f"layer {module.layer_number}, but the schedule has {schedule.num_layers} layers")
+        if isinstance(module, SelfAttention) and not isinstance(module.core_attention, MoBACoreAttention):
+            if layers[module.layer_number - 1].kind == "moba":
+                raise ValueError(
+                    f"layer {module.layer_number} is MoBA in stage {stage}, but was built with "
+                    f"{type(module.core_attention).__name__}, which attends fully: build the model for this schedule"
+                )
+    cores = [module for module in modules if isinstance(module, MoBACoreAttention)]
+    changed = sum(core.attention != layers[core.layer_number - 1] for core in cores)
+    for core in cores:
+        core.attention = layers[core.layer_number - 1]
     return changed
 
 
 def _pack_boundaries(packed: PackedSeqParams) -> tuple[Tensor, int | None]:
-    """(cu_seqlens [documents + 1] int32, longest document) of a pack of documents."""
+    """(cu_seqlens [documents + 1] int32, longest document or None if not known) of a pack of documents."""
     if packed.qkv_format != "thd":
         raise ValueError(f"PackedSeqParams.qkv_format = {packed.qkv_format!r}: packs of documents are 'thd'")
     cu_q = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
@@ -172,7 +180,8 @@ def _pack_boundaries(packed: PackedSeqParams) -> tuple[Tensor, int | None]:
     )  # fmt: skip
     if differ:
         raise ValueError("PackedSeqParams: cu_seqlens_q and cu_seqlens_kv differ, but MoBA is self-attention")
-    return cu_q, packed.max_seqlen_q
+    # Beside padded boundaries, max_seqlen_q may be the longest document without its padding, which is no bound here.
+    return cu_q, packed.max_seqlen_q if packed.cu_seqlens_q_padded is None else None
 
 
 def _refuse_what_is_not_moba(

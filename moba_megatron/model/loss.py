@@ -94,10 +94,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
         lse_T = torch.empty(target_T.shape, dtype=dtype, device=hidden_TH.device)
         logit_T = torch.empty_like(lse_T)
-        logits_CV = None
+        logits_CV, wide_CV = None, _wide_buffer(hidden_TH, min(chunk_size, len(target_T)), rows)
         for chunk in _chunks(len(target_T), chunk_size):
             logits_CV = hidden_TH[chunk] @ weight_VH[:rows].t()
-            lse_T[chunk] = torch.logsumexp(logits_CV.to(dtype), dim=-1)
+            lse_T[chunk] = _logsumexp(logits_CV, wide_CV)
             logit_T[chunk] = _target_logits(logits_CV, target_T[chunk])
         if group is not None:
             lse_T, logit_T = _combine(lse_T, logit_T, group)
@@ -114,9 +114,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         factor_T1 = grad_T[:, None]
         grad_hidden_TH = torch.empty_like(hidden_TH)
         grad_weight_VH = torch.zeros(weight_VH.shape, dtype=lse_T.dtype, device=weight_VH.device)
+        wide_CV = _wide_buffer(hidden_TH, min(ctx.chunk_size, len(target_T)), ctx.rows)
         for chunk in _chunks(len(target_T), ctx.chunk_size):
             logits_CV = hidden_TH[chunk] @ rows_VH.t() if kept is None else kept
-            error_CV = _error(logits_CV, target_T[chunk], lse_T[chunk])
+            error_CV = _error(logits_CV, target_T[chunk], lse_T[chunk], wide_CV)
             torch.mm(error_CV, rows_VH, out=grad_hidden_TH[chunk])
             scaled_CH = (hidden_TH[chunk] * factor_T1[chunk]).to(hidden_TH.dtype)
             if error_CV.dtype == grad_weight_VH.dtype:
@@ -142,9 +143,25 @@ def _target_logits(logits_CV: Tensor, target_C: Tensor) -> Tensor:
     return logits_CV.gather(1, index_C[:, None]).squeeze(1).masked_fill(~here_C, 0.0)
 
 
-def _error(logits_CV: Tensor, target_C: Tensor, lse_C: Tensor) -> Tensor:
+def _wide_buffer(hidden_TH: Tensor, tokens: int, rows: int) -> Tensor:
+    """Room for one chunk's scores in the precision of the softmax. Made once a call: on a CPU, fresh pages for every
+    chunk cost more than the arithmetic on them."""
+    dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
+    return torch.empty(tokens, rows, dtype=dtype, device=hidden_TH.device)
+
+
+def _logsumexp(logits_CV: Tensor, wide_CV: Tensor) -> Tensor:
+    """Log-sum-exp over the columns [C], by way of the buffer; -inf if there is no column."""
+    if logits_CV.shape[1] == 0:
+        return wide_CV.new_full(logits_CV.shape[:1], -torch.inf)
+    scores_CV = wide_CV[: len(logits_CV)].copy_(logits_CV)
+    largest_C = scores_CV.amax(dim=-1)
+    return scores_CV.sub_(largest_C[:, None]).exp_().sum(dim=-1).log_().add_(largest_C)
+
+
+def _error(logits_CV: Tensor, target_C: Tensor, lse_C: Tensor, wide_CV: Tensor) -> Tensor:
     """Softmax minus the one-hot target, in the dtype of the logits: the gradient of the loss by the logits."""
-    error_CV = torch.sub(logits_CV, lse_C[:, None]).exp_()
+    error_CV = wide_CV[: len(logits_CV)].copy_(logits_CV).sub_(lse_C[:, None]).exp_()
     if error_CV.shape[1]:
         here_C = (target_C >= 0) & (target_C < error_CV.shape[1])
         index_C = target_C.clamp(0, error_CV.shape[1] - 1)

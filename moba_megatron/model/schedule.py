@@ -7,7 +7,11 @@ which the stage ends. Which layers are full is found in this order, the later ru
 2. `full_layers`, `full_every_n` and `last_n_full` make layers full;
 3. `layers` sets single layers, in every respect.
 
-A stage that leaves a setting out takes the one of the `attention` section.
+A stage that leaves a setting out takes the one of the `attention` section. There is one exception: in a stage that sets
+`kind` but no `layers` of its own, the section's `layers` keep their sizes and lose their `kind`, because what a stage
+says itself is the later word: `{until: 1.0, kind: full}` makes every layer full.
+
+Sizes for a single layer that is full in every stage would have no effect and are refused.
 
 Stages are cut by steps. With S steps in all, a stage that ends at the share u of the training ends after step
 floor(u S + 1/2): the nearest whole step, halves upward. Steps count from 1, so with S = 100 and u = 0.9 step 90 is the
@@ -82,11 +86,19 @@ class AttentionSchedule:
         """The schedule of a configuration's `attention` section for a model of `num_layers` layers.
 
         Raises:
-            ValueError: if a layer is named that the model does not have.
+            ValueError: if a layer is named that the model does not have, or given sizes while it is full in all stages.
         """
         stages = attention.stages or [AttentionStage(until=1.0)]
         layers = tuple(_stage_layers(attention, stage, num_layers) for stage in stages)
-        return cls(layers, tuple(stage.until for stage in stages))
+        schedule = cls(layers, tuple(stage.until for stage in stages))
+        for given in (attention.layers, *(stage.layers or {} for stage in stages)):
+            for number, override in given.items():
+                if (override.block_size or override.top_k) and schedule.always_full(number):
+                    raise ValueError(
+                        f"attention.layers gives layer {number} a block_size or top_k, but it is full in every stage: "
+                        "give it `kind: moba` or take the sizes out"
+                    )
+        return schedule
 
     @classmethod
     def uniform(cls, num_layers: int, layer: LayerAttention) -> AttentionSchedule:
@@ -99,7 +111,8 @@ class AttentionSchedule:
 
     def last_step(self, stage: int, steps: int) -> int:
         """The last step (counted from 1) of a stage when the training has `steps` steps."""
-        return math.floor(self.until[stage] * steps + 0.5)
+        # Rounded first, so that a half that binary fractions miss by their last place is still a half: 0.29 * 50.
+        return math.floor(round(self.until[stage] * steps, 9) + 0.5)
 
     def stage_at(self, step: int, steps: int) -> int:
         """The stage (counted from 0) that holds at `step`, counted from 1: the step that is about to be taken.
@@ -170,6 +183,7 @@ def _stage_layers(attention: AttentionConfig, stage: AttentionStage, num_layers:
         return getattr(attention, name) if own is None else own
 
     overrides = setting("layers")
+    keeps_override_kinds = stage.kind is None or stage.layers is not None
     unknown = sorted(n for n in {*setting("full_layers"), *overrides} if not 1 <= n <= num_layers)
     if unknown:
         raise ValueError(f"attention names layers {unknown}: layers are counted from 1 to {num_layers}")
@@ -179,7 +193,8 @@ def _stage_layers(attention: AttentionConfig, stage: AttentionStage, num_layers:
         full = number in setting("full_layers") or (every and number % every == 0) or number > num_layers - last
         kind = "full" if full else setting("kind")
         override = overrides.get(number)
-        kind = override.kind if override and override.kind else kind
+        if override and override.kind and keeps_override_kinds:
+            kind = override.kind
         if kind == "full":
             layers.append(FULL)
             continue

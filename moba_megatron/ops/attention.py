@@ -17,6 +17,7 @@ from moba_megatron.ops.backends import resolve_backend
 from moba_megatron.ops.dense import full_attention
 from moba_megatron.ops.gathered import attend
 from moba_megatron.ops.layout import BlockLayout, block_layout, check_inputs, check_settings
+from moba_megatron.ops.precision import without_autocast
 from moba_megatron.ops.reference import reference_attend, reference_select
 from moba_megatron.ops.routing import select_past, summarize
 
@@ -32,6 +33,7 @@ def _layout(q: Tensor, cu_seqlens: Tensor | None, block_size: int, max_seqlen: i
     return block_layout(q.shape[0], block_size, cu_seqlens, max_seqlen=max_seqlen, device=q.device)
 
 
+@without_autocast
 def moba_attention(
     q: Tensor,
     k: Tensor,
@@ -61,7 +63,7 @@ def moba_attention(
         max_seqlen: an upper bound on the longest document in tokens; spares reading cu_seqlens on an accelerator.
 
     Returns:
-        [T, N, D] in q's dtype. Softmax and sums are in fp32 (fp64 for fp64 inputs).
+        [T, N, D] in q's dtype. Softmax and sums are in fp32 (fp64 for fp64 inputs), under autocast as well.
 
     Raises:
         ValueError: inputs or settings that do not fit, or a backend that cannot run; the message names the values.
@@ -91,6 +93,7 @@ def moba_attention(
 
 
 @torch.no_grad()
+@without_autocast
 def select_blocks(
     q: Tensor,
     k: Tensor,

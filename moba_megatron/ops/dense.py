@@ -1,8 +1,12 @@
 """Full causal attention of packed documents through PyTorch's fused kernels, for the full layers of a hybrid.
 
 Keys are never repeated in memory: grouped-query attention is the kernel's own. Documents on a CPU are attended one by
-one (views, no copies of keys); packed bf16 and fp16 on CUDA go through the variable-length flash kernel, which takes
-the boundaries from the device. Packed fp32 on CUDA, which that kernel refuses, reads the boundaries on the host.
+one; packed bf16 and fp16 on CUDA go through the variable-length flash kernel, which takes the boundaries from the
+device. Packed fp32 on CUDA, which that kernel refuses, reads the boundaries on the host.
+
+Only kernels whose memory is linear in the tokens are allowed. PyTorch would otherwise fall back, without a word, to one
+that holds the matrix of all scores: where the last dimension is not contiguous, which a copy mends here, and where no
+fused kernel takes the inputs (on CUDA fp64, and fp32 with grouped queries), which raises.
 """
 
 from __future__ import annotations
@@ -12,10 +16,15 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moba_megatron.ops.layout import check_inputs
+from moba_megatron.ops.precision import without_autocast
+
+LINEAR_IN_MEMORY = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
 
+@without_autocast
 def full_attention(
     q: Tensor,
     k: Tensor,
@@ -39,9 +48,11 @@ def full_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or boundaries that do not fit.
+        RuntimeError: PyTorch has no kernel for these inputs but the quadratic one.
     """
     check_inputs({"q": q, "k": k, "v": v}, cu_seqlens)
     scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else softmax_scale
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if cu_seqlens is None or cu_seqlens.numel() == 2:
         return _one_document(q, k, v, scale)
     if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
@@ -59,5 +70,8 @@ def _one_document(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if q.shape[0] == 0:
         return torch.zeros_like(q)
     heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    with sdpa_kernel(LINEAR_IN_MEMORY):
+        out = F.scaled_dot_product_attention(
+            *heads_first, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
     return out.squeeze(0).transpose(0, 1)

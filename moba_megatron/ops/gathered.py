@@ -1,26 +1,26 @@
 """Attention with given block ids in portable PyTorch, sparse in time and memory, on any device.
 
-Queries come to the keys. All work is done for one key head and some of its query heads at a time (a *pass*), so that
-keys and values are never repeated and buffers stay small:
+Queries come to the keys. All work is done for one key head and some of its query heads at a time (a *pass*), and past
+blocks for a range of tokens at a time, so that keys and values are never repeated and buffers stay small:
 
 1. Own blocks: every full block of a document in batched tiles, causal inside; short last blocks singly. Rows are taken
    `ROWS_OF_TRIANGLE` at a time, each against the keys up to its last row, so that little above the diagonal is
    computed.
-2. Past blocks: an *entry* is one (query row, chosen block). A stable sort of the entries by block (counting sort's
-   order) lists the rows of each block; they are gathered, attend the whole block, and their outputs and log-sum-exps
-   lie in sorted order.
+2. Past blocks: an *entry* is one (query row, chosen block). Sorted by block (`entries`), they list the rows of each
+   block; these are gathered, attend the whole block, and their outputs and log-sum-exps lie in sorted order.
 3. Merge: each row picks its entries by the inverse permutation and adds own and past outputs by log-sum-exp in fp32.
 
 Saved for backward: q, k, v, ids, out and lse. The backward pass makes the entries again, recomputes the probabilities
 from the global lse, writes dq of entries in sorted order and adds them per row in slot order, and adds dk and dv per
-block in row order: no atomics, so that two runs with the same number of threads give the same bits. Sums of dq, dk and
-dv are in fp32 or wider.
+block in row order: nothing here adds in an order left open, so that on a CPU two runs with the same number of threads
+give the same bits. dq, dk and dv are summed in fp32 or wider; the share of dq that each past block gives is first
+rounded to the inputs' dtype, as its share of the output is.
 
 Limitation: the work list is read on the host, so on an accelerator each call waits for the ids. The backend is portable
 first.
 
-Legend: T tokens, N query heads, G key heads, D head size, K past blocks per query (top_k - 1), H query heads of a pass,
-E = T H K entries of a pass. A query *row* is token * N + head.
+Legend: T tokens, N query heads, G key heads, D head size, K past blocks per query (top_k - 1), t tokens of a range, H
+query heads of a pass, E = t H K entries. A query *row* is token * N + head.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moba_megatron.ops import tiles
+from moba_megatron.ops.entries import Entries, heads_at_once, sort_entries, token_ranges
 from moba_megatron.ops.layout import BlockLayout
 from moba_megatron.ops.merge import merge_weights
-from moba_megatron.ops.summaries import score_dtype
+from moba_megatron.ops.precision import score_dtype, without_autocast
 
 ROWS_OF_TRIANGLE = 128
 TOKENS_OF_MERGE = 4096
@@ -43,49 +44,6 @@ TOKENS_OF_MERGE = 4096
 # tiles.
 SCORES_PER_THREAD = 2**18
 SCORES_ON_ACCELERATOR = 2**26
-# A pass takes several query heads only while the outputs of its entries stay below this many times the size of q.
-ENTRIES_OVER_QUERIES = 2
-
-
-@dataclass(frozen=True)
-class Entries:
-    """The (query row, past block) pairs of one pass, sorted by block.
-
-    Attributes:
-        row_E: int64 [E], query row of each sorted entry; pairs without a block come last.
-        place_THK: int64 [T, H, K], where each query's entries lie in sorted order.
-        blocks: (first key token, first entry, one past the last entry) of each block that is chosen at all.
-        count: entries that have a block.
-    """
-
-    row_E: Tensor
-    place_THK: Tensor
-    blocks: list[tuple[int, int, int]]
-    count: int
-
-
-def sort_entries(ids_TNK: Tensor, heads: slice, layout: BlockLayout) -> Entries:
-    """List the rows of each past block that the given heads chose. A stable sort, hence deterministic."""
-    num_heads = ids_TNK.shape[1]
-    ids_THK = ids_TNK[:, heads]
-    none = layout.num_blocks
-    key_type = torch.int16 if none < 2**15 else torch.int32
-    pack_THK = torch.where(ids_THK < 0, none, ids_THK + layout.first_block_T.to(torch.int32).view(-1, 1, 1))
-    key_E = pack_THK.to(key_type).flatten()
-    order_E = torch.argsort(key_E, stable=True)
-    place_E = torch.empty_like(order_E)
-    place_E[order_E] = torch.arange(order_E.numel(), device=order_E.device)
-    counts = torch.bincount(key_E, minlength=none + 1).tolist()
-    starts = layout.block_starts().tolist()
-    blocks, first = [], 0
-    for start, count in zip(starts, counts[:none], strict=True):
-        if count:
-            blocks.append((start, first, first + count))
-            first += count
-    rows_T1 = torch.arange(0, ids_TNK.shape[0] * num_heads, num_heads, device=ids_TNK.device).unsqueeze(1)
-    rows_TH = rows_T1 + torch.arange(num_heads, device=ids_TNK.device)[heads]
-    row_E = rows_TH.flatten()[order_E.div_(ids_THK.shape[2], rounding_mode="floor")]
-    return Entries(row_E, place_E.view(ids_THK.shape), blocks, first)
 
 
 @dataclass(frozen=True)
@@ -97,7 +55,7 @@ class _Pass:
     q: Tensor
     k: Tensor
     v: Tensor
-    entries: Entries | None
+    ids: Tensor
     layout: BlockLayout
     scale: float
     dtype: torch.dtype
@@ -116,20 +74,26 @@ class _Pass:
     def scores_budget(self) -> int:
         return SCORES_PER_THREAD * self.split if self.q.device.type == "cpu" else SCORES_ON_ACCELERATOR
 
+    def past(self) -> Iterator[Entries]:
+        """The work lists of past blocks, one range of tokens after the other."""
+        num_tokens, num_heads, num_past = self.ids.shape
+        if num_past:
+            for tokens in token_ranges(num_tokens, num_heads, self.heads, num_past):
+                yield sort_entries(self.ids, tokens, self.heads, self.layout)
+
 
 def _passes(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, layout: BlockLayout, scale: float) -> Iterator[_Pass]:
     num_heads, num_groups, num_past = q.shape[1], k.shape[1], ids.shape[2]
     group_size = num_heads // num_groups
-    heads_at_once = min(group_size, max(1, ENTRIES_OVER_QUERIES * num_heads // max(1, num_past)))
+    step = heads_at_once(num_heads, group_size, num_past)
     dtype = score_dtype(q.dtype)
     side = min(ROWS_OF_TRIANGLE, layout.block_size)
-    triangle = torch.full((side, side), -torch.inf, dtype=dtype, device=q.device).triu_(1)
+    triangle = torch.ones(side, side, dtype=torch.bool, device=q.device).triu_(1)
     for group in range(num_groups):
         k_TD, v_TD = k[:, group].contiguous(), v[:, group].contiguous()
-        for first in range(group * group_size, (group + 1) * group_size, heads_at_once):
-            heads = slice(first, min(first + heads_at_once, (group + 1) * group_size))
-            entries = sort_entries(ids, heads, layout) if num_past else None
-            yield _Pass(heads, group, q, k_TD, v_TD, entries, layout, scale, dtype, triangle)
+        for first in range(group * group_size, (group + 1) * group_size, step):
+            heads = slice(first, min(first + step, (group + 1) * group_size))
+            yield _Pass(heads, group, q, k_TD, v_TD, ids, layout, scale, dtype, triangle)
 
 
 def _own_tiles(work: _Pass) -> Iterator[tuple[int, slice, tuple[int, int]]]:
@@ -241,25 +205,27 @@ def _past_backward(
                 total += part
 
 
-def _merge_forward(entries: Entries, part_ED: Tensor, part_lse_E: Tensor, out_THD: Tensor, lse_TH: Tensor) -> None:
+def _merge_forward(entries: Entries, part_ED: Tensor, part_lse_E: Tensor, out_TND: Tensor, lse_TN: Tensor) -> None:
     """Merge the entries' outputs into the own blocks' out and lse, in place, a few tokens at a time."""
-    for first in range(0, out_THD.shape[0], TOKENS_OF_MERGE):
+    out_tHD, lse_tH = (x[entries.tokens, entries.heads] for x in (out_TND, lse_TN))
+    for first in range(0, out_tHD.shape[0], TOKENS_OF_MERGE):
         tokens = slice(first, first + TOKENS_OF_MERGE)
-        place_KTH = entries.place_THK[tokens].permute(2, 0, 1)
-        weights, lse_TH[tokens] = merge_weights(torch.cat([lse_TH[None, tokens], part_lse_E[place_KTH]]))
-        total = out_THD[tokens] * weights[0].unsqueeze(-1)
-        for place, weight in zip(place_KTH, weights[1:], strict=True):
+        place_KtH = entries.place_tHK[tokens].permute(2, 0, 1)
+        weights, lse_tH[tokens] = merge_weights(torch.cat([lse_tH[None, tokens], part_lse_E[place_KtH]]))
+        total = out_tHD[tokens] * weights[0].unsqueeze(-1)
+        for place, weight in zip(place_KtH, weights[1:], strict=True):
             part = part_ED.index_select(0, place.flatten()).view(total.shape)
             total.addcmul_(part.to(total.dtype), weight.unsqueeze(-1))
-        out_THD[tokens] = total
+        out_tHD[tokens] = total
 
 
-def _merge_backward(entries: Entries, part_ED: Tensor, dq_THD: Tensor) -> None:
+def _merge_backward(entries: Entries, part_ED: Tensor, dq_TND: Tensor) -> None:
     """Add the entries' gradients to those of the own blocks, in place and in slot order."""
-    for first in range(0, dq_THD.shape[0], TOKENS_OF_MERGE):
+    dq_tHD = dq_TND[entries.tokens, entries.heads]
+    for first in range(0, dq_tHD.shape[0], TOKENS_OF_MERGE):
         tokens = slice(first, first + TOKENS_OF_MERGE)
-        for place in entries.place_THK[tokens].unbind(-1):
-            dq_THD[tokens] += part_ED.index_select(0, place.flatten()).view(dq_THD[tokens].shape)
+        for place in entries.place_tHK[tokens].unbind(-1):
+            dq_tHD[tokens] += part_ED.index_select(0, place.flatten()).view(dq_tHD[tokens].shape)
 
 
 def _delta(dout_TND: Tensor, out_TND: Tensor, dtype: torch.dtype) -> Tensor:
@@ -268,12 +234,12 @@ def _delta(dout_TND: Tensor, out_TND: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([(dout.to(dtype) * out).sum(dim=-1) for dout, out in chunks])
 
 
-def _entry_buffer(reuse: Tensor | None, work: _Pass) -> Tensor:
-    assert work.entries is not None
-    shape = (work.entries.row_E.numel(), work.q.shape[2])
-    return reuse if reuse is not None and reuse.shape == shape else work.q.new_empty(shape)
+def _entry_buffer(buffer: Tensor | None, entries: Entries, q_TND: Tensor) -> Tensor:
+    """A buffer [at least E, D] in q's dtype, made for the first work list of a call, which is the longest."""
+    return q_TND.new_empty(entries.row_E.numel(), q_TND.shape[2]) if buffer is None else buffer
 
 
+@without_autocast
 def attend_forward(
     q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, ids_TNK: Tensor, layout: BlockLayout, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -292,17 +258,19 @@ def attend_forward(
     q_TND = q_TND.contiguous()
     out_TND = torch.empty_like(q_TND)
     lse_TN = torch.empty(q_TND.shape[:2], dtype=score_dtype(q_TND.dtype), device=q_TND.device)
-    part_ED = None
+    buffer_ED = None
     for work in _passes(q_TND, k_TGD, v_TGD, ids_TNK, layout, softmax_scale):
         _own_forward(work, out_TND, lse_TN)
-        if work.entries is not None:
-            part_ED = _entry_buffer(part_ED, work)
+        for entries in work.past():
+            buffer_ED = _entry_buffer(buffer_ED, entries, q_TND)
+            part_ED = buffer_ED[: entries.row_E.numel()]
             part_lse_E = torch.empty(part_ED.shape[0], dtype=work.dtype, device=q_TND.device)
-            _past_forward(work, work.entries, part_ED, part_lse_E)
-            _merge_forward(work.entries, part_ED, part_lse_E, out_TND[:, work.heads], lse_TN[:, work.heads])
+            _past_forward(work, entries, part_ED, part_lse_E)
+            _merge_forward(entries, part_ED, part_lse_E, out_TND, lse_TN)
     return out_TND, lse_TN
 
 
+@without_autocast
 def attend_backward(
     dout_TND: Tensor,
     q_TND: Tensor,
@@ -324,16 +292,17 @@ def attend_backward(
     dq_TND = torch.empty_like(q_TND, dtype=dtype)
     dk_TGD, dv_TGD = torch.empty_like(k_TGD), torch.empty_like(v_TGD)
     delta_TN = _delta(dout_TND, out_TND, dtype)
-    part_ED, last_group = None, -1
+    buffer_ED, last_group = None, -1
     for work in _passes(q_TND, k_TGD, v_TGD, ids_TNK, layout, softmax_scale):
         if work.group != last_group:
             dk_TD, dv_TD = (torch.zeros_like(work.k, dtype=dtype) for _ in range(2))
             last_group = work.group
         _own_backward(work, dout_TND, lse_TN, delta_TN, dq_TND, dk_TD, dv_TD)
-        if work.entries is not None:
-            part_ED = _entry_buffer(part_ED, work)
-            _past_backward(work, work.entries, dout_TND, out_TND, lse_TN, delta_TN, part_ED, dk_TD, dv_TD)
-            _merge_backward(work.entries, part_ED, dq_TND[:, work.heads])
+        for entries in work.past():
+            buffer_ED = _entry_buffer(buffer_ED, entries, q_TND)
+            part_ED = buffer_ED[: entries.row_E.numel()]
+            _past_backward(work, entries, dout_TND, out_TND, lse_TN, delta_TN, part_ED, dk_TD, dv_TD)
+            _merge_backward(entries, part_ED, dq_TND)
         dk_TGD[:, work.group], dv_TGD[:, work.group] = dk_TD, dv_TD
     return dq_TND.to(q_TND.dtype), dk_TGD, dv_TGD
 

@@ -12,6 +12,8 @@ Legend: T tokens, N query heads, G key heads, D head size, B block size, M block
 
 from __future__ import annotations
 
+import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -59,11 +61,20 @@ class BlockLayout:
     def runs(self) -> list[tuple[int, int, int]]:
         """Stretches of equally long adjacent blocks as (first token, blocks, tokens per block), in order of tokens.
 
-        A document gives at most two: its full blocks, and its short last one. Reads cu_seqlens on the host.
+        A document gives at most two: its full blocks, and its short last one. Reads cu_seqlens on the host, once per
+        layout, and so checks its values wherever it lies.
+
+        Raises:
+            ValueError: boundaries that do not run from 0 to T without falling.
         """
+        return self._runs
+
+    @functools.cached_property
+    def _runs(self) -> list[tuple[int, int, int]]:
         bounds = self.cu_seqlens.tolist()
+        _check_boundaries(bounds, self.num_tokens)
         runs = []
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in itertools.pairwise(bounds):
             full, tail = divmod(end - start, self.block_size)
             if full:
                 runs.append((start, full, self.block_size))
@@ -168,19 +179,19 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, device: torch.device) 
         )
     if cu_seqlens.device != device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and q on {device}; move cu_seqlens to {device}")
-    if cu_seqlens.device.type != "cpu":
-        return
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != num_tokens:
+    if cu_seqlens.device.type == "cpu":
+        _check_boundaries(cu_seqlens.tolist(), num_tokens)
+
+
+def _check_boundaries(bounds: list[int], num_tokens: int) -> None:
+    if bounds[0] != 0 or bounds[-1] != num_tokens:
         raise ValueError(
             f"cu_seqlens must run from 0 to the number of tokens, {num_tokens}; "
-            f"it runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}"
+            f"it runs from {bounds[0]} to {bounds[-1]}"
         )
-    falls = (cu_seqlens[1:] < cu_seqlens[:-1]).nonzero()
-    if falls.numel():
-        at = int(falls[0])
-        raise ValueError(
-            f"cu_seqlens must not fall, but {int(cu_seqlens[at])} is followed by {int(cu_seqlens[at + 1])} at {at + 1}"
-        )
+    for at, (before, after) in enumerate(itertools.pairwise(bounds), start=1):
+        if after < before:
+            raise ValueError(f"cu_seqlens must not fall, but {before} is followed by {after} at {at}")
 
 
 def check_settings(block_size: int, top_k: int) -> None:

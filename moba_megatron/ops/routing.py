@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moba_megatron.ops.layout import BlockLayout
+from moba_megatron.ops.precision import without_autocast
 from moba_megatron.ops.selectors import TOP_K, Selector
 from moba_megatron.ops.summaries import MEAN, Summary
 
@@ -21,12 +22,14 @@ SCORES_ON_ACCELERATOR = 2**26
 
 
 @torch.no_grad()
+@without_autocast
 def summarize(k_TGD: Tensor, layout: BlockLayout, summary: Summary = MEAN) -> Tensor:
     """Summaries [M, G, D] (fp32 or wider) of all blocks of a pack whose keys are all here."""
     return summary.finish(summary.partial(k_TGD, layout.pack_block_T, layout.num_blocks))
 
 
 @torch.no_grad()
+@without_autocast
 def select_past(
     q_TND: Tensor, summaries_MGD: Tensor, layout: BlockLayout, num_past: int, selector: Selector = TOP_K
 ) -> Tensor:

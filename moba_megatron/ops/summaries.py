@@ -1,10 +1,9 @@
 """Block summaries: what a block shows of its keys to the gate.
 
 A summary is three small steps, so that a block whose tokens lie on several ranks is summarised exactly as one whose
-tokens
-lie together: `partial` reduces the tokens at hand, `combine` joins two partials, `finish` turns one into the vector
-that queries are scored against. The mean (MoBA report, equation 6) is a sum and a count. Sums are in fp32, or in the
-keys' dtype where that is wider; nothing is rounded on the way.
+tokens lie together: `partial` reduces the tokens at hand, `combine` joins two partials, `finish` turns one into the
+vector that queries are scored against. The mean (MoBA report, equation 6) is a sum and a count. Sums are in fp32, or
+in the keys' dtype where that is wider; nothing is rounded on the way.
 """
 
 from __future__ import annotations
@@ -14,10 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-
-def score_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision of sums, scores and softmax for inputs of `dtype`: fp32, or fp64 for fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from moba_megatron.ops.precision import score_dtype
 
 
 class Summary(Protocol):

@@ -30,11 +30,12 @@ def matmul_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor |
     """Attention of one tile by matrix products; inputs in fp32 or wider.
 
     Args:
-        mask: added to the scores of the last keys, [n, up to m], 0 or -inf.
+        mask: bool [n, up to m], true where a row does not see one of the last keys. Such scores are overwritten, not
+            added to, so that not even a NaN among unseen keys reaches the row.
     """
     scores = torch.bmm(q * scale, k.transpose(1, 2))
     if mask is not None:
-        scores[..., -mask.shape[-1] :] += mask
+        scores[..., -mask.shape[-1] :].masked_fill_(mask, -torch.inf)
     top = scores.amax(dim=-1, keepdim=True)
     scores.sub_(top).exp_()
     total = scores.sum(dim=-1, keepdim=True)
@@ -49,7 +50,7 @@ def matmul_backward(
     scaled = q * scale
     weights = torch.baddbmm(lse.unsqueeze(-1), scaled, k.transpose(1, 2), beta=-1)
     if mask is not None:
-        weights[..., -mask.shape[-1] :] += mask
+        weights[..., -mask.shape[-1] :].masked_fill_(mask, -torch.inf)
     weights.exp_()
     dv = torch.bmm(weights.transpose(1, 2), dout)
     weights.mul_(torch.baddbmm(delta.unsqueeze(-1), dout, v.transpose(1, 2), beta=-1))

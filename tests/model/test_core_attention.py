@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from model_examples import VOCABULARY, gradients, pack, tiny, tokens
 
 from moba_megatron import platform
-from moba_megatron.model.core_attention import MoBACoreAttention, set_attention_stage
+from moba_megatron.model.core_attention import MoBACoreAttention, _pack_boundaries, set_attention_stage
 from moba_megatron.model.schedule import FULL, AttentionSchedule, LayerAttention
 
 MOBA = LayerAttention("moba", 4, 2)
@@ -95,6 +95,13 @@ def test_padded_boundaries_win_and_padding_is_never_attended_to():
     for first, last in ((0, 6), (8, 15)):
         document = slice(first, last)
         torch.testing.assert_close(output[document], dense_moba(q[document], k[document], v[document], 4, 2))
+
+
+def test_the_longest_document_of_a_padded_pack_is_not_known():
+    """megatron-core's max_seqlen_q is then the longest without padding, which is no bound of the padded documents."""
+    assert _pack_boundaries(pack([0, 6, 13], 7))[1] == 7
+    boundaries, longest = _pack_boundaries(pack([0, 6, 13], 7, padded=[0, 8, 20]))
+    assert boundaries.tolist() == [0, 8, 20] and longest is None
 
 
 def test_scale_is_passed_on():
@@ -255,6 +262,12 @@ def test_small_k_differs_from_dense_and_the_stage_switch_makes_them_equal():
         assert before[:, :16].abs().max() < 1e-4  # two blocks of 8: all is selected
         assert before[:, 16:].abs().amax() > 0.05
         assert torch.count_nonzero(after) == 0
+        # A layer that was built with another core attention cannot become MoBA, and nothing changes then.
+        sparse.decoder.layers[1].self_attention.core_attention = torch.nn.Identity()
+        with pytest.raises(ValueError, match="layer 2 is MoBA in stage 0, but was built with Identity"):
+            set_attention_stage([sparse], schedule, 0)
+        assert sparse.decoder.layers[0].self_attention.core_attention.attention == FULL
+        assert set_attention_stage([sparse], schedule, 1) == 0
 
     run_ranks(1, cases)
 

@@ -40,8 +40,39 @@ def test_which_layers_are_full(settings, expected):
 
 
 def test_layer_override_of_sizes_only_keeps_the_kind():
-    (layers,) = schedule(last_n_full=1, layers={2: {"block_size": 16}, 3: {"top_k": 5}, 6: {"top_k": 4}}).stages
+    (layers,) = schedule(last_n_full=1, layers={2: {"block_size": 16}, 3: {"top_k": 5}}).stages
     assert layers == (MOBA, LayerAttention("moba", 16, 2), LayerAttention("moba", 64, 5), MOBA, MOBA, FULL)
+
+
+def test_a_stage_that_sets_the_kind_overrides_the_kinds_of_the_sections_layers():
+    """Sizes of the section's layers stay; layers named in the stage itself keep the last word."""
+    layers = {2: {"kind": "moba", "top_k": 3}, 3: {"kind": "full"}}
+    stages = [
+        {"until": 0.2},
+        {"until": 0.4, "kind": "moba"},
+        {"until": 0.6, "top_k": 5},
+        {"until": 0.8, "kind": "full", "layers": {1: {"kind": "moba"}}},
+        {"until": 1.0, "kind": "full"},
+    ]
+    first, moba, sizes, own, full = schedule(3, layers=layers, stages=stages).stages
+    wide = LayerAttention("moba", 64, 3)
+    assert first == (MOBA, wide, FULL)
+    assert moba == (MOBA, wide, MOBA)
+    assert sizes == (LayerAttention("moba", 64, 5), wide, FULL)
+    assert own == (MOBA, FULL, FULL)
+    assert full == (FULL, FULL, FULL)
+
+
+def test_sizes_of_a_layer_that_is_never_moba_are_refused():
+    for layer in ({"top_k": 4}, {"block_size": 16}):
+        with pytest.raises(ValueError, match="layer 6 a block_size or top_k, but it is full in every stage"):
+            schedule(last_n_full=1, layers={6: layer})
+    with pytest.raises(ValueError, match="gives layer 2 a block_size or top_k"):
+        schedule(stages=[{"until": 1.0, "kind": "full", "layers": {2: {"top_k": 4}}}])
+    staged = schedule(
+        last_n_full=1, layers={6: {"top_k": 4}}, stages=[{"until": 0.5, "last_n_full": 0}, {"until": 1.0}]
+    )
+    assert [layers[5] for layers in staged.stages] == [LayerAttention("moba", 64, 4), FULL]
 
 
 def test_stages_fall_back_to_the_section():
@@ -60,6 +91,9 @@ def test_stage_cut_rounds_to_the_nearest_step_halves_upward():
     two = schedule(stages=[{"until": 0.9}, {"until": 1.0, "kind": "full"}])
     assert [two.stage_at(step, 100) for step in (1, 90, 91, 100)] == [0, 0, 1, 1]
     assert [two.last_step(0, steps) for steps in (4, 5, 6, 14, 16)] == [4, 5, 5, 13, 14]  # 3.6, 4.5, 5.4, 12.6, 14.4
+    # In binary fractions these products fall just short of 14.5, 28.5 and 57.5.
+    for until, steps, last in ((0.29, 50, 15), (0.57, 50, 29), (0.575, 100, 58)):
+        assert schedule(stages=[{"until": until}, {"until": 1.0}]).last_step(0, steps) == last
     assert [two.stage_at(step, 4) for step in (1, 4)] == [0, 0]  # 10% of 4 steps is less than half a step
     for wrong in (0, 101):
         with pytest.raises(ValueError, match=f"step {wrong} is not one of 1 to 100"):

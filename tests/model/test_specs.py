@@ -8,6 +8,7 @@ from megatron.core.extensions.transformer_engine import TEDotProductAttention, T
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_mlp_module_spec
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
 from model_examples import tiny
 
 from moba_megatron.model import specs
@@ -120,6 +121,13 @@ def test_transformer_engine_layers_keep_everything_but_our_core_attention(stand_
         schedule.stages[0][i] for i in (0, 1, 3)
     ]
     assert block.layer_norm is TENorm
+    for layer in (block.layer_specs[0], block.layer_specs[3]):
+        # The arguments with which megatron-core's SelfAttention constructs Transformer Engine's module, or ours.
+        module = core(layer)(
+            config=transformer_engine_config(), layer_number=1, attn_mask_type=AttnMaskType.causal,
+            attention_type="self", cp_comm_type="p2p", softmax_scale=None, pg_collection=None,
+        )  # fmt: skip
+        assert module.attention == core(layer).keywords["attention"] and module.backend == "triton"
     ours, theirs = block.layer_specs[0].submodules, stock.submodules
     assert ours.self_attention.submodules.linear_qkv is theirs.self_attention.submodules.linear_qkv
     assert ours.self_attention.submodules.q_layernorm is theirs.self_attention.submodules.q_layernorm is TENorm

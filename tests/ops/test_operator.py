@@ -2,12 +2,14 @@
 
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moba_megatron.ops import full_attention, moba_attention, select_blocks
+from moba_megatron.ops.entries import token_ranges
 from moba_megatron.ops.gathered import attend, attend_backward, attend_forward
 from moba_megatron.ops.layout import block_layout
 from moba_megatron.ops.reference import reference_attend, reference_select
@@ -234,6 +236,57 @@ def test_memory_is_sparse():
     with LargestTensor() as largest:
         results(lambda *x: moba_attention(*x, block_size=block_size, top_k=3, backend="gathered"), q, k, v, dout)
     assert largest.elements <= 4 * q.numel() < length * heads * (length // block_size) / 8
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations made and that are still alive, and the most there were."""
+
+    def __init__(self, *existing):
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in existing}
+
+    def _forget(self, key, size):
+        self.known.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+        return out
+
+
+@pytest.mark.parametrize(("num_heads", "num_groups", "top_k"), [(1, 1, 32), (4, 2, 3)])
+def test_memory_does_not_grow_with_top_k(monkeypatch, num_heads, num_groups, top_k):
+    """Beyond inputs, output and gradients at most 8 times q, however few heads and however many blocks."""
+    # Tiles have a constant size, which at this short length would drown what grows with the length.
+    monkeypatch.setattr("moba_megatron.ops.gathered.SCORES_PER_THREAD", 2**14)
+    monkeypatch.setattr("moba_megatron.ops.gathered.TOKENS_OF_MERGE", 512)
+    q, k, v, dout = inputs(4096, num_heads, num_groups, size=64)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with LiveBytes(*leaves, dout) as memory:
+        out = moba_attention(*leaves, block_size=32, top_k=top_k, backend="gathered")
+        gradients = torch.autograd.grad(out, leaves, dout)
+    returned = sum(x.nbytes for x in (out, *gradients))
+    assert returned < memory.peak <= returned + 8 * q.nbytes
+
+
+def test_token_ranges_do_not_show():
+    """Many past blocks and few heads are cut by tokens: the same attention, across documents and odd lengths."""
+    q, k, v, dout = inputs(203, 2, 1, dtype=torch.float64)
+    bounds, block_size, top_k = cu([0, 37, 203]), 8, 12
+    assert len(list(token_ranges(203, 2, slice(0, 1), top_k - 1))) == 3
+    ids = select_blocks(q, k, bounds, block_size=block_size, top_k=top_k)[..., 1:]
+    got = results(lambda *x: moba_attention(*x, bounds, block_size=block_size, top_k=top_k), q, k, v, dout)
+    want = results(lambda *x: reference_attend(*x, ids, bounds, block_size, 0.25)[0], q, k, v, dout)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_selection_order_does_not_need_the_reference():

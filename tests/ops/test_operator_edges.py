@@ -12,6 +12,8 @@ import torch
 
 import moba_megatron.ops
 from moba_megatron.ops import backend_names, full_attention, moba_attention, resolve_backend, select_blocks
+from moba_megatron.ops.dense import _one_document
+from moba_megatron.ops.layout import block_layout
 from moba_megatron.ops.merge import merge, merge_weights
 
 BACKENDS = ["auto", "reference", "gathered"]
@@ -87,7 +89,67 @@ def test_strided_inputs():
     want = moba_attention(q, k, v, block_size=8, top_k=3, backend="gathered")
     out = moba_attention(*parts, block_size=8, top_k=3, backend="gathered")
     assert torch.equal(out, want)
-    out.sum().backward()
+    plain = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    strided = upstream.transpose(0, 1).contiguous().transpose(0, 1)
+    expected = torch.autograd.grad(moba_attention(*plain, block_size=8, top_k=3, backend="gathered"), plain, upstream)
+    for got, gradient in zip(torch.autograd.grad(out, parts, strided), expected, strict=True):
+        assert torch.equal(got, gradient)
+
+
+def test_dense_attention_never_goes_quadratic():
+    """PyTorch's fused kernel wants a contiguous last dimension and else falls back to a matrix of all scores."""
+    q, k, v = qkv(64, heads=2, groups=1)
+    strided = [x.permute(2, 0, 1).contiguous().permute(1, 2, 0) for x in (q, k, v)]
+    assert all(x.stride(-1) != 1 for x in strided)
+    for bounds in (None, torch.tensor([0, 20, 64], dtype=torch.int32)):
+        assert torch.equal(full_attention(*strided, bounds), full_attention(q, k, v, bounds))
+    with pytest.raises(RuntimeError, match="(?i)no (viable|available)"):
+        _one_document(*strided, 0.5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "gathered"])
+def test_keys_of_the_future_do_not_even_leak_nan(backend):
+    """Unseen keys of the own block are overwritten, not added to: rows before a broken key keep their values."""
+    q, k, v = qkv(600)
+    broken = k.clone()
+    broken[200] = torch.nan
+    broken[440] = torch.inf
+    want = moba_attention(q, k, v, block_size=300, top_k=2, backend=backend)
+    got = moba_attention(q, broken, v, block_size=300, top_k=2, backend=backend)
+    torch.testing.assert_close(got[:200], want[:200], rtol=1e-5, atol=1e-6)
+    assert got[200].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing(backend):
+    """fp32 inputs are computed in fp32 under autocast too: selection, attention and gradients to the bit."""
+
+    def results():
+        leaves = [x.requires_grad_() for x in qkv(64, size=16)]
+        out = moba_attention(*leaves, block_size=8, top_k=3, backend=backend)
+        gradients = torch.autograd.grad(out.square().sum(), leaves) if backend != "reference" else []
+        ids = select_blocks(leaves[0], leaves[1], block_size=8, top_k=3)
+        return [out, full_attention(*leaves), ids, *gradients]
+
+    want = results()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = results()
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_boundaries_are_checked_wherever_they_are_read():
+    """The values of boundaries on an accelerator are looked at when the host reads them for its work list."""
+    for bounds, message in (
+        ([0, 12, 8, 20], "12 is followed by 8 at 2"),
+        ([1, 20], "from 1 to 20"),
+        ([0, 9], "0 to 9"),
+    ):
+        layout = block_layout(20, 4, torch.tensor(bounds))
+        with pytest.raises(ValueError, match=message):
+            layout.runs()
+    layout = block_layout(20, 4, torch.tensor([0, 9, 20]))
+    assert layout.runs() is layout.runs()
 
 
 def test_softmax_scale_leaves_the_selection_alone():
@@ -138,13 +200,6 @@ def test_refusals_name_the_values(change, message):
         settings["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32 if isinstance(bounds[0], int) else None)
     with pytest.raises(ValueError, match=message):
         moba_attention(**settings)
-
-
-def test_dense_masks_and_dropout_have_no_way_in():
-    """What is not MoBA is not an argument: dropout, bias and masks cannot reach the operator unseen."""
-    for name in ("dropout_p", "attn_mask", "attention_bias", "is_causal", "window_size"):
-        with pytest.raises(TypeError):
-            moba_attention(*qkv(), block_size=4, top_k=2, **{name: None})
 
 
 def test_backend_names_and_auto():

@@ -8,6 +8,9 @@ import torch
 from rich.console import Console
 
 import moba_megatron.planning.bench as bench
+from moba_megatron.ops import tiles
+from moba_megatron.ops.gathered import ROWS_OF_TRIANGLE
+from moba_megatron.planning import agreement
 from moba_megatron.planning.bench import BenchResult, BenchRow, BenchSettings, pair_ratio, run_bench
 from moba_megatron.planning.flops import attended_pairs
 
@@ -35,6 +38,41 @@ def test_refuses_a_wrong_operator(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "moba_attention", wrong)
     result = run_bench(TINY, tmp_path, console=Console(file=io.StringIO()))
     assert result.rows == [] and "out differs" in result.refused[0]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("factor", [1.05, 1.2])
+def test_refuses_a_small_factor(monkeypatch, dtype, factor):
+    right = bench.moba_attention
+    assert bench.disagreement(TINY, dtype, 16, 2) is None
+    monkeypatch.setattr(bench, "moba_attention", lambda *x, **settings: right(*x, **settings) * factor)
+    assert "out differs" in bench.disagreement(TINY, dtype, 16, 2)
+
+
+def test_refuses_a_broken_mask_in_later_rows_of_a_block(monkeypatch):
+    """Only blocks longer than a strip of rows have such rows: the gate must test the real size."""
+    right = tiles.matmul_forward
+
+    def wrong(q, k, v, scale, mask=None):
+        later = mask is not None and k.shape[1] > ROWS_OF_TRIANGLE
+        return right(q, k, v, scale, None if later else mask)
+
+    assert bench.disagreement(TINY, "fp32", 256, 2) is None
+    monkeypatch.setattr(tiles, "matmul_forward", wrong)
+    assert "out differs" in bench.disagreement(TINY, "fp32", 256, 2)
+
+
+def test_refuses_a_wrong_selection(monkeypatch):
+    right = agreement.select_blocks
+    monkeypatch.setattr(agreement, "select_blocks", lambda *x, **settings: right(*x, **settings).flip(-1))
+    assert "selected blocks differ" in bench.disagreement(TINY, "fp32", 16, 3)
+
+
+def test_table_is_whole_where_the_output_is_narrow(tmp_path):
+    text = io.StringIO()
+    run_bench(TINY, tmp_path, console=Console(file=text, width=80))
+    heading = next(line for line in text.getvalue().splitlines() if "dtype" in line)
+    assert all(name in heading for name in ("pair ratio", "speed-up", "extra / q", "Mpairs/s"))
 
 
 @pytest.mark.parametrize(("length", "block_size", "top_k"), [(4096, 512, 3), (2048, 16, 8), (1024, 256, 1)])
