@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 CORPUS := data/prepared/python_stdlib
 RUN := runs/quickstart
 
-.PHONY: setup quickstart test test-slow lint bench clean
+.PHONY: setup quickstart test bench clean
 
 setup: $(VENV)/.installed
 
@@ -25,9 +25,6 @@ quickstart: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/pytest
-
-test-slow: setup
-	$(BIN)/pytest -m slow
 
 bench: setup
 	$(BIN)/moba-megatron bench --preset targets --output bench

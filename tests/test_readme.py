@@ -1,0 +1,58 @@
+"""README and docs say what is true: the tree, the commands, the links."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from moba_megatron.cli import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def tree_paths() -> list[str]:
+    """Paths of the README's tree: each line is a path by its indentation, two spaces a level, then a phrase."""
+    block = README.split("## What is where")[1].split("```text\n")[1].split("```")[0]
+    parents: list[str] = []
+    paths = []
+    for line in block.splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        parents = [*parents[:depth], name.rstrip("/")]
+        paths.append("/".join(parents))
+    return paths
+
+
+def test_the_tree_is_there_and_whole():
+    paths = tree_paths()
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    packages = {f"moba_megatron/{p.parent.name}" for p in (ROOT / "moba_megatron").glob("*/__init__.py")}
+    modules = {f"moba_megatron/{p.name}" for p in (ROOT / "moba_megatron").glob("*.py") if p.name != "__init__.py"}
+    top = {"pyproject.toml", "train.py", "moba_megatron", "configs", "data", "launch", "tests", "docs", "Makefile"}
+    assert packages | modules | top <= set(paths)
+
+
+def test_commands_in_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\S+)$", README, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+    for command in re.findall(r"^moba-megatron (\S+)", README, flags=re.MULTILINE):
+        assert command in COMMANDS
+    for line in re.findall(r"^(?:python|torchrun).* train\.py .*$", README, flags=re.MULTILINE):
+        config = next(word for word in shlex.split(line) if word.endswith(".yaml"))
+        assert (ROOT / config).is_file()
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target.split("#")[0]).exists(), target
+
+
+def test_train_py_is_a_thin_door():
+    assert len((ROOT / "train.py").read_text().splitlines()) < 60
