@@ -83,7 +83,7 @@ def _print_losses(console: Console, opened: OpenedModel, config: Config, result:
     table.add_row(f"trailing loss (last {result.trailing_tokens} positions)", trailing)
     console.print(table)
     console.print(
-        f"over {result.tokens:,} tokens in {config.evaluation.samples} samples of {config.data.sequence_length:,}"
+        f"over {result.evaluated_tokens:,} tokens in {config.evaluation.samples} samples of {config.data.sequence_length:,}"
     )
 
 

@@ -32,12 +32,13 @@ class PositionRange:
 
 @dataclass
 class Evaluation:
-    """Losses in nats per token over `tokens` predictions; trailing loss over the last `trailing_tokens` positions."""
+    """Losses in nats per token over `evaluated_tokens` predictions; trailing loss over the last `trailing_tokens`
+    positions."""
 
     loss: float
     trailing_loss: float | None
     trailing_tokens: int
-    tokens: int
+    evaluated_tokens: int
     by_position: list[PositionRange]
 
     def to_dict(self) -> dict[str, Any]:

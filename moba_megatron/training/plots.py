@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,11 @@ def plot_run(folder: RunFolder) -> list[Path]:
 
 def _plot_loss(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], path: Path) -> Path:
     figure, axes = new_figure("tokens", "loss (nats per token)")
-    axes.plot([s["tokens"] for s in steps], [s["loss"] for s in steps], linewidth=1, label="training")
+    tokens, losses = [s["tokens"] for s in steps], [s["loss"] for s in steps]
+    width = max(1, len(steps) // 50)
+    smooth = [statistics.fmean(losses[max(0, i - width + 1) : i + 1]) for i in range(len(losses))]
+    axes.plot(tokens, losses, linewidth=0.5, alpha=0.4, color="tab:blue")
+    axes.plot(tokens, smooth, linewidth=1.5, color="tab:blue", label=f"training (mean of {width} steps)")
     axes.plot([e["tokens"] for e in evaluations], [e["loss"] for e in evaluations], marker="o", label="validation")
     trailing = [(e["tokens"], e["trailing_loss"]) for e in evaluations if e["trailing_loss"] is not None]
     if trailing:

@@ -24,7 +24,7 @@ def test_sums_go_to_the_position_in_the_document():
 def test_means_over_all_over_the_trailing_positions_and_by_range():
     sums = torch.tensor([[4.0, 6.0, 3.0, 0.0], [2.0, 2.0, 1.0, 0.0]], dtype=torch.float64)
     result = summarise(sums, trailing_tokens=2, buckets=2)
-    assert (result.loss, result.trailing_loss, result.tokens) == (13 / 5, 3.0, 5)
+    assert (result.loss, result.trailing_loss, result.evaluated_tokens) == (13 / 5, 3.0, 5)
     assert [(r.start, r.end, r.tokens, r.loss) for r in result.by_position] == [(0, 2, 4, 2.5), (2, 4, 1, 3.0)]
     assert summarise(sums, trailing_tokens=1, buckets=1).trailing_loss is None
     with pytest.raises(ValueError, match="no token"):
@@ -74,6 +74,9 @@ def test_an_evaluation_is_the_loss_of_the_logits_in_any_microbatches(tmp_path, c
     config = small_config(tmp_path, data__cross_document_attention=cross, evaluation__position_buckets=4)
     [(results, expected, count)] = run_ranks(1, _evaluate_twice, config)
     one, three = results
-    assert one["loss"] == pytest.approx(expected, rel=1e-5) and one["tokens"] == three["tokens"] == count
+    assert (
+        one["loss"] == pytest.approx(expected, rel=1e-5)
+        and one["evaluated_tokens"] == three["evaluated_tokens"] == count
+    )
     assert three["loss"] == pytest.approx(one["loss"], rel=1e-6)
     assert sum(r["tokens"] for r in one["by_position"]) == count

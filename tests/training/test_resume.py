@@ -62,6 +62,8 @@ def test_stopped_and_resumed_equals_unbroken(tmp_path, ranks, changes):
     here, there = Path(whole.run.dir), Path(parts.run.dir)
     assert numbers_of(read_metrics(here)) == numbers_of(read_metrics(there))
     assert read_metrics(here, "evaluations.jsonl") == read_metrics(there, "evaluations.jsonl")
+    seen = [(line["step"], line["tokens"]) for line in read_metrics(there, "evaluations.jsonl")]
+    assert seen == [(step, step * whole.tokens_per_step) for step in (3, 6, 8)]
     assert [p.name for p in list_checkpoints(there / "checkpoints")] == ["step_6", "step_8"]
     one, two = (weights_of(folder / "checkpoints/step_8") for folder in (here, there))
     assert one.keys() == two.keys() and len(one) >= 24
