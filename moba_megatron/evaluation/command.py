@@ -82,9 +82,8 @@ def _print_losses(console: Console, opened: OpenedModel, config: Config, result:
     trailing = "no token there" if result.trailing_loss is None else f"{result.trailing_loss:.4f}"
     table.add_row(f"trailing loss (last {result.trailing_tokens} positions)", trailing)
     console.print(table)
-    console.print(
-        f"over {result.evaluated_tokens:,} tokens in {config.evaluation.samples} samples of {config.data.sequence_length:,}"
-    )
+    samples = f"{config.evaluation.samples} samples of {config.data.sequence_length:,}"
+    console.print(f"over {result.evaluated_tokens:,} tokens in {samples}")
 
 
 def _write(opened: OpenedModel, config: Config, result: Evaluation) -> list[Path]:
