@@ -32,8 +32,7 @@ def wrap_data_parallel(model: list[torch.nn.Module], config: Config) -> list[Dis
 
 def build_optimizer(model: list[DistributedDataParallel], config: Config) -> MegatronOptimizer:
     """AdamW in fp32 over the wrapped chunks; norms and biases are not decayed."""
-    bf16 = config.training.precision == "bf16"
-    optimizer = config.optimizer
+    transformer, optimizer = model[0].config, config.optimizer
     settings = OptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
@@ -43,12 +42,12 @@ def build_optimizer(model: list[DistributedDataParallel], config: Config) -> Meg
         adam_beta2=optimizer.adam_beta2,
         adam_eps=optimizer.adam_eps,
         clip_grad=optimizer.clip_grad,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        bf16=transformer.bf16,
+        params_dtype=transformer.params_dtype,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
     )
     built = get_megatron_optimizer(settings, model, config_overrides=get_standard_config_overrides(settings))
-    model[0].config.grad_scale_func = built.scale_loss
+    transformer.grad_scale_func = built.scale_loss
     return built
 
 

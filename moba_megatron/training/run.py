@@ -51,9 +51,8 @@ def train(config: Config, ready: Preflight) -> Outcome:
     device = start_rank(config.parallel, seed=config.run.seed, threads=config.run.threads)
     rank = torch.distributed.get_rank()
     folder = RunFolder(config.run.dir)
-    schedule = ready.schedule
     _agree_on_resume(ready)
-    state, wrapped = _build(config, ready.vocab_size, schedule)
+    state, wrapped = _build(config, ready.vocab_size, ready.schedule)
     first_step = 1
     if ready.resume:
         manifest = load_training(
@@ -70,7 +69,7 @@ def train(config: Config, ready: Preflight) -> Outcome:
     if first_step > config.training.steps:
         return _conclude(config, folder, progress, LoopEnd(config.training.steps, None), rank)
     writer = MetricsWriter(folder.path, config, first_step - 1) if rank == 0 else None
-    parts = _loop_parts(config, ready, folder, schedule, state, wrapped, progress, writer, device, first_step)
+    parts = _loop_parts(config, ready, folder, state, wrapped, progress, writer, device, first_step)
     end = run_loop(parts, first_step)
     if writer:
         writer.close()
@@ -96,7 +95,6 @@ def _loop_parts(
     config: Config,
     ready: Preflight,
     folder: RunFolder,
-    schedule: AttentionSchedule,
     state: TrainingState,
     wrapped: list[Any],
     progress: ProgressView,
@@ -104,7 +102,7 @@ def _loop_parts(
     device: torch.device,
     first_step: int,
 ) -> LoopParts:
-    training = config.training
+    training, schedule = config.training, ready.schedule
     train_data, validation_data = build_datasets(config)
     timers = Timers(log_level=0, log_option="max")
     num_microbatches = training.global_batch_size // (training.micro_batch_size * ready.data_parallel)
