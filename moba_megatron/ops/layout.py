@@ -21,28 +21,17 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class BlockLayout:
-    """The blocks of one pack.
+class TokenBlocks:
+    """The blocks of some tokens of a pack, in rising order of the tokens.
 
     Attributes:
-        num_tokens: T.
-        block_size: B, in tokens.
-        num_blocks: M, blocks of all documents together (an upper bound where cu_seqlens lives on an accelerator).
-        max_blocks: blocks of the longest document (the same remark holds, unless `max_seqlen` was given).
-        cu_seqlens: int64 [docs + 1], document boundaries in tokens.
-        first_block: int64 [docs + 1], pack-wide number of each document's first block; its last entry is the true M.
-        document_T: int64 [T], document of each token.
+        num_blocks: M, blocks of all documents of the pack together (an upper bound where cu_seqlens lives on an
+            accelerator).
         block_T: int64 [T], number of each token's block within its document.
         first_block_T: int64 [T], pack-wide number of the first block of each token's document.
     """
 
-    num_tokens: int
-    block_size: int
     num_blocks: int
-    max_blocks: int
-    cu_seqlens: Tensor
-    first_block: Tensor
-    document_T: Tensor
     block_T: Tensor
     first_block_T: Tensor
 
@@ -50,6 +39,47 @@ class BlockLayout:
     def pack_block_T(self) -> Tensor:
         """int64 [T], pack-wide number of each token's block."""
         return self.first_block_T + self.block_T
+
+
+@dataclass(frozen=True)
+class BlockLayout(TokenBlocks):
+    """The blocks of one pack, for all of its tokens.
+
+    Attributes:
+        num_tokens: T.
+        block_size: B, in tokens.
+        max_blocks: blocks of the longest document (an upper bound where cu_seqlens lives on an accelerator, unless
+            `max_seqlen` was given).
+        cu_seqlens: int64 [docs + 1], document boundaries in tokens.
+        first_block: int64 [docs + 1], pack-wide number of each document's first block; its last entry is the true M.
+        document_T: int64 [T], document of each token.
+    """
+
+    num_tokens: int
+    block_size: int
+    max_blocks: int
+    cu_seqlens: Tensor
+    first_block: Tensor
+    document_T: Tensor
+
+    def at(self, positions: Tensor) -> TokenBlocks:
+        """The blocks of the tokens at these positions of the pack (int64, rising)."""
+        return TokenBlocks(self.num_blocks, self.block_T[positions], self.first_block_T[positions])
+
+    def block_lengths(self) -> Tensor:
+        """int64 [num_blocks], tokens of every block; 0 for the unused numbers of an upper bound."""
+        starts = self.block_starts()
+        ends = torch.cat([starts[1:], starts.new_tensor([self.num_tokens])])
+        return ends - starts
+
+    def block_rows(self) -> list[tuple[int, int]]:
+        """(first token, one past the last) of every block. Reads the layout on the host, once."""
+        return self._block_rows
+
+    @functools.cached_property
+    def _block_rows(self) -> list[tuple[int, int]]:
+        starts = self.block_starts()
+        return list(zip(starts.tolist(), (starts + self.block_lengths()).tolist(), strict=True))
 
     def block_starts(self) -> Tensor:
         """int64 [num_blocks], first token of every block; T for the unused numbers of an upper bound."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moba_megatron.ops.layout import BlockLayout
+from moba_megatron.ops.layout import BlockLayout, TokenBlocks
 from moba_megatron.ops.precision import without_autocast
 from moba_megatron.ops.selectors import TOP_K, Selector
 from moba_megatron.ops.summaries import MEAN, Summary
@@ -25,20 +25,20 @@ SCORES_ON_ACCELERATOR = 2**26
 @without_autocast
 def summarize(k_TGD: Tensor, layout: BlockLayout, summary: Summary = MEAN) -> Tensor:
     """Summaries [M, G, D] (fp32 or wider) of all blocks of a pack whose keys are all here."""
-    return summary.finish(summary.partial(k_TGD, layout.pack_block_T, layout.num_blocks))
+    return summary.finish(summary.partial(k_TGD, layout.pack_block_T, layout.num_blocks), layout.block_lengths())
 
 
 @torch.no_grad()
 @without_autocast
 def select_past(
-    q_TND: Tensor, summaries_MGD: Tensor, layout: BlockLayout, num_past: int, selector: Selector = TOP_K
+    q_TND: Tensor, summaries_MGD: Tensor, layout: TokenBlocks, num_past: int, selector: Selector = TOP_K
 ) -> Tensor:
     """Choose the past blocks of every query and head.
 
     Args:
         q_TND: queries [T, N, D].
         summaries_MGD: one summary per block of the pack and key head, in the precision scores shall have.
-        layout: blocks of the pack.
+        layout: blocks of the queries' tokens, which are all tokens of the pack or some of them in rising order.
         num_past: K - 1, ids per query and head.
         selector: how to choose.
 

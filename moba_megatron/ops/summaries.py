@@ -2,8 +2,9 @@
 
 A summary is three small steps, so that a block whose tokens lie on several ranks is summarised exactly as one whose
 tokens lie together: `partial` reduces the tokens at hand, `combine` joins two partials, `finish` turns one into the
-vector that queries are scored against. The mean (MoBA report, equation 6) is a sum and a count. Sums are in fp32, or
-in the keys' dtype where that is wider; nothing is rounded on the way.
+vector that queries are scored against. The mean (MoBA report, equation 6) is a sum, divided in the end by the number of
+the block's tokens, which the layout knows. Sums are in fp32, or in the keys' dtype where that is wider; nothing is
+rounded on the way.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from moba_megatron.ops.precision import score_dtype
 
 
 class Summary(Protocol):
-    """Partial, combine, finish. A partial is a tuple of tensors whose first dimension is the block."""
+    """Partial, combine, finish. A partial is a tensor whose first dimensions are the block and the key head."""
 
-    def partial(self, k_TGD: Tensor, block_T: Tensor, num_blocks: int) -> tuple[Tensor, ...]: ...
+    def partial(self, k_TGD: Tensor, block_T: Tensor, num_blocks: int) -> Tensor: ...
 
-    def combine(self, left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> tuple[Tensor, ...]: ...
+    def combine(self, left: Tensor, right: Tensor) -> Tensor: ...
 
-    def finish(self, partial: tuple[Tensor, ...]) -> Tensor: ...
+    def finish(self, partial: Tensor, lengths_M: Tensor) -> Tensor: ...
 
 
 class MeanSummary:
@@ -31,12 +32,12 @@ class MeanSummary:
 
     >>> mean = MeanSummary()
     >>> keys = torch.tensor([1.0, 3.0, 10.0]).view(3, 1, 1)
-    >>> mean.finish(mean.partial(keys, torch.tensor([0, 0, 1]), 2)).flatten().tolist()
+    >>> mean.finish(mean.partial(keys, torch.tensor([0, 0, 1]), 2), torch.tensor([2, 1])).flatten().tolist()
     [2.0, 10.0]
     """
 
-    def partial(self, k_TGD: Tensor, block_T: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-        """Sum and count of the tokens at hand.
+    def partial(self, k_TGD: Tensor, block_T: Tensor, num_blocks: int) -> Tensor:
+        """Sums of the tokens at hand.
 
         Args:
             k_TGD: keys [T, G, D] of any tokens, in order of their blocks.
@@ -44,25 +45,23 @@ class MeanSummary:
             num_blocks: M.
 
         Returns:
-            Sums [M, G, D] in fp32 or wider, and counts [M, 1, 1] in the same dtype.
+            [M, G, D] in fp32 or wider; zero for a block without tokens here.
         """
         dtype = score_dtype(k_TGD.dtype)
+        if k_TGD.device.type == "cpu":
+            return torch.zeros(num_blocks, *k_TGD.shape[1:], dtype=dtype).index_add_(0, block_T, k_TGD.to(dtype))
+        # index_add_ on an accelerator adds in no fixed order; a segmented sum does.
         blocks = torch.arange(num_blocks, device=block_T.device)
         lengths = torch.searchsorted(block_T, blocks, right=True) - torch.searchsorted(block_T, blocks)
-        if k_TGD.device.type == "cpu":
-            sums = torch.zeros(num_blocks, *k_TGD.shape[1:], dtype=dtype).index_add_(0, block_T, k_TGD.to(dtype))
-        else:
-            # index_add_ on an accelerator adds in no fixed order; a segmented sum does.
-            sums = torch.segment_reduce(k_TGD.to(dtype), "sum", lengths=lengths, initial=0, unsafe=True)
-        return sums, lengths.to(dtype).view(-1, 1, 1)
+        return torch.segment_reduce(k_TGD.to(dtype), "sum", lengths=lengths, initial=0, unsafe=True)
 
-    def combine(self, left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Add sums and counts."""
-        return left[0] + right[0], left[1] + right[1]
+    def combine(self, left: Tensor, right: Tensor) -> Tensor:
+        """Add sums."""
+        return left + right
 
-    def finish(self, partial: tuple[Tensor, ...]) -> Tensor:
-        """Means [M, G, D]; zero for a block without tokens."""
-        return partial[0] / partial[1].clamp(min=1)
+    def finish(self, partial: Tensor, lengths_M: Tensor) -> Tensor:
+        """Means [M, G, D], for int64 [M] tokens of each block; zero for a block without tokens."""
+        return partial / lengths_M.clamp(min=1).to(partial.dtype).view(-1, 1, 1)
 
 
 MEAN = MeanSummary()

@@ -51,8 +51,8 @@ def test_summaries_are_means_and_partials_combine():
     block_T = layout.pack_block_T
     halves = [MEAN.partial(k[part], block_T[part], layout.num_blocks) for part in (slice(0, 41), slice(41, 100))]
     # Sums of small integers are exact in any order.
-    assert torch.equal(MEAN.finish(MEAN.combine(*halves)), whole)
-    assert MEAN.partial(k.bfloat16(), block_T, layout.num_blocks)[0].dtype == torch.float32
+    assert torch.equal(MEAN.finish(MEAN.combine(*halves), layout.block_lengths()), whole)
+    assert MEAN.partial(k.bfloat16(), block_T, layout.num_blocks).dtype == torch.float32
 
 
 def test_hand_made_selection():

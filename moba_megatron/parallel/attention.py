@@ -1,0 +1,246 @@
+"""Attention over a sequence whose tokens lie on several ranks: MoBA, or full causal attention.
+
+One autograd function serves every exchange: attend the keys of one's own block at hand while the block summaries
+travel, choose past blocks for one's own queries among all blocks of the pack, then work through the tasks that the
+exchange yields and merge by log-sum-exp. The backward pass works through its tasks with the output and the log-sum-exp
+of the whole attention, so that shares of the gradients simply add up. Full attention is the case of one block per
+document, in which nothing is chosen.
+
+| exchange | what happens |
+|---|---|
+| `p2p` | keys and values travel a ring |
+| `all_gather` | keys and values of all ranks are gathered, a group of heads at a time |
+| `a2a` | each rank gets all tokens and a part of the heads, and attends as one rank does: the same bits |
+| `a2a+p2p` | `a2a` within a group of neighbours, `p2p` between the groups |
+| `dispatch` | queries travel to the owners of their blocks |
+
+The names but for `dispatch` are megatron-core's `cp_comm_type`. Under activation recomputation everything is computed
+and exchanged again, identically: nothing here keeps state.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moba_megatron.ops import full_attention, moba_attention, resolve_backend
+from moba_megatron.ops.fragments import Keys
+from moba_megatron.ops.gathered import accumulate, accumulate_backward, output_delta
+from moba_megatron.ops.layout import check_inputs, check_settings
+from moba_megatron.ops.precision import score_dtype, without_autocast
+from moba_megatron.ops.routing import select_past
+from moba_megatron.parallel.dispatch import Dispatch
+from moba_megatron.parallel.exchange import Exchange, Queries, Task
+from moba_megatron.parallel.gather import Gather
+from moba_megatron.parallel.heads import to_heads, to_tokens
+from moba_megatron.parallel.layout import check_divisible
+from moba_megatron.parallel.plan import ContextPlan, host_boundaries, inner_order, plan_for
+from moba_megatron.parallel.ring import Ring
+from moba_megatron.parallel.summaries import SummaryExchange
+from moba_megatron.parallel.traffic import EXCHANGES, Sizes, refusal
+from moba_megatron.parallel.wire import Wire
+
+
+@dataclass(frozen=True)
+class ContextGroups:
+    """The process groups of context parallelism.
+
+    Attributes:
+        whole: all ranks that share a sequence, in the order of their parts; they need not be neighbours.
+        inner, outer: for `a2a+p2p`: ranks that trade heads, adjacent in `whole`, and ranks of a ring, one from each.
+    """
+
+    whole: dist.ProcessGroup
+    inner: dist.ProcessGroup | None = None
+    outer: dist.ProcessGroup | None = None
+
+    def levels(self, exchange: str) -> tuple[int, int]:
+        """(ranks that trade heads, shards) under an exchange.
+
+        Raises:
+            ValueError: groups that are missing, or do not lie in `whole` as described.
+        """
+        size = self.whole.size()
+        if exchange != "a2a+p2p":
+            return (size, 1) if exchange == "a2a" else (1, size)
+        if self.inner is None or self.outer is None:
+            raise ValueError("exchange 'a2a+p2p' needs the groups `inner` and `outer`")
+        inner, outer = self.inner.size(), self.outer.size()
+        ranks = dist.get_process_group_ranks(self.whole)
+        shard = self.whole.rank() // inner
+        adjacent = ranks[shard * inner : (shard + 1) * inner]
+        across = ranks[self.whole.rank() % inner :: inner]
+        if dist.get_process_group_ranks(self.inner) != adjacent or dist.get_process_group_ranks(self.outer) != across:
+            raise ValueError(
+                f"a2a+p2p: of the ranks {ranks}, `inner` must be {adjacent} and `outer` {across}, not "
+                f"{dist.get_process_group_ranks(self.inner)} and {dist.get_process_group_ranks(self.outer)}"
+            )
+        return inner, outer
+
+
+@without_autocast
+def context_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    groups: ContextGroups,
+    exchange: str,
+    block_size: int | None,
+    top_k: int | None,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of this rank's queries over the keys of all ranks. All ranks of the group call it together.
+
+    Args:
+        q: queries [t, N, D] of this rank's tokens after rotary embedding, in the zigzag layout (`layout`).
+        k, v: keys and values [t, G, D] of the same tokens, same dtype and device; N a multiple of G.
+        cu_seqlens: int32 [documents + 1], *padded* boundaries of the whole pack, from 0 to C t, on the host or on q's
+            device, the same on all ranks; None for one document.
+        groups: process groups.
+        exchange: a name of the table above.
+        block_size, top_k: as for `moba_attention`; both None for full causal attention.
+        softmax_scale: factor on the scores, 1/sqrt(D) if None.
+        backend: as for `moba_attention`. Fragments of blocks, which every exchange but `a2a` has, need `gathered`.
+
+    Returns:
+        [t, N, D] in q's dtype. Differentiable in q, k and v; selection is a constant.
+
+    Raises:
+        ValueError: sizes, boundaries, exchange or backend that do not fit, with the values.
+    """
+    check_inputs({"q": q, "k": k, "v": v}, None)
+    if (block_size is None) != (top_k is None):
+        raise ValueError(f"block_size = {block_size} and top_k = {top_k}: give both (MoBA) or none (full attention)")
+    if block_size is not None and top_k is not None:
+        check_settings(block_size, top_k)
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange = {exchange!r}: choose one of {', '.join(EXCHANGES)}")
+    size = groups.whole.size()
+    boundaries = _boundaries(cu_seqlens, q.shape[0], size)
+    levels = groups.levels(exchange)
+    sizes = Sizes(*q.shape[:2], k.shape[1], q.shape[2], q.element_size(), block_size, top_k)
+    reason = refusal(exchange, sizes, size, levels)
+    if reason:
+        raise ValueError(reason)
+    name, _ = resolve_backend(backend, q.device)
+    if levels[1] > 1 and name != "gathered":
+        raise ValueError(f"backend {name!r} holds whole packs: with exchange {exchange!r} use gathered, or use a2a")
+    scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else float(softmax_scale)
+    if exchange in _EXCHANGES:
+        return _between_shards(q, k, v, boundaries, groups.whole, exchange, levels, block_size, top_k, scale)
+    wire = Wire(groups.whole if exchange == "a2a" else groups.inner)
+    shard = groups.whole.rank() // levels[0]
+    order = inner_order(host_boundaries(boundaries), levels, shard).to(q.device)
+    q, k, v = to_heads(wire, order, q, k, v)
+    if levels[1] > 1:
+        out = _between_shards(q, k, v, boundaries, groups.outer, "p2p", levels, block_size, top_k, scale)
+    elif block_size is None:
+        out = full_attention(q, k, v, boundaries.to(q.device), softmax_scale=scale)
+    else:
+        out = moba_attention(
+            q, k, v, boundaries.to(q.device), block_size=block_size, top_k=top_k, softmax_scale=scale, backend=backend
+        )
+    return to_tokens(wire, order, out)
+
+
+def _boundaries(cu_seqlens: Tensor | None, tokens: int, size: int) -> Tensor:
+    if cu_seqlens is None:
+        cu_seqlens = torch.tensor([0, tokens * size], dtype=torch.int32)
+    values = host_boundaries(cu_seqlens)
+    if values[0] != 0 or values[-1] != tokens * size or any(a > b for a, b in zip(values, values[1:], strict=False)):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to {size} ranks x {tokens} tokens = {tokens * size} (padded boundaries of a "
+            f"whole pack); it runs from {values[0]} to {values[-1]}"
+        )
+    check_divisible(torch.tensor(values), size)
+    return cu_seqlens
+
+
+_EXCHANGES = {"p2p": Ring, "all_gather": Gather, "dispatch": Dispatch}
+
+
+def _between_shards(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    boundaries: Tensor,
+    group: dist.ProcessGroup,
+    exchange: str,
+    levels: tuple[int, int],
+    block_size: int | None,
+    top_k: int | None,
+    scale: float,
+) -> Tensor:
+    wire = Wire(group)
+    plan = plan_for(boundaries, block_size, levels, wire.rank, q.device)
+    num_past = 0 if top_k is None else min(top_k, plan.layout.max_blocks) - 1
+    return _ContextAttention.apply(q, k, v, plan, wire, _EXCHANGES[exchange](wire), num_past, scale)
+
+
+class _ContextAttention(torch.autograd.Function):
+    """See the module. Saved for backward: q, k, v, out, lse and ids of this rank's queries."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: ContextPlan,
+        wire: Wire,
+        exchange: Exchange,
+        num_past: int,
+        scale: float,
+    ) -> Tensor:
+        q = q.contiguous()
+        dtype = score_dtype(q.dtype)
+        queries = Queries(
+            q,
+            lse=torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device),
+            out=torch.zeros(q.shape, dtype=dtype, device=q.device),
+        )
+        nothing = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device=q.device)
+        summaries = SummaryExchange(plan, wire, k) if num_past else None
+        own_keys = Keys(k, v, q.shape[1] // k.shape[1])
+        _attend(Task(queries, own_keys, nothing, plan.own_part), scale)
+        ids = nothing if summaries is None else select_past(q, summaries.wait(), plan.queries, num_past)
+        for task in exchange.forward(plan, queries, k, v, ids):
+            _attend(task, scale)
+        out = queries.out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, queries.lse, ids)
+        ctx.plan, ctx.exchange, ctx.scale = plan, exchange, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx, dout: Tensor):
+        q, k, v, out, lse, ids = ctx.saved_tensors
+        dout = dout.contiguous()
+        dq = torch.zeros_like(q, dtype=lse.dtype)
+        queries = Queries(q, lse, out, dout, output_delta(dout, out), dq)
+        dkv = torch.zeros(2, *k.shape, dtype=lse.dtype, device=k.device)
+        for task in ctx.exchange.backward(ctx.plan, queries, k, v, ids, dkv):
+            _attend_backward(task, ctx.scale)
+        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), *[None] * 5
+
+
+def _attend(task: Task, scale: float) -> None:
+    queries = task.queries
+    accumulate(queries.q, task.keys, task.ids, task.fragment, scale, queries.out, queries.lse)
+
+
+def _attend_backward(task: Task, scale: float) -> None:
+    queries = task.queries
+    accumulate_backward(
+        queries.dout, queries.q, task.keys, task.ids, task.fragment, scale,
+        queries.out, queries.lse, queries.delta, queries.dq, task.dk, task.dv,
+    )  # fmt: skip

@@ -1,0 +1,70 @@
+"""What an exchange is: a way to bring queries and keys of different ranks together, and their gradients home.
+
+The attention itself (`attention.py`) is the same for all of them. An exchange yields *tasks*, each some queries against
+some keys that are both here now; when it is asked for the next task, the last one is done. Between two tasks it sends
+and receives, so that the next keys travel while these are attended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from moba_megatron.ops.fragments import Fragment, Keys
+from moba_megatron.parallel.plan import ContextPlan
+
+
+@dataclass
+class Queries:
+    """Query rows and what is known of them.
+
+    Attributes:
+        q: [T, N, D], contiguous.
+        lse: [T, N] in fp32 or wider: so far in the forward pass, of the whole attention in the backward pass.
+        out: [T, N, D]: the output so far, fp32 or wider; in the backward pass the whole one in q's dtype, or None where
+            it did not travel.
+        dout, delta, dq: in the backward pass, see `ops.gathered.accumulate_backward`.
+    """
+
+    q: Tensor
+    lse: Tensor
+    out: Tensor | None = None
+    dout: Tensor | None = None
+    delta: Tensor | None = None
+    dq: Tensor | None = None
+
+
+@dataclass
+class Task:
+    """Queries against keys. In the backward pass `dk` and `dv` [S, G, D] are written."""
+
+    queries: Queries
+    keys: Keys
+    ids: Tensor
+    fragment: Fragment
+    dk: Tensor | None = None
+    dv: Tensor | None = None
+
+
+class Exchange(Protocol):
+    """Brings queries and keys together. All ranks of the group call the same methods in the same order."""
+
+    def forward(self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor) -> Iterator[Task]:
+        """Tasks that complete the attention of this rank's queries.
+
+        Args:
+            queries: of this rank; their own blocks' keys on this rank are attended already.
+            k, v: [t, G, D] of this rank.
+            ids: int32 [t, N, K], chosen past blocks, by their number within the document; K = 0 in full attention.
+        """
+        ...
+
+    def backward(
+        self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor, dkv: Tensor
+    ) -> Iterator[Task]:
+        """Tasks of the backward pass; afterwards dq in `queries` and `dkv` [2, t, G, D] (fp32 or wider, zero before)
+        are complete."""
+        ...

@@ -1,0 +1,74 @@
+"""Trading tokens for heads (`a2a`): afterwards a rank holds the tokens of all ranks of its group, and a part of the
+heads (DeepSpeed Ulysses, arXiv 2309.14509).
+
+Both directions are copies, and each is the other's gradient, so nothing is rounded and nothing added. Query and key
+heads are cut alike: rank i gets the i-th part of both, and with it whole groups of query heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moba_megatron.parallel.wire import Wire
+
+
+class _ToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, wire: Wire, order: Tensor, *tensors: Tensor):
+        ctx.wire, ctx.order = wire, order
+        ctx.heads = [tensor.shape[1] for tensor in tensors]
+        return tuple(_to_heads(wire, order, list(tensors)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor):
+        return None, None, *_to_tokens(ctx.wire, ctx.order, list(gradients))
+
+
+class _ToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, wire: Wire, order: Tensor, tensor: Tensor):
+        ctx.wire, ctx.order = wire, order
+        return _to_tokens(wire, order, [tensor])[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        return None, None, _to_heads(ctx.wire, ctx.order, [gradient])[0]
+
+
+def to_heads(wire: Wire, order: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """All tokens of the group's ranks, some of the heads.
+
+    Args:
+        order: int64 [I t], for each token of the result its row among the ranks' tokens one after the other.
+        tensors: [t, H, D] each, H a multiple of the group's I ranks.
+
+    Returns:
+        [I t, H / I, D] each. Differentiable.
+    """
+    return _ToHeads.apply(wire, order, *tensors)
+
+
+def to_tokens(wire: Wire, order: Tensor, tensor: Tensor) -> Tensor:
+    """The inverse of `to_heads` for one tensor [I t, H / I, D]: [t, H, D]. Differentiable."""
+    return _ToTokens.apply(wire, order, tensor)
+
+
+def _to_heads(wire: Wire, order: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """One message for all tensors: [I, t, sum of H / I, D]."""
+    parts = [tensor.unflatten(1, (wire.size, -1)).transpose(0, 1) for tensor in tensors]
+    received = wire.all_to_all(torch.cat(parts, dim=2).flatten(0, 1), "heads").wait()
+    split = received.split([part.shape[2] for part in parts], dim=1)
+    return [part.index_select(0, order) for part in split]
+
+
+def _to_tokens(wire: Wire, order: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    widths = [tensor.shape[1] for tensor in tensors]
+    joined = torch.cat(tensors, dim=1)
+    message = torch.empty_like(joined)
+    message[order] = joined
+    received = wire.all_to_all(message, "heads").wait().unflatten(0, (wire.size, -1))
+    return [part.transpose(0, 1).flatten(1, 2) for part in received.split(widths, dim=2)]

@@ -1,0 +1,233 @@
+"""The plan of one pack under context parallelism: from the layout, for any rank, what lies where. No communication.
+
+A *shard* is what one rank holds: tokens in rising order of their positions, which are the positions of several ranks'
+zigzag parts where heads are exchanged inside a node. Everything follows from positions and block numbers, never from
+slices, so that zigzag order, packs and blocks that straddle ranks are no special cases.
+
+A *segment* is a stretch of a shard with adjacent positions in one block. The parts of two ranks interleave only at the
+ends of segments, so a query sees of another rank's segment all keys or none; within its own segment it sees the keys up
+to itself. That gives the units and triangles of `ops.fragments`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moba_megatron.ops.fragments import Fragment
+from moba_megatron.ops.layout import BlockLayout, TokenBlocks, block_layout
+from moba_megatron.parallel.layout import shard_positions
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The tokens of one rank and their segments; everything on the host.
+
+    Attributes:
+        positions: int64 [t], position of each token in the pack.
+        blocks: blocks of these tokens.
+        segment_rows: int64 [segments + 1], boundaries of the segments in rows of the shard.
+        segment_block: int64 [segments], pack-wide block of each segment, rising.
+        segment_last: int64 [segments], last position of each segment.
+    """
+
+    positions: Tensor
+    blocks: TokenBlocks
+    segment_rows: Tensor
+    segment_block: Tensor
+    segment_last: Tensor
+
+    @property
+    def touched(self) -> Tensor:
+        """int64 [blocks], rising: the blocks that have tokens here."""
+        return torch.unique_consecutive(self.segment_block)
+
+    def touched_rows(self) -> Tensor:
+        """int64 [t], for each token the place of its block among `touched`."""
+        return torch.unique_consecutive(self.blocks.pack_block_T, return_inverse=True)[1]
+
+    def units(self) -> list[tuple[int, int]]:
+        """(first row, one past the last) of each unit: from the first row of the segment's block to its own last."""
+        first_of_block = torch.searchsorted(self.segment_block, self.segment_block)
+        starts, ends = self.segment_rows[first_of_block], self.segment_rows[1:]
+        return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+    def unit_of_block(self) -> Tensor:
+        """int32 [M], the unit with all rows of a block, -1 where there are none."""
+        blocks = torch.arange(self.blocks.num_blocks)
+        last = torch.searchsorted(self.segment_block, blocks, right=True) - 1
+        found = (last >= 0) & (self.segment_block[last.clamp(min=0)] == blocks)
+        return torch.where(found, last, -1).to(torch.int32)
+
+    def triangles(self) -> list[tuple[int, int, int]]:
+        """Adjacent segments of one length as (first row, segments, tokens of each)."""
+        runs, row = [], 0
+        for length, same in itertools.groupby(self.segment_rows.diff().tolist()):
+            count = len(list(same))
+            runs.append((row, count, length))
+            row += count * length
+        return runs
+
+
+def make_shard(layout: BlockLayout, positions: Tensor) -> Shard:
+    """Cut the tokens at these positions (int64, rising) into segments."""
+    blocks = layout.at(positions)
+    block_T = blocks.pack_block_T
+    starts = torch.ones(positions.numel(), dtype=torch.bool)
+    starts[1:] = (positions.diff() != 1) | (block_T.diff() != 0)
+    first_rows = torch.nonzero(starts).flatten()
+    rows = torch.cat([first_rows, first_rows.new_tensor([positions.numel()])])
+    return Shard(positions, blocks, rows, block_T[first_rows], positions[rows[1:] - 1])
+
+
+class ContextPlan:
+    """Who holds what of one pack, for blocks of one size.
+
+    Args:
+        cu_seqlens: int64 [documents + 1] on the host, padded boundaries.
+        block_size: B; None: full attention, which is one block per document.
+        levels: (ranks that exchange heads, shards), see the module; (1, C) where no heads are exchanged.
+        rank: of this shard.
+        device: where the queries live.
+
+    Raises:
+        ValueError: boundaries that do not fit the zigzag layout.
+    """
+
+    def __init__(
+        self,
+        cu_seqlens: Tensor,
+        block_size: int | None,
+        levels: tuple[int, int],
+        rank: int,
+        device: torch.device,
+    ):
+        inner, self.size = levels
+        total = int(cu_seqlens[-1])
+        size = block_size or max(1, int(cu_seqlens.diff().max()))
+        self.layout = block_layout(total, size, cu_seqlens)
+        self.rank, self.device = rank, device
+        self._fragments: dict[int, Fragment] = {}
+        self._shards = [
+            make_shard(self.layout, _union(cu_seqlens, inner * self.size, range(shard * inner, (shard + 1) * inner)))
+            for shard in range(self.size)
+        ]
+
+    @property
+    def here(self) -> Shard:
+        return self._shards[self.rank]
+
+    def shard(self, rank: int) -> Shard:
+        return self._shards[rank]
+
+    @functools.cached_property
+    def queries(self) -> TokenBlocks:
+        """Blocks of this rank's tokens, on their device."""
+        blocks = self.here.blocks
+        return TokenBlocks(blocks.num_blocks, blocks.block_T.to(self.device), blocks.first_block_T.to(self.device))
+
+    @functools.cached_property
+    def block_lengths(self) -> Tensor:
+        """int64 [M], tokens of each block of the pack, on the queries' device."""
+        return self.layout.block_lengths().to(self.device)
+
+    @functools.cached_property
+    def elsewhere(self) -> Tensor:
+        """bool [M], on the queries' device: blocks with tokens on other ranks."""
+        found = torch.zeros(self.layout.num_blocks, dtype=torch.bool)
+        for rank in range(self.size):
+            if rank != self.rank:
+                found[self.shard(rank).touched] = True
+        return found.to(self.device)
+
+    @functools.cached_property
+    def local_blocks(self) -> Tensor:
+        """int64 [t], for each of this rank's tokens the place of its block among those it touches."""
+        return self.here.touched_rows().to(self.device)
+
+    @functools.cached_property
+    def own_part(self) -> Fragment:
+        """This rank's keys as far as queries see them without any choice: their own blocks. For K = 0."""
+        return dataclasses.replace(self.fragment(self.rank), unit_of_block=None, first_block_T=None)
+
+    @functools.cached_property
+    def own_choices(self) -> Fragment:
+        """The rest of this rank's keys: chosen past blocks."""
+        return dataclasses.replace(self.fragment(self.rank), triangles=[], own_unit_T=None)
+
+    def fragment(self, source: int) -> Fragment:
+        """The keys of one rank as this rank's queries see them; triangles where it is this rank itself."""
+        if source not in self._fragments:
+            self._fragments[source] = self._fragment(source)
+        return self._fragments[source]
+
+    def _fragment(self, source: int) -> Fragment:
+        keys = self.shard(source)
+        before = torch.searchsorted(keys.segment_last, self.here.positions) - 1
+        own_block = self.here.blocks.pack_block_T
+        found = (before >= 0) & (keys.segment_block[before.clamp(min=0)] == own_block)
+        own_unit = torch.where(found, before, -1).to(torch.int32)
+        return Fragment(
+            units=keys.units(),
+            triangles=keys.triangles() if source == self.rank else [],
+            first_block_T=self.queries.first_block_T,
+            unit_of_block=keys.unit_of_block().to(self.device),
+            own_unit_T=own_unit.to(self.device) if bool(found.any()) else None,
+        )
+
+
+def _union(cu_seqlens: Tensor, context_size: int, ranks: range) -> Tensor:
+    """Positions of several ranks together, rising."""
+    return torch.cat([shard_positions(cu_seqlens, context_size, rank) for rank in ranks]).sort().values
+
+
+def plan_for(
+    cu_seqlens: Tensor, block_size: int | None, levels: tuple[int, int], rank: int, device: torch.device
+) -> ContextPlan:
+    """The plan of a pack, made once for all layers of a microbatch.
+
+    Args:
+        cu_seqlens: integer [documents + 1]. On an accelerator it is read on the host once: give all layers one tensor.
+        others: as for `ContextPlan`.
+    """
+    return _plan_of(host_boundaries(cu_seqlens), block_size, levels, rank, device)
+
+
+_read: list[tuple[weakref.ref, int, tuple[int, ...]]] = []
+_TENSORS_KEPT = 8
+
+
+def host_boundaries(cu_seqlens: Tensor) -> tuple[int, ...]:
+    """The values of a tensor of boundaries; remembered for tensors on an accelerator, where reading them waits."""
+    if cu_seqlens.device.type == "cpu":
+        return tuple(cu_seqlens.tolist())
+    for reference, version, values in _read:
+        if reference() is cu_seqlens and version == cu_seqlens._version:
+            return values
+    values = tuple(cu_seqlens.tolist())
+    _read.append((weakref.ref(cu_seqlens), cu_seqlens._version, values))
+    _read[:] = [entry for entry in _read if entry[0]() is not None][-_TENSORS_KEPT:]
+    return values
+
+
+@functools.lru_cache(maxsize=16)
+def _plan_of(
+    boundaries: tuple[int, ...], block_size: int | None, levels: tuple[int, int], rank: int, device: torch.device
+) -> ContextPlan:
+    return ContextPlan(torch.tensor(boundaries), block_size, levels, rank, device)
+
+
+@functools.lru_cache(maxsize=16)
+def inner_order(boundaries: tuple[int, ...], levels: tuple[int, int], shard: int) -> Tensor:
+    """int64 [t]: for each token of a shard, in order, its row among the tokens of the shard's ranks one after the
+    other."""
+    inner, outer = levels
+    ranks = range(shard * inner, (shard + 1) * inner)
+    cu_seqlens = torch.tensor(boundaries)
+    return torch.cat([shard_positions(cu_seqlens, inner * outer, rank) for rank in ranks]).argsort()

@@ -1,0 +1,58 @@
+"""`p2p`: keys and values travel a ring (Ring Attention, arXiv 2310.01889).
+
+Two shards are resident: the one that is attended and the one that arrives meanwhile. In the backward pass they travel
+again, and behind them their gradients, in fp32 or wider: the rank after the owner makes the first share, each following
+one adds its own, and C - 1 hops later they are home, where the owner's share joins them. Shares are thus added in the
+order of ranks, beginning after the owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moba_megatron.ops.fragments import Keys
+from moba_megatron.parallel.exchange import Queries, Task
+from moba_megatron.parallel.plan import ContextPlan
+from moba_megatron.parallel.wire import Wire
+
+
+class Ring:
+    """See the module."""
+
+    def __init__(self, wire: Wire):
+        self.wire = wire
+
+    def forward(self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor) -> Iterator[Task]:
+        """See `Exchange`."""
+        for source, keys in self._shards(queries.q, k, v):
+            yield Task(queries, keys, ids, plan.fragment(source) if source != plan.rank else plan.own_choices)
+
+    def backward(
+        self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor, dkv: Tensor
+    ) -> Iterator[Task]:
+        """See `Exchange`."""
+        carried = None
+        for source, keys in self._shards(queries.q, k, v):
+            own = source == plan.rank
+            share = dkv if own else torch.empty_like(dkv)
+            yield Task(queries, keys, ids, plan.fragment(source), share[0], share[1])
+            if own:
+                continue
+            if carried is not None:
+                share += carried.wait()
+            carried = self.wire.shift(share, "gradients")
+        if carried is not None:
+            dkv += carried.wait()
+
+    def _shards(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[int, Keys]]:
+        """(rank of origin, keys and values), this rank's own first."""
+        size, rank, group_size = self.wire.size, self.wire.rank, q.shape[1] // k.shape[1]
+        shard = torch.stack([k, v])
+        for step in range(size):
+            arriving = self.wire.shift(shard, "keys") if step + 1 < size else None
+            yield (rank - step) % size, Keys(shard[0], shard[1], group_size)
+            if arriving is not None:
+                shard = arriving.wait()

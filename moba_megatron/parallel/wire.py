@@ -1,0 +1,133 @@
+"""The collectives of context parallelism over one process group, each asynchronous, and a count of what they bring.
+
+Every call returns a `Pending` whose `wait` gives the result; buffers that are still being sent live as long as it does.
+Bytes are counted where they arrive, by purpose, for whoever has opened `observe`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Observation:
+    """What this rank received from other ranks while it was observed.
+
+    Attributes:
+        received: bytes by purpose: `summaries`, `heads`, `keys`, `gradients`, `queries`, `outputs`, `plan`.
+        loads: one record for each forward pass under `dispatch`, see `dispatch.Load`.
+    """
+
+    received: Counter[str] = field(default_factory=Counter)
+    loads: list[Any] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return self.received.total()
+
+
+_observers: list[Observation] = []
+
+
+@contextlib.contextmanager
+def observe() -> Iterator[Observation]:
+    """Record what the exchanges of this process do inside the `with` block."""
+    observation = Observation()
+    _observers.append(observation)
+    try:
+        yield observation
+    finally:
+        # By identity: two observations with equal counts are equal.
+        _observers[:] = [other for other in _observers if other is not observation]
+
+
+def report_load(load: Any) -> None:
+    """Hand a record of the load to all observers."""
+    for observer in _observers:
+        observer.loads.append(load)
+
+
+@dataclass
+class Pending:
+    """A collective under way."""
+
+    works: list[dist.Work]
+    result: Any
+    finish: Callable[[], Any] | None = None
+    kept: Any = None
+
+    def wait(self) -> Any:
+        """Wait for the result; its buffers are then free to use."""
+        for work in self.works:
+            work.wait()
+        self.kept = None
+        return self.result if self.finish is None else self.finish()
+
+
+class Wire:
+    """One process group, by the ranks within it.
+
+    Args:
+        group: the group; it need not be made of neighbours.
+    """
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+        self.size = group.size()
+        self.rank = group.rank()
+
+    def shift(self, tensor: Tensor, purpose: str) -> Pending:
+        """Send a tensor to the next rank of the ring and receive one of the same shape from the one before."""
+        tensor = tensor.contiguous()
+        received = torch.empty_like(tensor)
+        following, previous = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        works = dist.batch_isend_irecv([
+            dist.P2POp(dist.isend, tensor, group=self.group, group_peer=following),
+            dist.P2POp(dist.irecv, received, group=self.group, group_peer=previous),
+        ])  # fmt: skip
+        self._count(purpose, received.nbytes)
+        return Pending(works, received, kept=tensor)
+
+    def all_gather(self, tensor: Tensor, purpose: str) -> Pending:
+        """[C, ...]: the tensors of all ranks, which have one shape."""
+        tensor = tensor.contiguous()
+        gathered = tensor.new_empty(self.size, *tensor.shape)
+        work = dist.all_gather_into_tensor(gathered.flatten(0, 1), tensor, group=self.group, async_op=True)
+        self._count(purpose, gathered.nbytes - tensor.nbytes)
+        return Pending([work], gathered, kept=tensor)
+
+    def all_to_all(
+        self, tensor: Tensor, purpose: str, send: list[int] | None = None, receive: list[int] | None = None
+    ) -> Pending:
+        """Send stretches of rows to all ranks and receive theirs, in order of ranks.
+
+        Args:
+            tensor: [rows, ...].
+            send, receive: rows for and from each rank; None: equal parts.
+        """
+        tensor = tensor.contiguous()
+        send = send or [tensor.shape[0] // self.size] * self.size
+        receive = receive or send
+        received = tensor.new_empty(sum(receive), *tensor.shape[1:])
+        work = dist.all_to_all_single(received, tensor, receive, send, group=self.group, async_op=True)
+        row_bytes = tensor[:1].nbytes if tensor.shape[0] else received[:1].nbytes
+        self._count(purpose, (sum(receive) - receive[self.rank]) * row_bytes)
+        return Pending([work], received, kept=tensor)
+
+    def all_reduce(self, tensor: Tensor, purpose: str) -> Pending:
+        """Sum over all ranks, in place (counted as a reduce-scatter and an all-gather)."""
+        work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        self._count(purpose, 2 * tensor.nbytes * (self.size - 1) // self.size)
+        return Pending([work], tensor)
+
+    def _count(self, purpose: str, received: int) -> None:
+        for observer in _observers:
+            observer.received[purpose] += received
