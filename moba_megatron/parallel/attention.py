@@ -134,6 +134,9 @@ def context_attention(
     if levels[1] > 1 and name != "gathered":
         raise ValueError(f"backend {name!r} holds whole packs: with exchange {exchange!r} use gathered, or use a2a")
     scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else float(softmax_scale)
+    if q.shape[0] == 0:
+        # No rows on any rank, but the graph stays connected.
+        return q + (k.sum() + v.sum()).to(q.dtype)
     if exchange in _EXCHANGES:
         return _between_shards(q, k, v, boundaries, groups.whole, exchange, levels, block_size, top_k, scale)
     wire = Wire(groups.whole if exchange == "a2a" else groups.inner)

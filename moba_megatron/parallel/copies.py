@@ -47,7 +47,7 @@ def demanded(plan: ContextPlan, ids_TNK: Tensor) -> Tensor:
     return counts * plan.elsewhere
 
 
-def choose_copies(plan: ContextPlan, demand_M: Tensor, groups: int, fair: float = FAIR) -> tuple[Tensor, Load]:
+def choose_copies(plan: ContextPlan, demand_M: Tensor, groups: int) -> tuple[Tensor, Load]:
     """Decide which blocks are copied.
 
     Args:
@@ -65,7 +65,7 @@ def choose_copies(plan: ContextPlan, demand_M: Tensor, groups: int, fair: float 
     for rank, blocks in enumerate(touched):
         order = blocks[demand_M[blocks].argsort(descending=True, stable=True)]
         for block in order[pays_M[order] & ~hot_M[order]].tolist():
-            if loads[rank] <= fair * mean:
+            if loads[rank] <= FAIR * mean:
                 break
             hot_M[block] = True
             for holder, held in enumerate(touched):

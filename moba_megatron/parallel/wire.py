@@ -36,6 +36,9 @@ class Observation:
 
 _observers: list[Observation] = []
 
+# The second is the first one's name before PyTorch 2.13.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 @contextlib.contextmanager
 def observe() -> Iterator[Observation]:
@@ -100,7 +103,7 @@ class Wire:
         """[C, ...]: the tensors of all ranks, which have one shape."""
         tensor = tensor.contiguous()
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        work = dist.all_gather_into_tensor(gathered.flatten(0, 1), tensor, group=self.group, async_op=True)
+        work = _all_gather(gathered.flatten(0, 1), tensor, group=self.group, async_op=True)
         self._count(purpose, gathered.nbytes - tensor.nbytes)
         return Pending([work], gathered, kept=tensor)
 

@@ -297,8 +297,7 @@ def run_bench(
     finally:
         torch.set_num_threads(threads)
     _write(result, Path(output))
-    narrow = not console.is_terminal and console.width < TABLE_WIDTH
-    (Console(file=console.file, width=TABLE_WIDTH) if narrow else console).print(_table(result))
+    wide_enough(console).print(_table(result))
     for key, length in result.crossovers().items():
         dtype, block_size, top_k, mode = key
         shortest = min(row.length for row in result.rows if (row.dtype, row.block_size, row.top_k, row.mode) == key)
@@ -306,6 +305,12 @@ def run_bench(
         where = "at no measured length" if length is None else later
         console.print(f"MoBA ({block_size}, {top_k}) {dtype} {mode} beats full attention {where}.")
     return result
+
+
+def wide_enough(console: Console) -> Console:
+    """The console, or one on the same file with room for the table's columns if that file is no terminal."""
+    narrow = not console.is_terminal and console.width < TABLE_WIDTH
+    return Console(file=console.file, width=TABLE_WIDTH) if narrow else console
 
 
 Case = tuple[str, int, int, int, str, float | None, float | None]

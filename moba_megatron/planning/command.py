@@ -1,4 +1,5 @@
-"""`moba-megatron bench`: the operator's speed and memory against PyTorch's fused full attention."""
+"""`moba-megatron bench`: the operator's speed and memory against PyTorch's fused full attention, and the exchanges of
+context parallelism against each other."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 
 from moba_megatron.planning.bench import BenchSettings, run_bench
+from moba_megatron.planning.bench_context import run_context_bench
 
 DEFAULTS = BenchSettings()
 
@@ -28,11 +30,18 @@ def bench_command(
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     preset: Annotated[str | None, typer.Option(help="`targets`: the CPU targets, with floor and goal.")] = None,
+    context_parallel: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Measure the exchanges of this many context-parallel ranks instead (context.csv, ...)."
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for bench.csv, bench.md and bench.png.")] = Path("bench"),
 ) -> None:
     """Measure MoBA against PyTorch's fused causal attention in the same process, routing included.
 
-    No speed is reported for settings under which the operator disagrees with its reference.
+    With --context-parallel C: bytes and seconds of each exchange over C ranks, which are started on this machine unless
+    torchrun has started them. No speed is reported for settings under which a result is wrong.
     """
     console = Console(soft_wrap=True)
     try:
@@ -49,14 +58,21 @@ def bench_command(
             threads=threads,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         )
+        if context_parallel is not None:
+            run_context_bench(settings, context_parallel, output, console)
+            return _show(console, output, "context")
         result = run_bench(settings, output, preset=preset, console=console)
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    for name in ("bench.csv", "bench.md", "bench.png"):
-        console.print(f"  {output / name}")
+    _show(console, output, "bench")
     if result.refused:
         raise typer.Exit(1)
+
+
+def _show(console: Console, output: Path, name: str) -> None:
+    for suffix in ("csv", "md", "png"):
+        console.print(f"  {output / name}.{suffix}")
 
 
 def _tokens(text: str) -> int:

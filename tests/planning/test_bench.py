@@ -9,7 +9,7 @@ from rich.console import Console
 
 import moba_megatron.planning.bench as bench
 from moba_megatron.ops import tiles
-from moba_megatron.ops.gathered import ROWS_OF_TRIANGLE
+from moba_megatron.ops.passes import ROWS_OF_TRIANGLE
 from moba_megatron.planning import agreement
 from moba_megatron.planning.bench import BenchResult, BenchRow, BenchSettings, pair_ratio, run_bench
 from moba_megatron.planning.flops import attended_pairs

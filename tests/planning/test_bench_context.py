@@ -1,0 +1,38 @@
+"""`moba-megatron bench --context-parallel` starts its own processes, measures every exchange and writes what it saw."""
+
+from __future__ import annotations
+
+import csv
+
+from typer.testing import CliRunner
+
+from moba_megatron.cli import app
+
+
+def bench(folder, *options: str):
+    sizes = ["--lengths", "512", "--blocks", "16:3", "--dtypes", "fp32", "--heads", "4", "--groups", "2", "--runs", "1"]
+    return CliRunner().invoke(app, ["bench", *sizes, "--output", str(folder), "--threads", "1", *options])
+
+
+def test_every_exchange_is_measured(tmp_path):
+    result = bench(tmp_path, "--context-parallel", "2")
+    assert result.exit_code == 0, result.output
+    with open(tmp_path / "context.csv") as file:
+        rows = {(row["exchange"], row["block_size"]): row for row in csv.DictReader(file)}
+    assert {name for name, block in rows if block} == {"p2p", "all_gather", "a2a", "dispatch"}
+    assert {name for name, block in rows if not block} == {"p2p", "all_gather", "a2a"}
+    for (name, block), row in rows.items():
+        received = int(row["forward_bytes"]) + int(row["backward_bytes"])
+        # 32 blocks, all of them whole on one rank: 16 summaries of two heads of 64 in fp32.
+        summaries = 16 * 2 * 64 * 4 if block and name != "a2a" else 0
+        if name != "dispatch":
+            assert received - summaries == int(row["formula_bytes"])
+        assert float(row["forward_seconds"]) > 0 and float(row["backward_seconds"]) > 0
+    assert 0 < float(rows["p2p", "16"]["selected"]) <= 1
+    assert (tmp_path / "context.md").exists() and (tmp_path / "context.png").stat().st_size > 1000
+
+
+def test_a_length_that_does_not_fit(tmp_path):
+    result = bench(tmp_path, "--context-parallel", "3")
+    assert result.exit_code == 2
+    assert "512 tokens are not a multiple of 2 x context-parallel size = 6: use 516" in result.output
