@@ -14,7 +14,7 @@ ALLOWED = {
     "parallel": {"ops"},
     "model": {"parallel", "ops", "platform", "config"},
     "checkpoint": {"model", "platform", "config"},
-    "data": {"config"},
+    "data": {"parallel", "config"},
     "planning": {"config", "ops", "parallel"},
     "evaluation": {"model", "data", "checkpoint", "config"},
     "generation": {"model", "data", "checkpoint", "ops"},

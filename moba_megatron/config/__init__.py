@@ -2,6 +2,7 @@
 
 from moba_megatron.config.checks import ConfigError, check_world
 from moba_megatron.config.load import config_from_dict, load_config
+from moba_megatron.config.parallel import Exchange, ExchangeConfig, ParallelConfig
 from moba_megatron.config.schema import (
     AttentionConfig,
     AttentionKind,
@@ -15,11 +16,10 @@ from moba_megatron.config.schema import (
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
-    ParallelConfig,
     RunConfig,
-    Section,
     TrainingConfig,
 )
+from moba_megatron.config.section import Section
 
 __all__ = [
     "AttentionConfig",
@@ -31,6 +31,8 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EvaluationConfig",
+    "Exchange",
+    "ExchangeConfig",
     "LayerAttentionOverride",
     "LoggingConfig",
     "ModelConfig",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from moba_megatron.config.schema import Config, ModelConfig, ParallelConfig
 
 
@@ -23,17 +25,17 @@ def check_world(config: Config, world_size: int) -> int:
     model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_ranks:
         sizes = f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
-        raise ConfigError(
-            [f"{sizes} = {model_ranks} does not divide the {world_size} processes: start a multiple of it"]
-        )
+        raise ConfigError([
+            f"{sizes} = {model_ranks} does not divide the {world_size} processes: "
+            f"start {nearest_multiples(world_size, model_ranks)}"
+        ])  # fmt: skip
     data_ranks = world_size // model_ranks
     per_pass = training.micro_batch_size * data_ranks
     if training.global_batch_size % per_pass:
-        nearest = max(1, round(training.global_batch_size / per_pass)) * per_pass
         raise ConfigError([
             f"training.global_batch_size = {training.global_batch_size} is not a multiple of "
             f"micro_batch_size x data-parallel size = {training.micro_batch_size} x {data_ranks} = {per_pass}: "
-            f"the nearest that is: {nearest}"
+            f"use {nearest_multiples(training.global_batch_size, per_pass)}"
         ])  # fmt: skip
     for key, samples in [
         ("training.global_batch_size", training.global_batch_size),
@@ -48,12 +50,42 @@ def check_world(config: Config, world_size: int) -> int:
     return data_ranks
 
 
+def nearest_multiples(value: int, unit: int) -> str:
+    """The multiples of `unit` on both sides of `value`, in words.
+
+    >>> nearest_multiples(100, 8), nearest_multiples(3, 8)
+    ('96 or 104', '8')
+    """
+    below = value // unit * unit
+    return " or ".join(str(number) for number in (below, below + unit) if number)
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a number, rising.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def one_of(choices: list[int] | list[list[int]]) -> str:
+    """Choices in words.
+
+    >>> one_of([1, 2, 4])
+    '1, 2 or 4'
+    """
+    *first, last = [str(choice) for choice in choices]
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def combination_problems(config: Config) -> list[str]:
     """What no single field can know: one line for each combination that cannot work."""
     return [
         text
         for wrong, text in [
             *_model_checks(config.model, config.parallel),
+            *_parallel_checks(config),
             *_attention_checks(config),
             *_training_checks(config),
         ]
@@ -63,12 +95,13 @@ def combination_problems(config: Config) -> list[str]:
 
 def _model_checks(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[bool, str]]:
     heads, groups, tp = model.num_attention_heads, model.query_groups, parallel.tensor
-    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    tensor_sizes = one_of(divisors(math.gcd(heads, groups, model.ffn_size)))
     scaled = model.rotary_scaling_factor != 1.0
     return [
         (
             heads % groups != 0,
-            f"model.num_attention_heads = {heads} is not a multiple of model.num_query_groups = {groups}",
+            f"model.num_attention_heads = {heads} is not a multiple of model.num_query_groups = {groups}: "
+            f"use {one_of(divisors(heads))} groups",
         ),
         (
             model.kv_channels is None and model.hidden_size % heads != 0,
@@ -76,27 +109,98 @@ def _model_checks(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[bo
             "change one, or set model.kv_channels",
         ),
         (model.head_size % 2 != 0, f"size of a head = {model.head_size}: rotary embedding needs an even one"),
-        (heads % tp != 0, f"parallel.tensor = {tp} does not divide model.num_attention_heads = {heads}"),
-        (groups % tp != 0, f"parallel.tensor = {tp} does not divide model.num_query_groups = {groups}"),
-        (model.ffn_size % tp != 0, f"parallel.tensor = {tp} does not divide model.ffn_hidden_size = {model.ffn_size}"),
-        (
-            model.num_layers % chunks != 0,
-            f"model.num_layers = {model.num_layers} is not a multiple of pipeline stages x chunks = {chunks}",
-        ),
-        (parallel.sequence and tp == 1, "parallel.sequence = true needs parallel.tensor of at least 2"),
-        (
-            parallel.virtual_pipeline is not None and parallel.pipeline == 1,
-            f"parallel.virtual_pipeline = {parallel.virtual_pipeline} needs parallel.pipeline of at least 2",
-        ),
-        (
-            parallel.context > 1,
-            f"parallel.context = {parallel.context}: context parallelism is not in this version; set it to 1",
-        ),
+        *[
+            (size % tp != 0, f"parallel.tensor = {tp} does not divide {key} = {size}: use {tensor_sizes}")
+            for key, size in (
+                ("model.num_attention_heads", heads),
+                ("model.num_query_groups", groups),
+                ("model.ffn_hidden_size", model.ffn_size),
+            )
+        ],
         (
             scaled and model.rotary_scaling == "none",
             f"model.rotary_scaling_factor = {model.rotary_scaling_factor} has no effect without model.rotary_scaling",
         ),
     ]
+
+
+def _parallel_checks(config: Config) -> list[tuple[bool, str]]:
+    parallel = config.parallel
+    return [
+        (parallel.sequence and parallel.tensor == 1, "parallel.sequence = true needs parallel.tensor of at least 2"),
+        (
+            parallel.virtual_pipeline is not None and parallel.pipeline == 1,
+            f"parallel.virtual_pipeline = {parallel.virtual_pipeline} needs parallel.pipeline of at least 2",
+        ),
+        *_pipeline_checks(config),
+        *_context_checks(config),
+        _length_check(config),
+    ]
+
+
+def _pipeline_checks(config: Config) -> list[tuple[bool, str]]:
+    layers, parallel, given = config.model.num_layers, config.parallel, config.parallel.pipeline_layers
+    virtual = parallel.virtual_pipeline or 1
+    chunks = parallel.pipeline * virtual
+    if given is None:
+        return [(
+            layers % chunks != 0,
+            f"model.num_layers = {layers} is not a multiple of parallel.pipeline x virtual_pipeline = "
+            f"{parallel.pipeline} x {virtual} = {chunks}: use {nearest_multiples(layers, chunks)} layers, or give the "
+            "layers of each stage by parallel.pipeline_layers",
+        )]  # fmt: skip
+    return [
+        (parallel.pipeline == 1, f"parallel.pipeline_layers = {given} needs parallel.pipeline of at least 2"),
+        (
+            len(given) != chunks,
+            f"parallel.pipeline_layers = {given} has {len(given)} entries, but parallel.pipeline x virtual_pipeline = "
+            f"{parallel.pipeline} x {virtual} = {chunks}: give {chunks}",
+        ),
+        (
+            sum(given) != layers,
+            f"parallel.pipeline_layers = {given} adds up to {sum(given)}, but model.num_layers = {layers}: "
+            f"{'take out' if sum(given) > layers else 'add'} {abs(sum(given) - layers)}",
+        ),
+    ]
+
+
+def _context_checks(config: Config) -> list[tuple[bool, str]]:
+    parallel = config.parallel
+    levels, names = parallel.hierarchical_context, {parallel.exchange.moba, parallel.exchange.full}
+    if levels is None:
+        return []
+    pairs = [[size, parallel.context // size] for size in divisors(parallel.context)[1:-1]]
+    return [
+        (
+            not names & {"auto", "a2a+p2p"},
+            f"parallel.hierarchical_context = {levels} has no effect with parallel.exchange = {one_of(sorted(names))}: "
+            "it belongs to a2a+p2p",
+        ),
+        (
+            levels[0] * levels[1] != parallel.context,
+            f"parallel.hierarchical_context = {levels} multiplies to {levels[0] * levels[1]}, not to parallel.context "
+            f"= {parallel.context}: " + (f"use {one_of(pairs)}" if pairs else "leave it out: that is no product"),
+        ),
+    ]
+
+
+def _length_check(config: Config) -> tuple[bool, str]:
+    """Tokens of a sample by the ranks they are split over. Packs are padded instead, document by document, under
+    context parallelism."""
+    parallel, length = config.parallel, config.data.sequence_length
+    context, tensor = parallel.context, parallel.tensor if parallel.sequence else 1
+    if context == 1:
+        unit, why = tensor, f"parallel.tensor = {tensor} (parallel.sequence)"
+    elif tensor == 1:
+        unit, why = 2 * context, f"2 x parallel.context = 2 x {context}"
+    else:
+        unit = context * math.lcm(2, tensor)
+        why = f"2 x parallel.context = 2 x {context} and parallel.context x parallel.tensor = {context} x {tensor}"
+    padded = context > 1 and config.packed
+    return (
+        not padded and length % unit != 0,
+        f"data.sequence_length = {length} is not a multiple of {why}: use {nearest_multiples(length, unit)}",
+    )
 
 
 def _attention_checks(config: Config) -> list[tuple[bool, str]]:
@@ -136,11 +240,8 @@ def _training_checks(config: Config) -> list[tuple[bool, str]]:
         (
             training.global_batch_size % training.micro_batch_size != 0,
             f"training.global_batch_size = {training.global_batch_size} is not a multiple of "
-            f"training.micro_batch_size = {training.micro_batch_size}",
-        ),
-        (
-            config.parallel.sequence and length % config.parallel.tensor != 0,
-            f"data.sequence_length = {length} is not a multiple of parallel.tensor = {config.parallel.tensor}",
+            f"training.micro_batch_size = {training.micro_batch_size}: "
+            f"use {nearest_multiples(training.global_batch_size, training.micro_batch_size)}",
         ),
         (
             optimizer.warmup_steps >= training.steps,

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from moba_megatron.config.parallel import ExchangeConfig
 from moba_megatron.config.schema import AttentionStage, BlendEntry, Config, LayerAttentionOverride
 
 HEAD = """# Configuration reference
@@ -30,6 +31,7 @@ def reference() -> str:
         _section("attention.stages[]", AttentionStage),
         _section("attention.layers.N", LayerAttentionOverride),
         _section("data.train[]", BlendEntry),
+        _section("parallel.exchange", ExchangeConfig),
     ]
     return "\n".join(parts)
 
@@ -67,6 +69,8 @@ def _type_name(annotation: Any) -> str:
 
 
 def _default(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
     return "required" if value is PydanticUndefined else f"`{json.dumps(value)}`"
 
 

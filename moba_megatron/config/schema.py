@@ -9,18 +9,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
+
+from moba_megatron.config.parallel import ParallelConfig
+from moba_megatron.config.section import Section
 
 AttentionKind = Literal["moba", "full"]
 # JSON and the command line have only strings as keys.
 LayerNumber = Annotated[int, Field(strict=False)]
-
-
-class Section(BaseModel):
-    """A part of the schema: unknown keys and wrong types are errors, the docstring below a field is its
-    documentation."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
 class RunConfig(Section):
@@ -134,23 +130,6 @@ class AttentionConfig(Section):
     sparse first, full at the end."""
     backend: Literal["auto", "reference", "gathered", "triton"] = "auto"
     """What computes MoBA. `auto` is decided once, at start, and written into the run's config.yaml."""
-
-
-class ParallelConfig(Section):
-    tensor: int = Field(default=1, ge=1)
-    """Tensor-parallel size: heads and feed-forward columns over this many ranks."""
-    sequence: bool = False
-    """Sequence parallelism: norms and residuals split along the sequence over the tensor-parallel ranks."""
-    pipeline: int = Field(default=1, ge=1)
-    """Pipeline stages."""
-    virtual_pipeline: int | None = Field(default=None, ge=2)
-    """Model chunks per pipeline rank (interleaved schedule). Default: one, not interleaved."""
-    context: int = Field(default=1, ge=1)
-    """Context-parallel size: one sequence over this many ranks."""
-    exchange: Literal["auto"] = "auto"
-    """How context-parallel ranks exchange keys, values or queries."""
-    distributed_optimizer: bool = False
-    """Split optimizer state over the data-parallel ranks. A checkpoint is bound to this choice."""
 
 
 class BlendEntry(Section):
@@ -285,6 +264,17 @@ class Config(Section):
     @property
     def tokens_per_step(self) -> int:
         return self.training.global_batch_size * self.data.sequence_length
+
+    @property
+    def chunk_layers(self) -> list[int]:
+        """Layers of each model chunk, in the order of the model; chunk i is on pipeline stage i modulo the stages."""
+        chunks = self.parallel.pipeline * (self.parallel.virtual_pipeline or 1)
+        return self.parallel.pipeline_layers or [self.model.num_layers // chunks] * chunks
+
+    @property
+    def packed(self) -> bool:
+        """Whether a microbatch is a pack of documents that do not see each other."""
+        return not self.data.cross_document_attention
 
     @property
     def trailing_tokens(self) -> int:

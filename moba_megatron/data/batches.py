@@ -9,6 +9,10 @@ number of passes.
 Where documents do not see each other the samples of a microbatch are packed into one row, `[1, b * s]`, with
 `cu_seqlens`: a document ends after each end-of-document token and at the end of each sample. Boundaries are computed
 from the tokens; the dense mask over pairs of tokens never exists. Positions start anew at each document.
+
+Under context parallelism a rank keeps its part of each batch (`context_part`): two chunks of every document, or of
+every row where a row is one sequence. Documents are padded at their end to a length that can be cut. Padding is not in
+the loss, and attention is causal, so no true token ever sees it.
 """
 
 from __future__ import annotations
@@ -20,9 +24,12 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from moba_megatron.parallel.layout import padded_boundaries, shard_positions
+
 Batch = dict[str, Any]
 """`tokens`, `labels`, `position_ids` [b, s] int64 and `loss_mask` [b, s] fp32; packed: [1, b * s], and `cu_seqlens`
-[documents + 1] int32, `max_seqlen` int."""
+[documents + 1] int32, `max_seqlen` int. The part of a context-parallel rank of a pack besides has `cu_seqlens_padded`
+[documents + 1] int32."""
 
 _ROWS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -37,6 +44,9 @@ def microbatches(
     device: torch.device | str,
     eod_id: int | None,
     num_samples: int | None = None,
+    context_rank: int = 0,
+    context_size: int = 1,
+    tokens_multiple: int = 1,
 ) -> Iterator[Batch]:
     """The microbatches of one rank, from sample `consumed_samples` on.
 
@@ -48,9 +58,11 @@ def microbatches(
         device: where the tensors go.
         eod_id: the end-of-document id, to pack and cut at documents; None where documents see each other.
         num_samples: stop after this sample of the dataset. Default: its length.
+        context_rank, context_size: place among the ranks that share each sample.
+        tokens_multiple: as for `context_part`.
 
     Raises:
-        ValueError: a rank out of range, or more samples asked for than there are.
+        ValueError: a rank out of range, more samples asked for than there are, or rows that cannot be cut.
     """
     if not 0 <= data_parallel_rank < data_parallel_size:
         raise ValueError(
@@ -67,6 +79,8 @@ def microbatches(
         batch["loss_mask"][[number for number, row in enumerate(rows) if row is None]] = 0.0
         if eod_id is not None:
             batch = pack(batch, eod_id)
+        if context_size > 1:
+            batch = context_part(batch, context_rank, context_size, tokens_multiple=tokens_multiple, pad_id=eod_id or 0)
         yield {name: _to(value, device) for name, value in batch.items()}
 
 
@@ -103,15 +117,61 @@ def pack(batch: Batch, eod_id: int) -> Batch:
     return {**packed, "cu_seqlens": cu_seqlens.to(torch.int32), "max_seqlen": int(lengths.max())}
 
 
+def context_part(
+    batch: Batch, context_rank: int, context_size: int, *, tokens_multiple: int = 1, pad_id: int = 0
+) -> Batch:
+    """A context-parallel rank's part of a batch: [b, s / C], or [1, t] of a pack, in zigzag layout (`parallel.layout`).
+
+    Args:
+        batch: the whole batch, the same on all ranks of the group.
+        tokens_multiple: what the tokens of a rank must be a multiple of: the tensor-parallel size under sequence
+            parallelism. The last document of a pack is padded further for it.
+        pad_id: token id of padding. Its label and its loss mask are 0, its positions go on from its document's.
+
+    Returns:
+        The part; of a pack with the true `cu_seqlens` of the whole pack, `cu_seqlens_padded`, and `max_seqlen` of the
+        padded documents.
+
+    Raises:
+        ValueError: rows of an unpacked batch whose length is not a multiple of 2 C.
+
+    >>> batch = pack({"tokens": torch.tensor([[5, 6, 0, 7, 8, 9]])}, eod_id=0)
+    >>> part = context_part(batch, 0, 2)
+    >>> part["tokens"].tolist(), part["position_ids"].tolist(), part["cu_seqlens_padded"].tolist()
+    ([[5, 0, 7, 0]], [[0, 3, 0, 3]], [0, 4, 8])
+    """
+    if "cu_seqlens" not in batch:
+        row = torch.tensor([0, batch["tokens"].shape[1]], device=batch["tokens"].device)
+        mine = shard_positions(row, context_size, context_rank)
+        return {name: value.index_select(1, mine) for name, value in batch.items()}
+    true = batch["cu_seqlens"]
+    padded = padded_boundaries(true, context_size, total_multiple=tokens_multiple)
+    mine = shard_positions(padded, context_size, context_rank)
+    document = torch.searchsorted(padded[1:].to(mine), mine, right=True)
+    position = mine - padded[document]
+    is_padding = position >= true.diff()[document]
+    source = (true[document] + position).masked_fill(is_padding, 0)
+    part = dict(batch)
+    for name in _ROWS:
+        if name in batch:
+            padding = pad_id if name == "tokens" else 0
+            part[name] = batch[name].index_select(1, source).masked_fill(is_padding, padding)
+    part["position_ids"] = position.unsqueeze(0)
+    return {**part, "cu_seqlens_padded": padded, "max_seqlen": int(padded.diff().max())}
+
+
 def packed_seq_params(batch: Batch) -> PackedSeqParams | None:
     """What megatron-core's layers need to know of a packed batch; None for one that is not packed."""
     if "cu_seqlens" not in batch:
         return None
     cu_seqlens, longest = batch["cu_seqlens"], batch["max_seqlen"]
+    padded = batch.get("cu_seqlens_padded")
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )

@@ -19,8 +19,10 @@ def rank_batches(
     """Microbatches from sample `consumed_samples` on, up to `num_samples` in all, each with its `packed_seq_params`
     (None if it is not packed).
 
-    Every rank of a model-parallel group reads the same batches itself: nothing is broadcast.
+    Every rank of a model-parallel group reads the same batches itself: nothing is broadcast. Context-parallel ranks
+    read the same samples too, and keep their part of each.
     """
+    parallel = config.parallel
     stream = microbatches(
         dataset,
         consumed_samples=consumed_samples,
@@ -29,7 +31,10 @@ def rank_batches(
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         device=device,
-        eod_id=None if config.data.cross_document_attention else eod_id,
+        eod_id=eod_id if config.packed else None,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel.context,
+        tokens_multiple=parallel.tensor if parallel.sequence else 1,
     )
     for batch in stream:
         yield {**batch, "packed_seq_params": packed_seq_params(batch)}

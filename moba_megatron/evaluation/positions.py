@@ -78,9 +78,12 @@ def evaluate(
 def position_sums(
     losses_BS: torch.Tensor, batch: Batch, length: int
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Losses and token counts added up by position: `sums` is fp64 `[2, length]`."""
+    """Losses and token counts added up by position: `sums` is fp64 `[2, length]`.
+
+    The padding of a document may lie beyond `length`; its mask is 0, so where it is counted makes no difference.
+    """
     mask = batch["loss_mask"].double().flatten()
-    position = batch["position_ids"].flatten()
+    position = batch["position_ids"].flatten().clamp(max=length - 1)
     sums_2S = torch.zeros(2, length, dtype=torch.float64, device=losses_BS.device)
     sums_2S[0].index_add_(0, position, losses_BS.double().flatten() * mask)
     sums_2S[1].index_add_(0, position, mask)

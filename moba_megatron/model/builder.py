@@ -17,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_megatron.config import Config, ParallelConfig
+from moba_megatron.model.exchange import resolve_exchange
 from moba_megatron.model.gpt import ChunkedLossGPTModel
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.model.specs import block_spec, choose_implementation
@@ -43,7 +44,7 @@ def transformer_config(config: Config, *, device_type: str | None = None) -> Tra
     Raises:
         ValueError: if megatron-core refuses a combination (its assertions come through as they are).
     """
-    model, parallel = config.model, config.parallel
+    model = config.model
     device_type = device_type or current_device().type
     dtype = DTYPES[config.training.precision]
     return TransformerConfig(
@@ -69,22 +70,29 @@ def transformer_config(config: Config, *, device_type: str | None = None) -> Tra
         # The loss is a sum over tokens, divided by their number over all micro-batches and ranks once, in the end;
         # otherwise it is a mean of means, which weighs tokens unequally when masks differ.
         calculate_per_token_loss=True,
-        **_parallel_settings(parallel, dtype),
+        **_parallel_settings(config, dtype),
         **_recompute_settings(config.training.recompute),
         **_machine_settings(device_type),
     )
 
 
-def _parallel_settings(parallel: ParallelConfig, dtype: torch.dtype) -> dict:
+def _parallel_settings(config: Config, dtype: torch.dtype) -> dict:
+    parallel = config.parallel
     interleaved = parallel.virtual_pipeline is not None
     return {
         "tensor_model_parallel_size": parallel.tensor,
         "sequence_parallel": parallel.sequence,
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
+        "pipeline_model_parallel_layout": _pipeline_layout(config) if parallel.pipeline_layers else None,
         "context_parallel_size": parallel.context,
-        # A list with one type for each layer is off by one in megatron-core 0.16.
-        "cp_comm_type": "p2p",
+        # For attention of Transformer Engine; ours has the exchange from its spec. One word: a list with one for each
+        # layer is off by one in megatron-core 0.16.
+        "cp_comm_type": resolve_exchange(config).full or "p2p",
+        # Documents are padded for context parallelism, so packs differ in length. The dispatcher is for mixtures of
+        # experts, of which there are none here, but megatron-core refuses its default together with such packs.
+        "variable_seq_lengths": parallel.context > 1 and parallel.pipeline > 1 and config.packed,
+        "moe_token_dispatcher_type": "alltoall",
         "pipeline_dtype": dtype,
         "autocast_dtype": dtype,
         # The interleaved schedule of two stages computes wrong gradients with any other pair.
@@ -93,6 +101,12 @@ def _parallel_settings(parallel: ParallelConfig, dtype: torch.dtype) -> dict:
         # An overlapped send may still read the output after it is called done (seen with gloo: wrong losses, no error).
         "deallocate_pipeline_outputs": not interleaved,
     }
+
+
+def _pipeline_layout(config: Config) -> list[list[str]]:
+    """What each model chunk holds, in the order of the model and in megatron-core's words."""
+    layout = [["decoder"] * count for count in config.chunk_layers]
+    return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
 
 
 def _recompute_settings(recompute: str) -> dict:
@@ -171,8 +185,15 @@ def _build_chunk(
     pg_collection: ProcessGroupCollection,
 ) -> ChunkedLossGPTModel:
     model = config.model
+    exchange = resolve_exchange(config)
     layers = block_spec(
-        transformer, schedule, stage=stage, backend=config.attention.backend, pp_rank=pp_rank, vp_stage=vp_stage
+        transformer,
+        schedule,
+        stage=stage,
+        backend=config.attention.backend,
+        exchange={"moba": exchange.moba or "auto", "full": exchange.full or "auto"},
+        pp_rank=pp_rank,
+        vp_stage=vp_stage,
     )
     return ChunkedLossGPTModel(
         config=transformer,

@@ -11,9 +11,16 @@ activation recomputation, which runs it twice, is exact.
 
 Sequences of a batch are laid end to end, as documents of one pack. At b = 1 that is a view; otherwise one copy each of
 queries, keys and values.
+
+Under context parallelism the tokens are this rank's zigzag shard of each sequence or document (`parallel.layout`), the
+boundaries are those of the whole pack, padded, and `parallel.attention` does the work over the groups that
+megatron-core hands over. How its ranks exchange is a parameter of ours, one for each kind of layer; the layer's own
+`cp_comm_type` knows fewer words and is not looked at.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -24,8 +31,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from moba_megatron.model.context import ContextParallel
 from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
 from moba_megatron.ops import full_attention, moba_attention
+from moba_megatron.parallel.attention import ContextGroups
 
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
@@ -39,11 +48,13 @@ class MoBACoreAttention(MegatronModule):
             pipeline stages. `softmax_scale` defaults to 1 / sqrt(head size).
         attention: how this layer attends.
         backend: what computes MoBA: `auto`, `reference`, `gathered` or `triton`.
+        exchange: what context-parallel ranks do, `auto` or a name in `parallel.traffic.EXCHANGES`: one for both kinds,
+            or `{"moba": ..., "full": ...}`. `auto` is decided at the first call, from the sizes of its tensors.
 
     Raises:
         ValueError: for settings that are not MoBA: dropout in attention, a mask that is not causal, cross attention, a
-            window, softmax offsets, latent attention, fp8 in attention; and for context parallelism, which this class
-            does not do.
+            window, softmax offsets, latent attention, fp8 in attention; for an unknown exchange; and for the reference
+            backend under context parallelism with another exchange than `a2a`.
     """
 
     def __init__(
@@ -59,10 +70,12 @@ class MoBACoreAttention(MegatronModule):
         *,
         attention: LayerAttention,
         backend: str = "auto",
+        exchange: str | Mapping[str, str] = "auto",
     ):
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         _refuse_what_is_not_moba(config, layer_number, attn_mask_type, attention_type, dropout)
+        self.context = ContextParallel(config, pg_collection, exchange, backend)
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         self.attention = attention
@@ -81,11 +94,14 @@ class MoBACoreAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: [sq, b, np, hn], or [t, np, hn] with `packed_seq_params`.
+            query: [sq, b, np, hn], or [t, np, hn] with `packed_seq_params`; under context parallelism sq and t count
+                this rank's tokens.
             key, value: [sk, b, ng, hn] with sk = sq, or [t, ng, hn]; np a multiple of ng; all of one dtype.
             attention_mask: must be None: the mask is causal within each sequence or document.
             packed_seq_params: boundaries of the documents of a pack, in tokens (`qkv_format` "thd"). Padded boundaries
                 win where they are given: padding follows its document's tokens, which therefore never attend to it.
+                Under context parallelism they are those of the whole pack. `cp_group`, if set, wins over the layer's
+                group.
 
         Returns:
             [sq, b, np * hn], or [t, np * hn] for a pack, in the dtype of `query`.
@@ -94,18 +110,34 @@ class MoBACoreAttention(MegatronModule):
             ValueError: for a mask, a bias, or keys that are not those of the queries' tokens (decoding with a cache).
         """
         self._check_call(query, key, attention_mask, attn_mask_type, attention_bias)
+        groups = self.context.groups(packed_seq_params)
         if packed_seq_params is not None and packed_seq_params.qkv_format != "sbhd":
             cu_seqlens, max_seqlen = _pack_boundaries(packed_seq_params)
-            return self._attend(query, key, value, cu_seqlens, max_seqlen).flatten(1)
-        length, batch = query.shape[:2]
+            return self._attend(query, key, value, cu_seqlens, max_seqlen, groups).flatten(1)
+        local_length, batch = query.shape[:2]
+        length = local_length * (groups.whole.size() if groups else 1)
         if batch == 1:
-            return self._attend(query[:, 0], key[:, 0], value[:, 0], None, length).flatten(1).unsqueeze(1)
-        boundaries = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
+            return self._attend(query[:, 0], key[:, 0], value[:, 0], None, length, groups).flatten(1).unsqueeze(1)
+        # Context parallelism reads boundaries on the host.
+        device = "cpu" if groups else query.device
+        boundaries = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
         packed = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
-        output = self._attend(*packed, boundaries, length)
-        return output.view(batch, length, -1).transpose(0, 1).contiguous()
+        output = self._attend(*packed, boundaries, length, groups)
+        return output.view(batch, local_length, -1).transpose(0, 1).contiguous()
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        groups: ContextGroups | None,
+    ) -> Tensor:
+        if groups is not None:
+            return self.context.attend(
+                self.attention, q, k, v, cu_seqlens, groups=groups, softmax_scale=self.softmax_scale
+            )
         common = {"softmax_scale": self.softmax_scale, "max_seqlen": max_seqlen}
         if self.attention.kind == "full":
             return full_attention(q, k, v, cu_seqlens, **common)
@@ -129,7 +161,7 @@ class MoBACoreAttention(MegatronModule):
             )
 
     def extra_repr(self) -> str:
-        return f"layer_number={self.layer_number}, attention={self.attention}, backend={self.backend}"
+        return f"layer_number={self.layer_number}, attention={self.attention}, backend={self.backend}, {self.context}"
 
 
 def set_attention_stage(model_chunks: list[torch.nn.Module], schedule: AttentionSchedule, stage: int) -> int:
@@ -199,10 +231,6 @@ def _refuse_what_is_not_moba(
         ),
         (config.multi_latent_attention, "multi_latent_attention = True is not supported by MoBA: set it to False"),
         (fp8, "fp8 attention is not supported by MoBA: unset fp8_dot_product_attention and fp8_multi_head_attention"),
-        (
-            config.context_parallel_size > 1,
-            f"context_parallel_size = {config.context_parallel_size}: this class holds whole sequences; set it to 1",
-        ),
     ]
     problems = [text for wrong, text in checks if wrong]
     if problems:

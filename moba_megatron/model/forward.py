@@ -1,7 +1,8 @@
 """One microbatch through the model, in the form that megatron-core's pipeline schedules call.
 
 A batch is a dict of tensors `tokens`, `labels`, `position_ids` (int64 `[b, s]`) and `loss_mask` (fp32 `[b, s]`); a
-packed batch has b = 1 and a `packed_seq_params` entry with its document boundaries.
+packed batch has b = 1 and a `packed_seq_params` entry with its document boundaries. Under context parallelism s counts
+this rank's tokens; sums are over data-parallel and context-parallel ranks alike.
 """
 
 from __future__ import annotations
@@ -53,7 +54,11 @@ def forward_step(
 
 
 def microbatch_shape(data: DataConfig, micro_batch_size: int) -> dict[str, int]:
-    """Arguments that tell the pipeline schedules the shape `[s, b, h]` of the hidden states between stages."""
+    """Arguments that tell the pipeline schedules the shape `[s, b, h]` of the hidden states between stages.
+
+    For the whole sequence: megatron-core divides by the context-parallel and tensor-parallel sizes itself. Where packs
+    are padded for context parallelism they differ in length, and the schedules ask each time (`variable_seq_lengths`).
+    """
     if data.cross_document_attention:
         return {"seq_length": data.sequence_length, "micro_batch_size": micro_batch_size}
     return {"seq_length": data.sequence_length * micro_batch_size, "micro_batch_size": 1}

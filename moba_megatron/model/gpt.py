@@ -12,6 +12,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from moba_megatron.model.context import check_layout
 from moba_megatron.model.loss import chunked_cross_entropy
 
 
@@ -21,13 +22,14 @@ class DocumentRotaryEmbedding(RotaryEmbedding):
     For packs, megatron-core takes the length of the table from `max_seqlen_q`: it computes and keeps one table for each
     longest document it meets, and when the table happens to be as long as the pack, positions run on through it instead
     of starting anew at each document. Scores only depend on distances, but their rounding then grows with the position.
-    A table of one position more than the pack holds avoids both.
+    A table longer than the pack avoids the latter. Packs differ in length where documents are padded, so the length is
+    rounded up to one of a few (eight between a power of two and the next): a handful of tables serves all packs.
     """
 
     def get_rotary_seq_len(
         self, inference_context, transformer, transformer_input, transformer_config, packed_seq_params=None, **kwargs
     ) -> int:
-        """As in megatron-core, in tokens; for a pack, its tokens plus one."""
+        """As in megatron-core, in tokens over all context-parallel ranks; for a pack, more than its tokens."""
         pack = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
         length = super().get_rotary_seq_len(
             inference_context,
@@ -37,7 +39,17 @@ class DocumentRotaryEmbedding(RotaryEmbedding):
             None if pack else packed_seq_params,
             **kwargs,
         )
-        return length + 1 if pack else length
+        return table_length(length) if pack else length
+
+
+def table_length(tokens: int) -> int:
+    """Positions in the rotary table of a pack: more than its tokens, by an eighth at most (and by 1 at least).
+
+    >>> table_length(100), table_length(128), table_length(3)
+    (104, 144, 4)
+    """
+    step = 1 << max(0, tokens.bit_length() - 4)
+    return (tokens // step + 1) * step
 
 
 class ChunkedLossGPTModel(GPTModel):
@@ -50,7 +62,9 @@ class ChunkedLossGPTModel(GPTModel):
         **stock: arguments of `GPTModel`, by name.
 
     Raises:
-        ValueError: for settings that the chunked loss or the rotary embedding of documents does not serve.
+        ValueError: for settings that the chunked loss or the rotary embedding of documents does not serve; and in the
+            forward of the first pipeline stage, for CPU tensors, if a batch is not cut for this context-parallel rank.
+            On a GPU reading the positions would stall every step, so there the caller answers for them.
     """
 
     def __init__(self, *, loss_chunk_size: int, unpadded_vocab_size: int, **stock: Any):
@@ -76,6 +90,12 @@ class ChunkedLossGPTModel(GPTModel):
             use_cpu_initialization=self.config.use_cpu_initialization,
             cp_group=self.pg_collection.cp,
         )
+
+    def _preprocess(self, **inputs: Any) -> Any:
+        positions = inputs["position_ids"]
+        if self.pre_process and positions is not None and positions.device.type == "cpu":
+            check_layout(positions, inputs["packed_seq_params"], self.pg_collection.cp)
+        return super()._preprocess(**inputs)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         if labels is None or not self.post_process:

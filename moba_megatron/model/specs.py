@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
 from typing import Literal
 
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -47,6 +48,7 @@ def moba_layer_spec(
     top_k: int | None = None,
     kind: Literal["moba", "full"] = "moba",
     backend: str = "auto",
+    exchange: str | Mapping[str, str] = "auto",
 ) -> ModuleSpec:
     """A copy of a stock layer spec with MoBA as its core attention; the original stays as it is.
 
@@ -57,12 +59,15 @@ def moba_layer_spec(
         top_k: blocks per query, the current one counted.
         kind: `full` gives plain causal attention through the same module (no block_size, no top_k).
         backend: `auto`, `reference`, `gathered` or `triton`.
+        exchange: under context parallelism, how its ranks exchange: `auto`, `p2p`, `all_gather`, `a2a`, `a2a+p2p` or
+            `dispatch`; or one of these for each kind, `{"moba": ..., "full": ...}`.
 
     Raises:
         ValueError: if the spec has no core attention to replace, or the sizes are impossible.
     """
     attention = LayerAttention(kind, block_size, top_k)
-    return with_core_attention(layer_spec, functools.partial(MoBACoreAttention, attention=attention, backend=backend))
+    core = functools.partial(MoBACoreAttention, attention=attention, backend=backend, exchange=exchange)
+    return with_core_attention(layer_spec, core)
 
 
 def with_core_attention(layer_spec: ModuleSpec, core_attention: object) -> ModuleSpec:
@@ -83,6 +88,7 @@ def block_spec(
     *,
     stage: int = 0,
     backend: str = "auto",
+    exchange: str | Mapping[str, str] = "auto",
     pp_rank: int = 0,
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
@@ -93,6 +99,7 @@ def block_spec(
     Args:
         schedule: what every layer of the whole model attends to.
         stage: training stage, counted from 0, that the layers start with.
+        backend, exchange: as for `moba_layer_spec`.
         pp_rank, vp_stage: which part of the model; `vp_stage` only with the interleaved schedule.
 
     Raises:
@@ -108,7 +115,7 @@ def block_spec(
         if keep_full and schedule.always_full(number):
             specs.append(base)
         else:
-            core = functools.partial(MoBACoreAttention, attention=attention, backend=backend)
+            core = functools.partial(MoBACoreAttention, attention=attention, backend=backend, exchange=exchange)
             specs.append(with_core_attention(base, core))
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)

@@ -50,15 +50,22 @@ def start_process_group(
     return device
 
 
-def start_model_parallel(parallel: ParallelConfig) -> None:
-    """Split the default process group into megatron-core's tensor, pipeline, context and data parallel groups."""
+def start_model_parallel(parallel: ParallelConfig, context_levels: tuple[int, int] | None = None) -> None:
+    """Split the default process group into megatron-core's tensor, pipeline, context and data parallel groups.
+
+    Args:
+        context_levels: ranks of the a2a level and of the p2p level within a context-parallel group, for `a2a+p2p`; the
+            a2a level joins ranks that are neighbours in the group. Default: `parallel.hierarchical_context`.
+    """
     from megatron.core import parallel_state
 
+    levels = context_levels or parallel.hierarchical_context
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
+        hierarchical_context_parallel_sizes=list(levels) if levels else None,
     )
 
 

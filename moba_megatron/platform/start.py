@@ -12,11 +12,14 @@ from moba_megatron.platform.differences import apply
 from moba_megatron.platform.process_groups import seed_all, start_model_parallel, start_process_group
 
 
-def start_rank(parallel: ParallelConfig, *, seed: int, threads: int | None = None) -> torch.device:
+def start_rank(
+    parallel: ParallelConfig, *, seed: int, threads: int | None = None, context_levels: tuple[int, int] | None = None
+) -> torch.device:
     """Make this process a rank and return its device. A process group that the caller has started is used.
 
     Args:
         threads: CPU threads of this process. Default: the cores it may use, divided by the processes on this machine.
+        context_levels: as for `start_model_parallel`.
     """
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
@@ -24,6 +27,6 @@ def start_rank(parallel: ParallelConfig, *, seed: int, threads: int | None = Non
     apply(device.type)
     if not torch.distributed.is_initialized():
         start_process_group()
-    start_model_parallel(parallel)
+    start_model_parallel(parallel, context_levels)
     seed_all(seed)
     return device

@@ -24,6 +24,7 @@ def print_dry_run(config: Config, world_size: int) -> None:
     data_parallel = check_world(config, world_size)
     vocab_size = config.model.vocab_size or _tokenizer_size(config)
     schedule = checked_schedule(config)
+    choices = run_choices(config, schedule)
     counts = count_parameters(config, vocab_size)
     console = Console(highlight=False, soft_wrap=True)
     console.print(config.to_yaml(), markup=False)
@@ -31,7 +32,7 @@ def print_dry_run(config: Config, world_size: int) -> None:
     console.print(f"parameters           {counts.total:,} ({counts.layers:,} without embeddings)")
     console.print(f"tokens per step      {config.tokens_per_step:,}")
     console.print(f"tokens in all        {config.tokens_per_step * config.training.steps:,}")
-    console.print("\n".join([*run_choices(config, schedule), schedule.table(config.training.steps)]), markup=False)
+    console.print("\n".join([*choices, schedule.table(config.training.steps)]), markup=False)
     _print_flops(console, config, schedule, vocab_size)
     _print_memory(console, config, counts.total, vocab_size, data_parallel)
 

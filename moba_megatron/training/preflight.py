@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moba_megatron.config import Config, ConfigError, check_world
 from moba_megatron.data.datasets import DataSummary, check_data
+from moba_megatron.model.exchange import resolve_exchange
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.model.specs import choose_implementation
 from moba_megatron.ops.backends import resolve_backend
@@ -78,7 +79,7 @@ def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:
     """What a run of this configuration uses on this machine, one line a choice with its reason.
 
     Raises:
-        ConfigError: an attention backend that cannot run here.
+        ConfigError: an attention backend that cannot run here, or an exchange that cannot run with these sizes.
     """
     try:
         device = current_device()
@@ -97,6 +98,7 @@ def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:
         f"layers: {choose_implementation(device.type)}; full attention: "
         f"{'flash or cuDNN' if device.type == 'cuda' else 'PyTorch fused CPU'} kernel; "
         f"Adam: {fused_adam[0] if fused_adam else 'PyTorch'}",
+        *resolve_exchange(config).lines,
     ]
     length = config.data.sequence_length
     covered = sum(

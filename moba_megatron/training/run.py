@@ -23,6 +23,7 @@ from moba_megatron.data.feed import rank_batches
 from moba_megatron.evaluation.positions import evaluate
 from moba_megatron.model.builder import build_model
 from moba_megatron.model.core_attention import set_attention_stage
+from moba_megatron.model.exchange import resolve_exchange
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.planning.flops import peak_flops, training_flops_per_token
 from moba_megatron.platform.start import start_rank
@@ -48,7 +49,8 @@ class Outcome:
 
 def train(config: Config, ready: Preflight) -> Outcome:
     """Train as one rank. The process groups are left open: the caller ends them or the process."""
-    device = start_rank(config.parallel, seed=config.run.seed, threads=config.run.threads)
+    levels = resolve_exchange(config).levels
+    device = start_rank(config.parallel, seed=config.run.seed, threads=config.run.threads, context_levels=levels)
     rank = torch.distributed.get_rank()
     folder = RunFolder(config.run.dir)
     _agree_on_resume(ready)

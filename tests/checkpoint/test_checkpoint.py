@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from distributed import run_ranks
-from small_run import small_config, train_here
+from small_run import read_metrics, small_config, train_here
 
 from moba_megatron.checkpoint import CheckpointError, Manifest, find_latest, list_checkpoints
 from moba_megatron.checkpoint.manifest import NAME, verify
@@ -84,6 +84,33 @@ def test_a_checkpoint_of_another_format_is_refused(copy):
     (copy / NAME).write_text(json.dumps({**values, "format": 99}))
     with pytest.raises(CheckpointError, match="format 99"):
         Manifest.read(copy)
+
+
+@pytest.mark.parametrize(
+    ("saved", "later"),
+    [
+        ({"pipeline": 2, "pipeline_layers": [3, 1]}, {}),
+        ({"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": [2, 1, 1, 0]}, {}),
+        ({"tensor": 2, "pipeline": 2}, {"context": 2}),
+    ],
+    ids=["uneven-stages", "uneven-chunks", "tensor-pipeline-to-context"],
+)
+def test_a_run_goes_on_at_another_layout_with_the_same_losses(tmp_path, saved, later):
+    """Weights and optimizer state of every layer come back as they were."""
+
+    def run(folder: str, parallel: dict, **changes):
+        layout = {f"parallel__{name}": value for name, value in parallel.items()}
+        config = small_config(tmp_path, run__dir=str(tmp_path / folder), training__steps=4, **layout, **changes)
+        ranks = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+        run_ranks(ranks, train_here, config, ranks)
+        return read_metrics(tmp_path / folder)[-2:]
+
+    before = run("before", saved, checkpoint__every=2)
+    after = run("after", later, checkpoint__resume=str(tmp_path / "before/checkpoints/step_2"))
+    for ours, theirs in zip(after, before, strict=True):
+        assert ours["step"] == theirs["step"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
 def test_another_optimizer_kind_is_refused(run):

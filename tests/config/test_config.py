@@ -96,15 +96,22 @@ def test_a_file_that_includes_itself_is_refused(tmp_path):
         ({"attention__backend": "cuda"}, "attention.backend = 'cuda'"),
         (
             {"model__num_query_groups": 3},
-            "model.num_attention_heads = 4 is not a multiple of model.num_query_groups = 3",
+            "model.num_attention_heads = 4 is not a multiple of model.num_query_groups = 3: use 1, 2 or 4 groups",
         ),
         ({"model__hidden_size": 66}, "model.hidden_size = 66 is not a multiple of model.num_attention_heads = 4"),
         ({"model__hidden_size": "64"}, "model.hidden_size = '64'"),
-        ({"parallel__tensor": 4}, "parallel.tensor = 4 does not divide model.num_query_groups = 2"),
+        ({"parallel__tensor": 4}, "parallel.tensor = 4 does not divide model.num_query_groups = 2: use 1 or 2"),
+        ({"parallel__tensor": 3}, "parallel.tensor = 3 does not divide model.num_attention_heads = 4: use 1 or 2"),
         ({"parallel__sequence": True}, "parallel.sequence = true needs parallel.tensor"),
-        ({"parallel__pipeline": 3}, "model.num_layers = 4 is not a multiple of pipeline stages x chunks = 3"),
-        ({"parallel__context": 2}, "parallel.context = 2"),
-        ({"training__micro_batch_size": 3}, "training.global_batch_size = 4 is not a multiple"),
+        (
+            {"parallel__pipeline": 3},
+            "model.num_layers = 4 is not a multiple of parallel.pipeline x virtual_pipeline = 3 x 1 = 3: use 3 or 6 "
+            "layers, or give the layers of each stage by parallel.pipeline_layers",
+        ),
+        (
+            {"training__micro_batch_size": 3},
+            "training.global_batch_size = 4 is not a multiple of training.micro_batch_size = 3: use 3 or 6",
+        ),
         ({"training__stop_after": 11}, "training.stop_after = 11 is over training.steps = 10"),
         ({"training__precision": "fp8"}, "training.precision = 'fp8'"),
         ({"optimizer__warmup_steps": 10}, "optimizer.warmup_steps = 10 must be below training.steps = 10"),
@@ -119,6 +126,85 @@ def test_what_cannot_work_is_named(changes, expected):
     with pytest.raises(ConfigError) as error:
         config_from_dict(changed(**changes))
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "data", "expected"),
+    [
+        ({"pipeline_layers": [4]}, {}, "parallel.pipeline_layers = [4] needs parallel.pipeline of at least 2"),
+        (
+            {"pipeline": 2, "pipeline_layers": [2, 1, 1]},
+            {},
+            "has 3 entries, but parallel.pipeline x virtual_pipeline =",
+        ),
+        ({"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": [3, 1]}, {}, "= 2 x 2 = 4: give 4"),
+        ({"pipeline": 2, "pipeline_layers": [2, 3]}, {}, "[2, 3] adds up to 5, but model.num_layers = 4: take out 1"),
+        ({"pipeline": 2, "pipeline_layers": [1, 1]}, {}, "[1, 1] adds up to 2, but model.num_layers = 4: add 2"),
+        ({"pipeline": 2, "pipeline_layers": [5, -1]}, {}, "parallel.pipeline_layers.1 = -1"),
+        (
+            {"context": 3},
+            {"cross_document_attention": True},
+            "data.sequence_length = 128 is not a multiple of 2 x parallel.context = 2 x 3: use 126 or 132",
+        ),
+        (
+            {"context": 32, "tensor": 2, "sequence": True},
+            {"cross_document_attention": True, "sequence_length": 100},
+            "data.sequence_length = 100 is not a multiple of 2 x parallel.context = 2 x 32 and parallel.context x "
+            "parallel.tensor = 32 x 2: use 64 or 128",
+        ),
+        (
+            {"tensor": 2, "sequence": True},
+            {"sequence_length": 127},
+            "data.sequence_length = 127 is not a multiple of parallel.tensor = 2 (parallel.sequence): use 126 or 128",
+        ),
+        (
+            {"context": 4, "exchange": "a2a+p2p", "hierarchical_context": [2, 3]},
+            {},
+            "parallel.hierarchical_context = [2, 3] multiplies to 6, not to parallel.context = 4: use [2, 2]",
+        ),
+        (
+            {"context": 12, "hierarchical_context": [2, 2]},
+            {},
+            "not to parallel.context = 12: use [2, 6], [3, 4], [4, 3] or [6, 2]",
+        ),
+        ({"context": 3, "hierarchical_context": [2, 2]}, {}, "parallel.context = 3: leave it out"),
+        (
+            {"context": 4, "exchange": "p2p", "hierarchical_context": [2, 2]},
+            {},
+            "has no effect with parallel.exchange = p2p: it belongs to a2a+p2p",
+        ),
+        ({"exchange": "ring"}, {}, "parallel.exchange.moba = 'ring': input should be 'auto', 'p2p', 'all_gather'"),
+        ({"exchange": {"moba": "a2a", "ful": "p2p"}}, {}, "parallel.exchange.ful: unknown key; did you mean"),
+    ],
+)
+def test_parallel_sizes_that_cannot_work_name_the_nearest_that_do(parallel, data, expected):
+    values = changed()
+    values["parallel"] = parallel
+    values["data"] |= data
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(values)
+    assert expected in str(error.value)
+
+
+def test_packs_are_padded_so_their_length_does_not_matter():
+    parallel = {"context": 3, "tensor": 2, "sequence": True}
+    assert config_from_dict({**changed(data__sequence_length=127), "parallel": parallel}).packed
+
+
+def test_layers_of_chunks_are_in_the_order_of_the_model():
+    assert config_from_dict(changed(parallel__pipeline=2)).chunk_layers == [2, 2]
+    uneven = {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": [2, 1, 1, 0]}
+    assert config_from_dict({**SMALL, "parallel": uneven}).chunk_layers == [2, 1, 1, 0]
+
+
+def test_an_exchange_is_one_word_or_one_for_each_kind(tmp_path):
+    path = tmp_path / "config.yaml"
+    for given, expected in (("a2a", ("a2a", "a2a")), ({"moba": "dispatch"}, ("dispatch", "auto"))):
+        path.write_text(config_from_dict(changed(parallel__exchange=given)).to_yaml())
+        exchange = load_config(path).parallel.exchange
+        assert (exchange.moba, exchange.full) == expected
+        assert load_config(path, ["parallel.exchange=p2p"]).parallel.exchange.full == "p2p"
+        assert load_config(path, ["parallel.exchange.full=all_gather"]).parallel.exchange.full == "all_gather"
 
 
 def test_all_problems_come_at_once():
@@ -138,8 +224,9 @@ def test_an_override_of_another_form_is_refused(tmp_path, override):
 @pytest.mark.parametrize(
     ("changes", "world_size", "expected"),
     [
-        ({"parallel__tensor": 2}, 3, "does not divide the 3 processes"),
-        ({}, 3, "the nearest that is: 3"),
+        ({"parallel__tensor": 2}, 3, "= 2 does not divide the 3 processes: start 2 or 4"),
+        ({"parallel__context": 4}, 2, "context 4 = 4 does not divide the 2 processes: start 4"),
+        ({}, 3, "= 1 x 3 = 3: use 3 or 6"),
         (
             {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "training__global_batch_size": 3},
             2,

@@ -21,6 +21,13 @@ def test_sums_go_to_the_position_in_the_document():
     assert records["sums"].tolist() == [[9.0, 18.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0]]
 
 
+def test_padding_beyond_the_window_counts_nowhere():
+    batch = {"loss_mask": torch.tensor([[1.0, 1.0, 0.0, 0.0]]), "position_ids": torch.tensor([[2, 3, 4, 5]])}
+    total, count, records = position_sums(torch.ones(1, 4), batch, length=4)
+    assert (float(total), int(count)) == (2.0, 2)
+    assert records["sums"].tolist() == [[0.0, 0.0, 1.0, 1.0]] * 2
+
+
 def test_means_over_all_over_the_trailing_positions_and_by_range():
     sums = torch.tensor([[4.0, 6.0, 3.0, 0.0], [2.0, 2.0, 1.0, 0.0]], dtype=torch.float64)
     result = summarise(sums, trailing_tokens=2, buckets=2)

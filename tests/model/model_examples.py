@@ -120,22 +120,49 @@ def pack(boundaries: list[int], max_seqlen: int, padded: list[int] | None = None
     )  # fmt: skip
 
 
+def samples(config: Config, step: int, packs: list[list[int]] | None = None) -> list[dict]:
+    """The global batch of a step as whole microbatches of one sample, each a pack of documents if `packs` says so."""
+    found = []
+    rows = zip(*tokens(config.training.global_batch_size, config.data.sequence_length, seed=step), strict=True)
+    for number, (ids, positions, labels) in enumerate(rows):
+        batch = {"tokens": ids[None], "labels": labels[None], "loss_mask": (labels[None] % 7 != 0).float()}
+        if packs:
+            boundaries = torch.tensor(packs[number % len(packs)], dtype=torch.int32)
+            lengths = boundaries.diff()
+            positions = positions - boundaries[:-1].repeat_interleave(lengths)
+            batch |= {"cu_seqlens": boundaries, "max_seqlen": int(lengths.max())}
+        found.append(batch | {"position_ids": positions[None]})
+    return found
+
+
+def rank_part(config: Config, batches: list[dict]) -> list[dict]:
+    """What this context-parallel rank takes of whole microbatches, as the forward step wants them."""
+    from megatron.core import parallel_state
+
+    from moba_megatron.data.batches import context_part, packed_seq_params
+
+    parallel = config.parallel
+    if parallel.context > 1:
+        rank, multiple = parallel_state.get_context_parallel_rank(), parallel.tensor if parallel.sequence else 1
+        batches = [context_part(batch, rank, parallel.context, tokens_multiple=multiple) for batch in batches]
+    return [{**batch, "packed_seq_params": packed_seq_params(batch)} for batch in batches]
+
+
 def train(
     config: Config,
     vocabulary: int,
     steps: int,
     whole: dict[str, torch.Tensor] | None = None,
-    boundaries: list[int] | None = None,
+    packs: list[list[int]] | None = None,
 ):
     """A few optimizer steps through megatron-core's own schedule, data parallel wrapper and optimizer.
 
     Args:
         whole: weights of a one-rank model to start from.
-        boundaries: document boundaries of every sample; default: a sample is one sequence.
+        packs: document boundaries of the samples, in turn; default: a sample is one sequence.
 
     Returns:
-        (loss of each step, gradient norm of each step, weights at the end by name), the losses only where the last
-        pipeline stage is.
+        (loss of each step, gradient norm of each step, weights at the end by name).
     """
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -144,9 +171,11 @@ def train(
 
     from moba_megatron import platform
     from moba_megatron.model.builder import build_model
+    from moba_megatron.model.exchange import resolve_exchange
+    from moba_megatron.model.forward import forward_step, microbatch_shape, reduce_over_ranks
     from moba_megatron.model.schedule import AttentionSchedule
 
-    platform.start_model_parallel(config.parallel)
+    platform.start_model_parallel(config.parallel, resolve_exchange(config).levels)
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
     chunks = build_model(config, vocabulary, schedule)
     if whole is not None:
@@ -166,43 +195,35 @@ def train(
     settings.grad_scale_func = optimizer.scale_loss
     settings.no_sync_func = [model.no_sync for model in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
 
-    batch, length = config.training.global_batch_size, config.data.sequence_length
     data_rank, data_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-
-    def samples(step: int):
-        for ids, positions, labels in zip(*tokens(batch, length, seed=step), strict=True):
-            yield ids[None], positions[None], labels[None]
-
-    def forward_step(iterator, model):
-        ids, positions, labels = next(iterator)
-        mask = (labels % 7 != 0).float()
-
-        def loss_sum(output):
-            total, count = (output.float() * mask).sum(), mask.sum().int()
-            return total, count, {"loss": torch.stack([total.detach(), count.float()])}
-
-        packed = pack(boundaries, length) if boundaries else None
-        return model(ids, positions, None, labels=labels, packed_seq_params=packed), loss_sum
 
     losses, norms = [], []
     for step in range(steps):
         for model in wrapped:
             model.zero_grad_buffer()
         optimizer.zero_grad()
-        mine = [sample for i, sample in enumerate(samples(step)) if i % data_size == data_rank]
+        mine = rank_part(config, samples(config, step, packs)[data_rank::data_size])
         reports = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(mine) for _ in wrapped] if len(wrapped) > 1 else iter(mine),
             model=wrapped if len(wrapped) > 1 else wrapped[0],
             num_microbatches=len(mine),
-            seq_length=length,
-            micro_batch_size=1,
+            **microbatch_shape(config.data, 1),
             forward_only=False,
         )
         _, norm, _ = optimizer.step()
         norms.append(norm)
-        if reports:
-            total = torch.stack([report["loss"] for report in reports]).sum(0)
-            torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
-            losses.append((total[0] / total[1]).item())
+        total, count = reduce_over_ranks([report["sums"] for report in reports], (2,)).tolist()
+        losses.append(total / count)
     return losses, norms, {name: p.detach().clone() for chunk in chunks for name, p in chunk.named_parameters()}
+
+
+def train_each(configs: list[Config], *args):
+    """`train` with each configuration in turn, in the same processes: a list of (losses, gradient norms)."""
+    from megatron.core import parallel_state
+
+    results = []
+    for config in configs:
+        results.append(train(config, *args)[:2])
+        parallel_state.destroy_model_parallel()
+    return results

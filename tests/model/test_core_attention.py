@@ -125,7 +125,6 @@ def test_scale_is_passed_on():
         ({"multi_latent_attention": True}, "multi_latent_attention"),
         ({"fp8_dot_product_attention": True}, "fp8 attention"),
         ({"fp8_multi_head_attention": True}, "fp8 attention"),
-        ({"context_parallel_size": 2}, "context_parallel_size = 2"),
     ],
 )
 def test_settings_that_are_not_moba_are_refused(settings, message):

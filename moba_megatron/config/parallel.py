@@ -1,0 +1,59 @@
+"""The section `parallel`: over how many ranks model, sequence and optimizer are split, and what they exchange."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from moba_megatron.config.section import Section
+
+Exchange = Literal["auto", "p2p", "all_gather", "a2a", "a2a+p2p", "dispatch"]
+
+
+class ExchangeConfig(Section):
+    """How context-parallel ranks bring queries, keys and values together. A single word sets both keys.
+    `p2p`: keys and values travel a ring. `all_gather`: they are gathered, by groups of heads. `a2a`: tokens are traded
+    for heads, so the ranks must divide the key heads of a tensor-parallel rank. `a2a+p2p`: a2a within groups of
+    neighbours, a ring between them (`parallel.hierarchical_context`). `dispatch`: queries travel to the ranks that own
+    their selected blocks. `auto`: `a2a` where the heads allow it, otherwise the one that moves the fewest bytes;
+    decided once, at start, and written into the run's config.yaml.
+    """
+
+    moba: Exchange = "auto"
+    """In MoBA layers."""
+    full: Exchange = "auto"
+    """In layers that attend fully. They have no selected blocks: `dispatch` means `a2a` where the heads allow it, else
+    `p2p`."""
+
+
+def _one_word_for_both(value: Any) -> Any:
+    return {"moba": value, "full": value} if isinstance(value, str) else value
+
+
+class ParallelConfig(Section):
+    tensor: int = Field(default=1, ge=1)
+    """Tensor-parallel size: heads and feed-forward columns over this many ranks."""
+    sequence: bool = False
+    """Sequence parallelism: norms and residuals split along the sequence over the tensor-parallel ranks."""
+    pipeline: int = Field(default=1, ge=1)
+    """Pipeline stages."""
+    pipeline_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Layers of each pipeline stage, summing to `model.num_layers`; the first stage has the embedding besides, the last
+    one the loss. With `virtual_pipeline` one entry per chunk in the order of the model: chunk 0 of stage 0, chunk 0 of
+    stage 1, and so on. Give the last stage fewer where `attention.last_n_full` puts the expensive layers on it.
+    Default: the same number everywhere."""
+    virtual_pipeline: int | None = Field(default=None, ge=2)
+    """Model chunks per pipeline rank (interleaved schedule). Default: one, not interleaved."""
+    context: int = Field(default=1, ge=1)
+    """Context-parallel size: one sequence over this many ranks. Each document is cut into twice as many chunks, and a
+    rank holds one early and one late chunk of it (zigzag), so that all ranks work alike. Documents of a pack are padded
+    to fit; where a sample is one sequence, `data.sequence_length` must be a multiple of 2 x context."""
+    exchange: Annotated[ExchangeConfig, BeforeValidator(_one_word_for_both)] = ExchangeConfig()
+    """How they exchange keys, values or queries: one word for all layers, or one for each kind (`{moba: dispatch, full:
+    a2a}`). See `parallel.exchange` below."""
+    hierarchical_context: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=2, max_length=2)] | None = None
+    """Only for `a2a+p2p`: ranks of the a2a level, which are neighbours (in one node), and of the p2p level between
+    them; their product is `context`. Default: as many on the first level as the heads allow."""
+    distributed_optimizer: bool = False
+    """Split optimizer state over the data-parallel and context-parallel ranks. A checkpoint is bound to this choice."""
