@@ -18,7 +18,7 @@ ALLOWED = {
     "planning": {"config", "ops", "parallel"},
     "evaluation": {"model", "data", "checkpoint", "config"},
     "generation": {"model", "data", "checkpoint", "ops"},
-    "training": {"model", "data", "checkpoint", "evaluation", "planning", "ops", "config", "platform"},
+    "training": {"parallel", "model", "data", "checkpoint", "evaluation", "planning", "ops", "config", "platform"},
     "doctor": {"config", "ops", "platform", "training"},
     "cli": {"data", "evaluation", "generation", "planning", "doctor", "platform"},
 }

@@ -1,5 +1,5 @@
-"""The two kinds of work in portable PyTorch: triangles (stretches of tokens that attend themselves) and units (keys which
-gathered query rows attend entirely), for one key head and some of its query heads at a time (a *pass*).
+"""The two kinds of work in portable PyTorch: triangles (stretches of tokens that attend themselves) and units (keys
+that gathered query rows attend entirely), for one key head and some of its query heads at a time (a *pass*).
 
 Keys and values of the pass's one key head lie dense; tiles are cut so that their scores stay in a core's cache.
 

@@ -117,6 +117,7 @@ def _record(
         "optimizer_seconds": parts.timers("optimizer").elapsed(reset=True),
         "tokens_per_second": tokens / seconds[-1],
         "stage": stage,
+        **result.context,
     }
     if parts.device.type == "cuda":
         flops = parts.flops_per_token(stage) * values["tokens_per_second"]

@@ -14,6 +14,7 @@ from megatron.core.timers import Timers
 
 from moba_megatron.config import Config
 from moba_megatron.model.forward import Batch, forward_step, microbatch_shape, reduce_over_ranks
+from moba_megatron.parallel.wire import Observation, observe
 
 _MEND = "Lower optimizer.lr, lengthen optimizer.warmup_steps, or look at this step's data"
 
@@ -24,11 +25,16 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass
 class StepResult:
-    """Mean loss over the tokens of the global batch, gradient norm before clipping, learning rate that was used."""
+    """Mean loss over the tokens of the global batch, gradient norm before clipping, learning rate that was used.
+
+    context: what this rank saw of context parallelism in this step: `context_bytes` received from other ranks, and
+        under `dispatch` the `dispatch_load`, the busiest rank's share over the mean, at its worst; else empty.
+    """
 
     loss: float
     grad_norm: float
     lr: float
+    context: dict[str, float]
 
 
 class TrainStep:
@@ -64,14 +70,15 @@ class TrainStep:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.timers("forward-backward", log_level=0).start()
-        reductions = self.forward_backward(
-            forward_step_func=forward_step,
-            data_iterator=batches if len(batches) > 1 else batches[0],
-            model=self.model if len(self.model) > 1 else self.model[0],
-            num_microbatches=self.num_microbatches,
-            **microbatch_shape(self.config.data, self.config.training.micro_batch_size),
-            forward_only=False,
-        )
+        with observe() as seen:
+            reductions = self.forward_backward(
+                forward_step_func=forward_step,
+                data_iterator=batches if len(batches) > 1 else batches[0],
+                model=self.model if len(self.model) > 1 else self.model[0],
+                num_microbatches=self.num_microbatches,
+                **microbatch_shape(self.config.data, self.config.training.micro_batch_size),
+                forward_only=False,
+            )
         self.timers("forward-backward").stop()
         total, count = reduce_over_ranks([item["sums"] for item in reductions], (2,)).tolist()
         loss = total / max(count, 1)
@@ -86,5 +93,14 @@ class TrainStep:
         if not math.isfinite(grad_norm):
             raise TrainingDiverged(f"step {number}: the gradient norm is {grad_norm}. {_MEND}")
         return StepResult(
-            loss=loss, grad_norm=float(grad_norm), lr=get_canonical_lr_for_logging(self.optimizer.param_groups)
+            loss=loss,
+            grad_norm=float(grad_norm),
+            lr=get_canonical_lr_for_logging(self.optimizer.param_groups),
+            context=_context_records(seen) if self.config.parallel.context > 1 else {},
         )
+
+
+def _context_records(seen: Observation) -> dict[str, float]:
+    records: dict[str, float] = {"context_bytes": seen.total}
+    loads = [load.most_after / load.mean for load in seen.loads if load.mean]
+    return {**records, "dispatch_load": max(loads)} if loads else records
