@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from moba_megatron.config import ConfigError, load_config
+from moba_megatron.platform.processes import die_with_parent, end_job, leave, watch_for_failure
 from moba_megatron.platform.quiet import configure_logging, silence_missing_libraries
 
 
@@ -22,11 +24,13 @@ def main(
     ] = False,
 ) -> None:
     """Train a language model with MoBA attention on megatron-core. A run folder that holds a run is continued."""
+    faulthandler.enable()
     silence_missing_libraries()
-    # One voice a machine: a file may be missing on one of them only.
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
-    configure_logging("INFO" if speaks else "ERROR")
+    configure_logging("INFO" if os.environ.get("LOCAL_RANK", "0") == "0" else "ERROR")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    watch_for_failure()
     try:
         loaded = load_config(config, overrides)
         if dry_run:
@@ -36,16 +40,12 @@ def main(
         from moba_megatron.training.preflight import preflight
 
         ready = preflight(loaded, world_size)
+        from moba_megatron.training.faults import leave_after_failure
+        from moba_megatron.training.run import train
     except ConfigError as error:
-        if speaks:
-            typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    from moba_megatron.platform.processes import die_with_parent, leave
-    from moba_megatron.training.faults import leave_after_failure
-    from moba_megatron.training.run import train
-
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
+        end_job(error, f"error: {error}", code=2)
+    except Exception as error:  # a file or a library that is broken on one machine
+        end_job(error)
     try:
         train(loaded, ready)
     except BaseException as error:  # a rank that fails must not leave the others waiting

@@ -1,22 +1,21 @@
 """Stopping well: on a signal after the current step, and at once when a rank fails.
 
 Signals only set a flag; the ranks agree on it by an all-reduce at the end of each step, so that all of them save the
-same checkpoint. A rank that raises prints its traceback and leaves without waiting for collectives that will never
-come, so that the launcher can end the others.
+same checkpoint. A rank that raises leaves without waiting for collectives that will never come, and takes the others
+with it.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
-import traceback
 from types import FrameType
+from typing import NoReturn
 
 import torch
 
 from moba_megatron.checkpoint import CheckpointError
-from moba_megatron.platform.processes import leave
+from moba_megatron.platform.processes import end_job, failure_report
 from moba_megatron.training.run_folder import RunFolder
 from moba_megatron.training.step import TrainingDiverged
 
@@ -51,18 +50,21 @@ class StopRequest:
         return signal.Signals(number).name if number else None
 
 
-def leave_after_failure(error: BaseException, run_dir: str) -> None:
-    """Print an exception with this rank's number, record it in the run folder, and end the process with exit code 1
-    (130 after Ctrl-C), without any clean-up that waits for other ranks."""
-    rank = os.environ.get("RANK", "0")
-    interrupted = isinstance(error, KeyboardInterrupt)
-    # These two explain themselves; where they were raised helps nobody.
+def leave_after_failure(error: BaseException, run_dir: str) -> NoReturn:
+    """End the job because of an exception on this rank, without any clean-up that waits for other ranks.
+
+    The first rank to fail prints its traceback and records the failure in the run folder; the others name it in one
+    line. The exit code is 1, after Ctrl-C 130.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    words = f"{type(error).__name__}: {error}"
+    # These explain themselves; where they were raised helps nobody.
     short = isinstance(error, CheckpointError | TrainingDiverged | KeyboardInterrupt)
-    text = f"{type(error).__name__}: {error}" if short else "".join(traceback.format_exception(error))
-    try:
-        print(f"[rank {rank}] failed: {text}", file=sys.stderr, flush=True)
+    report = f"[rank {rank}] failed: {words}" if short else failure_report(error)
+
+    def record() -> None:
         folder = RunFolder(run_dir)
         if folder.path.is_dir():
-            folder.write_status("failed", None, rank=int(rank), error=f"{type(error).__name__}: {error}")
-    finally:
-        leave(130 if interrupted else 1)
+            folder.write_status("failed", None, rank=rank, error=words)
+
+    end_job(error, report, 130 if isinstance(error, KeyboardInterrupt) else 1, record)

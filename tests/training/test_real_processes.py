@@ -3,54 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
+from processes import finish, start, wait_for_step
 from small_run import numbers_of, read_metrics, small_config
 
 from moba_megatron.checkpoint import find_latest
-from moba_megatron.config import Config
-
-ROOT = Path(__file__).parents[2]
-
-
-def start(config: Config, *, ranks: int = 0, overrides: tuple[str, ...] = ()) -> subprocess.Popen:
-    """Start train.py, under torchrun if `ranks` is given."""
-    path = Path(config.run.dir).parent / "config.yaml"
-    path.write_text(config.to_yaml())
-    launcher = [sys.executable]
-    if ranks:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.Popen(
-        [*launcher, str(ROOT / "train.py"), str(path), *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=path.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
-
-
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output
-    return output
-
-
-def wait_for_step(config: Config, step: int, process: subprocess.Popen) -> None:
-    """Wait until metrics.jsonl holds a step."""
-    metrics = Path(config.run.dir) / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= step):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "no step within two minutes"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -117,23 +77,6 @@ def test_a_signal_to_torchrun_stops_all_ranks_with_a_checkpoint(tmp_path):
     status = json.loads((Path(config.run.dir) / "status.json").read_text())
     latest = find_latest(Path(config.run.dir) / "checkpoints")
     assert status["state"] == "stopped" and latest.name == f"step_{status['step']}"
-
-
-def test_one_dead_rank_takes_the_job_down(tmp_path):
-    config = small_config(tmp_path, training__steps=4000)
-    process = start(config, ranks=2)
-    wait_for_step(config, 3, process)
-    descendants = psutil.Process(process.pid).children(recursive=True)
-    workers = [
-        child for child in descendants if child.ppid() == process.pid and str(ROOT / "train.py") in child.cmdline()
-    ]
-    assert len(workers) == 2
-    began = time.monotonic()
-    workers[1].kill()
-    process.communicate(timeout=120)
-    assert process.returncode != 0 and time.monotonic() - began < 60
-    _, alive = psutil.wait_procs(descendants, timeout=10)
-    assert not alive
 
 
 def test_a_run_that_diverges_says_so(tmp_path):
