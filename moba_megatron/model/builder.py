@@ -87,8 +87,8 @@ def _parallel_settings(config: Config, dtype: torch.dtype) -> dict:
         "pipeline_model_parallel_layout": _pipeline_layout(config) if parallel.pipeline_layers else None,
         "context_parallel_size": parallel.context,
         # For attention of Transformer Engine; ours has the exchange from its spec. One word: a list with one for each
-        # layer is off by one in megatron-core 0.16.
-        "cp_comm_type": resolve_exchange(config).full or "p2p",
+        # layer is off by one in megatron-core 0.16. Its other exchanges are not sure to take packs.
+        "cp_comm_type": "p2p" if config.packed else resolve_exchange(config).full or "p2p",
         # Documents are padded for context parallelism, so packs differ in length. The dispatcher is for mixtures of
         # experts, of which there are none here, but megatron-core refuses its default together with such packs.
         "variable_seq_lengths": parallel.context > 1 and parallel.pipeline > 1 and config.packed,

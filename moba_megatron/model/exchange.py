@@ -69,7 +69,7 @@ def rank_sizes(config: Config, layer: LayerAttention) -> Sizes:
     """What one rank holds in one layer and microbatch, without the padding of documents."""
     parallel, model = config.parallel, config.model
     return Sizes(
-        tokens=config.data.sequence_length * config.training.micro_batch_size // parallel.context,
+        tokens=-(-config.data.sequence_length * config.training.micro_batch_size // parallel.context),
         heads=model.num_attention_heads // parallel.tensor,
         groups=model.query_groups // parallel.tensor,
         head_size=model.head_size,
@@ -114,7 +114,7 @@ def exchange_of_kind(
 def _named(name: str, reason: str, sizes: Sizes, context_size: int, levels: Levels | None = None) -> Choice:
     """A choice whose reason ends in the bytes that a rank receives in one layer, forward and backward."""
     found = traffic(name, sizes, context_size, levels)
-    bound = "at most " if name == "dispatch" else ""
+    bound = "for one document a row at most " if name == "dispatch" else ""
     bytes_ = f"{bound}{found.forward / 2**20:.4g} + {found.backward / 2**20:.4g} MiB a layer"
     return Choice(name, levels, f"{reason}; {bytes_}")
 
@@ -125,6 +125,8 @@ def _resolve_kind(config: Config, kind: str, settings: list[LayerAttention]) -> 
     given = config.parallel.hierarchical_context
     sizes = [rank_sizes(config, layer) for layer in settings]
     levels = (given[0], given[1]) if given else None
+    if wanted == "auto" and levels and (problem := refusal("a2a+p2p", sizes[0], context, levels)):
+        raise ValueError(f"parallel.hierarchical_context = {given}: {problem}")
     choice = exchange_of_kind(kind, wanted, sizes[0], context, levels, config.attention.backend)
     for size in sizes[1:]:
         if problem := refusal(choice.name, size, context, choice.levels):

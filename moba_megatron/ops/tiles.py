@@ -31,7 +31,7 @@ def matmul_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor |
 
     Args:
         mask: bool [n, up to m], true where a row does not see one of the last keys. Such scores are overwritten, not
-            added to, so that not even a NaN among unseen keys reaches the row.
+            added to, so that not even a NaN among unseen keys reaches the row. (One among unseen values does: 0 x NaN.)
     """
     scores = torch.bmm(q * scale, k.transpose(1, 2))
     if mask is not None:

@@ -137,7 +137,7 @@ def context_attention(
     if q.shape[0] == 0:
         # No rows on any rank, but the graph stays connected.
         return q + (k.sum() + v.sum()).to(q.dtype)
-    if exchange in _EXCHANGES:
+    if exchange in _BETWEEN_SHARDS:
         return _between_shards(q, k, v, boundaries, groups.whole, exchange, levels, block_size, top_k, scale)
     wire = Wire(groups.whole if exchange == "a2a" else groups.inner)
     shard = groups.whole.rank() // levels[0]
@@ -167,7 +167,7 @@ def _boundaries(cu_seqlens: Tensor | None, tokens: int, size: int) -> Tensor:
     return cu_seqlens
 
 
-_EXCHANGES = {"p2p": Ring, "all_gather": Gather, "dispatch": Dispatch}
+_BETWEEN_SHARDS = {"p2p": Ring, "all_gather": Gather, "dispatch": Dispatch}
 
 
 def _between_shards(
@@ -185,7 +185,7 @@ def _between_shards(
     wire = Wire(group)
     plan = plan_for(boundaries, block_size, levels, wire.rank, q.device)
     num_past = 0 if top_k is None else min(top_k, plan.layout.max_blocks) - 1
-    return _ContextAttention.apply(q, k, v, plan, wire, _EXCHANGES[exchange](wire), num_past, scale)
+    return _ContextAttention.apply(q, k, v, plan, wire, _BETWEEN_SHARDS[exchange](wire), num_past, scale)
 
 
 class _ContextAttention(torch.autograd.Function):

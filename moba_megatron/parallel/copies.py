@@ -3,8 +3,8 @@
 The first block of a document, say, may be chosen by every query of it. If all of them travelled to the block's owner,
 the owner would do the work of all ranks. What every rank would ask of the others is counted per block and summed over
 the ranks; where an owner's share exceeds `FAIR` times the mean, its most wanted blocks are copied until it does not,
-as long as a copy is cheaper than the queries it replaces. Counts are integers, so all ranks decide alike, and what is
-attended never changes, only where.
+as long as sending a copy to all ranks brings fewer rows than the queries it replaces: so copies never add to the
+traffic. Counts are integers, so all ranks decide alike, and what is attended never changes, only where.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FAIR = 1.25
 
 @dataclass(frozen=True)
 class Load:
-    """What `dispatch` asked of the ranks in one forward pass, in (query row, block) pairs from other ranks.
+    """What `dispatch` asked of the ranks in one forward pass, in (query row, chosen block) pairs from other ranks.
 
     Attributes:
         mean: of all ranks, before anything was copied.
@@ -52,25 +52,27 @@ def choose_copies(plan: ContextPlan, demand_M: Tensor, groups: int) -> tuple[Ten
 
     Args:
         demand_M: int64 [M] on the host, summed over the ranks.
-        groups: key heads. A copy brings tokens x `groups` rows of keys to a rank.
+        groups: key heads. A copy brings tokens x `groups` rows of keys to each of the other ranks.
 
     Returns:
         bool [M] on the host, and the load.
     """
-    touched = [plan.shard(rank).touched for rank in range(plan.size)]
-    loads = [int(demand_M[blocks].sum()) for blocks in touched]
-    mean, most = sum(loads) / plan.size, max(loads)
-    pays_M = demand_M > plan.layout.block_lengths() * groups
+    held_CM = torch.zeros(plan.size, demand_M.numel(), dtype=torch.int64)
+    for rank in range(plan.size):
+        held_CM[rank, plan.shard(rank).touched] = 1
+    loads_C = held_CM @ demand_M
+    mean, most = float(loads_C.double().mean()), int(loads_C.max())
+    pays_M = demand_M > plan.layout.block_lengths() * groups * (plan.size - 1)
     hot_M = torch.zeros(demand_M.numel(), dtype=torch.bool)
-    for rank, blocks in enumerate(touched):
-        order = blocks[demand_M[blocks].argsort(descending=True, stable=True)]
-        for block in order[pays_M[order] & ~hot_M[order]].tolist():
-            if loads[rank] <= FAIR * mean:
+    for rank in torch.nonzero(loads_C > FAIR * mean).flatten().tolist():
+        blocks = torch.nonzero(held_CM[rank].bool() & pays_M).flatten()
+        for block in blocks[demand_M[blocks].argsort(descending=True, stable=True)].tolist():
+            if loads_C[rank] <= FAIR * mean:
                 break
-            hot_M[block] = True
-            for holder, held in enumerate(touched):
-                loads[holder] -= int(demand_M[block]) * bool((held == block).any())
-    return hot_M, Load(mean, most, max(loads), int(hot_M.sum()))
+            if not hot_M[block]:
+                hot_M[block] = True
+                loads_C -= held_CM[:, block] * demand_M[block]
+    return hot_M, Load(mean, most, int(loads_C.max()), int(hot_M.sum()))
 
 
 class Copies:
@@ -83,44 +85,46 @@ class Copies:
     def __init__(self, plan: ContextPlan, wire: Wire, hot_M: Tensor, k: Tensor, v: Tensor):
         self.plan, self.wire, self.hot_M = plan, wire, hot_M
         self.rows = [torch.nonzero(hot_M[plan.shard(rank).blocks.pack_block_T]).flatten() for rank in range(plan.size)]
-        self.most = max(rows.numel() for rows in self.rows)
         self.mine = self.rows[plan.rank].to(k.device)
+        others = [rank != plan.rank for rank in range(plan.size)]
+        # To every other rank this rank's rows, from every other rank its own.
+        self.sent = [self.mine.numel() * other for other in others]
+        self.received = [rows.numel() * other for rows, other in zip(self.rows, others, strict=True)]
         self.pending: Pending | None = None
-        if self.most:
-            message = k.new_zeros(self.most, 2, *k.shape[1:])
-            message[: self.mine.numel()] = torch.stack([k[self.mine], v[self.mine]], dim=1)
-            self.pending = wire.all_gather(message, "keys")
+        if hot_M.any():
+            message = torch.stack([k[self.mine], v[self.mine]], dim=1)
+            self.pending = wire.all_to_all(message.repeat(plan.size - 1, 1, 1, 1), "keys", self.sent, self.received)
 
     def tasks(self, queries: Queries, ids: Tensor, group_size: int, shares: Tensor | None = None) -> list[Task]:
         """One task for each other rank that owns hot blocks.
 
         Args:
-            shares: in the backward pass, [C, rows, 2, G, D] for the gradients.
+            shares: in the backward pass, [copied rows, 2, G, D] for the gradients.
         """
         if self.pending is None:
             return []
-        copies = self.pending.wait()
-        tasks = []
-        for source, rows in enumerate(self.rows):
-            count = rows.numel()
-            if source != self.plan.rank and count:
-                keys = Keys(copies[source, :count, 0], copies[source, :count, 1], group_size)
+        copies, tasks, end = self.pending.wait(), [], 0
+        for source, count in enumerate(self.received):
+            start, end = end, end + count
+            if count:
+                keys = Keys(copies[start:end, 0], copies[start:end, 1], group_size)
                 task = Task(queries, keys, ids, self._fragment(source))
                 if shares is not None:
-                    task.dk, task.dv = shares[source, :count, 0], shares[source, :count, 1]
+                    task.dk, task.dv = shares[start:end, 0], shares[start:end, 1]
                 tasks.append(task)
         return tasks
 
     def shares(self, k: Tensor) -> Tensor:
-        """Zeros for the gradients of all copies, in the keys' dtype."""
-        return k.new_zeros(self.plan.size, self.most, 2, *k.shape[1:])
+        """Zeros [copied rows, 2, G, D] for the gradients of all copies here, in the keys' dtype."""
+        return k.new_zeros(sum(self.received), 2, *k.shape[1:])
 
     def bring_home(self, shares: Tensor, dkv: Tensor) -> None:
         """Add all ranks' shares of this rank's hot blocks to its gradients, in the order of ranks."""
         if self.pending is None:
             return
-        for share in self.wire.all_to_all(shares, "gradients").wait():
-            dkv[:, self.mine] += share[: self.mine.numel()].transpose(0, 1)
+        home = self.wire.all_to_all(shares, "gradients", self.received, self.sent).wait()
+        for share in home.view(-1, self.mine.numel(), *shares.shape[1:]) if home.shape[0] else ():
+            dkv[:, self.mine] += share.transpose(0, 1)
 
     def _fragment(self, source: int) -> Fragment:
         """The copied rows of one rank, a unit for each of its hot blocks."""

@@ -8,7 +8,7 @@ values and their gradients stay where they are, but for the blocks that everybod
 depends on its own tokens and the number of chosen blocks, not on the length of the sequence.
 
 Rows are sorted by key head, then token, then head, and arrive in the order of ranks: nothing is added in an order left
-open. The number of rows depends on the choices, so the host waits once for each pass.
+open. The numbers of rows depend on the choices, so the host waits for each other rank's in every pass.
 """
 
 from __future__ import annotations

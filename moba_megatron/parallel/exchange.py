@@ -49,6 +49,12 @@ class Task:
     dv: Tensor | None = None
 
 
+def key_tasks(plan: ContextPlan, queries: Queries, ids: Tensor, shards: Iterator[tuple[int, Keys]]) -> Iterator[Task]:
+    """The forward pass of exchanges that bring keys: this rank's queries against the keys of each rank in turn."""
+    for source, keys in shards:
+        yield Task(queries, keys, ids, plan.fragment(source) if source != plan.rank else plan.own_choices)
+
+
 class Exchange(Protocol):
     """Brings queries and keys together. All ranks of the group call the same methods in the same order."""
 

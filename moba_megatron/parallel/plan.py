@@ -207,16 +207,18 @@ def host_boundaries(cu_seqlens: Tensor) -> tuple[int, ...]:
     """The values of a tensor of boundaries; remembered for tensors on an accelerator, where reading them waits."""
     if cu_seqlens.device.type == "cpu":
         return tuple(cu_seqlens.tolist())
+    # Tensors made in inference mode do not count their changes.
+    now = 0 if cu_seqlens.is_inference() else cu_seqlens._version
     for reference, version, values in _read:
-        if reference() is cu_seqlens and version == cu_seqlens._version:
+        if reference() is cu_seqlens and version == now:
             return values
     values = tuple(cu_seqlens.tolist())
-    _read.append((weakref.ref(cu_seqlens), cu_seqlens._version, values))
+    _read.append((weakref.ref(cu_seqlens), now, values))
     _read[:] = [entry for entry in _read if entry[0]() is not None][-_TENSORS_KEPT:]
     return values
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=8)
 def _plan_of(
     boundaries: tuple[int, ...], block_size: int | None, levels: tuple[int, int], rank: int, device: torch.device
 ) -> ContextPlan:

@@ -1,9 +1,9 @@
 """`p2p`: keys and values travel a ring (Ring Attention, arXiv 2310.01889).
 
-Two shards are resident: the one that is attended and the one that arrives meanwhile. In the backward pass they travel
-again, and behind them their gradients, in fp32 or wider: the rank after the owner makes the first share, each following
-one adds its own, and C - 1 hops later they are home, where the owner's share joins them. Shares are thus added in the
-order of ranks, beginning after the owner.
+Beside a rank's own shard two are resident: the one that is attended and the one that arrives meanwhile. In the backward
+pass they travel again, and behind them their gradients, in fp32 or wider: the rank after the owner makes the first
+share, each following one adds its own, and C - 1 hops later they are home, where the owner's share joins them. Shares
+are thus added in the order of ranks, beginning after the owner.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moba_megatron.ops.fragments import Keys
-from moba_megatron.parallel.exchange import Queries, Task
+from moba_megatron.parallel.exchange import Queries, Task, key_tasks
 from moba_megatron.parallel.plan import ContextPlan
 from moba_megatron.parallel.wire import Wire
 
@@ -27,8 +27,7 @@ class Ring:
 
     def forward(self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor) -> Iterator[Task]:
         """See `Exchange`."""
-        for source, keys in self._shards(queries.q, k, v):
-            yield Task(queries, keys, ids, plan.fragment(source) if source != plan.rank else plan.own_choices)
+        return key_tasks(plan, queries, ids, self._shards(queries.q, k, v))
 
     def backward(
         self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor, dkv: Tensor
@@ -42,17 +41,16 @@ class Ring:
             if own:
                 continue
             if carried is not None:
-                share += carried.wait()
-            carried = self.wire.shift(share, "gradients")
+                share += carried.wait()[0]
+            carried = self.wire.shift([share], "gradients")
         if carried is not None:
-            dkv += carried.wait()
+            dkv += carried.wait()[0]
 
     def _shards(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[int, Keys]]:
         """(rank of origin, keys and values), this rank's own first."""
         size, rank, group_size = self.wire.size, self.wire.rank, q.shape[1] // k.shape[1]
-        shard = torch.stack([k, v])
         for step in range(size):
-            arriving = self.wire.shift(shard, "keys") if step + 1 < size else None
-            yield (rank - step) % size, Keys(shard[0], shard[1], group_size)
+            arriving = self.wire.shift([k, v], "keys") if step + 1 < size else None
+            yield (rank - step) % size, Keys(k, v, group_size)
             if arriving is not None:
-                shard = arriving.wait()
+                k, v = arriving.wait()

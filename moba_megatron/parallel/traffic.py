@@ -10,10 +10,11 @@ size, e bytes an element, f bytes of a score (4, or 8 for fp64), C ranks. Receiv
 | `all_gather` | (C - 1) t 2 G D e | twice that |
 | `a2a` | (C - 1)/C t (2 N + 2 G) D e | the same |
 | `a2a+p2p` | `a2a` over I ranks, then `p2p` over C / I of them with I t tokens and G / I heads | the same sums |
-| `dispatch` | E t N (2 D e + f + 4 K), E the remote owners of a query row's blocks | E t N (3 D e + 2 f + 4 K) |
+| `dispatch` | E t N (2 D e + f + 4 (K - 1)), E remote owners of a row's blocks | E t N (3 D e + 2 f + 4 (K - 1)) |
 
-E depends on the choices: at most min(C - 1, (K - 1) x parts of a block). Under `dispatch`, blocks that are copied and
-the counts that ranks tell each other come on top.
+E depends on the choices: where a row is one document at most min(C - 1, K x parts of a block - 1), the query's own
+block counted. Short documents are cut into small chunks, and their blocks lie on more ranks. Blocks that are copied
+under `dispatch` replace more queries than they bring rows; the counts that ranks tell each other come on top.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def traffic(
     """Bytes of keys, queries, outputs and their gradients (without summaries) by the table above.
 
     Args:
-        remote_owners: E for `dispatch`; None: its bound.
+        remote_owners: E for `dispatch`; None: its bound where a row is one document.
     """
     t, e, f = sizes.tokens, sizes.element_bytes, sizes.score_bytes
     q, kv = sizes.heads * sizes.head_size, sizes.groups * sizes.head_size
@@ -144,12 +145,13 @@ def traffic(
 
 
 def most_remote_owners(sizes: Sizes, context_size: int) -> int:
-    """Bound of E: each chosen block may lie on as many ranks as its tokens touch chunks of the zigzag layout."""
+    """Bound of E where a row is one document: the own and each chosen block may lie on as many ranks as they touch
+    chunks of the zigzag layout, and one of them is here."""
     if sizes.block_size is None or sizes.top_k is None:
         return context_size - 1
     chunk = max(1, sizes.tokens // 2)
     parts = 1 + (sizes.block_size - 1) // chunk + (chunk % sizes.block_size != 0)
-    return min(context_size - 1, (sizes.top_k - 1) * parts)
+    return min(context_size - 1, sizes.top_k * parts - 1)
 
 
 def choose_exchange(sizes: Sizes, context_size: int, levels: tuple[int, int] | None = None) -> Choice:

@@ -87,17 +87,16 @@ class Wire:
         self.size = group.size()
         self.rank = group.rank()
 
-    def shift(self, tensor: Tensor, purpose: str) -> Pending:
-        """Send a tensor to the next rank of the ring and receive one of the same shape from the one before."""
-        tensor = tensor.contiguous()
-        received = torch.empty_like(tensor)
+    def shift(self, tensors: list[Tensor], purpose: str) -> Pending:
+        """Send tensors to the next rank of the ring and receive as many, of the same shapes, from the one before."""
+        tensors = [tensor.contiguous() for tensor in tensors]
+        received = [torch.empty_like(tensor) for tensor in tensors]
         following, previous = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        works = dist.batch_isend_irecv([
-            dist.P2POp(dist.isend, tensor, group=self.group, group_peer=following),
-            dist.P2POp(dist.irecv, received, group=self.group, group_peer=previous),
-        ])  # fmt: skip
-        self._count(purpose, received.nbytes)
-        return Pending(works, received, kept=tensor)
+        sends = [dist.P2POp(dist.isend, x, group=self.group, group_peer=following) for x in tensors]
+        receives = [dist.P2POp(dist.irecv, x, group=self.group, group_peer=previous) for x in received]
+        works = dist.batch_isend_irecv(sends + receives)
+        self._count(purpose, sum(x.nbytes for x in received))
+        return Pending(works, received, kept=tensors)
 
     def all_gather(self, tensor: Tensor, purpose: str) -> Pending:
         """[C, ...]: the tensors of all ranks, which have one shape."""

@@ -104,14 +104,15 @@ def test_the_reference_backend_needs_whole_heads():
 
 
 def test_megatron_core_hears_of_full_layers_only_and_in_one_word():
-    def settings(context: int, exchange: str, **parallel):
-        attention = dict(HYBRID)
+    def settings(context: int, exchange: str, packed: bool = True, **parallel):
         parallel = {"context": context, "exchange": exchange, **parallel}
-        return transformer_config(tiny(parallel=parallel, attention=attention), device_type="cpu")
+        data = {"cross_document_attention": not packed}
+        return transformer_config(tiny(parallel=parallel, attention=dict(HYBRID), data=data), device_type="cpu")
 
-    assert settings(2, "dispatch").cp_comm_type == "a2a"
-    assert settings(4, "a2a+p2p").cp_comm_type == "a2a+p2p"
-    assert settings(1, "a2a").cp_comm_type == "p2p"
+    assert settings(2, "dispatch", packed=False).cp_comm_type == "a2a"
+    assert settings(4, "a2a+p2p", packed=False).cp_comm_type == "a2a+p2p"
+    assert settings(1, "a2a", packed=False).cp_comm_type == "p2p"
+    assert settings(2, "a2a").cp_comm_type == "p2p"
     assert not settings(2, "auto").variable_seq_lengths
     assert settings(2, "auto", pipeline=2).variable_seq_lengths
 

@@ -16,20 +16,24 @@ PACKS = {"one": [0, 96], "uneven": [0, 16, 16, 72, 96], "tiny": [0, 8, 16, 24, 4
 # Blocks that divide a chunk, that do not, that straddle chunks, exceed the shard, exceed every document; of one token.
 BLOCKS = (4, 5, 16, 60, 100, 1)
 TOP_KS = (1, 2, 4, 200)
-EXCHANGES = {1: ("p2p", "all_gather", "a2a", "dispatch"), 2: ("p2p", "all_gather", "a2a", "dispatch")}
-EXCHANGES[4] = (*EXCHANGES[2], "a2a+p2p")
+# For three ranks, which trade no heads.
+PACKS_OF_THREE = {"three": [0, 6, 18, 18, 90]}
+WITHOUT_HEADS = ("p2p", "all_gather", "dispatch")
+EXCHANGES = {1: ("a2a", *WITHOUT_HEADS), 2: ("a2a", *WITHOUT_HEADS), 3: WITHOUT_HEADS}
+EXCHANGES[4] = ("a2a+p2p", *EXCHANGES[2])
 
 
 def cases(size: int):
-    """(pack, query heads, key heads, block size, top-k); without sizes: full attention."""
-    for name in PACKS if size > 1 else ["uneven"]:
+    """(boundaries, query heads, key heads, block size, top-k); without sizes: full attention."""
+    packs = {1: {"uneven": PACKS["uneven"]}, 3: PACKS_OF_THREE}.get(size, PACKS)
+    for bounds in packs.values():
         for block_size in BLOCKS:
             for top_k in TOP_KS:
                 # One or four query heads a key head; four key heads, so that four ranks can trade them.
-                yield name, 4, 4, block_size, top_k
+                yield bounds, 4, 4, block_size, top_k
                 if block_size != 1 and top_k in (2, 4):
-                    yield name, 16, 4, block_size, top_k
-        yield name, 8, 4, None, None
+                    yield bounds, 16, 4, block_size, top_k
+        yield bounds, 8, 4, None, None
 
 
 def disagreements() -> dict[str, list[str]]:
@@ -37,9 +41,8 @@ def disagreements() -> dict[str, list[str]]:
     size, rank = dist.get_world_size(), dist.get_rank()
     groups = {exchange: groups_for(exchange) for exchange in EXCHANGES[size]}
     wrong = {exchange: [] for exchange in groups}
-    for name, heads, kv_heads, block_size, top_k in cases(size):
-        bounds = PACKS[name]
-        tensors = pack_inputs(bounds[-1], heads, kv_heads, seed=len(name))
+    for bounds, heads, kv_heads, block_size, top_k in cases(size):
+        tensors = pack_inputs(bounds[-1], heads, kv_heads, seed=len(bounds))
         expected, _ = oracle(*tensors, bounds, block_size, top_k)
         cu = torch.tensor(bounds, dtype=torch.int32) if len(bounds) > 2 else None
         for exchange in groups:
@@ -49,7 +52,7 @@ def disagreements() -> dict[str, list[str]]:
             for what, ours, whole in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
                 error = (ours - whole[positions]).abs().max().item()
                 if not error <= 1e-12:
-                    case = f"{what} {name} N={heads} G={kv_heads} B={block_size} K={top_k}: {error}"
+                    case = f"{what} {bounds} N={heads} G={kv_heads} B={block_size} K={top_k}: {error}"
                     wrong[exchange].append(case)
     return wrong
 

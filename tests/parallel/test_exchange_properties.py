@@ -232,12 +232,15 @@ def test_hot_blocks_are_copied_and_nothing_changes():
             ours, positions = run_shard(call, tensors, bounds, size, rank)
         for mine, whole in zip(ours, expected, strict=True):
             torch.testing.assert_close(mine, whole[positions], rtol=0, atol=1e-12)
-        return seen.loads
-
-    for loads in on_four(compare):
-        (load,) = loads
+        (load,) = seen.loads
         assert load.copied_blocks >= 1
         assert load.most > 2 * load.mean and load.most_after <= 1.25 * load.mean
+        return load.copied_blocks, seen.received["keys"], seen.received["gradients"]
+
+    results = on_four(compare)
+    # To three other ranks, 4 tokens of keys and values of 4 heads in fp64 a block, twice; their gradients home once.
+    one_way = results[0][0] * 3 * 4 * 2 * KV_HEADS * HEAD_SIZE * 8
+    assert [sum(column) for column in zip(*results, strict=True)][1:] == [2 * one_way, one_way]
 
 
 def test_groups_need_not_be_neighbours():

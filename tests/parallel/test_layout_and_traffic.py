@@ -8,6 +8,7 @@ import pytest
 import torch
 from parallel.examples import zigzag
 
+from moba_megatron.parallel.copies import choose_copies
 from moba_megatron.parallel.layout import check_positions, padded_boundaries, shard_positions
 from moba_megatron.parallel.plan import ContextPlan
 from moba_megatron.parallel.traffic import Sizes, choose_exchange, refusal, traffic
@@ -81,6 +82,30 @@ def test_dispatch_does_not_grow_with_the_sequence():
     sizes = Sizes(tokens=16384, block_size=512, top_k=3, **LLAMA_8B)
     assert traffic("dispatch", sizes, 64) == traffic("dispatch", sizes, 512)
     assert traffic("p2p", sizes, 512).forward > 8 * traffic("p2p", sizes, 64).forward
+
+
+def uniform_demand(plan: ContextPlan, heads: int, picks: int) -> torch.Tensor:
+    """Choices by block if every query picked uniformly among its past blocks, without those on its own rank."""
+    blocks, size = plan.layout.num_blocks, plan.layout.block_size
+    each = torch.zeros(blocks, dtype=torch.float64)
+    for own in range(1, blocks):
+        each[:own] += heads * size * min(picks, own) / own
+    return (each * (plan.size - 1) / plan.size).long()
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_only_blocks_that_pay_are_copied(size):
+    """Causality makes early blocks more wanted; copies to many ranks would cost more than the queries. A block that all
+    queries want is another matter."""
+    plan = ContextPlan(torch.tensor([0, size * 1024]), 64, (1, size), 0, torch.device("cpu"))
+    demand = uniform_demand(plan, heads=32, picks=2)
+    hot, load = choose_copies(plan, demand, groups=8)
+    assert load.most > 2 * load.mean
+    rows = plan.layout.block_lengths()[hot].sum() * 8 * (size - 1)
+    assert rows < demand[hot].sum() or not hot.any()
+    demand[5] = 32 * size * 1024
+    hot, load = choose_copies(plan, demand, groups=8)
+    assert hot[5] and load.most_after < load.most / 4
 
 
 def test_auto_follows_the_bytes():

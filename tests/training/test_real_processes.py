@@ -56,10 +56,16 @@ def test_a_killed_run_continues_from_its_last_checkpoint(unbroken, tmp_path):
     assert numbers_of(read_metrics(Path(config.run.dir))) == numbers_of(unbroken[1])
 
 
-def test_two_ranks_under_torchrun_give_the_losses_of_one(unbroken, tmp_path):
-    config = small_config(tmp_path, training__steps=60, checkpoint__every=50)
-    output = finish(start(config, ranks=2))
-    assert "2 processes (2 data-parallel)" in output
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [(2, {}), (4, {"context": 2, "exchange": "dispatch", "distributed_optimizer": True})],
+    ids=["dp2", "cp2-dp2"],
+)
+def test_ranks_under_torchrun_give_the_losses_of_one(unbroken, tmp_path, ranks, parallel):
+    changes = {f"parallel__{key}": value for key, value in parallel.items()}
+    config = small_config(tmp_path, training__steps=60, checkpoint__every=50, **changes)
+    output = finish(start(config, ranks=ranks))
+    assert f"{ranks} processes (2 data-parallel)" in output
     metrics = read_metrics(Path(config.run.dir))
     for one, two in zip(unbroken[1], metrics, strict=True):
         # fp32 sums in another order; 60 steps of Adam let the difference grow.
