@@ -148,6 +148,41 @@ def rank_part(config: Config, batches: list[dict]) -> list[dict]:
     return [{**batch, "packed_seq_params": packed_seq_params(batch)} for batch in batches]
 
 
+def wrapped_for_data_parallel(chunks: list[torch.nn.Module], sharded: bool = False) -> list[torch.nn.Module]:
+    """The chunks in megatron-core's wrapper, their gradients reduced in fp32 when a global batch is done."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+    settings = chunks[0].config
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=sharded, grad_reduce_in_fp32=True)
+    wrapped = [DistributedDataParallel(settings, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+    settings.finalize_model_grads_func = finalize_model_grads
+    settings.no_sync_func = [model.no_sync for model in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    return wrapped
+
+
+def loss_of_batch(
+    config: Config, wrapped: list[torch.nn.Module], step: int, packs: list[list[int]] | None = None
+) -> float:
+    """Forward and backward of the global batch of a step through megatron-core's schedule: the mean loss."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from moba_megatron.model.forward import forward_step, microbatch_shape, reduce_over_ranks
+
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    mine = rank_part(config, samples(config, step, packs)[rank::size])
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(mine) for _ in wrapped] if len(wrapped) > 1 else iter(mine),
+        model=wrapped if len(wrapped) > 1 else wrapped[0],
+        num_microbatches=len(mine),
+        **microbatch_shape(config.data, 1),
+        forward_only=False,
+    )
+    total, count = reduce_over_ranks([report["sums"] for report in reports], (2,)).tolist()
+    return total / count
+
+
 def train(
     config: Config,
     vocabulary: int,
@@ -164,15 +199,11 @@ def train(
     Returns:
         (loss of each step, gradient norm of each step, weights at the end by name).
     """
-    from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from moba_megatron import platform
     from moba_megatron.model.builder import build_model
     from moba_megatron.model.exchange import resolve_exchange
-    from moba_megatron.model.forward import forward_step, microbatch_shape, reduce_over_ranks
     from moba_megatron.model.schedule import AttentionSchedule
 
     platform.start_model_parallel(config.parallel, resolve_exchange(config).levels)
@@ -182,8 +213,7 @@ def train(
         load_full_weights(chunks, whole, config)
     settings = chunks[0].config
     sharded = config.parallel.distributed_optimizer
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=sharded, grad_reduce_in_fp32=True)
-    wrapped = [DistributedDataParallel(settings, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+    wrapped = wrapped_for_data_parallel(chunks, sharded)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam", lr=config.optimizer.lr, weight_decay=0.1, clip_grad=1.0, bf16=settings.bf16,
@@ -191,30 +221,15 @@ def train(
         ),
         wrapped,
     )  # fmt: skip
-    settings.finalize_model_grads_func = finalize_model_grads
     settings.grad_scale_func = optimizer.scale_loss
-    settings.no_sync_func = [model.no_sync for model in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
-
-    data_rank, data_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-
     losses, norms = [], []
     for step in range(steps):
         for model in wrapped:
             model.zero_grad_buffer()
         optimizer.zero_grad()
-        mine = rank_part(config, samples(config, step, packs)[data_rank::data_size])
-        reports = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(mine) for _ in wrapped] if len(wrapped) > 1 else iter(mine),
-            model=wrapped if len(wrapped) > 1 else wrapped[0],
-            num_microbatches=len(mine),
-            **microbatch_shape(config.data, 1),
-            forward_only=False,
-        )
+        losses.append(loss_of_batch(config, wrapped, step, packs))
         _, norm, _ = optimizer.step()
         norms.append(norm)
-        total, count = reduce_over_ranks([report["sums"] for report in reports], (2,)).tolist()
-        losses.append(total / count)
     return losses, norms, {name: p.detach().clone() for chunk in chunks for name, p in chunk.named_parameters()}
 
 

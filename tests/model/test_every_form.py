@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from distributed import run_ranks
-from model_examples import load_full_weights, rank_part, samples, tiny
+from model_examples import load_full_weights, loss_of_batch, tiny, wrapped_for_data_parallel
 from parallel.examples import smallest_margin
 
 VOCABULARY = 62
@@ -52,13 +52,10 @@ def config(parallel=None, recompute="none", kind="moba"):
 def one_step(settings, whole=None):
     """Forward and backward of one global batch: (loss, model chunks with reduced `main_grad`)."""
     from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from moba_megatron import platform
     from moba_megatron.model.builder import build_model
     from moba_megatron.model.exchange import resolve_exchange
-    from moba_megatron.model.forward import forward_step, microbatch_shape, reduce_over_ranks
     from moba_megatron.model.schedule import AttentionSchedule
 
     if parallel_state.is_initialized():
@@ -68,25 +65,7 @@ def one_step(settings, whole=None):
     chunks = build_model(settings, VOCABULARY, schedule)
     if whole is not None:
         load_full_weights(chunks, whole, settings)
-    transformer = chunks[0].config
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-    wrapped = [
-        DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
-    ]
-    transformer.finalize_model_grads_func = finalize_model_grads
-    transformer.no_sync_func = [m.no_sync for m in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    mine = rank_part(settings, samples(settings, 0, PACKS)[rank::size])
-    reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(mine) for _ in wrapped] if len(wrapped) > 1 else iter(mine),
-        model=wrapped if len(wrapped) > 1 else wrapped[0],
-        num_microbatches=len(mine),
-        **microbatch_shape(settings.data, 1),
-        forward_only=False,
-    )
-    total, count = reduce_over_ranks([report["sums"] for report in reports], (2,)).tolist()
-    return total / count, chunks
+    return loss_of_batch(settings, wrapped_for_data_parallel(chunks), 0, PACKS), chunks
 
 
 def one_process(kind: str):

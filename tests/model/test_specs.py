@@ -30,7 +30,8 @@ def test_only_the_core_attention_of_the_copy_changes():
     ours = specs.moba_layer_spec(stock, block_size=8, top_k=2, backend="reference")
     assert core(stock) is DotProductAttention
     assert core(ours).func is MoBACoreAttention
-    assert core(ours).keywords == {"attention": MOBA, "backend": "reference", "exchange": "auto"}
+    backends = {"backend": "reference", "full_backend": "auto"}
+    assert core(ours).keywords == {"attention": MOBA, "exchange": "auto", **backends}
     for field in dataclasses.fields(stock.submodules):
         if field.name != "self_attention":
             assert getattr(ours.submodules, field.name) is getattr(stock.submodules, field.name)
