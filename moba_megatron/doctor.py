@@ -15,7 +15,8 @@ from rich.table import Column, Table
 
 from moba_megatron import __version__
 from moba_megatron.config import ConfigError, load_config
-from moba_megatron.ops.backends import BACKENDS, resolve_backend
+from moba_megatron.ops import resolve_backend, resolve_full_backend
+from moba_megatron.ops.backends import BACKENDS, FULL_BACKENDS, Backend
 from moba_megatron.platform import current_device, optional_libraries
 from moba_megatron.training.preflight import checked_schedule, run_choices
 
@@ -33,7 +34,8 @@ def doctor_command(
     _print_versions(console)
     _print_libraries(console)
     device = current_device()
-    _print_backends(console, device)
+    _print_backends(console, device, "MoBA", BACKENDS, resolve_backend("auto", device))
+    _print_backends(console, device, "full attention", FULL_BACKENDS, resolve_full_backend("auto", device))
     if config is not None:
         try:
             loaded = load_config(config, overrides)
@@ -67,10 +69,12 @@ def _print_libraries(console: Console) -> None:
     console.print(table)
 
 
-def _print_backends(console: Console, device: torch.device) -> None:
-    table = Table("attention backend", f"on {device.type}", "what it is")
-    for backend in BACKENDS.values():
+def _print_backends(
+    console: Console, device: torch.device, what: str, backends: dict[str, Backend], chosen: tuple[str, str]
+) -> None:
+    table = Table(f"{what} by", f"on {device.type}", "what it is")
+    for backend in backends.values():
         reason = backend.unavailable(device)
         table.add_row(backend.name, "available" if reason is None else f"no: {reason}", backend.summary)
-    table.add_row("auto", *resolve_backend("auto", device))
+    table.add_row("auto", *chosen)
     console.print(table)

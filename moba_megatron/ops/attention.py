@@ -13,13 +13,14 @@ import math
 import torch
 from torch import Tensor
 
+from moba_megatron.ops.adapters import flash_moba_attention
 from moba_megatron.ops.backends import resolve_backend
 from moba_megatron.ops.dense import full_attention
-from moba_megatron.ops.gathered import attend
 from moba_megatron.ops.layout import BlockLayout, block_layout, check_inputs, check_settings
+from moba_megatron.ops.library import is_traced, traced_attention
 from moba_megatron.ops.precision import without_autocast
 from moba_megatron.ops.reference import reference_attend, reference_select
-from moba_megatron.ops.routing import select_past, summarize
+from moba_megatron.ops.steps import steps_of
 
 _logger = logging.getLogger("moba_megatron.ops")
 
@@ -58,8 +59,8 @@ def moba_attention(
         block_size: tokens per block.
         top_k: blocks per query, its own counted.
         softmax_scale: factor on the scores of the softmax, 1/sqrt(D) if None. Selection does not depend on it.
-        backend: `auto`, `reference`, `gathered` or `triton`. `auto` takes full causal attention where it is the same:
-            where top_k blocks cover the longest document.
+        backend: `auto`, `reference`, `gathered`, `triton` or `flash_moba`. `auto` takes full causal attention where it
+            is the same: where top_k blocks cover the longest document.
         max_seqlen: an upper bound on the longest document in tokens; spares reading cu_seqlens on an accelerator.
 
     Returns:
@@ -73,8 +74,10 @@ def moba_attention(
     torch.Size([8, 2, 4])
     """
     check_settings(block_size, top_k)
-    check_inputs({"q": q, "k": k, "v": v}, cu_seqlens)
     name, _ = resolve_backend(backend, q.device)
+    traced = is_traced(q, name)
+    # A tracer does not know the boundaries' values; the operators check them when they run.
+    check_inputs({"q": q, "k": k, "v": v}, None if traced else cu_seqlens)
     if q.shape[0] == 0:
         # No rows, but the graph stays connected.
         return q + (k.sum() + v.sum()).to(q.dtype)
@@ -82,14 +85,26 @@ def moba_attention(
     if name == "reference":
         ids = reference_select(q, k, cu_seqlens, block_size, min(top_k, -(-q.shape[0] // block_size)) - 1)
         return reference_attend(q, k, v, ids, cu_seqlens, block_size, scale)[0]
+    if name == "flash_moba":
+        return flash_moba_attention(
+            q, k, v, cu_seqlens, block_size=block_size, top_k=top_k, softmax_scale=softmax_scale, max_seqlen=max_seqlen
+        )
+    if traced:
+        if backend == "auto" and cu_seqlens is None and top_k * block_size >= q.shape[0]:
+            return full_attention(q, k, v, softmax_scale=scale)
+        return traced_attention(
+            q, k, v, cu_seqlens, block_size=block_size, top_k=top_k, softmax_scale=scale, max_seqlen=max_seqlen,
+            backend=name,
+        )  # fmt: skip
     layout = _layout(q, cu_seqlens, block_size, max_seqlen)
     if backend == "auto" and top_k >= layout.max_blocks:
         _say_once(
             f"auto: full causal attention where top_k = {top_k} blocks of {block_size} tokens cover every document"
         )
         return full_attention(q, k, v, cu_seqlens, softmax_scale=scale, max_seqlen=max_seqlen)
-    ids = select_past(q, summarize(k, layout), layout, min(top_k, layout.max_blocks) - 1)
-    return attend(q, k, v, ids, layout, scale)[0]
+    steps = steps_of(name)
+    ids = steps.select_past(q, steps.summarize(k, layout), layout, min(top_k, layout.max_blocks) - 1)
+    return steps.attend(q, k, v, ids, layout, scale)[0]
 
 
 @torch.no_grad()
@@ -124,4 +139,5 @@ def select_blocks(
     check_inputs({"q": q, "k": k}, cu_seqlens)
     layout = _layout(q, cu_seqlens, block_size, max_seqlen)
     own_TN1 = layout.block_T.to(torch.int32).view(-1, 1, 1).expand(-1, q.shape[1], 1)
-    return torch.cat([own_TN1, select_past(q, summarize(k, layout), layout, top_k - 1)], dim=-1)
+    steps = steps_of(resolve_backend("auto", q.device)[0])
+    return torch.cat([own_TN1, steps.select_past(q, steps.summarize(k, layout), layout, top_k - 1)], dim=-1)

@@ -1,8 +1,10 @@
-"""Full causal attention of packed documents through PyTorch's fused kernels, for the full layers of a hybrid.
+"""Full causal attention of packed documents, for the full layers of a hybrid: flash-attn where it is installed, and
+PyTorch's fused kernels.
 
-Keys are never repeated in memory: grouped-query attention is the kernel's own. Documents on a CPU are attended one by
-one; packed bf16 and fp16 on CUDA go through the variable-length flash kernel, which takes the boundaries from the
-device. Packed fp32 on CUDA, which that kernel refuses, reads the boundaries on the host.
+Keys are never repeated in memory: grouped-query attention is the kernel's own. Through PyTorch, documents on a CPU are
+attended one by one; packed bf16 and fp16 on CUDA go through the variable-length flash kernel, which takes the
+boundaries from the device. Packed fp32 on CUDA, which that kernel refuses, and packs for cuDNN read the boundaries on
+the host.
 
 Only kernels whose memory is linear in the tokens are allowed. PyTorch would otherwise fall back, without a word, to one
 that holds the matrix of all scores: where the last dimension is not contiguous, which a copy mends here, and where no
@@ -18,10 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from moba_megatron.ops.adapters import HALF, flash_attn_attention
+from moba_megatron.ops.backends import resolve_full_backend
 from moba_megatron.ops.layout import check_inputs
 from moba_megatron.ops.precision import without_autocast
 
 LINEAR_IN_MEMORY = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+# Which of PyTorch's kernels a backend may take.
+KERNELS = {
+    "torch": LINEAR_IN_MEMORY,
+    "torch_flash": [SDPBackend.FLASH_ATTENTION],
+    "cudnn": [SDPBackend.CUDNN_ATTENTION],
+}
 
 
 @without_autocast
@@ -33,6 +43,7 @@ def full_attention(
     *,
     softmax_scale: float | None = None,
     max_seqlen: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Causal attention within each document of a pack.
 
@@ -41,36 +52,44 @@ def full_attention(
         k, v: keys and values [T, G, D], same dtype and device; N a multiple of G.
         cu_seqlens: int32 [documents + 1], boundaries from 0 to T; None for one document.
         softmax_scale: factor on the scores, 1/sqrt(D) if None.
-        max_seqlen: an upper bound on the longest document in tokens; only the kernel for packs on CUDA looks at it.
+        max_seqlen: an upper bound on the longest document in tokens; only kernels for packs on CUDA look at it.
+        backend: `auto`, `torch`, `torch_flash`, `cudnn` or `flash_attn`. `auto` takes flash-attn where it is installed
+            and takes the inputs, else `torch`, which leaves the choice among its kernels to PyTorch.
 
     Returns:
         [T, N, D] in q's dtype.
 
     Raises:
-        ValueError: shapes, dtypes, devices or boundaries that do not fit.
+        ValueError: shapes, dtypes, devices or boundaries that do not fit, or a backend that cannot run.
         RuntimeError: PyTorch has no kernel for these inputs but the quadratic one.
     """
     check_inputs({"q": q, "k": k, "v": v}, cu_seqlens)
+    name, _ = resolve_full_backend(backend, q.device, q.dtype)
     scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else softmax_scale
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if name == "flash_attn":
+        return flash_attn_attention(q, k, v, cu_seqlens, softmax_scale=scale, max_seqlen=max_seqlen)
+    kernels = KERNELS[name]
     if cu_seqlens is None or cu_seqlens.numel() == 2:
-        return _one_document(q, k, v, scale)
-    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+        return _one_document(q, k, v, scale, kernels)
+    if q.device.type == "cuda" and q.dtype in HALF and SDPBackend.FLASH_ATTENTION in kernels:
         longest = q.shape[0] if max_seqlen is None else max_seqlen
         bounds = cu_seqlens.to(torch.int32)
         flash = torch.ops.aten._flash_attention_forward
         return flash(q, k, v, bounds, bounds, longest, longest, 0.0, True, False, scale=scale)[0]
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    outputs = [_one_document(*part, scale) for part in parts if part[0].shape[0]]
+    outputs = [_one_document(*part, scale, kernels) for part in parts if part[0].shape[0]]
     return torch.cat(outputs) if outputs else torch.zeros_like(q)
 
 
-def _one_document(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _one_document(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, kernels: list[SDPBackend] = LINEAR_IN_MEMORY
+) -> Tensor:
     if q.shape[0] == 0:
         return torch.zeros_like(q)
     heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    with sdpa_kernel(LINEAR_IN_MEMORY):
+    with sdpa_kernel(kernels):
         out = F.scaled_dot_product_attention(
             *heads_first, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )

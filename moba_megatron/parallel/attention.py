@@ -30,10 +30,9 @@ from torch.autograd.function import once_differentiable
 
 from moba_megatron.ops import full_attention, moba_attention, resolve_backend
 from moba_megatron.ops.fragments import Keys
-from moba_megatron.ops.gathered import accumulate, accumulate_backward, output_delta
 from moba_megatron.ops.layout import check_inputs, check_settings
 from moba_megatron.ops.precision import score_dtype, without_autocast
-from moba_megatron.ops.routing import select_past
+from moba_megatron.ops.steps import Steps, has_steps, steps_of
 from moba_megatron.parallel.dispatch import Dispatch
 from moba_megatron.parallel.exchange import Exchange, Queries, Task
 from moba_megatron.parallel.gather import Gather
@@ -108,7 +107,8 @@ def context_attention(
         exchange: a name of the table above.
         block_size, top_k: as for `moba_attention`; both None for full causal attention.
         softmax_scale: factor on the scores, 1/sqrt(D) if None.
-        backend: as for `moba_attention`. Fragments of blocks, which every exchange but `a2a` has, need `gathered`.
+        backend: as for `moba_attention`. Fragments of blocks, which every exchange but `a2a` has, need `gathered` or
+            `triton`.
 
     Returns:
         [t, N, D] in q's dtype. Differentiable in q, k and v; selection is a constant.
@@ -131,20 +131,20 @@ def context_attention(
     if reason:
         raise ValueError(reason)
     name, _ = resolve_backend(backend, q.device)
-    if levels[1] > 1 and name != "gathered":
+    if levels[1] > 1 and not has_steps(name):
         raise ValueError(f"backend {name!r} holds whole packs: with exchange {exchange!r} use gathered, or use a2a")
     scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else float(softmax_scale)
     if q.shape[0] == 0:
         # No rows on any rank, but the graph stays connected.
         return q + (k.sum() + v.sum()).to(q.dtype)
     if exchange in _BETWEEN_SHARDS:
-        return _between_shards(q, k, v, boundaries, groups.whole, exchange, levels, block_size, top_k, scale)
+        return _between_shards(q, k, v, boundaries, groups.whole, exchange, levels, block_size, top_k, scale, name)
     wire = Wire(groups.whole if exchange == "a2a" else groups.inner)
     shard = groups.whole.rank() // levels[0]
     order = inner_order(host_boundaries(boundaries), levels, shard).to(q.device)
     q, k, v = to_heads(wire, order, q, k, v)
     if levels[1] > 1:
-        out = _between_shards(q, k, v, boundaries, groups.outer, "p2p", levels, block_size, top_k, scale)
+        out = _between_shards(q, k, v, boundaries, groups.outer, "p2p", levels, block_size, top_k, scale, name)
     elif block_size is None:
         out = full_attention(q, k, v, boundaries.to(q.device), softmax_scale=scale)
     else:
@@ -181,11 +181,14 @@ def _between_shards(
     block_size: int | None,
     top_k: int | None,
     scale: float,
+    backend: str,
 ) -> Tensor:
     wire = Wire(group)
     plan = plan_for(boundaries, block_size, levels, wire.rank, q.device)
     num_past = 0 if top_k is None else min(top_k, plan.layout.max_blocks) - 1
-    return _ContextAttention.apply(q, k, v, plan, wire, _BETWEEN_SHARDS[exchange](wire), num_past, scale)
+    return _ContextAttention.apply(
+        q, k, v, plan, wire, _BETWEEN_SHARDS[exchange](wire), num_past, scale, steps_of(backend)
+    )
 
 
 class _ContextAttention(torch.autograd.Function):
@@ -202,6 +205,7 @@ class _ContextAttention(torch.autograd.Function):
         exchange: Exchange,
         num_past: int,
         scale: float,
+        steps: Steps,
     ) -> Tensor:
         q = q.contiguous()
         dtype = score_dtype(q.dtype)
@@ -213,13 +217,13 @@ class _ContextAttention(torch.autograd.Function):
         nothing = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device=q.device)
         summaries = SummaryExchange(plan, wire, k) if num_past else None
         own_keys = Keys(k, v, q.shape[1] // k.shape[1])
-        _attend(Task(queries, own_keys, nothing, plan.own_part), scale)
-        ids = nothing if summaries is None else select_past(q, summaries.wait(), plan.queries, num_past)
+        _attend(steps, Task(queries, own_keys, nothing, plan.own_part), scale)
+        ids = nothing if summaries is None else steps.select_past(q, summaries.wait(), plan.queries, num_past)
         for task in exchange.forward(plan, queries, k, v, ids):
-            _attend(task, scale)
+            _attend(steps, task, scale)
         out = queries.out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, queries.lse, ids)
-        ctx.plan, ctx.exchange, ctx.scale = plan, exchange, scale
+        ctx.plan, ctx.exchange, ctx.scale, ctx.steps = plan, exchange, scale, steps
         return out
 
     @staticmethod
@@ -229,21 +233,21 @@ class _ContextAttention(torch.autograd.Function):
         q, k, v, out, lse, ids = ctx.saved_tensors
         dout = dout.contiguous()
         dq = torch.zeros_like(q, dtype=lse.dtype)
-        queries = Queries(q, lse, out, dout, output_delta(dout, out), dq)
+        queries = Queries(q, lse, out, dout, ctx.steps.output_delta(dout, out), dq)
         dkv = torch.zeros(2, *k.shape, dtype=lse.dtype, device=k.device)
         for task in ctx.exchange.backward(ctx.plan, queries, k, v, ids, dkv):
-            _attend_backward(task, ctx.scale)
-        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), *[None] * 5
+            _attend_backward(ctx.steps, task, ctx.scale)
+        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), *[None] * 6
 
 
-def _attend(task: Task, scale: float) -> None:
+def _attend(steps: Steps, task: Task, scale: float) -> None:
     queries = task.queries
-    accumulate(queries.q, task.keys, task.ids, task.fragment, scale, queries.out, queries.lse)
+    steps.accumulate(queries.q, task.keys, task.ids, task.fragment, scale, queries.out, queries.lse)
 
 
-def _attend_backward(task: Task, scale: float) -> None:
+def _attend_backward(steps: Steps, task: Task, scale: float) -> None:
     queries = task.queries
-    accumulate_backward(
+    steps.accumulate_backward(
         queries.dout, queries.q, task.keys, task.ids, task.fragment, scale,
         queries.out, queries.lse, queries.delta, queries.dq, task.dk, task.dv,
     )  # fmt: skip

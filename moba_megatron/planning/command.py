@@ -1,9 +1,13 @@
-"""`moba-megatron bench`: the operator's speed and memory against PyTorch's fused full attention, and the exchanges of
-context parallelism against each other."""
+"""`moba-megatron bench`: the operator's speed and memory against full attention, the exchanges of context parallelism
+against each other, and what a model expects of the GPU kernels.
+
+`python -m moba_megatron.planning.command` is the same with torch, rich, typer and matplotlib alone.
+"""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +15,11 @@ import torch
 import typer
 from rich.console import Console
 
-from moba_megatron.planning.bench import BenchSettings, run_bench
+from moba_megatron.planning.bench import run_bench
 from moba_megatron.planning.bench_context import run_context_bench
+from moba_megatron.planning.bench_model import run_model
+from moba_megatron.planning.bench_types import BenchSettings
+from moba_megatron.planning.tune import run_tune
 
 DEFAULTS = BenchSettings()
 
@@ -25,11 +32,22 @@ def bench_command(
     heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = DEFAULTS.num_heads,
     groups: Annotated[int, typer.Option(min=1, help="Key/value heads.")] = DEFAULTS.num_groups,
     head_size: Annotated[int, typer.Option(min=1, help="Size of a head.")] = DEFAULTS.head_size,
-    backend: Annotated[str, typer.Option(help="auto, reference, gathered or triton.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, reference, gathered, triton or flash_moba.")] = "auto",
+    full: Annotated[
+        str, typer.Option(help="Full-attention backends by commas; the fastest is the baseline.")
+    ] = "torch",
     runs: Annotated[int, typer.Option(min=1, help="Timed runs of each side; medians are reported.")] = DEFAULTS.runs,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
-    preset: Annotated[str | None, typer.Option(help="`targets`: the CPU targets, with floor and goal.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="targets (CPU, with floor and goal), gpu (8K to 1M), gpu-128k.")
+    ] = None,
+    model: Annotated[
+        bool, typer.Option("--model", help="Print what a model expects of GPUs instead; nothing is measured.")
+    ] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Search faster tiles of the GPU kernels instead (tile_table.py).")
+    ] = False,
     context_parallel: Annotated[
         int | None,
         typer.Option(
@@ -38,12 +56,15 @@ def bench_command(
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for bench.csv, bench.md and bench.png.")] = Path("bench"),
 ) -> None:
-    """Measure MoBA against PyTorch's fused causal attention in the same process, routing included.
+    """Measure MoBA against full causal attention in the same process, routing included.
 
     With --context-parallel C: bytes and seconds of each exchange over C ranks, which are started on this machine unless
     torchrun has started them. No speed is reported for settings under which a result is wrong.
     """
     console = Console(soft_wrap=True)
+    if model:
+        run_model(output, console)
+        return
     try:
         settings = BenchSettings(
             lengths=tuple(_tokens(text) for text in lengths.split(",")),
@@ -54,10 +75,14 @@ def bench_command(
             num_groups=groups,
             head_size=head_size,
             backend=backend,
+            full=tuple(full.split(",")),
             runs=runs,
             threads=threads,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         )
+        if tune:
+            run_tune(replace(settings, backend="triton"), output, console)
+            return
         if context_parallel is not None:
             run_context_bench(settings, context_parallel, output, console)
             return _show(console, output, "context")
@@ -87,3 +112,7 @@ def _block(text: str) -> tuple[int, int]:
     if not match:
         raise ValueError(f"--blocks: {text!r} is not a pair of block size and top-k such as 512:3")
     return int(match[1]), int(match[2])
+
+
+if __name__ == "__main__":
+    typer.run(bench_command)

@@ -1,27 +1,22 @@
 """Floating-point operations of training, with attention counted by the pairs that are attended.
 
-A query at position t of one document, block size B and K blocks, attends to min(K - 1, past blocks) * B + (t mod B) + 1
-keys. Each pair costs 4 D operations a head forward (two products of size D, two operations each) and twice that
-backward. A matrix of P parameters costs 2 P a token forward and 4 P backward. Recomputed activations do not count, so
-*MFU* (model FLOPs utilisation, arXiv 2204.02311) is useful work over the machine's peak.
+Each pair of a query and a key that it attends costs 4 D operations a head forward (two products of size D, two
+operations each) and twice that backward. A matrix of P parameters costs 2 P a token forward and 4 P backward.
+Recomputed activations do not count, so *MFU* (model FLOPs utilisation, arXiv 2204.02311) is useful work over the
+machine's peak.
 """
 
 from __future__ import annotations
 
-from moba_megatron.config import Config, ModelConfig
+from typing import TYPE_CHECKING
+
+from moba_megatron.ops.pairs import attended_pairs
+
+if TYPE_CHECKING:
+    from moba_megatron.config import Config, ModelConfig
 
 # Dense bf16 operations per second, from the makers' data sheets; matched as a part of the device's name.
 PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
-
-
-def attended_pairs(length: int, block_size: int | None = None, top_k: int | None = None) -> int:
-    """Query-key pairs of one document of `length` tokens for one head; without block size: full causal attention."""
-    if block_size is None or top_k is None:
-        return length * (length + 1) // 2
-    whole, tail = divmod(length, block_size)
-    own = whole * block_size * (block_size + 1) // 2 + tail * (tail + 1) // 2
-    past_blocks = sum(min(top_k - 1, block) for block in range(whole))
-    return own + past_blocks * block_size**2 + min(top_k - 1, whole) * block_size * tail
 
 
 def matrix_parameters(model: ModelConfig, vocab_size: int) -> int:

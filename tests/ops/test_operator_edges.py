@@ -203,7 +203,7 @@ def test_refusals_name_the_values(change, message):
 
 
 def test_backend_names_and_auto():
-    assert backend_names() == ["auto", "reference", "gathered", "triton"]
+    assert backend_names() == ["auto", "reference", "gathered", "triton", "flash_moba"]
     assert resolve_backend("auto", "cpu")[0] == "gathered"
     assert resolve_backend("reference", torch.device("cpu"))[0] == "reference"
 

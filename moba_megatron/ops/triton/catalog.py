@@ -1,0 +1,181 @@
+"""Every configuration in which the kernels can be launched, for compiling them without a GPU.
+
+A configuration is a kernel with the types of its arguments and its sizes known at compile time, as `config` chooses
+them for an element type, a head size and a block size. Types follow from the arguments' names, which mean the same in
+all kernels. What is left out because it changes nothing but integer arithmetic: other group sizes than `GROUP_SIZES`,
+and optional arguments of the index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from moba_megatron.ops.triton import (
+    backward_keys,
+    backward_queries,
+    config,
+    decoding,
+    index,
+    means,
+    own,
+    piece_sums,
+    route,
+    units,
+)
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+GROUP_SIZES = (4,)
+# Keys of the longest unit or triangle: the short ones each have a tile of their own, the others share one.
+LENGTHS = (16, 32, 64, 128, 512)
+NUM_PAST = (1, 2, 7, 15, 31, 63)
+
+ELEMENTS = ("q", "k", "v", "dout", "part", "planes", "out", "dq")
+SUMS = ("lse", "delta", "part_lse", "means", "dk", "dv", "dk_sums", "dv_sums")
+INT32 = ("ids", "units", "counts", "offsets", "order", "list_first", "list_of", "unit_of_block", "own_unit", "lengths")
+INT64 = ("start", "end", "unit_start", "unit_end", "piece_first", "sum_first", "first_block", "block")
+FLOATS = ("softmax_scale", "plane_shrink")
+# Integers that are multiples of 16, as strides of rows and heads are.
+STRIDES = ("k_row", "k_head", "k_sequence")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A kernel and all that its machine code depends on.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        signature: type of each argument, in Triton's notation; sizes known at compile time are "constexpr".
+        constexprs: their values.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, int]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return self.kernel.__name__
+
+    @property
+    def element_type(self) -> str:
+        """Of the rows that it reads, in Triton's notation."""
+        return next((self.signature[name] for name in ("q", "k", "part", "dout") if name in self.signature), "*fp32")[
+            1:
+        ]
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{name}={value}" for name, value in self.constexprs.items())
+        return f"{self.name} {self.element_type} {sizes} warps={self.num_warps} stages={self.num_stages}"
+
+    def source(self) -> ASTSource:
+        """What Triton compiles. Addresses and strides are multiples of 16, as PyTorch's allocations are."""
+        names = list(self.signature)
+        aligned = [n for n in names if self.signature[n].startswith("*") or n in STRIDES]
+        return ASTSource(
+            self.kernel,
+            self.signature,
+            constexprs={(names.index(name),): value for name, value in self.constexprs.items()},
+            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        )
+
+    def compile(self, architecture: int) -> CompiledKernel:
+        """Machine code for a CUDA architecture (90 for sm_90); needs no GPU."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return triton.compile(self.source(), target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A kernel, the settings it is launched with, and the element types of arguments that may differ from q's."""
+
+    kernel: Any
+    settings: dict[str, int]
+    dtype: torch.dtype = torch.bfloat16
+    types: dict[str, str] = field(default_factory=dict)
+
+    def configuration(self) -> Configuration:
+        settings = dict(self.settings)
+        warps, stages = settings.pop("num_warps"), settings.pop("num_stages", 3)
+        signature = {}
+        for name in self.kernel.arg_names:
+            signature[name] = "constexpr" if name in settings else self.types.get(name) or self._type(name)
+        return Configuration(self.kernel, signature, settings, warps, stages)
+
+    def _type(self, name: str) -> str:
+        for names, kind in ((ELEMENTS, DTYPES[self.dtype]), (SUMS, "fp32"), (INT32, "i32"), (INT64, "i64")):
+            if name in names:
+                return f"*{kind}"
+        return "fp32" if name in FLOATS else "i32"
+
+
+def configurations(architecture: int = config.DEFAULT_ARCHITECTURE) -> list[Configuration]:
+    """All configurations of one architecture, each once."""
+    found: dict[str, Configuration] = {}
+    for case in _cases(architecture):
+        made = case.configuration()
+        found.setdefault(f"{made} {made.signature}", made)
+    return list(found.values())
+
+
+def _cases(architecture: int) -> Iterator[_Case]:
+    table = {"HAS_FIRST": True, "HAS_TABLE": True, "HAS_OWN": True, "GROUP": GROUP_SIZES[0]}
+    yield _Case(index.count_entries, config.tiles("count_entries") | table)
+    yield _Case(index.scatter_entries, config.tiles("scatter_entries"))
+    for dtype in DTYPES:
+        for size in config.HEAD_SIZES:
+            yield from _rows(dtype, size, architecture)
+            for group in GROUP_SIZES:
+                for length in LENGTHS:
+                    yield from _attention(dtype, size, length, group, architecture)
+
+
+def _rows(dtype: torch.dtype, size: int, architecture: int) -> Iterator[_Case]:
+    for kernel in (means.block_means, piece_sums.add_pieces, backward_queries.output_delta_rows):
+        yield _Case(kernel, config.tiles(kernel.__name__, dtype, size, architecture=architecture), dtype)
+    for group in GROUP_SIZES:
+        for kernel in (own.merge_rows, backward_queries.add_dq):
+            settings = config.tiles(kernel.__name__, dtype, size, architecture=architecture) | {"GROUP": group}
+            yield _Case(kernel, settings, dtype, {"out": "*fp32", "dq": "*fp32"})
+        for num_past in NUM_PAST:
+            yield _Case(
+                route.select_blocks,
+                config.route_tiles(dtype, size, num_past, architecture=architecture) | {"GROUP": group},
+                dtype,
+            )
+            if dtype == torch.float32:
+                settings = config.route_tiles(dtype, size, num_past, group, architecture)
+                yield _Case(route.select_blocks, settings | {"GROUP": group}, dtype)
+        settings = config.tiles("attend_cached", dtype, size, architecture=architecture) | {"GROUP": group}
+        yield _Case(decoding.attend_cached, settings, dtype, {"part": "*fp32"})
+
+
+def _attention(dtype: torch.dtype, size: int, length: int, group: int, architecture: int) -> Iterator[_Case]:
+    def case(name: str, kernel: Any, types: dict[str, str] | None = None, **flags: bool) -> _Case:
+        settings = config.tiles(name, dtype, size, length, architecture)
+        return _Case(kernel, settings | {"GROUP": group} | flags, dtype, types or {})
+
+    if config.holds_unit("attend_short_units", dtype, size, length, architecture):
+        yield case("attend_short_units", units.attend_short_units)
+    else:
+        yield case("attend_long_units", units.attend_long_units)
+    if config.holds_unit("units_dkdv_dq", dtype, size, length, architecture):
+        yield case("units_dkdv_dq", backward_keys.units_dkdv, WRITE_DQ=True)
+    else:
+        yield case("units_dkdv", backward_keys.units_dkdv, WRITE_DQ=False)
+        yield case("units_dq", backward_queries.units_dq)
+    wide = {"out": "*fp32", "dq": "*fp32"}
+    yield case("own_dkdv", backward_keys.own_dkdv)
+    for types, merge in (({}, True), ({}, False), (wide, False)):
+        yield case("attend_own", own.attend_own, types, MERGE=merge)
+    for types, merge, add in (({}, True, False), ({}, False, False), (wide, False, True)):
+        yield case("own_dq", backward_queries.own_dq, types, MERGE=merge, ADD=add)

@@ -1,0 +1,105 @@
+"""What all kernels share: matrix products, and where a query row lies.
+
+Conventions of every kernel here. Tensors are contiguous but for keys and values, which have a row and a head stride.
+`HEAD_SIZE` is D and `WIDTH` the power of two that holds it; columns beyond D are read as zero. `GROUP` is the number of
+query heads per key head: the rows of a key head are numbered token by token and, within a token, head by head, so that
+any number of heads fills a tile. Scores are kept in base 2: exp(x) is exp2(x * LOG2_E). Addresses are 64-bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Arguments that differ from call to call: compiled code does not depend on their values.
+COUNTS = [
+    "num_rows",
+    "num_tokens",
+    "num_blocks",
+    "num_lists",
+    "num_units",
+    "num_stretches",
+    "first_token",
+    "first_group",
+    "chunks",
+    "chunk_entries",
+    "entries",
+    "piece_size",
+    "tile_rows",
+]
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+# Triton's interpreter multiplies bf16 wrongly; in it, 16-bit operands are widened first.
+INTERPRETED = tl.constexpr(not isinstance(_probe, triton.runtime.JITFunction))
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """a @ b (+ acc) with fp32 sums; fp32 operands are multiplied in fp32, not in TF32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def row_offsets(token, head, num_heads):
+    """Place of (token, head) in a [T, N] tensor, as int64."""
+    return token.to(tl.int64) * num_heads + head
+
+
+@triton.jit
+def load_rows(source, offset, inside, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of HEAD_SIZE elements at `source + offset` as a tile [rows, WIDTH]; zero outside."""
+    column = tl.arange(0, WIDTH)
+    mask = inside[:, None]
+    if HEAD_SIZE < WIDTH:
+        mask = mask & (column < HEAD_SIZE)[None, :]
+    return tl.load(source + offset[:, None] + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(target, offset, inside, tile, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """The reverse of `load_rows`, in the target's dtype."""
+    column = tl.arange(0, WIDTH)
+    mask = inside[:, None]
+    if HEAD_SIZE < WIDTH:
+        mask = mask & (column < HEAD_SIZE)[None, :]
+    tl.store(target + offset[:, None] + column[None, :], tile.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def safe_lse(lse):
+    """Log-sum-exps in base 2 for exp2(score - lse): rows without keys (-inf) get weight 0 instead of NaN."""
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+
+
+@triton.jit
+def merge_parts(acc, top, total, part, part_lse, units, entry, inside, slots,
+                HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Merge a row's partial outputs, in slot order, into its running (acc, top, total) by log-sum-exp in base 2.
+
+    Args:
+        acc [rows, WIDTH], top [rows], total [rows]: sum of exp2(score - top) * value, largest score, sum of weights.
+        entry [rows]: int64 number of each row's first entry.
+        slots: entries per row; those whose unit is -1 were never written.
+    """
+    for slot in range(0, slots):
+        there = inside & (tl.load(units + entry + slot, mask=inside, other=-1) >= 0)
+        lse = tl.load(part_lse + entry + slot, mask=there, other=float("-inf")) * LOG2_E
+        rows = load_rows(part, (entry + slot) * HEAD_SIZE, there, HEAD_SIZE, WIDTH)
+        higher = tl.maximum(top, lse)
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        keep = tl.exp2(top - shift)
+        weight = tl.exp2(lse - shift)
+        acc = acc * keep[:, None] + rows.to(tl.float32) * weight[:, None]
+        total = total * keep + weight
+        top = higher
+    return acc, top, total

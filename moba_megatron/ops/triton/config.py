@@ -1,0 +1,193 @@
+"""Launch settings of the kernels: tile shapes, warps and pipeline stages for an element size, a head size and an
+architecture.
+
+The shapes of `tile_table` are those with which no kernel spills registers and shared memory fits the chip (both read
+from the compiled code, see `catalog`). Settings depend on nothing but these sizes: the same inputs meet the same tiles
+in the forward pass and its recomputation.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from moba_megatron.ops.triton.tile_table import FP32_TILES, TILES
+
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_SIZES = (64, 96, 128, 192, 256)
+# What the interpreter takes.
+DEFAULT_ARCHITECTURE = 90
+
+# Kernels bound by memory alone: (elements of a tile [rows, width], what its rows are, warps).
+STREAMING = {
+    "block_means": (4096, "BLOCK_N", 4),
+    "add_pieces": (4096, "BLOCK_N", 4),
+    "attend_cached": (8192, "BLOCK_N", 4),
+    "merge_rows": (4096, "BLOCK_M", 16),
+    "add_dq": (4096, "BLOCK_M", 8),
+    "output_delta_rows": (8192, "BLOCK_M", 4),
+}
+# Members of a tile, warps.
+INDEX_TILES = {"count_entries": (1024, 4), "scatter_entries": (64, 4)}
+
+# Members of a piece of a list of short units: enough to pay for loading the unit's keys.
+SHORT_PIECE = 512
+# Programs that build an index, at most: each counts for itself, so that this bounds the counts in memory.
+MOST_CHUNKS = 1024
+
+
+class Tile(NamedTuple):
+    """Query rows and keys of a tile, warps of a program, stages of its pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def checked(tensor: Tensor) -> Tensor:
+    """A tensor whose rows the kernels can read: its last dimension contiguous.
+
+    Raises:
+        ValueError: a dtype or head size without kernels.
+    """
+    if tensor.dtype not in SUPPORTED_DTYPES:
+        raise ValueError(
+            f"the triton backend takes bfloat16, float16 and float32, not {tensor.dtype}: cast, or use "
+            "backend='gathered'"
+        )
+    if tensor.shape[-1] > HEAD_SIZES[-1]:
+        raise ValueError(
+            f"the triton backend takes head sizes up to {HEAD_SIZES[-1]}, not {tensor.shape[-1]}: use "
+            "backend='gathered'"
+        )
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def width_of(head_size: int) -> int:
+    """Columns of a tile that holds a head.
+
+    >>> width_of(96), width_of(8)
+    (128, 16)
+    """
+    return max(16, triton.next_power_of_2(head_size))
+
+
+def table_of(architecture: int) -> int:
+    """The architecture of the table whose tiles run on one that may not be in it.
+
+    Chips with the shared memory of sm_90 and its kin take the nearest of these; all others the frugal tiles of sm_80.
+
+    >>> table_of(103), table_of(89), table_of(120)
+    (100, 80, 80)
+    """
+    return architecture // 10 * 10 if architecture // 10 in (9, 10) else 80
+
+
+def _tile(kernel: str, dtype: torch.dtype, head_size: int, architecture: int, longest: int) -> Tile:
+    table = FP32_TILES if dtype == torch.float32 else TILES[table_of(architecture)]
+    listed = next(size for size in HEAD_SIZES if size >= head_size)
+    choice = table[kernel][dtype.itemsize, listed]
+    return Tile(*next((tile for tile in choice if tile[1] >= longest), choice[-1]))
+
+
+def tiles(
+    kernel: str,
+    dtype: torch.dtype | None = None,
+    head_size: int = 0,
+    longest: int = 0,
+    architecture: int = DEFAULT_ARCHITECTURE,
+) -> dict[str, int]:
+    """Launch settings of a kernel: its sizes known at compile time, `num_warps` and `num_stages`.
+
+    Args:
+        dtype, head_size: of the inputs; for kernels that read rows.
+        longest: keys of the longest unit or triangle; no tile has more keys than it needs.
+    """
+    if kernel in INDEX_TILES:
+        members, warps = INDEX_TILES[kernel]
+        # One stage: a tile's loads may not run ahead of the stores of the one before.
+        return {"BLOCK_E": members, "num_warps": warps, "num_stages": 1}
+    assert dtype is not None
+    width = width_of(head_size)
+    settings = {"HEAD_SIZE": head_size, "WIDTH": width}
+    if kernel in STREAMING:
+        elements, side, warps = STREAMING[kernel]
+        return settings | {side: max(16, elements // width), "num_warps": warps}
+    tile = _tile(kernel, dtype, head_size, architecture, longest)
+    keys = min(tile.keys, max(16, triton.next_power_of_2(longest)))
+    return settings | {"BLOCK_M": tile.rows, "BLOCK_N": keys, "num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def route_tiles(
+    dtype: torch.dtype,
+    head_size: int,
+    num_past: int,
+    rows: int | None = None,
+    architecture: int = DEFAULT_ARCHITECTURE,
+) -> dict[str, int]:
+    """Launch settings of routing, for K = `num_past` blocks to keep and, in decoding, only so many rows in a tile."""
+    tile = _tile("select_blocks", dtype, head_size, architecture, 0)
+    return {
+        "HEAD_SIZE": head_size,
+        "WIDTH": width_of(head_size),
+        "PLANES": 1 if dtype == torch.float32 else 3,
+        "KEEP": triton.next_power_of_2(num_past),
+        "BLOCK_M": tile.rows if rows is None else max(16, triton.next_power_of_2(rows)),
+        "BLOCK_N": tile.keys,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def holds_unit(
+    kernel: str, dtype: torch.dtype, head_size: int, longest: int, architecture: int = DEFAULT_ARCHITECTURE
+) -> bool:
+    """Whether a kernel that takes whole units (`attend_short_units`, `units_dkdv_dq`) takes units of `longest` keys."""
+    return longest <= _tile(kernel, dtype, head_size, architecture, longest).keys
+
+
+def tiles_for(kernel: str, tensor: Tensor, longest: int = 0) -> dict[str, int]:
+    """`tiles` for a tensor of the inputs, [.., D], on the device where it lies."""
+    return tiles(kernel, tensor.dtype, tensor.shape[-1], longest, architecture_of(tensor))
+
+
+def holds_unit_for(kernel: str, tensor: Tensor, longest: int) -> bool:
+    """`holds_unit` for a tensor of the inputs, [.., D], on the device where it lies."""
+    return holds_unit(kernel, tensor.dtype, tensor.shape[-1], longest, architecture_of(tensor))
+
+
+def piece_size(kernel: str, settings: dict[str, int], longest: int = 0) -> int:
+    """Members of a piece of a list, for the launch settings of `tiles`."""
+    if kernel == "attend_short_units":
+        return SHORT_PIECE
+    if kernel in ("units_dkdv", "units_dkdv_dq"):
+        return max(SHORT_PIECE, 4 * triton.next_power_of_2(longest))
+    return settings["BLOCK_M"]
+
+
+def chunks(entries: int, groups: int) -> tuple[int, int]:
+    """(chunks, entries per chunk) for the index of `groups` key heads with so many entries each.
+
+    >>> chunks(5000, 2)
+    (5, 1024)
+    """
+    size = INDEX_TILES["count_entries"][0]
+    most = max(1, MOST_CHUNKS // groups)
+    per_chunk = size * max(1, -(-entries // (size * most)))
+    return max(1, -(-entries // per_chunk)), per_chunk
+
+
+def architecture_of(tensor: Tensor) -> int:
+    """Compute capability of a tensor's device as one number: 90 for 9.0, and for the interpreter."""
+    return _architecture(tensor.device.index) if tensor.is_cuda else DEFAULT_ARCHITECTURE
+
+
+@functools.cache
+def _architecture(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor

@@ -1,0 +1,168 @@
+"""Forward of triangles (stretches that attend themselves causally: own blocks, in a whole pack) and the merge.
+
+`attend_own` holds a tile of query rows of one key head, streams the stretch's keys up to the tile's last token, and
+then, without writing anything in between, merges the row's partial outputs of past blocks in slot order: no partial of
+the own block exists. `merge_rows` is the merge alone, into outputs that are there already, for fragments without
+triangles.
+
+Traffic per query row: q and out once, S D elements of partials, and the stretch's keys and values from cache.
+
+Legend: T tokens, N query heads, D head size, S slots of a row, E entries of a pass.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moba_megatron.ops.fragments import Keys
+from moba_megatron.ops.triton import config
+from moba_megatron.ops.triton.common import COUNTS, LN_2, LOG2_E, dot, load_rows, merge_parts, row_offsets, store_rows
+from moba_megatron.ops.triton.fragment import DeviceFragment
+from moba_megatron.ops.triton.index import Pass, cut_stretches
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def attend_own(
+    q,
+    k,
+    v,
+    start,
+    end,
+    list_of,
+    piece_first,
+    part,
+    part_lse,
+    units,
+    out,
+    lse,
+    softmax_scale,
+    k_row,
+    k_head,
+    num_stretches,
+    slots,
+    first_token,
+    num_tokens,
+    first_group,
+    num_heads,
+    HEAD_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    MERGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program per (tile of rows of a stretch, key head); only tokens of the pass are written."""
+    tile, group = tl.program_id(0), tl.program_id(1)
+    stretch = tl.load(list_of + tile)
+    if stretch >= num_stretches:
+        return
+    begin = tl.load(start + stretch)
+    length = (tl.load(end + stretch) - begin).to(tl.int32)
+    row = (tile - tl.load(piece_first + stretch)).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
+    own = row // GROUP
+    token = begin + own
+    inside = (own < length) & (token >= first_token) & (token < first_token + num_tokens)
+    if tl.max(inside.to(tl.int32), axis=0) == 0:
+        return
+    at = row_offsets(token, (first_group + group) * GROUP + row % GROUP, num_heads)
+    queries = load_rows(q, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
+    base = begin * k_row + group.to(tl.int64) * k_head
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, WIDTH], dtype=tl.float32)
+    last = tl.minimum(tl.max(own, axis=0) + 1, length)
+    for first in range(0, last, BLOCK_N):
+        key = first + tl.arange(0, BLOCK_N)
+        keys = load_rows(k + base, key.to(tl.int64) * k_row, key < length, HEAD_SIZE, WIDTH)
+        score = dot(queries, tl.trans(keys)) * (softmax_scale * LOG2_E)
+        score = tl.where(key[None, :] <= own[:, None], score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, axis=1))
+        weight = tl.exp2(score - higher[:, None])
+        keep = tl.exp2(top - higher)
+        total = total * keep + tl.sum(weight, axis=1)
+        values = load_rows(v + base, key.to(tl.int64) * k_row, key < length, HEAD_SIZE, WIDTH)
+        acc = dot(weight.to(values.dtype), values, acc * keep[:, None])
+        top = higher
+    if MERGE:
+        entry = ((group * num_tokens + token - first_token) * GROUP + row % GROUP) * slots
+        acc, top, total = merge_parts(acc, top, total, part, part_lse, units, entry, inside, slots, HEAD_SIZE, WIDTH)
+    store_rows(out, at * HEAD_SIZE, inside, acc / total[:, None], HEAD_SIZE, WIDTH)
+    tl.store(lse + at, (top + tl.log2(total)) * LN_2, mask=inside)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def merge_rows(
+    part,
+    part_lse,
+    units,
+    out,
+    lse,
+    num_rows,
+    slots,
+    first_token,
+    num_tokens,
+    first_group,
+    num_heads,
+    HEAD_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """One program per tile of rows of the pass: merge partial outputs into out and lse, in place."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < num_rows
+    token, head = row // GROUP, row % GROUP
+    group = token // num_tokens
+    at = row_offsets(first_token + token - group * num_tokens, (first_group + group) * GROUP + head, num_heads)
+    top = tl.load(lse + at, mask=inside, other=float("-inf")) * LOG2_E
+    total = tl.where(top == float("-inf"), 0.0, 1.0)
+    acc = load_rows(out, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH).to(tl.float32) * total[:, None]
+    acc, top, total = merge_parts(acc, top, total, part, part_lse, units, row * slots, inside, slots, HEAD_SIZE, WIDTH)
+    empty = total == 0
+    store_rows(out, at * HEAD_SIZE, inside, acc / tl.where(empty, 1.0, total)[:, None], HEAD_SIZE, WIDTH)
+    merged = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * LN_2)
+    tl.store(lse + at, merged, mask=inside)
+
+
+def own_forward(
+    q_TND: Tensor,
+    keys: Keys,
+    work: Pass,
+    fragment: DeviceFragment,
+    softmax_scale: float,
+    parts: tuple[Tensor, Tensor, Tensor] | None,
+    out_TND: Tensor,
+    lse_TN: Tensor,
+) -> None:
+    """Write out and lse of the pass's rows under triangles.
+
+    Args:
+        parts: partial outputs [E, D], their log-sum-exps fp32 [E] and units int32 [E], to be merged in; None for none.
+        out_TND: contiguous, in q's dtype or fp32.
+    """
+    merge = parts is not None
+    tiles = config.tiles_for("attend_own", q_TND, fragment.triangles.longest)
+    pieces = cut_stretches(fragment.triangles, tiles["BLOCK_M"], work.group_size)
+    if pieces.pieces == 0:
+        return
+    part, part_lse, units = parts if merge else (q_TND, lse_TN, pieces.list_of)
+    first = work.groups.start
+    attend_own[(pieces.pieces, work.num_groups)](
+        q_TND, keys.k[:, first:], keys.v[:, first:], fragment.triangles.start, fragment.triangles.end,
+        pieces.list_of, pieces.first, part, part_lse, units, out_TND, lse_TN,
+        softmax_scale, keys.k.stride(0), keys.k.stride(1), fragment.triangles.count,
+        work.slots, work.tokens.start, work.num_tokens, work.first_head_group, q_TND.shape[1],
+        GROUP=work.group_size, MERGE=merge, **tiles,
+    )  # fmt: skip
+
+
+def merge_forward(work: Pass, parts: tuple[Tensor, Tensor, Tensor], out_TND: Tensor, lse_TN: Tensor) -> None:
+    """Merge partial outputs (as for `own_forward`) into the out and lse of all rows of the pass, in place."""
+    tiles = config.tiles_for("merge_rows", parts[0])
+    merge_rows[(triton.cdiv(work.rows, tiles["BLOCK_M"]),)](
+        *parts, out_TND, lse_TN, work.rows, work.slots,
+        work.tokens.start, work.num_tokens, work.first_head_group, out_TND.shape[1],
+        GROUP=work.group_size, **tiles,
+    )  # fmt: skip

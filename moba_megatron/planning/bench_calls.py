@@ -1,0 +1,126 @@
+"""What benchmarks time: inputs, forward or forward + backward of an operator on them, its seconds and its memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moba_megatron.ops import full_attention
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+MODES = ("fwd", "fwd+bwd")
+
+Call = Callable[[], None]
+
+
+def random_inputs(
+    length: int, heads: int, groups: int, head_size: int, dtype: str, device: str, seed: int
+) -> list[Tensor]:
+    """q [T, N, D], k and v [T, G, D] from a standard normal; made on the device, so other devices draw others."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shapes = [(length, h, head_size) for h in (heads, groups, groups)]
+    return [torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(DTYPES[dtype])
+            for shape in shapes]  # fmt: skip
+
+
+def clear_inputs(
+    length: int, heads: int, groups: int, head_size: int, dtype: str, device: str, seed: int, block_size: int
+) -> list[Tensor]:
+    """Inputs whose best blocks stand far apart, also where block means are rounded to 8 bits.
+
+    Keys vary freely about their block's mean, which is zero but for one coordinate: there the blocks have distinct
+    levels between 0 and 1. Queries have at least 1 there, with either sign, so that half of them want the highest
+    levels and half the lowest.
+    """
+    q, k, v = random_inputs(length, heads, groups, head_size, "fp32", device, seed)
+    blocks = -(-length // block_size)
+    generator = torch.Generator().manual_seed(seed)
+    levels = (torch.randperm(blocks, generator=generator) / blocks).to(device)
+    for number, block in enumerate(k.split(block_size)):
+        block -= block.mean(0)
+        block[..., 0] += levels[number]
+    sign = torch.where(q[..., 0] < 0, -1.0, 1.0)
+    q[..., 0] = sign * (1 + q[..., 0].abs())
+    return [x.to(DTYPES[dtype]) for x in (q, k, v)]
+
+
+def full_call(tensors: list[Tensor], mode: str, backend: str) -> Call:
+    """Full causal attention by a backend, on tensors laid out as it likes them."""
+    if backend == "flash_attn":
+        return call_of(lambda *x: full_attention(*x, backend=backend), tensors, torch.ones_like(tensors[0]), mode)
+    heads_first = [x.transpose(0, 1).contiguous() for x in tensors]
+    upstream = torch.ones_like(heads_first[0]).transpose(0, 1)
+    return call_of(
+        lambda *x: full_attention(*(y.transpose(0, 1) for y in x), backend=backend), heads_first, upstream, mode
+    )
+
+
+def call_of(operator: Callable[..., Tensor], tensors: list[Tensor], upstream: Tensor, mode: str) -> Call:
+    """A call without arguments that runs the operator forward, or forward and backward from `upstream`."""
+    leaves = [x.detach().requires_grad_(mode == "fwd+bwd") for x in tensors]
+
+    def forward() -> None:
+        with torch.no_grad():
+            operator(*leaves)
+
+    def both() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        operator(*leaves).backward(upstream)
+
+    return forward if mode == "fwd" else both
+
+
+def seconds_of(call: Call, device: str) -> float:
+    """Time of one call; on a GPU between two events of its stream."""
+    if device == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def median_seconds(calls: dict[str, Call], runs: int, device: str, limit: float | None) -> dict[str, float]:
+    """Medians of `runs` runs of each call in turn, after a warm-up of each.
+
+    Once `limit` seconds are spent there are no further runs; if the warm-up took that long, it counts itself.
+    """
+    started = time.perf_counter()
+    times = {name: [seconds_of(call, device)] for name, call in calls.items()}
+    for run in range(runs):
+        if limit is not None and time.perf_counter() - started > limit:
+            break
+        for name, call in calls.items():
+            seconds = seconds_of(call, device)
+            times[name] = [*times[name], seconds] if run else [seconds]
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_bytes(call: Call, device: str) -> int:
+    """Most bytes that tensors made during the call held at once."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

@@ -1,0 +1,200 @@
+"""What must hold of the operator on a GPU, as functions of device and backend, through public functions only.
+
+They run on a CPU as well, so that the checks themselves are proven where there is no GPU (`test_gpu_checks.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moba_megatron.ops import moba_attention, select_blocks
+from moba_megatron.ops.reference import reference_attend, reference_select
+
+# Rows whose last chosen and first refused block score closer than this may choose either.
+MARGIN = 1e-3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Documents, heads and settings of one call."""
+
+    bounds: tuple[int, ...]
+    block_size: int
+    top_k: int
+    heads: int = 4
+    groups: int = 2
+    size: int = 64
+
+    @property
+    def tokens(self) -> int:
+        return self.bounds[-1]
+
+    @property
+    def settings(self) -> dict[str, int]:
+        return {"block_size": self.block_size, "top_k": self.top_k}
+
+    def cu_seqlens(self, device: str) -> Tensor:
+        return torch.tensor(self.bounds, dtype=torch.int32, device=device)
+
+
+def inputs(shape: Shape, device: str, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    """q [T, N, D], k and v [T, G, D], and the gradient of the output [T, N, D]."""
+    generator = torch.Generator(device).manual_seed(seed)
+    heads = (shape.heads, shape.groups, shape.groups, shape.heads)
+    sizes = [(shape.tokens, n, shape.size) for n in heads]
+    return [torch.randn(size, generator=generator, device=device).to(dtype) for size in sizes]
+
+
+def results(attention, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
+    """Output and gradients."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    out = attention(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def operator(shape: Shape, device: str, backend: str):
+    """The operator with everything but q, k and v given."""
+    bounds = shape.cu_seqlens(device)
+    return lambda *x: moba_attention(*x, bounds, backend=backend, **shape.settings)
+
+
+def clear_rows(q: Tensor, k: Tensor, shape: Shape) -> Tensor:
+    """bool [T, N]: rows whose choice of blocks does not hang on rounding, in fp64."""
+    clear = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
+    num_past, repeat, block = shape.top_k - 1, q.shape[1] // k.shape[1], shape.block_size
+    for start, end in zip(shape.bounds, shape.bounds[1:], strict=False):
+        whole = (end - start) // block
+        if num_past == 0 or whole <= num_past:
+            continue
+        means = k[start : start + whole * block].double().unflatten(0, (whole, block)).mean(1)
+        scores = torch.einsum("tnd,mnd->tnm", q[start:end].double(), means.repeat_interleave(repeat, 1))
+        own = torch.arange(end - start, device=q.device).view(-1, 1, 1) // block
+        scores = scores.masked_fill(torch.arange(whole, device=q.device) >= own, -torch.inf)
+        best = scores.topk(num_past + 1, dim=-1).values
+        clear[start:end] = ~((best[..., -2] - best[..., -1]) < MARGIN)  # NaN where there are too few: clear
+    return clear
+
+
+def plain_attend(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, shape: Shape) -> Tensor:
+    """What one would write in the inputs' own dtype: the yardstick of the tolerance."""
+    repeat, device = q.shape[1] // k.shape[1], q.device
+    position = torch.arange(q.shape[0], device=device)
+    bounds = shape.cu_seqlens(q.device)
+    document = torch.searchsorted(bounds[1:].long(), position, right=True)
+    block = (position - bounds[document]) // shape.block_size
+    same = document[:, None] == document
+    own = same & (block[:, None] == block) & (position[:, None] >= position)
+    chosen = (ids[..., None] == block).any(2) & same[:, None]
+    scores = torch.einsum("tnd,snd->nts", q, k.repeat_interleave(repeat, 1)) / math.sqrt(q.shape[2])
+    scores = scores.masked_fill(~(own | chosen.transpose(0, 1)), -torch.inf)
+    return torch.einsum("nts,snd->tnd", scores.softmax(-1), v.repeat_interleave(repeat, 1))
+
+
+def check_selection(shape: Shape, device: str, dtype: torch.dtype) -> None:
+    """Chosen blocks, and their order by falling score, equal those of fp64 in every clear row."""
+    q, k, _, _ = inputs(shape, device, dtype)
+    bounds = shape.cu_seqlens(device)
+    ids = select_blocks(q, k, bounds, **shape.settings)[..., 1:]
+    exact = reference_select(q.double(), k.double(), bounds, shape.block_size, shape.top_k - 1)
+    clear = clear_rows(q, k, shape)
+    assert clear.double().mean() > 0.9
+    assert torch.equal(ids.sort(-1).values[clear], exact.sort(-1).values[clear])
+    assert (ids != exact).double().mean() < 1e-2
+
+
+def check_against_definition(shape: Shape, device: str, dtype: torch.dtype, backend: str) -> None:
+    """Output and gradients in fp64 with the same ids: at most twice the error of plain PyTorch, and rounding."""
+    q, k, v, dout = inputs(shape, device, dtype)
+    bounds, scale = shape.cu_seqlens(device), 1 / math.sqrt(shape.size)
+    clear = clear_rows(q, k, shape).unsqueeze(-1)
+    dout = dout * clear
+    wide = [x.double() for x in (q, k, v, dout)]
+    ids = reference_select(wide[0], wide[1], bounds, shape.block_size, shape.top_k - 1)
+    got = results(operator(shape, device, backend), q, k, v, dout)
+    want = results(lambda *x: reference_attend(*x, ids, bounds, shape.block_size, scale)[0], *wide)
+    plain = results(lambda *x: plain_attend(*x, ids, shape), q, k, v, dout)
+    for name, a, b, c in zip(("out", "dq", "dk", "dv"), got, want, plain, strict=True):
+        if name == "out":
+            a, b, c = a * clear, b * clear, c * clear
+        assert a.dtype == dtype and a.isfinite().all()
+        rounding = 2 * torch.finfo(dtype).eps * float(b.abs().max())
+        error, allowed = float((a - b).abs().max()), 2 * float((c - b).abs().max()) + rounding
+        assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
+
+
+def check_same_bits(shape: Shape, device: str, dtype: torch.dtype, backend: str, runs: int = 3) -> None:
+    """Output and gradients do not depend on what ran first."""
+    tensors = inputs(shape, device, dtype)
+    first = results(operator(shape, device, backend), *tensors)
+    for _ in range(runs - 1):
+        again = results(operator(shape, device, backend), *tensors)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@contextlib.contextmanager
+def deterministic(poisoned: bool):
+    """PyTorch's deterministic algorithms; where poisoned, every buffer that it hands out uninitialised holds NaN, or
+    the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = poisoned
+    try:
+        assert torch.empty(3).isnan().all() or not poisoned
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def check_poisoned(shape: Shape, device: str, dtype: torch.dtype, backend: str) -> None:
+    """Nothing that was not written is read: the same bits where memory starts as NaN."""
+    tensors = inputs(shape, device, dtype)
+
+    def everything():
+        ids = select_blocks(*tensors[:2], shape.cu_seqlens(device), **shape.settings)
+        return [ids, *results(operator(shape, device, backend), *tensors)]
+
+    with deterministic(poisoned=False):
+        want = everything()
+    with deterministic(poisoned=True):
+        got = everything()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def check_last_document(shape: Shape, device: str, dtype: torch.dtype, backend: str) -> None:
+    """The last document of a pack, whose rows have the largest addresses, equals the same document alone."""
+    tensors = inputs(shape, device, dtype)
+    start, end = shape.bounds[-2:]
+    alone = Shape((0, end - start), shape.block_size, shape.top_k, shape.heads, shape.groups, shape.size)
+    want = results(operator(alone, device, backend), *(x[start:end] for x in tensors))
+    leaves = [x.requires_grad_() for x in tensors[:3]]
+    out = operator(shape, device, backend)(*leaves)
+    got = [out.detach(), *torch.autograd.grad(out, leaves, tensors[3])]
+    for a, b in zip(got, want, strict=True):
+        difference = (a[start:end].float() - b.float()).abs().max()
+        assert difference <= 4 * torch.finfo(dtype).eps * b.float().abs().max()
+
+
+def forward_backward_peaks(shape: Shape, dtype: torch.dtype, backend: str) -> tuple[int, int]:
+    """Bytes held at most on the GPU beyond inputs and outputs: in the forward pass alone, and in the backward."""
+    leaves = [x.requires_grad_() for x in inputs(shape, "cuda", dtype)]
+    dout = leaves.pop().detach()
+    attend = operator(shape, "cuda", backend)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = attend(*leaves)
+    torch.cuda.synchronize()
+    forward = torch.cuda.max_memory_allocated() - before - out.nbytes
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gradients = torch.autograd.grad(out, leaves, dout)
+    torch.cuda.synchronize()
+    backward = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in gradients)
+    return forward, backward

@@ -1,0 +1,58 @@
+"""Full attention and other packages on a GPU, and the benchmark end to end: `pytest -m gpu`."""
+
+import io
+
+import gpu_checks as checks
+import pytest
+import torch
+from gpu_checks import Shape
+from rich.console import Console
+
+from moba_megatron.ops import full_attention
+from moba_megatron.ops.backends import BACKENDS, FULL_BACKENDS
+from moba_megatron.planning.bench import disagreement, run_bench
+from moba_megatron.planning.bench_types import BenchSettings
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+PACK = Shape((0, 1, 1, 700, 733, 2000), block_size=2048, top_k=1, heads=8, groups=2, size=128)
+
+
+def skip_without(table, name):
+    reason = table[name].unavailable(torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("name", FULL_BACKENDS)
+@pytest.mark.parametrize("bounds", [(0, 2000), PACK.bounds])
+def test_full_attention_equals_the_definition(name, bounds):
+    """Blocks longer than every document make MoBA's definition full attention."""
+    skip_without(FULL_BACKENDS, name)
+    shape = Shape(bounds, PACK.block_size, 1, PACK.heads, PACK.groups, PACK.size)
+    q, k, v, dout = checks.inputs(shape, "cuda", torch.bfloat16)
+    cu = None if len(bounds) == 2 else shape.cu_seqlens("cuda")
+    got = checks.results(lambda *x: full_attention(*x, cu, max_seqlen=2000, backend=name), q, k, v, dout)
+    want = checks.results(checks.operator(shape, "cuda", "reference"), *(x.double() for x in (q, k, v, dout)))
+    none = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device="cuda")
+    plain = checks.results(lambda *x: checks.plain_attend(*x, none, shape), q, k, v, dout)
+    for a, b, c in zip(got, want, plain, strict=True):
+        rounding = 2 * torch.finfo(a.dtype).eps * float(b.abs().max())
+        assert float((a - b).abs().max()) <= 2 * float((c - b).abs().max()) + rounding
+
+
+@pytest.mark.parametrize(("block_size", "top_k"), [(64, 16), (128, 8), (512, 3)])
+def test_flash_moba_counts_blocks_as_we_do(block_size, top_k):
+    skip_without(BACKENDS, "flash_moba")
+    settings = BenchSettings(num_heads=4, num_groups=2, head_size=128, backend="flash_moba", device="cuda")
+    assert disagreement(settings, "bf16", block_size, top_k) is None
+
+
+def test_the_benchmark_runs(tmp_path):
+    settings = BenchSettings(
+        lengths=(4096, 8192), blocks=((128, 8),), dtypes=("bf16",), backend="auto", device="cuda", runs=2,
+        num_heads=8, num_groups=2, head_size=128, full=("torch_flash", "cudnn", "flash_attn"),
+    )  # fmt: skip
+    result = run_bench(settings, tmp_path, console=Console(file=io.StringIO()))
+    assert len(result.rows) == 4 and not [line for line in result.refused if not line.startswith("flash_moba")]
+    assert all(row.dense_by in settings.full and row.attended_flops > 0 for row in result.rows)

@@ -1,0 +1,39 @@
+"""Context parallelism through the kernels in Triton's interpreter: every exchange on two ranks, held against the
+portable backend."""
+
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from kernel_examples import cu, inputs, results
+
+from moba_megatron.parallel.attention import ContextGroups, context_attention
+from moba_megatron.parallel.layout import shard_positions
+
+EXCHANGES = ("p2p", "all_gather", "a2a", "dispatch")
+BOUNDS = [0, 8, 8, 40]
+
+
+def differences() -> dict[str, float]:
+    """On one of two ranks: for each exchange, MoBA or full, the largest difference of output and gradients."""
+    rank = dist.get_rank()
+    mine = shard_positions(torch.tensor(BOUNDS), 2, rank)
+    tensors = [x[mine].contiguous() for x in inputs(BOUNDS[-1], 4, 2, size=8)]
+    found = {}
+    for exchange in EXCHANGES:
+        for block_size, top_k in ((5, 3), (None, None)):
+            if exchange == "dispatch" and block_size is None:
+                continue
+            settings = dict(
+                groups=ContextGroups(dist.group.WORLD), exchange=exchange, block_size=block_size, top_k=top_k
+            )
+            got, want = (
+                results(lambda *x, b=b, s=settings: context_attention(*x, cu(BOUNDS), backend=b, **s), *tensors)
+                for b in ("triton", "gathered")
+            )
+            found[f"{exchange} {block_size}"] = max(float((a - b).abs().max()) for a, b in zip(got, want, strict=True))
+    return found
+
+
+def test_every_exchange_on_two_ranks():
+    for found in run_ranks(2, differences):
+        assert len(found) == 7 and all(error <= 1e-5 for error in found.values()), found

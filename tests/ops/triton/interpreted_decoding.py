@@ -1,0 +1,63 @@
+"""Decoding in Triton's interpreter: token by token, it equals one pass over the whole text."""
+
+import pytest
+import torch
+from kernel_examples import inputs
+
+from moba_megatron.ops import moba_attention
+from moba_megatron.ops.triton import complete_summaries, decode
+from moba_megatron.ops.triton.decoding import PIECE
+
+
+@pytest.mark.parametrize(("block_size", "top_k"), [(8, 3), (7, 1), (16, 2)])
+def test_token_by_token_equals_one_pass(block_size, top_k):
+    """Two sequences of different lengths in one batch; summaries are completed on the way."""
+    lengths, room = (37, 21), 40
+    texts = [inputs(length, 4, 2, seed=seed)[:3] for seed, length in enumerate(lengths)]
+    want = [moba_attention(*x, block_size=block_size, top_k=top_k, backend="gathered") for x in texts]
+    k, v = torch.full((2, 2, room, 2, 16), torch.nan)
+    summaries = torch.full((2, room // block_size, 2, 16), torch.nan)
+    for step in range(max(lengths)):
+        now = torch.tensor([min(step, length - 1) for length in lengths])
+        for sequence, (_, keys, values) in enumerate(texts):
+            at = int(now[sequence])
+            k[sequence, at], v[sequence, at] = keys[at], values[at]
+        complete_summaries(k, summaries, now + 1, block_size)
+        if step % 5 and step < max(lengths) - 1:
+            continue
+        q = torch.stack([text[0][at] for text, at in zip(texts, now.tolist(), strict=True)])
+        out = decode(q, k, v, summaries, now + 1, block_size=block_size, top_k=top_k, softmax_scale=0.25)
+        expected = torch.stack([w[at] for w, at in zip(want, now.tolist(), strict=True)])
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_long_blocks_are_read_in_pieces():
+    block_size = PIECE + 100
+    q, k, v, _ = inputs(2 * block_size + 30, 2, 1)
+    want = moba_attention(q, k, v, block_size=block_size, top_k=2, backend="gathered")[-1:]
+    summaries = k[: 2 * block_size].view(2, block_size, 1, 16).mean(dim=1)
+    out = decode(
+        q[-1:], k[None], v[None], summaries[None], torch.tensor([q.shape[0]]),
+        block_size=block_size, top_k=2, softmax_scale=0.25,
+    )  # fmt: skip
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_caches(dtype):
+    q, k, v, _ = inputs(50, 3, 1, size=24, dtype=dtype)
+    want = moba_attention(*(x.float() for x in (q, k, v)), block_size=8, top_k=3, softmax_scale=0.25)[-1:]
+    summaries = k[:48].float().view(6, 8, 1, 24).mean(dim=1)
+    out = decode(
+        q[-1:], k[None], v[None], summaries[None], torch.tensor([50]), block_size=8, top_k=3, softmax_scale=0.25
+    )
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), want, rtol=1e-2, atol=1e-2)
+
+
+def test_too_many_blocks_are_refused():
+    q, k, v, _ = inputs(70, 1, 1)
+    with pytest.raises(ValueError, match="at most 64 past blocks per query, not 70"):
+        decode(
+            q[-1:], k[None], v[None], k[None], torch.tensor([70]), block_size=1, top_k=100, softmax_scale=0.25
+        )  # fmt: skip

@@ -1,0 +1,118 @@
+"""Attention over fragments of the keys in Triton's interpreter, held against the portable backend."""
+
+import pytest
+import torch
+from kernel_examples import cu, inputs
+
+from moba_megatron.ops import gathered
+from moba_megatron.ops import triton as kernels
+from moba_megatron.ops.fragments import Fragment, Keys
+from moba_megatron.ops.reference import reference_select
+from moba_megatron.parallel.plan import ContextPlan
+
+SCALE = 0.25
+BOUNDS = torch.tensor([0, 8, 8, 60, 120])
+
+
+def accumulated(ops, tasks, q, dtype):
+    """out and lse after attending (keys, ids, fragment) one after the other."""
+    out, lse = torch.zeros(q.shape, dtype=dtype), torch.full(q.shape[:2], -torch.inf)
+    for keys, ids, fragment in tasks:
+        ops.accumulate(q, keys, ids, fragment, SCALE, out, lse)
+    return out, lse
+
+
+def gradients(ops, tasks, q, dout, out, lse):
+    """dq, and dk and dv of each task; their memory is filled with NaN before."""
+    dq, shares = torch.zeros(q.shape), []
+    for keys, ids, fragment in tasks:
+        dk, dv = torch.full((2, *keys.k.shape), torch.nan, dtype=q.dtype)
+        delta = ops.output_delta(dout, out)
+        ops.accumulate_backward(dout, q, keys, ids, fragment, SCALE, out, lse, delta, dq, dk, dv)
+        shares += [dk, dv]
+    return [dq, *shares]
+
+
+def tasks_of(rank, block_size, num_past, dtype=torch.float32):
+    """A rank's part of a pack over two ranks: its queries, and the keys of both as fragments.
+
+    Blocks straddle the ranks, so that units of one block overlap and some units are of the query's own block.
+    """
+    total = int(BOUNDS[-1])
+    q, k, v, dout = inputs(total, 4, 2, dtype=dtype)
+    plan = ContextPlan(BOUNDS, block_size, (1, 2), rank, torch.device("cpu"))
+    ids = reference_select(q, k, cu(BOUNDS.tolist()), plan.layout.block_size, num_past)
+    mine = plan.here.positions
+    tasks = []
+    for source in (rank, 1 - rank):
+        rows = plan.shard(source).positions
+        tasks.append((Keys(k[rows], v[rows], 2), ids[mine], plan.fragment(source)))
+    return q[mine].contiguous(), dout[mine].contiguous(), tasks
+
+
+@pytest.mark.parametrize("block_size", [13, None])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_of_two(rank, block_size):
+    """MoBA with blocks that straddle ranks, and full attention (one block per document, nothing chosen)."""
+    q, dout, tasks = tasks_of(rank, block_size, 2 if block_size else 0)
+    assert any(fragment.own_unit_T is not None for _, _, fragment in tasks)
+    out, lse = accumulated(kernels, tasks, q, torch.float32)
+    want_out, want_lse = accumulated(gathered, tasks, q, torch.float32)
+    torch.testing.assert_close(out, want_out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+    got = gradients(kernels, tasks, q, dout, want_out, want_lse)
+    want = gradients(gathered, tasks, q, dout, want_out, want_lse)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_accumulators_of_both_precisions():
+    """bf16 inputs into an fp32 accumulator and into a bf16 one."""
+    q, _, tasks = tasks_of(1, 13, 2, torch.bfloat16)
+    want = accumulated(
+        gathered, [(Keys(k.k.float(), k.v.float(), 2), i, f) for k, i, f in tasks], q.float(), torch.float32
+    )
+    for dtype, atol in ((torch.float32, 2e-2), (torch.bfloat16, 4e-2)):
+        out, lse = accumulated(kernels, tasks, q, dtype)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.float(), want[0], rtol=0, atol=atol)
+        torch.testing.assert_close(lse, want[1], rtol=1e-5, atol=1e-5)
+
+
+def test_device_form_is_made_once():
+    _, _, tasks = tasks_of(0, 13, 2)
+    fragment = kernels.on_device(tasks[0][2], torch.device("cpu"))
+    assert kernels.on_device(fragment, torch.device("cpu")) is fragment
+
+
+def test_unit_numbers_as_ids_and_some_heads():
+    """Guests of another rank: ids are unit numbers, there are no triangles, and keys are of one head of several."""
+    q, k, v, _ = inputs(40, 4, 2)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(-1, 3, (40, 4, 1), generator=generator, dtype=torch.int32)
+    fragment = Fragment([(0, 11), (11, 12), (12, 40)], [])
+    for first in (0, 1):
+        keys = Keys(k[:, first : first + 1], v[:, first : first + 1], 2, first)
+        got, want = (accumulated(ops, [(keys, ids, fragment)], q, torch.float32) for ops in (kernels, gathered))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        rows = got[1] == -torch.inf
+        assert rows.any() and (got[0][rows] == 0).all() and torch.equal(rows, want[1] == -torch.inf)
+
+
+def test_nothing_to_attend():
+    """No units, no rows with units, no tokens: accumulators stay, gradients are zero."""
+    q, k, v, dout = inputs(12, 2, 1)
+    keys, none = Keys(k, v, 2), torch.full((12, 2, 1), -1, dtype=torch.int32)
+    for fragment in (Fragment([], []), Fragment([(0, 12)], [])):
+        out, lse = accumulated(kernels, [(keys, none, fragment)], q, torch.float32)
+        assert (out == 0).all() and (lse == -torch.inf).all()
+        found = gradients(kernels, [(keys, none, fragment)], q, dout, out, lse.zero_())
+        assert all((x == 0).all() for x in found)
+
+
+def test_no_queries():
+    q, k, v, _ = inputs(12, 2, 1)
+    keys, none = Keys(k, v, 2), torch.empty(0, 2, 1, dtype=torch.int32)
+    tasks = [(keys, none, Fragment([(0, 12)], []))]
+    out, lse = accumulated(kernels, tasks, q[:0], torch.float32)
+    assert all((x == 0).all() for x in gradients(kernels, tasks, q[:0], q[:0], out, lse))

@@ -1,0 +1,160 @@
+"""Block summaries, selection and the dispatch index in Triton's interpreter."""
+
+import doctest
+import importlib
+
+import pytest
+import torch
+from kernel_examples import cu, inputs, whole_numbers
+
+from moba_megatron.ops import routing
+from moba_megatron.ops.layout import block_layout
+from moba_megatron.ops.reference import reference_select
+from moba_megatron.ops.triton import config, select_past, summarize
+from moba_megatron.ops.triton.fragment import whole_pack
+from moba_megatron.ops.triton.index import Pass, build_index, cut_entries
+from moba_megatron.ops.triton.means import planes_of
+
+PACKS = {
+    "tail": ((0, 203), 32, 2),
+    "odd": ((0, 63, 163), 16, 3),
+    "uneven, an empty document": ((0, 5, 5, 68, 200, 201), 16, 4),
+    "blocks of 24": ((0, 100, 100, 170), 24, 3),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pack", PACKS)
+def test_means(pack, dtype):
+    bounds, block_size, _ = PACKS[pack]
+    _, k, _, _ = inputs(bounds[-1], 2, 2, size=24, dtype=dtype)
+    layout = block_layout(bounds[-1], block_size, cu(bounds))
+    torch.testing.assert_close(summarize(k, layout), routing.summarize(k, layout), rtol=1e-6, atol=1e-6)
+
+
+def test_planes_hold_the_whole_mean():
+    """Three planes give back fp32's 24 bits, also of numbers far from 1."""
+    means = torch.randn(64, 2, 16, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 16)
+    for dtype in (torch.bfloat16, torch.float16):
+        planes, step = planes_of(means, dtype)
+        first, second, third = planes.double().unbind(0)
+        whole = first + (second + third / step) / step
+        assert ((whole - means.double()).abs() <= 2**-24 * means.abs().double()).all()
+
+
+@pytest.mark.parametrize(
+    ("pack", "num_heads", "num_groups", "dtype"),
+    [
+        ("tail", 2, 2, torch.float32),
+        ("odd", 5, 1, torch.float32),
+        ("odd", 2, 1, torch.bfloat16),
+        ("uneven, an empty document", 4, 2, torch.bfloat16),
+        ("uneven, an empty document", 2, 1, torch.float16),
+        ("blocks of 24", 3, 1, torch.bfloat16),
+    ],
+)
+def test_selection_of_random_keys(pack, num_heads, num_groups, dtype):
+    """Exactly the reference's ids: the smallest margin between two scores exceeds what sums in fp32 may differ by."""
+    bounds, block_size, num_past = PACKS[pack]
+    q, k, _, _ = inputs(bounds[-1], num_heads, num_groups, dtype=dtype)
+    layout = block_layout(bounds[-1], block_size, cu(bounds))
+    want = reference_select(q.double(), k.double(), cu(bounds), block_size, num_past)
+    assert torch.equal(select_past(q, summarize(k, layout), layout, num_past), want)
+    assert (want >= 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_past", [1, 5])
+def test_ties_go_to_the_lower_block(num_past, dtype):
+    bounds = cu([0, 70, 200])
+    q, k = whole_numbers(200, 1, 1, size=4, dtype=dtype)
+    layout = block_layout(200, 16, bounds)
+    want = reference_select(q, k, bounds, 16, num_past)
+    assert torch.equal(select_past(q, summarize(k, layout), layout, num_past), want)
+
+
+def test_all_scores_equal():
+    q, k = torch.ones(200, 1, 16), torch.ones(200, 1, 16)
+    layout = block_layout(200, 16)
+    want = reference_select(q, k, None, 16, 3)
+    assert torch.equal(select_past(q, summarize(k, layout), layout, 3), want) and want[-1, 0].tolist() == [0, 1, 2]
+
+
+def test_nan_is_never_chosen():
+    q, k, _, _ = inputs(128, 1, 1)
+    k[17] = torch.nan
+    layout = block_layout(128, 16)
+    ids = select_past(q, summarize(k, layout), layout, 7)
+    assert (ids != 1).all() and (ids[-1] >= 0).sum() == 6
+
+
+def test_queries_of_some_tokens():
+    """Under context parallelism the queries are some tokens of the pack."""
+    q, k, _, _ = inputs(200, 2, 1)
+    layout = block_layout(200, 16, cu([0, 70, 200]))
+    some = torch.tensor([3, 40, 60, 100, 101, 150, 199])
+    summaries = summarize(k, layout)
+    got = select_past(q[some], summaries, layout.at(some), 3)
+    assert torch.equal(got, select_past(q, summaries, layout, 3)[some])
+
+
+def test_as_many_as_there_are():
+    """K above the number of blocks, up to the most that is kept."""
+    q, k, _, _ = inputs(70, 1, 1, size=8)
+    layout = block_layout(70, 1)
+    for num_past in (0, 64):
+        got = select_past(q, summarize(k, layout), layout, num_past)
+        assert torch.equal(got, reference_select(q, k, None, 1, num_past))
+
+
+def test_refusals_name_the_values():
+    q, k, _, _ = inputs(32, 1, 1)
+    layout = block_layout(32, 16)
+    with pytest.raises(ValueError, match="at most 64 past blocks per query, not 65.*65"):
+        select_past(q, summarize(k, layout), layout, 65)
+    with pytest.raises(ValueError, match="float64.*gathered"):
+        summarize(k.double(), layout)
+    with pytest.raises(ValueError, match="up to 256, not 257"):
+        summarize(torch.zeros(32, 1, 257), layout)
+
+
+@pytest.mark.parametrize("most_chunks", [1, 8])
+def test_index_lists_every_entry_once_and_in_order(monkeypatch, most_chunks):
+    monkeypatch.setattr(config, "MOST_CHUNKS", most_chunks)
+    bounds, block_size, num_past = cu([0, 5, 5, 68, 400]), 16, 3
+    q, k, _, _ = inputs(400, 6, 2)
+    layout = block_layout(400, block_size, bounds)
+    ids = reference_select(q, k, bounds, block_size, num_past)
+    work = Pass(slice(0, 2), slice(30, 390), 3, 0, num_past)
+    index = build_index(work, ids, whole_pack(layout))
+    entries = ids[30:390].view(360, 2, 3, num_past).transpose(0, 1)
+    blocks = torch.where(entries >= 0, entries + layout.first_block_T[30:390].view(1, -1, 1, 1), -1)
+    assert torch.equal(index.units, blocks.flatten().to(torch.int32))
+    lists = [[] for _ in range(index.num_lists)]
+    for entry, block in enumerate(blocks.flatten().tolist()):
+        if block >= 0:
+            lists[entry // (entries.numel() // 2) * layout.num_blocks + block].append(entry)
+    first = index.list_first.tolist()
+    assert [index.order[a:b].tolist() for a, b in zip(first, first[1:], strict=False)] == lists
+
+
+def test_pieces_cover_every_list():
+    q, k, _, _ = inputs(300, 2, 1)
+    layout = block_layout(300, 16)
+    ids = reference_select(q, k, None, 16, 3)
+    index = build_index(Pass(slice(0, 1), slice(0, 300), 2, 0, 3), ids, whole_pack(layout))
+    work = cut_entries(index, 32)
+    seen = [0] * index.num_lists
+    for piece, unit in enumerate(work.list_of.tolist()):
+        if unit < index.num_lists:
+            low = (piece - int(work.first[unit])) * 32
+            assert low == seen[unit]
+            seen[unit] += min(32, int(index.list_first[unit + 1] - index.list_first[unit]) - low)
+    assert seen == index.list_first.diff().tolist()
+    assert int(work.first[-1]) <= work.pieces
+
+
+def test_examples_in_docstrings():
+    names = ("config", "index", "means")
+    outcomes = [doctest.testmod(importlib.import_module(f"moba_megatron.ops.triton.{name}")) for name in names]
+    assert sum(o.attempted for o in outcomes) >= 5 and all(o.failed == 0 for o in outcomes)
