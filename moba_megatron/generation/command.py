@@ -1,46 +1,83 @@
-"""`moba-megatron generate`: text from a trained model."""
+"""`moba-megatron generate`: text from a trained model, as it comes."""
 
 from __future__ import annotations
 
+import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moba_megatron.checkpoint.manifest import CheckpointError
-from moba_megatron.checkpoint.opened import find_checkpoint, open_model, saved_config
-from moba_megatron.data.tokenizer import Tokenizer
-from moba_megatron.generation.sampling import generate
+from moba_megatron.config import ConfigError
+from moba_megatron.generation.engine import continue_prompt
+from moba_megatron.generation.loading import load_generator
+from moba_megatron.generation.streaming import TextStream
+
+
+class Decode(StrEnum):
+    full = "full"
+    moba = "moba"
 
 
 def generate_command(
-    run: Annotated[
-        Path, typer.Argument(help="Run folder (its newest checkpoint is used) or a checkpoint folder step_N.")
+    source: Annotated[
+        Path,
+        typer.Argument(help="Run folder (its newest checkpoint is used), checkpoint folder or Hugging Face folder."),
     ],
-    prompt: Annotated[str, typer.Option(help="Beginning of the text.")],
+    prompt: Annotated[str | None, typer.Option(help="Beginning of the text.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the beginning of the text, UTF-8.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
+    decode: Annotated[
+        Decode | None,
+        typer.Option(
+            help="How new tokens attend in MoBA layers: full (to everything, as the MoBA report does) or moba (to "
+            "chosen blocks, as in training). Default: as config.json says, full for a checkpoint."
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.8,
     top_p: Annotated[
         float, typer.Option(help="Sample from the most likely tokens with this share of probability.")
     ] = 0.95,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    prefill_tokens: Annotated[
+        int, typer.Option(min=3, help="Tokens of the prompt taken at a time; fewer need less memory.")
+    ] = 4096,
 ) -> None:
-    """Continue a prompt. The text goes to standard output."""
+    """Continue a prompt. The text goes to standard output as it comes, how the model attends to standard error."""
     try:
-        tokenizer = Tokenizer(saved_config(find_checkpoint(run)).data.tokenizer)
-        opened = open_model(run, tokenizer.fingerprint, tokenizer.vocab_size)
-        ids = tokenizer.encode_batch([prompt])[0]
-        new = generate(
-            opened.model[0],
+        text = _prompt(prompt, prompt_file)
+        generator = load_generator(source, decode and decode.value)
+        typer.echo(f"attention: {generator.attention}", err=True)
+        ids = generator.encode(text)
+        stream = TextStream(generator.decode, _write)
+        stream.put(ids)
+        new = continue_prompt(
+            generator.model,
             ids,
             max_new_tokens=tokens,
-            vocab_size=tokenizer.vocab_size,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
-            stop_id=tokenizer.eod_id,
+            stop_ids=generator.stop_ids,
+            prefill_tokens=prefill_tokens,
         )
-    except (CheckpointError, ValueError) as error:
+        for token in new:
+            stream.put([token])
+        stream.end()
+    except (CheckpointError, ConfigError, ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    typer.echo(tokenizer.decode(ids + new))
+    typer.echo()
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if (prompt is None) == (file is None):
+        raise ValueError("give --prompt or --prompt-file, one of the two")
+    return prompt if file is None else file.read_text(encoding="utf-8")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,7 +1,7 @@
 """Generation by the definition: each new token comes from one forward pass over the whole text so far.
 
 Nothing is cached, so this is exact for any attention schedule (decoding with MoBA equals one pass over the whole text)
-and slow: quadratic in the length. It serves short samples and as the truth that faster decoding is held against.
+and slow: quadratic in the length. It is the truth that decoding through a cache (`engine`) is held against.
 """
 
 from __future__ import annotations
@@ -18,6 +18,14 @@ def next_token(logits_V: torch.Tensor, *, temperature: float, top_p: float, gene
     before = probabilities.cumsum(-1) - probabilities
     probabilities[before >= top_p] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def check_sampling(prompt: list[int], temperature: float, top_p: float) -> None:
+    """Check a prompt and how it shall be continued. Raises ValueError."""
+    if not prompt:
+        raise ValueError("the prompt has no token: give at least one")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature = {temperature} must be at least 0, and top_p = {top_p} within (0, 1]")
 
 
 @torch.no_grad()
@@ -46,10 +54,7 @@ def generate(
     Raises:
         ValueError: empty prompt, or a temperature or top_p out of range.
     """
-    if not prompt:
-        raise ValueError("the prompt has no token: give at least one")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature = {temperature} must be at least 0, and top_p = {top_p} within (0, 1]")
+    check_sampling(prompt, temperature, top_p)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     text = list(prompt)

@@ -1,0 +1,136 @@
+"""A model that generates: from a Hugging Face folder, or from a checkpoint, whose weights move into the same model of
+transformers in memory. There is one decoding engine, so a checkpoint and its export generate the same text.
+
+A folder with a `config.json` is a Hugging Face folder, any other a run folder or a checkpoint. Weights keep their
+dtype, and go to the GPU if there is one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from moba_megatron.convert.export_hf import Exported, open_exported
+from moba_megatron.convert.families import huggingface_config, moba_config
+from moba_megatron.convert.mapping import parameter_shapes, pieces
+from moba_megatron.convert.stored import StoredWeights
+from moba_megatron.hf import NAME, MoBASettings
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model in evaluation mode and its tokenizer.
+
+    Attributes:
+        model: a causal language model of transformers.
+        encode: token ids of a prompt.
+        decode: text of token ids.
+        stop_ids: tokens that end a text.
+        attention: how the layers attend, in a line.
+    """
+
+    model: Any
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    stop_ids: Collection[int]
+    attention: str
+
+
+def load_generator(path: Path, decode: str | None = None) -> Generator:
+    """Load what generates text.
+
+    Args:
+        path: a Hugging Face folder, a run folder (its newest checkpoint is used) or a checkpoint folder.
+        decode: `full` or `moba`, how new tokens attend in MoBA layers; None: as `config.json` says, `full` for a
+            checkpoint.
+
+    Raises:
+        ValueError: a decode mode for a model without MoBA layers.
+        CheckpointError, ConfigError: nothing there that can be loaded.
+        OSError: no tokenizer or weights in a Hugging Face folder.
+    """
+    if (path / "config.json").is_file():
+        return _from_huggingface(path, decode)
+    return _from_checkpoint(open_exported(path), decode)
+
+
+def _from_huggingface(path: Path, decode: str | None) -> Generator:
+    # Code in the folder is never run.
+    local = {"trust_remote_code": False}
+    config = AutoConfig.from_pretrained(path, **local)
+    attention, name = _set_attention(config, decode, str(path))
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, attn_implementation=name, dtype="auto", **local)
+    tokenizer = AutoTokenizer.from_pretrained(path, **local)
+    stop = model.generation_config.eos_token_id
+    return Generator(
+        model=_ready(model),
+        encode=lambda text: tokenizer(text).input_ids,
+        decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
+        stop_ids=() if stop is None else stop if isinstance(stop, list) else [stop],
+        attention=attention,
+    )
+
+
+def _from_checkpoint(exported: Exported, decode: str | None) -> Generator:
+    tokenizer = exported.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{exported.checkpoint} has no tokenizer: export it, and put a tokenizer into that folder")
+    stored = StoredWeights(exported.checkpoint)
+    dtype = stored.dtype()
+    values = huggingface_config(
+        exported.model,
+        length=exported.config.data.sequence_length,
+        dtype=dtype,
+        moba=moba_config(exported.layers, decode or "full"),
+        special_ids={"eos_token_id": tokenizer.eod_id},
+    )
+    config = AutoConfig.for_model(**values)
+    attention, name = _set_attention(config, decode, str(exported.checkpoint))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=dtype)
+    _fill(model, stored, exported)
+    return Generator(
+        model=_ready(model),
+        encode=lambda text: tokenizer.encode_batch([text])[0],
+        decode=tokenizer.decode,
+        stop_ids=[tokenizer.eod_id],
+        attention=attention,
+    )
+
+
+@torch.no_grad()
+def _fill(model: Any, stored: StoredWeights, exported: Exported) -> None:
+    """Copy a checkpoint's weights into a model of transformers, one parameter at a time."""
+    parameters = dict(model.named_parameters())
+    for name, shape in parameter_shapes(exported.model).items():
+        parameter = stored.read(name, shape)
+        for piece in pieces(name, exported.model):
+            target = parameters[piece.source]
+            # Without slices the whole of one is the whole of the other.
+            target[piece.there or ...] = parameter[piece.here or ...]
+
+
+def _set_attention(config: Any, decode: str | None, path: str) -> tuple[str, str]:
+    """Set the decode mode; how the layers attend in a line, and the name of the attention."""
+    if getattr(config, "moba_config", None) is None:
+        if decode is not None:
+            raise ValueError(f"{path} has no MoBA layers, so there is no decode mode: leave --decode out")
+        return "full attention in all layers", "sdpa"
+    if decode is not None:
+        config.moba_config = {**copy.deepcopy(config.moba_config), "decode": decode}
+    settings = MoBASettings.from_config(config)
+    sparse = settings.layer_types.count("moba")
+    line = (
+        f"MoBA in {sparse} of {len(settings.layer_types)} layers, block_size = {settings.block_size}, "
+        f"top_k = {settings.top_k}, decode = {settings.decode}"
+    )
+    return line, NAME
+
+
+def _ready(model: Any) -> Any:
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

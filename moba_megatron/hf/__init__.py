@@ -1,0 +1,68 @@
+"""MoBA for models of transformers, without Megatron.
+
+Importing this package registers an attention and its mask as "moba". Any model that takes its attention from
+transformers' interface (Llama, Qwen, Mistral, ...) then attends by MoBA:
+
+    import moba_megatron.hf as moba
+
+    model = AutoModelForCausalLM.from_pretrained(path)
+    moba.configure(model, block_size=512, top_k=3, last_n_full=3)
+    model.generate(**inputs, past_key_values=moba.MoBACache())
+
+A checkpoint whose configuration has a `moba_config` needs only `from_pretrained(path, attn_implementation="moba")`.
+
+`settings` is what the configuration says, `mask` reads padding and packing, `attention` attends, `cache` is a cache
+with block summaries, `prefill` takes a long prompt in pieces. Needs torch and transformers 4.57 or newer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from moba_megatron.hf.attention import moba_attention_forward
+from moba_megatron.hf.cache import BlockSummaries, MoBACache, MoBACacheLayer
+from moba_megatron.hf.mask import moba_mask
+from moba_megatron.hf.prefill import prefill
+from moba_megatron.hf.settings import MoBASettings, layer_types
+
+NAME = "moba"
+
+AttentionInterface.register(NAME, moba_attention_forward)
+AttentionMaskInterface.register(NAME, moba_mask)
+
+
+def configure(model: Any, *, block_size: int, top_k: int, last_n_full: int = 0, decode: str = "full") -> MoBASettings:
+    """Let a transformers model attend by MoBA from now on; `save_pretrained` keeps the settings.
+
+    Args:
+        model: a model of transformers; its text configuration gets `moba_config`.
+        block_size: tokens per block.
+        top_k: blocks per query, its own counted.
+        last_n_full: so many last layers attend fully.
+        decode: how new tokens attend to a cache: `full` (the MoBA report's way) or `moba`.
+
+    Raises:
+        ValueError: settings that do not fit.
+    """
+    config = model.config.get_text_config()
+    kinds = layer_types(config.num_hidden_layers, last_n_full)
+    settings = MoBASettings(block_size, top_k, kinds, decode)
+    config.moba_config = settings.to_config()
+    model.set_attn_implementation(NAME)
+    return settings
+
+
+__all__ = [
+    "BlockSummaries",
+    "MoBACache",
+    "MoBACacheLayer",
+    "MoBASettings",
+    "configure",
+    "layer_types",
+    "moba_attention_forward",
+    "moba_mask",
+    "prefill",
+]

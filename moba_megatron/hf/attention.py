@@ -1,0 +1,181 @@
+"""The attention registered as "moba": what a transformers layer calls between rotary embedding and output projection.
+
+Three cases, by where the queries' documents begin (`mask.segments`):
+
+1. All documents begin in this call: training, evaluation, a prompt. Their tokens, without padding, are one pack for
+   `moba_attention` or `full_attention`, with gradients, and by the GPU kernels where they run.
+2. One new token of a document whose past is in a cache: decoding. In `moba` layers the configuration's `decode` says
+   whether it attends to its blocks or to everything; in `full` layers it attends to everything.
+3. Several new tokens with a past: a further piece of a prompt. MoBA in `moba` layers, in either decode mode.
+
+Cases 2 and 3 have no gradient; asking for one raises. Whatever is not causal MoBA over whole documents raises too:
+there is no silent way to dense attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moba_megatron.hf.mask import Segment, segments
+from moba_megatron.hf.settings import MoBASettings
+from moba_megatron.ops import full_attention, moba_attention
+from moba_megatron.ops.decode import continue_text, decode_tokens
+
+# What a model may pass that changes attention, and is not MoBA.
+NOT_MOBA = {
+    "sliding_window": "set config.sliding_window = None",
+    "softcap": "use a model without softcapping of attention scores",
+    "s_aux": "use a model without attention sinks",
+    "position_bias": "use a model with rotary positions",
+    "head_mask": "leave it out",
+    "output_attentions": "there is no matrix of weights to return; leave it out",
+    "cu_seq_lens_q": "packed rows are told by position_ids; leave it out",
+}
+
+
+@torch.compiler.disable
+def moba_attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend, as transformers' attention interface asks.
+
+    Args:
+        module: the attention layer; its `config.moba_config` and `layer_idx` say how it attends.
+        query: [batch, N, queries, D] after rotary embedding.
+        key, value: [batch, G, slots, D], with a cache all of its slots; N a multiple of G.
+        attention_mask: what `moba_mask` returned.
+        scaling: factor on the scores, 1/sqrt(D) if None.
+
+    Returns:
+        [batch, queries, N, D] in query's dtype, 0 for padding; and no weights.
+
+    Raises:
+        ValueError: no settings, or something that is not MoBA (dropout, windows, softcapping, masks, ...).
+    """
+    settings = MoBASettings.from_config(module.config)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    _refuse_what_is_not_moba(dropout, causal, kwargs)
+    is_moba = settings.layer_types[module.layer_idx] == "moba"
+    stretches = segments(attention_mask, kwargs.get("position_ids"))
+    if all(s.past == 0 and s.first == s.start for s in stretches):
+        return _whole(query, key, value, stretches, settings if is_moba else None, scaling), None
+    inputs = (query, key, value)
+    with torch.no_grad():
+        if _is_one_step(stretches, query.shape):
+            sparse = is_moba and settings.decode == "moba"
+            out = _step(*inputs, stretches[0], settings if sparse else None, scaling)
+        else:
+            out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+            for s in stretches:
+                decoding = s.end - s.start == 1
+                sparse = is_moba and not (decoding and settings.decode == "full")
+                out[s.row, s.start : s.end] = _continue(*inputs, s, settings if sparse else None, scaling)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        out = _NoGradient.apply(out, *inputs)
+    return out, None
+
+
+def _refuse_what_is_not_moba(dropout: float, causal: bool, kwargs: dict[str, Any]) -> None:
+    if dropout:
+        raise ValueError(f"MoBA has no dropout in attention, got {dropout}: set config.attention_dropout = 0.0")
+    if not causal:
+        raise ValueError("this layer's attention is not causal, MoBA is: give it another attn_implementation")
+    for name, mend in NOT_MOBA.items():
+        given = kwargs.get(name)
+        if given is not None and given is not False:
+            shown = f" of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f" = {given!r}"
+            raise ValueError(f"{name}{shown} is not MoBA: {mend}")
+
+
+def _whole(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    stretches: list[Segment],
+    settings: MoBASettings | None,
+    scale: float | None,
+) -> Tensor:
+    """Documents that begin in this call, as one pack; with gradients."""
+    batch, heads, length, _ = query.shape
+    q, k, v = (x[:, :, :length].transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    lengths = [s.length for s in stretches]
+    padded = sum(lengths) < batch * length
+    if padded:
+        # The stretches come in order of rows and queries.
+        indices = [torch.arange(s.row * length + s.start, s.row * length + s.end) for s in stretches]
+        real = torch.cat([torch.arange(0), *indices]).to(q.device)
+        q, k, v = (x.index_select(0, real) for x in (q, k, v))
+    if not stretches:
+        return query.new_zeros(batch, length, heads, value.shape[3])
+    cu_seqlens = None
+    if len(lengths) > 1:
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(q.device)
+    pack: dict[str, Any] = {"softmax_scale": scale, "max_seqlen": max(lengths)}
+    if settings is None:
+        out = full_attention(q, k, v, cu_seqlens, **pack)
+    else:
+        out = moba_attention(q, k, v, cu_seqlens, block_size=settings.block_size, top_k=settings.top_k, **pack)
+    if padded:
+        out = out.new_zeros(batch * length, *out.shape[1:]).index_copy(0, real, out)
+    return out.unflatten(0, (batch, length))
+
+
+def _is_one_step(stretches: list[Segment], shape: torch.Size) -> bool:
+    """Whether this is one new token in every row, all rows alike: no padding, or the same."""
+    alike = {(s.first, s.past) for s in stretches}
+    return shape[2] == 1 and len(stretches) == shape[0] and len(alike) == 1
+
+
+def _step(
+    query: Tensor, key: Tensor, value: Tensor, s: Segment, settings: MoBASettings | None, scale: float | None
+) -> Tensor:
+    """One new token in every row, where all rows are as `s`: [batch, 1, N, D]."""
+    k, v = (x[:, :, s.first : s.first + s.length] for x in (key, value))
+    if settings is None:
+        # One query needs no mask: PyTorch's kernel over all keys.
+        whole = F.scaled_dot_product_attention(query, k, v, scale=scale, enable_gqa=query.shape[1] != k.shape[1])
+        return whole.transpose(1, 2)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    summaries = getattr(key, "block_summaries", None)
+    means = None if summaries is None else summaries.of_all(k, s.first, settings.block_size)
+    sizes = {"block_size": settings.block_size, "top_k": settings.top_k}
+    return decode_tokens(query[:, :, 0], k, v, means, softmax_scale=scale, **sizes).unsqueeze(1)
+
+
+def _continue(
+    query: Tensor, key: Tensor, value: Tensor, s: Segment, settings: MoBASettings | None, scale: float | None
+) -> Tensor:
+    """One document's new tokens, with its past in the cache: [tokens, N, D]."""
+    q = query[s.row, :, s.start : s.end].transpose(0, 1)
+    k, v = (x[s.row, :, s.first : s.first + s.length].transpose(0, 1) for x in (key, value))
+    if settings is None:
+        return continue_text(q, k, v, block_size=s.length, top_k=1, softmax_scale=scale)
+    summaries = getattr(key, "block_summaries", None)
+    means = None
+    if summaries is not None:
+        means = summaries.of_row(s.row, k, s.first, key.shape[0], settings.block_size)
+    return continue_text(q, k, v, means, block_size=settings.block_size, top_k=settings.top_k, softmax_scale=scale)
+
+
+class _NoGradient(torch.autograd.Function):
+    """The identity on its first input, for an output that depends on the others without a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *inputs: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor):
+        raise RuntimeError("MoBA has no gradient through a key/value cache: train on whole texts, with use_cache=False")

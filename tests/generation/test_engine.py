@@ -1,0 +1,111 @@
+"""The engine gives what generation by the definition gives, from a checkpoint and from its Hugging Face export."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_ranks
+from small_run import small_config, train_here
+
+from moba_megatron.convert.export_hf import export_huggingface, open_exported
+from moba_megatron.generation.engine import continue_prompt
+from moba_megatron.generation.loading import load_generator
+from moba_megatron.generation.sampling import generate
+
+PROMPT = [3 + 7 * i * i % 29 for i in range(100)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    config = small_config(tmp_path_factory.mktemp("trained"), training__steps=4, model__init_method_std=0.3)
+    run_ranks(1, train_here, config)
+    return Path(config.run.dir)
+
+
+@pytest.fixture(scope="module")
+def exported(run):
+    out = run.parent / "exported"
+    export_huggingface(open_exported(run), out, decode="moba")
+    return out
+
+
+def by_definition(run, settings):
+    """Tokens of the Megatron model, one pass over the whole text for each."""
+    from moba_megatron.checkpoint.opened import open_model
+    from moba_megatron.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(Path(run).parent / "tokens/tokenizer")
+    opened = open_model(run, tokenizer.fingerprint, tokenizer.vocab_size)
+    return generate(opened.model[0], PROMPT, vocab_size=tokenizer.vocab_size, **settings)
+
+
+SETTINGS = {"max_new_tokens": 40, "temperature": 0.0}
+
+
+def test_a_checkpoint_generates_by_the_definition(run, exported):
+    want = run_ranks(1, by_definition, run, SETTINGS)[0]
+    assert len(set(want)) > 5
+    for source in (run, exported):
+        model = load_generator(source, "moba").model
+        assert list(continue_prompt(model, PROMPT, **SETTINGS)) == want
+        assert list(continue_prompt(model, PROMPT, prefill_tokens=23, **SETTINGS)) == want
+
+
+def test_sampling_and_full_decoding_agree_between_checkpoint_and_export(run, exported):
+    for settings in ({"temperature": 1.0, "seed": 3, "max_new_tokens": 30}, SETTINGS):
+        both = [list(continue_prompt(load_generator(x, "full").model, PROMPT, **settings)) for x in (run, exported)]
+        assert both[0] == both[1] and len(both[0]) == settings["max_new_tokens"]
+
+
+def test_decode_modes_differ_after_the_first_token(run):
+    logits = []
+    for decode in ("full", "moba"):
+        model = load_generator(run, decode).model
+        with torch.no_grad():
+            first = model(torch.tensor([PROMPT]), use_cache=True)
+            logits += [first.logits, model(torch.tensor([[5]]), past_key_values=first.past_key_values).logits]
+    assert torch.equal(logits[0], logits[2])
+    assert (logits[1] - logits[3]).abs().max() > 1e-4
+
+
+def test_stop_tokens_end_and_are_left_out(run):
+    model = load_generator(run).model
+    text = list(continue_prompt(model, PROMPT, **SETTINGS))
+    stop = text[7]
+    assert list(continue_prompt(model, PROMPT, stop_ids=[stop], **SETTINGS)) == text[: text.index(stop)]
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"prompt": []}, {"prefill_tokens": 2}])
+def test_wrong_settings_are_refused(run, wrong):
+    arguments = {"prompt": [1], "max_new_tokens": 1, **wrong}
+    with pytest.raises(ValueError, match=r"temperature|top_p|prompt|piece"):
+        list(continue_prompt(load_generator(run).model, **arguments))
+
+
+def test_a_model_without_moba_layers_has_no_decode_mode(exported, tmp_path):
+    for file in exported.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    values = json.loads((exported / "config.json").read_text())
+    del values["moba_config"], values["attn_implementation"]
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert load_generator(tmp_path).attention == "full attention in all layers"
+    with pytest.raises(ValueError, match="no MoBA layers"):
+        load_generator(tmp_path, "moba")
+
+
+def test_the_command_streams_the_same_text_from_both(run, exported):
+    command = [str(Path(sys.executable).with_name("moba-megatron")), "generate"]
+    options = ["--prompt", "w5 w6 w7", "--tokens", "12", "--temperature", "0", "--decode", "moba"]
+    done = [
+        subprocess.run([*command, str(x), *options], capture_output=True, text=True, timeout=120)
+        for x in (run, exported)
+    ]
+    assert [x.returncode for x in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert done[0].stdout.replace(" ", "") == done[1].stdout.replace(" ", "") and done[0].stdout.startswith("w5w6w7")
+    assert "MoBA in 3 of 4 layers, block_size = 16, top_k = 3, decode = moba" in done[0].stderr

@@ -1,0 +1,184 @@
+"""The attention in transformers models: whole texts, padded, packed and in batches, held against the definition."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hf_examples import BLOCK_SIZE, MODELS, TOP_K, attending, build, close, padded, tokens, truth
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+import moba_megatron.hf as hf
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_stock_models_attend_by_moba(family):
+    model, ids = build(family), tokens(45)
+    with torch.no_grad():
+        got = model(ids).logits
+        with attending(model, "sdpa"):
+            full = model(ids).logits
+    close(got, truth(model, ids))
+    assert (got - full)[:, TOP_K * BLOCK_SIZE :].abs().max() > 1e-2
+    close(got[:, : TOP_K * BLOCK_SIZE], full[:, : TOP_K * BLOCK_SIZE])
+
+
+def test_layers_attend_by_their_kind():
+    ids = tokens(45)
+    with torch.no_grad():
+        kinds = [build(last_n_full=n)(ids).logits for n in (0, 1, 3)]
+        model = build()
+        with attending(model, "sdpa"):
+            full = model(ids).logits
+    assert (kinds[0] - kinds[1]).abs().max() > 1e-2
+    close(kinds[2], full)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("positions", [True, False])
+def test_padding_changes_nothing(side, positions):
+    model, rows = build(), [tokens(length, seed=length) for length in (45, 9, 30, 1)]
+    ids, mask = padded(rows, side)
+    given = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if positions else {}
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, **given).logits
+    for row, text in enumerate(rows):
+        close(logits[row, mask[row].bool()][None], truth(model, text))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_packed_rows_are_separate(use_cache):
+    model = build()
+    rows = [[tokens(length, seed=length) for length in lengths] for lengths in ((18, 1, 26), (45,), (7, 38))]
+    ids = torch.cat([torch.cat(row, dim=1) for row in rows])
+    positions = torch.stack([torch.cat([torch.arange(text.shape[1]) for text in row]) for row in rows])
+    with torch.no_grad():
+        logits = model(ids, position_ids=positions, use_cache=use_cache).logits
+    for got, row in zip(logits, rows, strict=True):
+        close(got[None], torch.cat([truth(model, text) for text in row], dim=1))
+
+
+def test_gradients_also_under_recomputation():
+    """Against autograd through the definition, for a padded batch of two."""
+    rows = [tokens(33), tokens(21, seed=1)]
+    ids, mask = padded(rows, "left")
+    # The first token of a text has nothing to be predicted from.
+    labels = ids.masked_fill(mask.cumsum(1) < 2, -100)
+
+    def gradients(model, recompute):
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        loss = model(ids, attention_mask=mask, labels=labels, use_cache=False).loss
+        loss.backward()
+        return [p.grad for p in model.parameters()]
+
+    model = build()
+    with attending(model, "moba_by_definition"):
+        losses = [model(row, labels=row, use_cache=False).loss * (row.shape[1] - 1) for row in rows]
+        (sum(losses) / (mask.sum() - 2)).backward()
+    for recompute in (False, True):
+        for got, parameter in zip(gradients(build(), recompute), model.parameters(), strict=True):
+            close(got, parameter.grad)
+
+
+def test_saved_settings_come_back(tmp_path):
+    model, ids = build(), tokens(30)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="moba", dtype=torch.float64).eval()
+    with torch.no_grad():
+        close(again(ids).logits, model(ids).logits)
+
+
+def test_missing_settings_raise():
+    model = build()
+    del model.config.moba_config
+    with pytest.raises(ValueError, match=r"llama has no moba_config.*configure"):
+        model(tokens(5))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"block_size": 4}, r"lacks \['top_k'\]"),
+        ({"block_size": 4, "top_k": 2, "blocks": 1}, r"unknown keys \['blocks'\]"),
+        ({"block_size": 0, "top_k": 2}, "block_size.*0"),
+        ({"block_size": 4, "top_k": 2, "decode": "sparse"}, "decode.*'sparse'"),
+        ({"block_size": 4, "top_k": 2, "layer_types": ["moba"]}, "1 layer_types, the model has 3"),
+        ({"block_size": 4, "top_k": 2, "layer_types": ["moba", "dense", "full"]}, r"layer_types\[1\].*'dense'"),
+        ({"block_size": 4, "top_k": 2, "version": 7}, "version 7"),
+    ],
+)
+def test_wrong_settings_raise(entry, message):
+    model = build()
+    model.config.moba_config = entry
+    with pytest.raises(ValueError, match=message):
+        model(tokens(5))
+
+
+def test_configure_refuses_more_full_layers_than_layers():
+    with pytest.raises(ValueError, match="number of layers, 3, got 4"):
+        hf.configure(build(), block_size=4, top_k=2, last_n_full=4)
+
+
+def test_what_is_not_moba_raises():
+    model, ids = build(), tokens(20)
+    causal = torch.ones(20, 20, dtype=torch.bool).tril()[None, None]
+    gap = torch.ones(1, 20, dtype=torch.int64).index_fill(1, torch.tensor([7]), 0)
+    for arguments, message in (
+        ({"attention_mask": causal}, r"mask of torch.bool and shape \(1, 1, 20, 20\)"),
+        ({"attention_mask": gap}, "padding between real tokens in row 0"),
+        ({"attention_mask": gap[:, :5]}, "covers 5 tokens, cache and input hold 20"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"softcap": 30.0}, "softcap = 30.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(ids, **arguments)
+    model.model.layers[0].self_attn.is_causal = False
+    with pytest.raises(ValueError, match="causal"):
+        model(ids)
+
+
+def test_dropout_and_windows_raise():
+    model = build(attention_dropout=0.1)
+    model(tokens(5))
+    with pytest.raises(ValueError, match="dropout in attention, got 0.1"):
+        model.train()(tokens(5))
+    sizes = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    windowed = MistralForCausalLM(MistralConfig(vocab_size=97, sliding_window=8, **sizes))
+    hf.configure(windowed, block_size=4, top_k=2)
+    for length in (5, 20):
+        with pytest.raises(ValueError, match="window"):
+            windowed(tokens(length))
+
+
+def test_16_bit_and_autocast():
+    model, ids = build().float(), tokens(45)
+    with torch.no_grad():
+        want = model(ids).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert (model(ids).logits - want).isfinite().all()
+        logits = model.bfloat16()(ids).logits
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+
+
+def test_imports_without_megatron():
+    code = (
+        "import sys\n"
+        "for name in ('megatron', 'triton', 'pydantic', 'omegaconf'): sys.modules[name] = None\n"
+        "import moba_megatron.hf, transformers\n"
+        "print('moba' in transformers.AttentionInterface())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr
+
+
+@torch.no_grad()
+def test_a_compiled_model_gives_the_same():
+    model, (ids, mask) = build(), padded([tokens(45), tokens(20, seed=1)], "left")
+    compiled = torch.compile(model, backend="eager")
+    close(compiled(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
