@@ -14,6 +14,8 @@ COMMANDS = {
     "prepare": "moba_megatron.data.command:prepare_command",
     "evaluate": "moba_megatron.evaluation.command:evaluate_command",
     "generate": "moba_megatron.generation.command:generate_command",
+    "import-hf": "moba_megatron.convert.command:import_command",
+    "export-hf": "moba_megatron.convert.command:export_command",
     "bench": "moba_megatron.planning.command:bench_command",
     "doctor": "moba_megatron.doctor:doctor_command",
 }

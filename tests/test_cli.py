@@ -12,6 +12,7 @@ import pytest
 from distributed import run_ranks
 from small_run import small_config, train_here
 
+FULL = "attention.full_backend = auto: torch (auto: PyTorch's fused kernels; flash_attn is not available: "
 COMMAND = Path(sys.executable).with_name("moba-megatron")
 
 
@@ -75,7 +76,8 @@ def test_a_folder_without_a_run_is_refused(tmp_path, command):
 
 def test_doctor_tells_what_a_configuration_would_use(run):
     output = call("doctor", run / "config.yaml")
-    for expected in ("megatron-core", "transformer_engine", "attention.backend = auto: gathered", "layers: local"):
+    chosen = ("attention.backend = auto: gathered", FULL, "layers: local")
+    for expected in ("megatron-core", "transformer_engine", *chosen):
         assert expected in output
 
 

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "moba_megatron"
 ALLOWED = {
     "config": set(),
     "ops": set(),
+    "hf": {"ops"},
     "platform": {"config"},
     "parallel": {"ops"},
     "model": {"parallel", "ops", "platform", "config"},
@@ -17,10 +18,13 @@ ALLOWED = {
     "data": {"parallel", "config"},
     "planning": {"config", "ops", "parallel"},
     "evaluation": {"model", "data", "checkpoint", "config"},
-    "generation": {"model", "data", "checkpoint", "ops"},
-    "training": {"parallel", "model", "data", "checkpoint", "evaluation", "planning", "ops", "config", "platform"},
+    "convert": {"hf", "checkpoint", "model", "data", "config", "platform"},
+    "generation": {"convert", "hf", "checkpoint", "config"},
+    "training": {
+        *("parallel", "model", "data", "checkpoint", "convert", "evaluation", "planning", "ops", "config", "platform")
+    },
     "doctor": {"config", "ops", "platform", "training"},
-    "cli": {"data", "evaluation", "generation", "planning", "doctor", "platform"},
+    "cli": {"convert", "data", "evaluation", "generation", "planning", "doctor", "platform"},
 }
 
 

@@ -2,6 +2,7 @@
 
 from moba_megatron.config.checks import ConfigError, check_world
 from moba_megatron.config.load import config_from_dict, load_config
+from moba_megatron.config.model import ModelConfig
 from moba_megatron.config.parallel import Exchange, ExchangeConfig, ParallelConfig
 from moba_megatron.config.schema import (
     AttentionConfig,
@@ -14,7 +15,6 @@ from moba_megatron.config.schema import (
     EvaluationConfig,
     LayerAttentionOverride,
     LoggingConfig,
-    ModelConfig,
     OptimizerConfig,
     RunConfig,
     TrainingConfig,

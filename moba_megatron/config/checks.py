@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from moba_megatron.config.schema import Config, ModelConfig, ParallelConfig
+from moba_megatron.config.model import ModelConfig, rotary_checks
+from moba_megatron.config.schema import Config, ParallelConfig
 
 
 class ConfigError(ValueError):
@@ -96,7 +97,6 @@ def combination_problems(config: Config) -> list[str]:
 def _model_checks(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[bool, str]]:
     heads, groups, tp = model.num_attention_heads, model.query_groups, parallel.tensor
     tensor_sizes = one_of(divisors(math.gcd(heads, groups, model.ffn_size)))
-    scaled = model.rotary_scaling_factor != 1.0
     return [
         (
             heads % groups != 0,
@@ -108,7 +108,7 @@ def _model_checks(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[bo
             f"model.hidden_size = {model.hidden_size} is not a multiple of model.num_attention_heads = {heads}: "
             "change one, or set model.kv_channels",
         ),
-        (model.head_size % 2 != 0, f"size of a head = {model.head_size}: rotary embedding needs an even one"),
+        *rotary_checks(model),
         *[
             (size % tp != 0, f"parallel.tensor = {tp} does not divide {key} = {size}: use {tensor_sizes}")
             for key, size in (
@@ -117,10 +117,6 @@ def _model_checks(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[bo
                 ("model.ffn_hidden_size", model.ffn_size),
             )
         ],
-        (
-            scaled and model.rotary_scaling == "none",
-            f"model.rotary_scaling_factor = {model.rotary_scaling_factor} has no effect without model.rotary_scaling",
-        ),
     ]
 
 

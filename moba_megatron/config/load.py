@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from moba_megatron.config.checks import ConfigError, combination_problems
+from moba_megatron.config.pretrained import with_pretrained_model
 from moba_megatron.config.schema import Config
 
 
@@ -40,7 +41,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:
-    """A checked `Config` from plain values, as `load_config` makes it from files."""
+    """A checked `Config` from plain values, as `load_config` makes it from files.
+
+    What the `model` section leaves out is taken from `model.init_from`, if there is one.
+    """
+    values = with_pretrained_model(values)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:

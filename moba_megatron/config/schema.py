@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field
 
+from moba_megatron.config.model import ModelConfig
 from moba_megatron.config.parallel import ParallelConfig
 from moba_megatron.config.section import Section
 
@@ -27,55 +28,6 @@ class RunConfig(Section):
     """Seed of weights, dropout and data order."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads per process. Default: the cores of this machine divided by the processes on it."""
-
-
-class ModelConfig(Section):
-    """A Llama-style decoder (RMSNorm, SwiGLU, rotary embedding). Names are megatron-core's own."""
-
-    num_layers: int = Field(ge=1)
-    """Decoder layers."""
-    hidden_size: int = Field(ge=1)
-    """Width of the residual stream."""
-    num_attention_heads: int = Field(ge=1)
-    """Query heads."""
-    num_query_groups: int | None = Field(default=None, ge=1)
-    """Key/value heads (grouped-query attention). Default: one for each query head."""
-    kv_channels: int | None = Field(default=None, ge=1)
-    """Size of one head. Default: hidden_size / num_attention_heads."""
-    ffn_hidden_size: int | None = Field(default=None, ge=1)
-    """Width of the SwiGLU layer. Default: 8/3 hidden_size rounded up to a multiple of 256, as in Llama."""
-    vocab_size: int | None = Field(default=None, ge=2)
-    """Entries of the embedding before padding. Default: the tokenizer's size, which needs no padding of its own: rows
-    are added only up to a multiple of `parallel.tensor`, and they never enter the loss."""
-    layernorm_epsilon: float = Field(default=1e-5, gt=0)
-    """Epsilon of RMSNorm. Llama 3 and Mistral use 1e-5, Qwen 1e-6; the wrong one costs 2e-3 in the logits."""
-    init_method_std: float = Field(default=0.02, gt=0)
-    """Standard deviation of the initial weights."""
-    share_embeddings_and_output_weights: bool = False
-    """Tie the output layer to the embedding."""
-    add_qkv_bias: bool = False
-    """Biases on queries, keys and values (Qwen 2)."""
-    qk_layernorm: bool = False
-    """RMSNorm on each query and key head (Qwen 3)."""
-    rotary_base: float = Field(default=10000.0, gt=0)
-    """Base of the rotary embedding (Llama 3: 500000)."""
-    rotary_scaling: Literal["none", "linear", "llama3"] = "none"
-    """`linear` is position interpolation (arXiv 2306.15595): positions divided by the factor. `llama3` is the scaling
-    of Llama 3.1, with that model's constants (low 1, high 4, original length 8192)."""
-    rotary_scaling_factor: float = Field(default=1.0, ge=1.0)
-    """Factor of `rotary_scaling`: the new length over the old one."""
-
-    @property
-    def query_groups(self) -> int:
-        return self.num_query_groups or self.num_attention_heads
-
-    @property
-    def head_size(self) -> int:
-        return self.kv_channels or self.hidden_size // self.num_attention_heads
-
-    @property
-    def ffn_size(self) -> int:
-        return self.ffn_hidden_size or 256 * -(-8 * self.hidden_size // (3 * 256))
 
 
 class LayerAttentionOverride(Section):
@@ -128,8 +80,12 @@ class AttentionConfig(Section):
     stages: list[AttentionStage] = []
     """Stages of the training, in order; empty: one stage. `[{until: 0.9}, {until: 1.0, kind: full}]` is the report's
     sparse first, full at the end."""
-    backend: Literal["auto", "reference", "gathered", "triton"] = "auto"
-    """What computes MoBA. `auto` is decided once, at start, and written into the run's config.yaml."""
+    backend: Literal["auto", "reference", "gathered", "triton", "flash_moba"] = "auto"
+    """What computes MoBA. `auto` is decided once, at start, and written into the run's config.yaml. `flash_moba` is
+    another package, with block means in the weights' precision; `auto` never takes it."""
+    full_backend: Literal["auto", "torch", "torch_flash", "cudnn", "flash_attn"] = "auto"
+    """What computes full attention outside Transformer Engine layers and without context parallelism. `auto`: the
+    package flash-attn where it is installed, else `torch`, PyTorch's choice among its fused kernels."""
 
 
 class BlendEntry(Section):

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moba_megatron.config import Config, ParallelConfig
 from moba_megatron.model.exchange import resolve_exchange
 from moba_megatron.model.gpt import ChunkedLossGPTModel
+from moba_megatron.model.rotary import rotary_frequencies, softmax_scale
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.model.specs import block_spec, choose_implementation
 from moba_megatron.platform import current_device, optional_libraries, seed_all
@@ -62,9 +63,12 @@ def transformer_config(config: Config, *, device_type: str | None = None) -> Tra
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
         rotary_interleaved=False,
+        softmax_scale=softmax_scale(model),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_method_std,
+        # Drawing weights that are then read takes longer than reading them.
+        perform_initialization=model.init_from is None,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         # The loss is a sum over tokens, divided by their number over all micro-batches and ranks once, in the end;
@@ -138,7 +142,8 @@ def build_model(
 ) -> list[ChunkedLossGPTModel]:
     """The model chunks of this pipeline rank, on this process's device, in training mode.
 
-    Weights depend on `config.run.seed` and the parallel sizes only: this seeds all random streams (`seed_all`).
+    Weights depend on `config.run.seed` and the parallel sizes only: this seeds all random streams (`seed_all`). With
+    `model.init_from` they are whatever was in memory, for the caller to fill.
     The process groups must have been started (`platform.start_model_parallel`), and on a CPU `platform.apply` called.
 
     Args:
@@ -191,6 +196,7 @@ def _build_chunk(
         schedule,
         stage=stage,
         backend=config.attention.backend,
+        full_backend=config.attention.full_backend,
         exchange={"moba": exchange.moba or "auto", "full": exchange.full or "auto"},
         pp_rank=pp_rank,
         vp_stage=vp_stage,
@@ -206,10 +212,7 @@ def _build_chunk(
         post_process=post_process,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
         position_embedding_type="rope",
-        rotary_base=model.rotary_base,
-        seq_len_interpolation_factor=model.rotary_scaling_factor if model.rotary_scaling == "linear" else None,
-        rope_scaling=model.rotary_scaling == "llama3",
-        rope_scaling_factor=model.rotary_scaling_factor,
+        rotary_frequencies=rotary_frequencies(model),
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )

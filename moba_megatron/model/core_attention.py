@@ -47,14 +47,17 @@ class MoBACoreAttention(MegatronModule):
             pg_collection: as megatron-core passes them to every core attention. `layer_number` counts from 1 over all
             pipeline stages. `softmax_scale` defaults to 1 / sqrt(head size).
         attention: how this layer attends.
-        backend: what computes MoBA: `auto`, `reference`, `gathered` or `triton`.
+        backend: what computes MoBA, see `moba_attention`.
+        full_backend: what computes full attention, see `full_attention`. Only `auto` under context parallelism, where
+            full layers run through the exchanges.
         exchange: what context-parallel ranks do, `auto` or a name in `parallel.traffic.EXCHANGES`: one for both kinds,
             or `{"moba": ..., "full": ...}`. `auto` is decided at the first call, from the sizes of its tensors.
 
     Raises:
         ValueError: for settings that are not MoBA: dropout in attention, a mask that is not causal, cross attention, a
-            window, softmax offsets, latent attention, fp8 in attention; for an unknown exchange; and for the reference
-            backend under context parallelism with another exchange than `a2a`.
+            window, softmax offsets, latent attention, fp8 in attention; for an unknown exchange; for the reference
+            backend under context parallelism with another exchange than `a2a`; and for a full-attention backend asked
+            for by name under context parallelism.
     """
 
     def __init__(
@@ -70,9 +73,15 @@ class MoBACoreAttention(MegatronModule):
         *,
         attention: LayerAttention,
         backend: str = "auto",
+        full_backend: str = "auto",
         exchange: str | Mapping[str, str] = "auto",
     ):
         super().__init__(config=config)
+        if full_backend != "auto" and config.context_parallel_size > 1:
+            raise ValueError(
+                f"full_backend = {full_backend!r} with context_parallel_size = {config.context_parallel_size}: full "
+                "layers run through the exchanges there; use auto"
+            )
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         _refuse_what_is_not_moba(config, layer_number, attn_mask_type, attention_type, dropout)
         self.context = ContextParallel(config, pg_collection, exchange, backend)
@@ -80,6 +89,7 @@ class MoBACoreAttention(MegatronModule):
         self.softmax_scale = softmax_scale
         self.attention = attention
         self.backend = backend
+        self.full_backend = full_backend
 
     def forward(
         self,
@@ -140,7 +150,7 @@ class MoBACoreAttention(MegatronModule):
             )
         common = {"softmax_scale": self.softmax_scale, "max_seqlen": max_seqlen}
         if self.attention.kind == "full":
-            return full_attention(q, k, v, cu_seqlens, **common)
+            return full_attention(q, k, v, cu_seqlens, backend=self.full_backend, **common)
         sizes = {"block_size": self.attention.block_size, "top_k": self.attention.top_k}
         return moba_attention(q, k, v, cu_seqlens, **sizes, backend=self.backend, **common)
 
@@ -161,7 +171,8 @@ class MoBACoreAttention(MegatronModule):
             )
 
     def extra_repr(self) -> str:
-        return f"layer_number={self.layer_number}, attention={self.attention}, backend={self.backend}, {self.context}"
+        backends = f"backend={self.backend}, full_backend={self.full_backend}"
+        return f"layer_number={self.layer_number}, attention={self.attention}, {backends}, {self.context}"
 
 
 def set_attention_stage(model_chunks: list[torch.nn.Module], schedule: AttentionSchedule, stage: int) -> int:

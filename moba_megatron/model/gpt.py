@@ -8,48 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from moba_megatron.model.context import check_layout
 from moba_megatron.model.loss import chunked_cross_entropy
-
-
-class DocumentRotaryEmbedding(RotaryEmbedding):
-    """Rotary embedding whose table is longer than the pack.
-
-    For packs, megatron-core takes the length of the table from `max_seqlen_q`: it computes and keeps one table for each
-    longest document it meets, and when the table happens to be as long as the pack, positions run on through it instead
-    of starting anew at each document. Scores only depend on distances, but their rounding then grows with the position.
-    A table longer than the pack avoids the latter. Packs differ in length where documents are padded, so the length is
-    rounded up to one of a few (eight between a power of two and the next): a handful of tables serves all packs.
-    """
-
-    def get_rotary_seq_len(
-        self, inference_context, transformer, transformer_input, transformer_config, packed_seq_params=None, **kwargs
-    ) -> int:
-        """As in megatron-core, in tokens over all context-parallel ranks; for a pack, more than its tokens."""
-        pack = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
-        length = super().get_rotary_seq_len(
-            inference_context,
-            transformer,
-            transformer_input,
-            transformer_config,
-            None if pack else packed_seq_params,
-            **kwargs,
-        )
-        return table_length(length) if pack else length
-
-
-def table_length(tokens: int) -> int:
-    """Positions in the rotary table of a pack: more than its tokens, by an eighth at most (and by 1 at least).
-
-    >>> table_length(100), table_length(128), table_length(3)
-    (104, 144, 4)
-    """
-    step = 1 << max(0, tokens.bit_length() - 4)
-    return (tokens // step + 1) * step
+from moba_megatron.model.rotary import DocumentRotaryEmbedding, RotaryFrequencies
 
 
 class ChunkedLossGPTModel(GPTModel):
@@ -59,6 +23,7 @@ class ChunkedLossGPTModel(GPTModel):
         loss_chunk_size: tokens per chunk of the loss.
         unpadded_vocab_size: entries of the vocabulary; `vocab_size` of the stock model may be larger, up to a multiple
             of the tensor-parallel size.
+        rotary_frequencies: of the rotary embedding, in place of the stock model's `rotary_base` and its scalings.
         **stock: arguments of `GPTModel`, by name.
 
     Raises:
@@ -67,7 +32,9 @@ class ChunkedLossGPTModel(GPTModel):
             On a GPU reading the positions would stall every step, so there the caller answers for them.
     """
 
-    def __init__(self, *, loss_chunk_size: int, unpadded_vocab_size: int, **stock: Any):
+    def __init__(
+        self, *, loss_chunk_size: int, unpadded_vocab_size: int, rotary_frequencies: RotaryFrequencies, **stock: Any
+    ):
         if not 1 <= unpadded_vocab_size <= stock["vocab_size"]:
             raise ValueError(
                 f"unpadded_vocab_size = {unpadded_vocab_size} is not in 1 to vocab_size = {stock['vocab_size']}"
@@ -80,13 +47,10 @@ class ChunkedLossGPTModel(GPTModel):
         self.loss_chunk_size = loss_chunk_size
         self.unpadded_vocab_size = unpadded_vocab_size
         self.rotary_pos_emb = DocumentRotaryEmbedding(
+            rotary_frequencies,
+            stock["max_sequence_length"],
             kv_channels=self.config.kv_channels,
-            rotary_percent=stock.get("rotary_percent", 1.0),
             rotary_interleaved=self.config.rotary_interleaved,
-            seq_len_interpolation_factor=stock.get("seq_len_interpolation_factor"),
-            rotary_base=stock.get("rotary_base", 10000),
-            rope_scaling=stock.get("rope_scaling", False),
-            rope_scaling_factor=stock.get("rope_scaling_factor", 8.0),
             use_cpu_initialization=self.config.use_cpu_initialization,
             cp_group=self.pg_collection.cp,
         )

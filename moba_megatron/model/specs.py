@@ -48,6 +48,7 @@ def moba_layer_spec(
     top_k: int | None = None,
     kind: Literal["moba", "full"] = "moba",
     backend: str = "auto",
+    full_backend: str = "auto",
     exchange: str | Mapping[str, str] = "auto",
 ) -> ModuleSpec:
     """A copy of a stock layer spec with MoBA as its core attention; the original stays as it is.
@@ -58,7 +59,8 @@ def moba_layer_spec(
         block_size: tokens per block.
         top_k: blocks per query, the current one counted.
         kind: `full` gives plain causal attention through the same module (no block_size, no top_k).
-        backend: `auto`, `reference`, `gathered` or `triton`.
+        backend: what computes MoBA, see `moba_attention`.
+        full_backend: what computes full attention, see `full_attention`.
         exchange: under context parallelism, how its ranks exchange: `auto`, `p2p`, `all_gather`, `a2a`, `a2a+p2p` or
             `dispatch`; or one of these for each kind, `{"moba": ..., "full": ...}`.
 
@@ -66,7 +68,9 @@ def moba_layer_spec(
         ValueError: if the spec has no core attention to replace, or the sizes are impossible.
     """
     attention = LayerAttention(kind, block_size, top_k)
-    core = functools.partial(MoBACoreAttention, attention=attention, backend=backend, exchange=exchange)
+    core = functools.partial(
+        MoBACoreAttention, attention=attention, backend=backend, full_backend=full_backend, exchange=exchange
+    )
     return with_core_attention(layer_spec, core)
 
 
@@ -88,6 +92,7 @@ def block_spec(
     *,
     stage: int = 0,
     backend: str = "auto",
+    full_backend: str = "auto",
     exchange: str | Mapping[str, str] = "auto",
     pp_rank: int = 0,
     vp_stage: int | None = None,
@@ -99,7 +104,7 @@ def block_spec(
     Args:
         schedule: what every layer of the whole model attends to.
         stage: training stage, counted from 0, that the layers start with.
-        backend, exchange: as for `moba_layer_spec`.
+        backend, full_backend, exchange: as for `moba_layer_spec`.
         pp_rank, vp_stage: which part of the model; `vp_stage` only with the interleaved schedule.
 
     Raises:
@@ -115,7 +120,9 @@ def block_spec(
         if keep_full and schedule.always_full(number):
             specs.append(base)
         else:
-            core = functools.partial(MoBACoreAttention, attention=attention, backend=backend, exchange=exchange)
+            core = functools.partial(
+                MoBACoreAttention, attention=attention, backend=backend, full_backend=full_backend, exchange=exchange
+            )
             specs.append(with_core_attention(base, core))
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)

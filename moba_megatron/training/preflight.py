@@ -6,14 +6,19 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from moba_megatron.config import Config, ConfigError, check_world
+from moba_megatron.convert.initial import check_initial_weights
 from moba_megatron.data.datasets import DataSummary, check_data
 from moba_megatron.model.exchange import resolve_exchange
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.model.specs import choose_implementation
-from moba_megatron.ops.backends import resolve_backend
+from moba_megatron.ops.backends import resolve_backend, resolve_full_backend
 from moba_megatron.platform import current_device, optional_libraries
 from moba_megatron.training.run_folder import find_resume
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -41,14 +46,17 @@ def preflight(config: Config, world_size: int) -> Preflight:
     if config.logging.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise ConfigError([f"logging.wandb = {config.logging.wandb}: wandb is not installed (pip install wandb)"])
     data = check_data(config)
+    resume = find_resume(config, schedule, data.identity)
+    # A resumed run has its weights already; their source may be gone.
+    initial = [] if resume else check_initial_weights(config, data.vocab_size)
     return Preflight(
         world_size=world_size,
         data_parallel=data_parallel,
         schedule=schedule,
         data=data,
         vocab_size=config.model.vocab_size or data.vocab_size,
-        resume=find_resume(config, schedule, data.identity),
-        choices=run_choices(config, schedule),
+        resume=resume,
+        choices=[*run_choices(config, schedule), *initial],
     )
 
 
@@ -89,15 +97,15 @@ def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:
         backend, reason = resolve_backend(config.attention.backend, device)
     except ValueError as error:
         raise ConfigError([f"attention.backend = {config.attention.backend}: {error}"]) from error
+    full = _full_attention(config, schedule, device)
     libraries = optional_libraries()
     fused_adam = [
         name for name in ("transformer_engine", "apex") if device.type == "cuda" and libraries[name].available
     ]
     lines = [
         f"attention.backend = {config.attention.backend}: {backend} ({reason})",
-        f"layers: {choose_implementation(device.type)}; full attention: "
-        f"{'flash or cuDNN' if device.type == 'cuda' else 'PyTorch fused CPU'} kernel; "
-        f"Adam: {fused_adam[0] if fused_adam else 'PyTorch'}",
+        f"attention.full_backend = {config.attention.full_backend}: {full}",
+        f"layers: {choose_implementation(device.type)}; Adam: {fused_adam[0] if fused_adam else 'PyTorch'}",
         *resolve_exchange(config).lines,
     ]
     length = config.data.sequence_length
@@ -112,3 +120,27 @@ def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:
             "MoBA is full attention there"
         )
     return lines
+
+
+def _full_attention(config: Config, schedule: AttentionSchedule, device: torch.device) -> str:
+    """What computes full attention, with the reason.
+
+    Raises:
+        ConfigError: a backend asked for by name that cannot run here, or not with these settings.
+    """
+    wanted = config.attention.full_backend
+    if config.parallel.context > 1:
+        if wanted != "auto":
+            raise ConfigError([
+                f"attention.full_backend = {wanted} with parallel.context = {config.parallel.context}: full layers run "
+                "through the exchanges there; use auto"
+            ])  # fmt: skip
+        return "the exchange (context parallelism)"
+    try:
+        name, reason = resolve_full_backend(wanted, device, DTYPES[config.training.precision])
+    except ValueError as error:
+        raise ConfigError([f"attention.full_backend = {wanted}: {error}"]) from error
+    layers = range(1, schedule.num_layers + 1)
+    if choose_implementation(device.type) == "transformer_engine" and any(map(schedule.always_full, layers)):
+        return f"{name} ({reason}); layers that are always full keep Transformer Engine's"
+    return f"{name} ({reason})"

@@ -17,6 +17,7 @@ from megatron.core.timers import Timers
 from moba_megatron import __version__
 from moba_megatron.checkpoint import CheckpointError, CheckpointWriter, Manifest, TrainingState, load_training
 from moba_megatron.config import Config
+from moba_megatron.convert.initial import load_initial_weights
 from moba_megatron.data.batches import Batch
 from moba_megatron.data.datasets import build_datasets
 from moba_megatron.data.feed import rank_batches
@@ -24,7 +25,6 @@ from moba_megatron.evaluation.positions import evaluate
 from moba_megatron.model.builder import build_model
 from moba_megatron.model.core_attention import set_attention_stage
 from moba_megatron.model.exchange import resolve_exchange
-from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.planning.flops import peak_flops, training_flops_per_token
 from moba_megatron.platform.start import start_rank
 from moba_megatron.training.loop import LoopEnd, LoopParts, run_loop
@@ -54,7 +54,7 @@ def train(config: Config, ready: Preflight) -> Outcome:
     rank = torch.distributed.get_rank()
     folder = RunFolder(config.run.dir)
     _agree_on_resume(ready)
-    state, wrapped = _build(config, ready.vocab_size, ready.schedule)
+    state, wrapped = _build(config, ready)
     first_step = 1
     if ready.resume:
         manifest = load_training(
@@ -86,8 +86,10 @@ def _agree_on_resume(ready: Preflight) -> None:
         raise CheckpointError(f"the ranks would resume from different checkpoints: {sorted(set(seen))}. Start again")
 
 
-def _build(config: Config, vocab_size: int, schedule: AttentionSchedule) -> tuple[TrainingState, list[Any]]:
-    chunks = build_model(config, vocab_size, schedule)
+def _build(config: Config, ready: Preflight) -> tuple[TrainingState, list[Any]]:
+    chunks = build_model(config, ready.vocab_size, ready.schedule)
+    if config.model.init_from and not ready.resume:
+        load_initial_weights(config, ready.vocab_size, chunks)
     wrapped = wrap_data_parallel(chunks, config)
     optimizer = build_optimizer(wrapped, config)
     return TrainingState(chunks, optimizer, build_scheduler(optimizer, config)), wrapped

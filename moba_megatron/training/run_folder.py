@@ -27,6 +27,7 @@ FREE = (
     "run.dir",
     "run.threads",
     "attention.backend",
+    "attention.full_backend",
     "parallel",
     "training.stop_after",
     "training.micro_batch_size",

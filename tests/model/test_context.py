@@ -14,7 +14,7 @@ from model_examples import VOCABULARY, tiny, tokens
 from moba_megatron import platform
 from moba_megatron.data.batches import Batch, context_part, packed_seq_params
 from moba_megatron.model.core_attention import MoBACoreAttention
-from moba_megatron.model.gpt import table_length
+from moba_megatron.model.rotary import table_length
 from moba_megatron.model.schedule import FULL, AttentionSchedule, LayerAttention
 
 MOBA = LayerAttention("moba", 8, 2)

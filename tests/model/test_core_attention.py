@@ -79,6 +79,20 @@ def test_full_layers_attend_to_everything():
     assert ((full[8:] - sparse[8:]).abs().amax(-1) > 1e-3).all()
 
 
+def test_the_full_backend_is_asked_for_and_refused_under_context_parallelism():
+    q, k, v = qkv(length=14, batch=1)
+    config = core_attention().config
+    common = (config, 1, AttnMaskType.causal, "self")
+    named = MoBACoreAttention(*common, attention=FULL, full_backend="torch")
+    assert torch.equal(named(q, k, v, None), core_attention(FULL)(q, k, v, None))
+    elsewhere = MoBACoreAttention(*common, attention=FULL, full_backend="cudnn")
+    with pytest.raises(ValueError, match="full-attention backend 'cudnn' is not available"):
+        elsewhere(q, k, v, None)
+    config.context_parallel_size = 2
+    with pytest.raises(ValueError, match="full_backend = 'torch' with context_parallel_size = 2: .* use auto"):
+        MoBACoreAttention(*common, attention=FULL, full_backend="torch")
+
+
 def test_packs_equal_their_documents():
     q, k, v = (tensor[:, 0] for tensor in qkv(length=23, batch=1))
     boundaries = [0, 9, 10, 10, 23]  # one of a single token, one empty

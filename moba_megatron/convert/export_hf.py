@@ -1,0 +1,220 @@
+"""A checkpoint becomes a Hugging Face folder: weights, configuration, tokenizer, generation settings and a model card.
+
+This needs no GPU, no process group and no model in memory: parameters are read one by one from the checkpoint, whatever
+layout it was trained at, cut into Hugging Face tensors and written in files of limited size, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from moba_megatron.checkpoint import CheckpointError, Manifest
+from moba_megatron.checkpoint.manifest import verify as damages
+from moba_megatron.checkpoint.opened import find_checkpoint, saved_config
+from moba_megatron.config import Config, ModelConfig
+from moba_megatron.convert.families import huggingface_config, moba_config
+from moba_megatron.convert.import_hf import NO_TOKENIZER
+from moba_megatron.convert.initial import sized
+from moba_megatron.convert.mapping import parameter_shapes, pieces
+from moba_megatron.convert.model_card import model_card
+from moba_megatron.convert.publish import check_unused, new_folder
+from moba_megatron.convert.safetensors_folder import INDEX, SINGLE
+from moba_megatron.convert.self_contained import CODE_FILE, with_own_code
+from moba_megatron.convert.stored import StoredWeights
+from moba_megatron.convert.tokenizer_files import (
+    copy_tokenizer_files,
+    name_tokenizer_class,
+    special_ids,
+    tokenizer_class,
+)
+from moba_megatron.data.tokenizer import Tokenizer
+from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
+
+SHARD_BYTES = 4 * 10**9
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What is known about a checkpoint that is exported: its settings, the attention of its last step, its tokenizer.
+
+    Attributes:
+        config: on one rank.
+        model: the `model` section with every size stated.
+        layers: how each layer attends.
+        tokenizer: None where the model has none.
+    """
+
+    checkpoint: Path
+    manifest: Manifest
+    config: Config
+    model: ModelConfig
+    layers: tuple[LayerAttention, ...]
+    tokenizer: Tokenizer | None
+
+
+def open_exported(path: str | Path, tokenizer: str | None = None) -> Exported:
+    """What there is to export.
+
+    Args:
+        path: a checkpoint folder, or a run folder for its newest one.
+        tokenizer: folder of the tokenizer, where it is no longer at `data.tokenizer`.
+
+    Raises:
+        CheckpointError: no complete checkpoint, or not the tokenizer that it was trained with.
+    """
+    checkpoint = find_checkpoint(path)
+    manifest, config = Manifest.read(checkpoint), saved_config(checkpoint)
+    schedule = AttentionSchedule.from_dict(manifest.schedule)
+    layers = schedule.stages[schedule.stage_at(max(manifest.step, 1), config.training.steps)]
+    folder = tokenizer or _tokenizer_folder(checkpoint, config)
+    found = None
+    if manifest.data["tokenizer"] != NO_TOKENIZER:
+        try:
+            found = Tokenizer(folder)
+        except ValueError as error:
+            raise CheckpointError(f"data.tokenizer: {error}. Name its folder with --tokenizer") from error
+        if found.fingerprint != manifest.data["tokenizer"]:
+            raise CheckpointError(
+                f"{checkpoint} was trained with the tokenizer of fingerprint {manifest.data['tokenizer']}, but "
+                f"{folder} has {found.fingerprint}: name the right folder with --tokenizer"
+            )
+    if config.model.vocab_size is None and found is None:
+        raise CheckpointError(f"{checkpoint} says neither model.vocab_size nor a tokenizer")
+    model = sized(config.model, found.vocab_size if found else 0)
+    return Exported(checkpoint, manifest, config, model, layers, found)
+
+
+def _tokenizer_folder(checkpoint: Path, config: Config) -> Path:
+    """As the configuration says, or beside the checkpoint where an imported model was moved."""
+    beside = checkpoint.parent.parent / "tokenizer"
+    named = Path(config.data.tokenizer)
+    return beside if beside.is_dir() and not named.is_dir() else named
+
+
+def export_huggingface(
+    exported: Exported,
+    out: Path,
+    *,
+    decode: str = "full",
+    self_contained: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> str | None:
+    """Write the Hugging Face folder `out`, which appears when it is complete.
+
+    Args:
+        decode: how new tokens attend to a cache, `full` or `moba`; goes into `moba_config`.
+        self_contained: add the attention as a file of Python that transformers runs with `trust_remote_code=True`.
+        shard_bytes: largest file of weights. Twice as much memory is used, or twice that of the largest tensor.
+        advance: told parameters done and in all, after each.
+
+    Returns:
+        The class of transformers that reads the tokenizer as it is meant, if there is a tokenizer.
+
+    Raises:
+        ConfigError: `out` is taken, no plain model of transformers computes this one, or `self_contained` without
+            MoBA layers.
+        CheckpointError: the checkpoint is damaged, lacks parameters of the model, or has others.
+    """
+    check_unused(out)
+    if exported.config.checkpoint.verify and (damage := damages(exported.checkpoint, exported.manifest)):
+        raise CheckpointError(f"{exported.checkpoint} is damaged: {'; '.join(damage)}")
+    stored = StoredWeights(exported.checkpoint)
+    shapes = parameter_shapes(exported.model)
+    _check_parameters(exported, stored, shapes)
+    moba = moba_config(exported.layers, decode)
+    special = special_ids(exported.tokenizer) if exported.tokenizer else {}
+    values = huggingface_config(
+        exported.model,
+        length=exported.config.data.sequence_length,
+        dtype=stored.dtype(),
+        moba=moba,
+        special_ids=special,
+    )
+    code = None
+    if self_contained:
+        values, code = with_own_code(values)
+    with new_folder(out) as folder:
+        if code:
+            (folder / CODE_FILE).write_text(code, encoding="utf-8")
+        _write_weights(folder, stored, shapes, exported.model, shard_bytes, advance)
+        _write_json(folder / "config.json", values)
+        reader = None
+        if exported.tokenizer:
+            copy_tokenizer_files(exported.tokenizer.folder, folder)
+            name_tokenizer_class(folder)
+            reader = tokenizer_class(folder, exported.tokenizer)
+        if not (folder / "generation_config.json").exists():
+            _write_json(folder / "generation_config.json", {**special, "do_sample": False})
+        (folder / "README.md").write_text(model_card(out.name, exported, values, reader))
+    return reader
+
+
+def _check_parameters(exported: Exported, stored: StoredWeights, shapes: dict[str, Any]) -> None:
+    names = stored.names(exported.model.num_layers)
+    problems = [f"{name} is missing" for name in shapes if name not in names]
+    problems += [f"{name} is not part of the model" for name in sorted(names - shapes.keys())]
+    if problems:
+        raise CheckpointError(f"{exported.checkpoint} does not fit its configuration: {'; '.join(problems)}")
+
+
+def _write_weights(
+    folder: Path,
+    stored: StoredWeights,
+    shapes: dict[str, tuple[int, ...]],
+    model: ModelConfig,
+    shard_bytes: int,
+    advance: Callable[[int, int], None],
+) -> None:
+    """Write numbered files as the tensors come, then give them their names and write the index."""
+    shard: dict[str, torch.Tensor] = {}
+    files: list[list[str]] = []
+    total = 0
+
+    def flush() -> None:
+        if shard:
+            save_file(shard, folder / f"{len(files)}.safetensors", metadata={"format": "pt"})
+            files.append(list(shard))
+            shard.clear()
+
+    for number, (name, shape) in enumerate(shapes.items(), start=1):
+        for source, tensor in _huggingface_tensors(name, stored.read(name, shape), model).items():
+            if sum(map(_bytes, shard.values())) + _bytes(tensor) > shard_bytes:
+                flush()
+            shard[source] = tensor
+            total += _bytes(tensor)
+        advance(number, len(shapes))
+    flush()
+    if len(files) == 1:
+        (folder / "0.safetensors").rename(folder / SINGLE)
+        return
+    index: dict[str, str] = {}
+    for number, names in enumerate(files):
+        file = f"model-{number + 1:05}-of-{len(files):05}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / file)
+        index |= dict.fromkeys(names, file)
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _huggingface_tensors(name: str, parameter: torch.Tensor, model: ModelConfig) -> dict[str, torch.Tensor]:
+    """A whole parameter, cut into the Hugging Face tensors that it is made of."""
+    parts: dict[str, list[torch.Tensor]] = {}
+    for piece in pieces(name, model):
+        parts.setdefault(piece.source, []).append(parameter[piece.here] if piece.here else parameter)
+    # The pieces of a tensor come in the order of its rows. Only tensors that share a parameter are copied.
+    return {source: torch.cat(rows) if len(parts) > 1 else rows[0] for source, rows in parts.items()}
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

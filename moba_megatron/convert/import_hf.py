@@ -1,0 +1,141 @@
+"""A Hugging Face folder becomes a run folder: one checkpoint, at step 0, and a configuration to go on from.
+
+The checkpoint is an ordinary one, so whatever takes a run takes an imported model: evaluation, generation, export, and
+`model.init_from` of another run. Weights are kept bit for bit: bf16 stays bf16, everything else becomes fp32.
+
+This runs as one process that holds the whole model. A model too large for that is trained without this step:
+`model.init_from` takes the Hugging Face folder itself, and each rank reads its own part.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moba_megatron import __version__
+from moba_megatron.checkpoint import CheckpointWriter, Manifest
+from moba_megatron.checkpoint.state import sharded_model
+from moba_megatron.config import Config, ConfigError, ParallelConfig, config_from_dict
+from moba_megatron.config.huggingface import model_section, read_huggingface_config
+from moba_megatron.convert.publish import check_unused, new_folder
+from moba_megatron.convert.safetensors_folder import SafetensorsFolder
+from moba_megatron.convert.tokenizer_files import copy_tokenizer_files
+from moba_megatron.convert.weights import open_weights, read_weights
+from moba_megatron.data.tokenizer import Tokenizer
+from moba_megatron.model.builder import build_model
+from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.platform.start import start_rank
+
+NO_TOKENIZER = "none"
+_HEAD = """# A start for training from {source}.
+# Set data.train (prepared with the tokenizer below), data.sequence_length, the attention and the optimizer:
+#   python train.py {path} data.train=PREFIX data.sequence_length=32768 attention.kind=moba
+"""
+
+
+def import_huggingface(
+    source: Path, out: Path, *, advance: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[Config, list[str]]:
+    """Import a model. Starts this process as a single rank.
+
+    Args:
+        source: a Hugging Face folder with safetensors.
+        out: the run folder to make: `config.yaml`, `tokenizer/`, `checkpoints/step_0/`. It appears when it is complete.
+        advance: told parameters done and in all, after each.
+
+    Returns:
+        The configuration that was written, and what is to be said about the import.
+
+    Raises:
+        ConfigError: `out` is taken, or a model that is not supported or not whole, with one line for each reason.
+    """
+    check_unused(out)
+    values = read_huggingface_config(source)
+    config = config_from_dict(_configuration(source, out, values, SafetensorsFolder(source)))
+    weights = open_weights(source, config.model)
+    with new_folder(out) as folder:
+        fingerprint, notes = _copy_tokenizer(source, folder / "tokenizer", config.model.vocab_size)
+        _write_checkpoint(folder / "checkpoints", config, weights, fingerprint, advance)
+        model = config.model.model_copy(update={"init_from": str(out.resolve())})
+        goes_on = config.model_copy(update={"model": model})
+        head = _HEAD.format(source=source, path=out / "config.yaml")
+        (folder / "config.yaml").write_text(head + goes_on.to_yaml())
+    return goes_on, notes
+
+
+def _write_checkpoint(
+    folder: Path, config: Config, weights: SafetensorsFolder, fingerprint: str, advance: Callable[[int, int], None]
+) -> None:
+    schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
+    start_rank(ParallelConfig(), seed=config.run.seed)
+    chunks = build_model(config, config.model.vocab_size, schedule)
+    read_weights(chunks, weights, config.model, advance=advance)
+    libraries = ("torch", "megatron-core")
+    manifest = Manifest(
+        step=0,
+        consumed_samples=0,
+        config=config.model_dump(mode="json"),
+        schedule=schedule.to_dict(),
+        data={"tokenizer": fingerprint},
+        versions={"moba-megatron": __version__, **{name: importlib.metadata.version(name) for name in libraries}},
+    )
+    writer = CheckpointWriter(folder, keep=1, asynchronous=False)
+    writer.save(_WeightsAlone(chunks), manifest)
+    writer.wait()
+
+
+def attention_section(values: dict[str, Any]) -> dict[str, Any]:
+    """The `attention` section of a Hugging Face configuration: full, unless it has a `moba_config`."""
+    moba = values.get("moba_config")
+    if moba is None:
+        return {"kind": "full"}
+    kinds = moba.get("layer_types") or []
+    full = [number for number, kind in enumerate(kinds, start=1) if kind == "full"]
+    return {"kind": "moba", "block_size": moba["block_size"], "top_k": moba["top_k"], "full_layers": full}
+
+
+def _configuration(source: Path, out: Path, values: dict[str, Any], weights: SafetensorsFolder) -> dict[str, Any]:
+    exact = "bf16" if set(weights.dtypes.values()) == {"BF16"} else "fp32"
+    name = out.name
+    return {
+        "run": {"dir": f"runs/{name}"},
+        "model": {"init_from": str(source.resolve()), **model_section(values)},
+        "attention": attention_section(values),
+        "data": {
+            "train": f"data/prepared/{name}/train",
+            "tokenizer": str(out.resolve() / "tokenizer"),
+            "sequence_length": values["max_position_embeddings"],
+        },
+        "training": {"steps": 1000, "global_batch_size": 8, "precision": exact, "recompute": "full"},
+        "optimizer": {"lr": 1e-5, "min_lr": 1e-6, "warmup_steps": 50},
+    }
+
+
+def _copy_tokenizer(source: Path, folder: Path, vocab_size: int) -> tuple[str, list[str]]:
+    """Copy the tokenizer's files; its fingerprint, and what is missing of it."""
+    folder.mkdir()
+    copy_tokenizer_files(source, folder)
+    try:
+        tokenizer = Tokenizer(folder)
+    except ValueError as error:
+        why = f"no tokenizer was imported ({error})".replace(str(folder), str(source))
+        return NO_TOKENIZER, [f"{why}: evaluation and generation need one"]
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            [f"{source}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but vocab_size = {vocab_size}"]
+        )
+    return tokenizer.fingerprint, []
+
+
+class _WeightsAlone:
+    """A training state without optimizer, for the checkpoint writer."""
+
+    def __init__(self, model: list[torch.nn.Module]):
+        self.model = model
+
+    def sharded(self, *, loading: bool) -> dict[str, Any]:
+        return sharded_model(self.model)

@@ -1,0 +1,123 @@
+"""`model.init_from`: the weights that a new run starts with, from a Hugging Face folder or from a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from moba_megatron.checkpoint import CheckpointError, Manifest, load_model
+from moba_megatron.checkpoint.opened import find_checkpoint
+from moba_megatron.config import Config, ConfigError, ModelConfig
+from moba_megatron.config.pretrained import pretrained_model_section
+from moba_megatron.convert.weights import open_weights, read_weights
+from moba_megatron.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# Drawn weights are replaced, and other positions are a way to extend the context.
+_FREE = ("init_from", "init_method_std", "rotary_")
+
+
+def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
+    """Hold the source of the first weights against the model, before any process group starts.
+
+    Args:
+        vocab_size: entries of `data.tokenizer`, which count where `model.vocab_size` is not set.
+
+    Returns:
+        What is to be said about it, one line each; nothing without `model.init_from`.
+
+    Raises:
+        ConfigError: with one line for each size, tensor or tokenizer that does not fit.
+    """
+    if config.model.init_from is None:
+        return []
+    source = Path(config.model.init_from)
+    given = ModelConfig.model_validate(pretrained_model_section(source))
+    model = sized(config.model, vocab_size)
+    differing = _differences(model, sized(given, vocab_size))
+    problems = [
+        f"model.{key} = {ours}, but {source} has {theirs}: leave the key out, or set it to that"
+        for key, (ours, theirs) in differing.items()
+        if not key.startswith(_FREE)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    _check_tokenizer(config, source)
+    if _is_huggingface(source):
+        dtypes = sorted(set(open_weights(source, model).dtypes.values()))
+        lines = [f"model.init_from = {source}: Hugging Face weights in {', '.join(dtypes)}"]
+    else:
+        lines = [f"model.init_from = {source}: {_find(source)}"]
+    return lines + [
+        f"model.{key} = {ours}: the weights come from a model with {theirs}"
+        for key, (ours, theirs) in differing.items()
+        if key.startswith("rotary_")
+    ]
+
+
+def load_initial_weights(config: Config, vocab_size: int, chunks: list[torch.nn.Module]) -> None:
+    """Fill the model chunks of this rank from `model.init_from`. Collective.
+
+    Args:
+        vocab_size: entries of the vocabulary, without padding.
+        chunks: bare model chunks, before an optimizer copies their weights.
+    """
+    source = Path(config.model.init_from)
+    if _is_huggingface(source):
+        model = sized(config.model, vocab_size)
+        read_weights(chunks, open_weights(source, model), model, advance=log_progress)
+    else:
+        load_model(_find(source), chunks, check_files=config.checkpoint.verify)
+
+
+def sized(model: ModelConfig, vocab_size: int) -> ModelConfig:
+    """A `model` section with every size stated, so that two of them compare."""
+    return model.model_copy(
+        update={
+            "vocab_size": model.vocab_size or vocab_size,
+            "num_query_groups": model.query_groups,
+            "kv_channels": model.head_size,
+            "ffn_hidden_size": model.ffn_size,
+        }
+    )
+
+
+def log_progress(done: int, total: int) -> None:
+    """Say how far reading is, at every tenth."""
+    if done * 10 // total > (done - 1) * 10 // total:
+        logger.info("reading weights: %d of %d parameters", done, total)
+
+
+def _is_huggingface(source: Path) -> bool:
+    return (source / "config.json").is_file()
+
+
+def _find(source: Path) -> Path:
+    try:
+        return find_checkpoint(source)
+    except CheckpointError as error:
+        raise ConfigError([f"model.init_from: {error}"]) from error
+
+
+def _differences(ours: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[object, object]]:
+    before, now = theirs.model_dump(), ours.model_dump()
+    return {key: (now[key], before[key]) for key in now if now[key] != before[key]}
+
+
+def _check_tokenizer(config: Config, source: Path) -> None:
+    """Weights mean what they mean for the ids of one tokenizer only."""
+    tokenizer = Tokenizer(config.data.tokenizer)
+    if not _is_huggingface(source):
+        theirs = Manifest.read(_find(source)).data["tokenizer"]
+    elif (source / "tokenizer.json").is_file():
+        theirs = Tokenizer(source, tokenizer.eod_token).fingerprint
+    else:
+        return
+    if theirs != tokenizer.fingerprint:
+        raise ConfigError([
+            f"data.tokenizer = {config.data.tokenizer} (fingerprint {tokenizer.fingerprint}) is not the tokenizer of "
+            f"model.init_from = {source} ({theirs}): prepare the data with that one"
+        ])  # fmt: skip

@@ -1,0 +1,116 @@
+"""The README of an exported model: how to run it, what it was trained on, and what other engines make of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moba_megatron.model.schedule import AttentionSchedule
+
+if TYPE_CHECKING:
+    from moba_megatron.convert.export_hf import Exported
+
+_MOBA = """## Attention
+
+{layers} of {all_layers} layers attend by Mixture of Block Attention (MoBA, arXiv 2502.13189): each query to its own
+block and to the {past} past blocks of {block_size} tokens whose mean key fits it best. `moba_config` in `config.json`
+says so.
+
+**Engines that do not know `moba_config` run this model with full attention.** vLLM and SGLang do, and so does
+transformers where it is told to use another attention. Up to {covered:,} tokens of context ({top_k} blocks) that is the
+same; beyond, the numbers are others than those it was trained with. In transformers 5, loading it fails where nothing
+has registered the attention; transformers 4 takes full attention without a word unless it is named:
+
+```python
+{load}
+```
+"""
+_WITH_PACKAGE = """import moba_megatron.hf  # registers the attention
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}", attn_implementation="moba")"""
+_WITH_OWN_CODE = """from transformers import AutoModelForCausalLM
+
+# Runs modeling_moba.py of this folder. Faster, with the package moba-megatron: import moba_megatron.hf
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)"""
+_TOKENIZER = """## Tokenizer
+
+```python
+from transformers import {reader}
+
+tokenizer = {reader}.from_pretrained("{name}")
+```
+{warning}"""
+_NOT_AUTO = """
+`AutoTokenizer` builds another tokenizer for this `model_type`, with other ids. Use the class above.
+"""
+_FULL = """## Attention
+
+All layers attend fully. This is a plain {architecture}: any engine runs it as it was trained.
+"""
+
+
+def model_card(name: str, exported: Exported, values: dict[str, Any], reader: str | None) -> str:
+    """The text of README.md.
+
+    Args:
+        name: of the exported folder.
+        exported: what was exported.
+        values: the contents of its config.json.
+        reader: the class of transformers that reads its tokenizer, if it has one.
+    """
+    moba = values.get("moba_config")
+    head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+    head += "tags:\n- moba\n---\n\n" if moba else "---\n\n"
+    parts = [f"# {name}\n", _attention(name, values)]
+    if reader:
+        warning = "" if reader == "AutoTokenizer" else _NOT_AUTO
+        parts.append(_TOKENIZER.format(name=name, reader=reader, warning=warning))
+    return head + "\n".join([*parts, _training(exported)])
+
+
+def _attention(name: str, values: dict[str, Any]) -> str:
+    moba = values.get("moba_config")
+    if moba is None:
+        return _FULL.format(architecture=values["architectures"][0])
+    kinds = moba["layer_types"]
+    return _MOBA.format(
+        load=(_WITH_OWN_CODE if "auto_map" in values else _WITH_PACKAGE).format(name=name),
+        layers=kinds.count("moba"),
+        all_layers=len(kinds),
+        past=moba["top_k"] - 1,
+        block_size=moba["block_size"],
+        top_k=moba["top_k"],
+        covered=moba["block_size"] * moba["top_k"],
+    )
+
+
+def _training(exported: Exported) -> str:
+    manifest, config = exported.manifest, exported.config
+    tokens = manifest.consumed_samples * config.data.sequence_length
+    schedule = AttentionSchedule.from_dict(manifest.schedule)
+    facts = {
+        "optimizer steps": f"{manifest.step:,} of {config.training.steps:,}",
+        "tokens": f"{tokens:,}",
+        "tokens per sequence": f"{config.data.sequence_length:,}",
+        "sequences per step": f"{config.training.global_batch_size:,}",
+        "precision": config.training.precision,
+        "peak learning rate": f"{config.optimizer.lr:g}",
+        "weights to begin with": Path(config.model.init_from).name if config.model.init_from else "random",
+        "attention while training": "<br>".join(schedule.table().splitlines()),
+        **_losses(exported),
+        "software": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+    }
+    lines = ["## Training", "", "| | |", "|---|---|", *[f"| {key} | {value} |" for key, value in facts.items()]]
+    return "\n".join(lines) + "\n"
+
+
+def _losses(exported: Exported) -> dict[str, str]:
+    """What the run folder recorded of this step's evaluation."""
+    path = exported.checkpoint.parent.parent / "evaluations.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    for values in map(json.loads, lines):
+        if values["step"] == exported.manifest.step:
+            return {"validation loss (nats per token)": f"{values['loss']:.4f}"}
+    return {}

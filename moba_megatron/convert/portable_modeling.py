@@ -1,0 +1,105 @@
+"""Mixture of Block Attention (arXiv 2502.13189) for this model, in plain PyTorch, for `trust_remote_code=True`.
+
+Each query attends to its own block and to the past blocks of its text whose mean key has the largest inner product with
+it (equal ones: the earlier block), `top_k` in all; blocks begin at the text's first token. `moba_config` in config.json
+gives the sizes and which layers do so. It follows transformers' own mask, so padding on either side and caches of every
+kind work. Masks are dense: it is exact and meant for moderate lengths; where the package moba-megatron has been
+imported (`import moba_megatron.hf`), its faster attention is used instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+NAME = "moba"
+ROWS = 256  # queries at a time: what a mask over all keys and heads costs in memory
+
+
+def moba_mask(*args: Any, **kwargs: Any) -> Tensor:
+    """Which keys a query may see at all: bool [batch, 1, queries, keys], always made."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
+def moba_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [batch, N, queries, D], key and value [batch, G, keys, D] -> [batch,
+    queries, N, D]."""
+    if attention_mask is None or dropout or kwargs.get("sliding_window") or kwargs.get("output_attentions"):
+        raise ValueError("MoBA needs transformers' mask, and has no dropout, window or returned attention weights")
+    settings = module.config.moba_config
+    sparse = settings["layer_types"][module.layer_idx] == "moba"
+    if query.shape[2] == 1 and settings["decode"] == "full":
+        sparse = False
+    heads = query.shape[1] // key.shape[1]
+    keys, values = (x.repeat_interleave(heads, dim=1) for x in (key, value))
+    outputs = []
+    for start in range(0, query.shape[2], ROWS):
+        q, seen = query[:, :, start : start + ROWS], attention_mask[:, :, start : start + ROWS, : key.shape[2]]
+        if sparse:
+            seen = seen & chosen_keys(q.detach(), key.detach(), seen, settings["block_size"], settings["top_k"])
+        # Padding sees nothing, and would give nan; what it sees is never used.
+        seen = seen | ~seen.any(-1, keepdim=True)
+        outputs.append(F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, scale=scaling))
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+def chosen_keys(query: Tensor, key: Tensor, seen: Tensor, block_size: int, top_k: int) -> Tensor:
+    """Keys of each query's own block and of its chosen ones: bool [batch, N, queries, keys]."""
+    batch, heads, queries, _ = query.shape
+    slots = torch.arange(key.shape[2], device=key.device)
+    chosen = seen.new_zeros(batch, heads, queries, len(slots))
+    for row in range(batch):
+        real = seen[row, 0].any(-1)
+        first = seen[row, 0].int().argmax(-1)
+        own = ((seen[row, 0] * slots).amax(-1) - first) // block_size
+        for begin in first[real].unique().tolist():
+            mine = real & (first == begin)
+            blocks = pick(query[row, :, mine], key[row, :, begin:], own[mine], block_size, top_k)
+            number = torch.div(slots - begin, block_size, rounding_mode="floor")
+            inside = (number >= 0) & (number < blocks.shape[-1])
+            chosen[row, :, mine] = blocks[..., number.clamp(0, blocks.shape[-1] - 1)] & inside
+    return chosen
+
+
+def pick(query: Tensor, key: Tensor, own: Tensor, block_size: int, top_k: int) -> Tensor:
+    """Blocks of one text by query: query [N, t, D], key [G, keys, D] from the text's first on, own [t] -> bool [N, t,
+    blocks]."""
+    past = int(own.max())
+    means = key[:, : past * block_size].float().unflatten(1, (past, block_size)).mean(2)
+    scores = query.float() @ means.repeat_interleave(query.shape[0] // key.shape[0], dim=0).transpose(1, 2)
+    is_past = torch.arange(past, device=key.device) < own[:, None]
+    best = scores.masked_fill(~is_past, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., : top_k - 1]
+    blocks = torch.zeros(*scores.shape[:2], past + 1, dtype=torch.bool, device=key.device)
+    blocks.scatter_(-1, best, is_past.expand_as(scores).gather(-1, best))
+    return blocks.scatter_(-1, own.expand(query.shape[0], -1).unsqueeze(-1), True)
+
+
+class MoBALlamaForCausalLM(LlamaForCausalLM):
+    """The model of this folder, which attends by MoBA where no other attention is asked for."""
+
+    def __init__(self, config: Any):
+        # transformers 4 does not read the name in config.json.
+        if config._attn_implementation is None:
+            config._attn_implementation = NAME
+        super().__init__(config)
+
+
+if NAME not in ALL_ATTENTION_FUNCTIONS:
+    AttentionInterface.register(NAME, moba_attention)
+    AttentionMaskInterface.register(NAME, moba_mask)

@@ -1,0 +1,129 @@
+"""The gate of a conversion: logits of our model against those of transformers, in fp32.
+
+Weights that come back bit for bit prove little: wrong rotary metadata, a wrong epsilon or a wrong order of heads leave
+them as they are. So our model, filled from the checkpoint, and transformers' model, loaded from the Hugging Face
+folder, read the same tokens under full attention: random ones, real ones, and a text longer than the rotary embedding's
+original length. A model with MoBA layers reads random tokens once more, under its own attention on both sides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moba_megatron.config import ParallelConfig
+from moba_megatron.convert.export_hf import Exported
+from moba_megatron.convert.stored import StoredWeights
+from moba_megatron.convert.tokenizer_files import TEXT
+from moba_megatron.convert.weights import canonical_parameters
+from moba_megatron.model.builder import build_model
+from moba_megatron.model.core_attention import set_attention_stage
+from moba_megatron.model.schedule import FULL, AttentionSchedule
+from moba_megatron.platform.start import start_rank
+
+TOLERANCE = 1e-5
+_COMPARED = 128
+_LONGEST = 16384
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids [1, tokens], read under full attention or under the model's own (`moba`)."""
+
+    name: str
+    ids: Tensor
+    moba: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One text: the largest difference between two logits of its last tokens, and the largest logit.
+
+    Under MoBA the difference is that of the median token: where two blocks score the same up to rounding, the two
+    models may choose differently, and a few tokens differ for a reason that is no error.
+    """
+
+    name: str
+    tokens: int
+    difference: float
+    largest: float
+
+    @property
+    def relative(self) -> float:
+        """The difference in units of the largest logit, or of 1 where all are smaller."""
+        return self.difference / max(1.0, self.largest)
+
+
+def verify(exported: Exported, folder: Path) -> list[Comparison]:
+    """Compare a checkpoint with a Hugging Face folder.
+
+    Starts this process as a single rank, and holds both models in memory in fp32, one after the other.
+    """
+    texts = _texts(exported)
+    ours, theirs = _our_logits(exported, texts), _their_logits(folder, texts)
+    return [_compare(text, a, b) for text, a, b in zip(texts, ours, theirs, strict=True)]
+
+
+def _texts(exported: Exported) -> list[Text]:
+    generator = torch.Generator().manual_seed(0)
+    model = exported.model
+
+    def random(length: int) -> Tensor:
+        return torch.randint(0, model.vocab_size, (1, min(length, _LONGEST)), generator=generator)
+
+    texts = [Text("random tokens", random(_COMPARED))]
+    if exported.tokenizer is not None and (real := exported.tokenizer.encode_batch([TEXT]))[0]:
+        texts.append(Text("real tokens", torch.tensor(real)))
+    scaled = model.rotary_scaling in ("llama3", "longrope")
+    original = model.rotary_original_length if scaled else exported.config.data.sequence_length
+    texts.append(Text("past the original length", random(original + _COMPARED)))
+    sparse = next((layer for layer in exported.layers if layer.kind == "moba"), None)
+    if sparse:
+        texts.append(Text("under MoBA", random(sparse.block_size * (2 * sparse.top_k) + _COMPARED), moba=True))
+    return texts
+
+
+@torch.no_grad()
+def _our_logits(exported: Exported, texts: list[Text]) -> list[Tensor]:
+    """Logits [compared, vocabulary] of each text's last tokens."""
+    device = start_rank(ParallelConfig(), seed=exported.config.run.seed)
+    training = exported.config.training.model_copy(update={"precision": "fp32", "recompute": "none"})
+    config = exported.config.model_copy(update={"model": exported.model, "training": training})
+    own = AttentionSchedule((exported.layers,))
+    chunks = build_model(config, exported.model.vocab_size, own)
+    stored = StoredWeights(exported.checkpoint)
+    for name, parameter in canonical_parameters(chunks[0]):
+        parameter.copy_(stored.read(name, tuple(parameter.shape)))
+    model = chunks[0].eval()
+    # Logits of a long text over a large vocabulary do not fit: all but the last tokens end before the output layer.
+    model.output_layer.register_forward_pre_hook(lambda _, inputs: (inputs[0][-_COMPARED:], *inputs[1:]))
+    logits = []
+    for text in texts:
+        set_attention_stage(chunks, own if text.moba else AttentionSchedule.uniform(len(exported.layers), FULL), 0)
+        ids = text.ids.to(device)
+        positions = torch.arange(ids.shape[1], device=device).unsqueeze(0)
+        logits.append(model(ids, positions, attention_mask=None)[0].cpu())
+    return logits
+
+
+@torch.no_grad()
+def _their_logits(folder: Path, texts: list[Text]) -> list[Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    import moba_megatron.hf  # noqa: F401  (registers the attention)
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    logits = []
+    for text in texts:
+        model.set_attn_implementation("moba" if text.moba else "sdpa")
+        logits.append(model(text.ids, logits_to_keep=_COMPARED).logits[0])
+    return logits
+
+
+def _compare(text: Text, ours: Tensor, theirs: Tensor) -> Comparison:
+    differences = (ours - theirs).abs().amax(-1)
+    difference = differences.median() if text.moba else differences.max()
+    return Comparison(text.name, text.ids.shape[1], float(difference), float(theirs.abs().max()))

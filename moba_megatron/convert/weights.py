@@ -1,0 +1,82 @@
+"""Weights from a Hugging Face folder into the model chunks of a rank, at any parallel layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+from moba_megatron.config import ConfigError, ModelConfig
+from moba_megatron.convert.mapping import canonical_name, huggingface_shapes, pieces
+from moba_megatron.convert.safetensors_folder import SafetensorsFolder
+
+_TIED = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def open_weights(folder: str | Path, model: ModelConfig) -> SafetensorsFolder:
+    """A Hugging Face folder whose tensors are exactly those of a model.
+
+    Args:
+        model: with `vocab_size` set.
+
+    Raises:
+        ConfigError: with one line for each tensor that is missing, left over, in two files, of another shape or dtype.
+    """
+    weights = SafetensorsFolder(folder)
+    if model.share_embeddings_and_output_weights and _TIED[0] in weights.shapes:
+        _drop_tied_copy(weights)
+    problems = weights.problems(huggingface_shapes(model))
+    if problems:
+        raise ConfigError([f"{weights.folder}: {line}" for line in problems])
+    return weights
+
+
+def _drop_tied_copy(weights: SafetensorsFolder) -> None:
+    """Some tied models are stored with both copies: no harm while they are equal."""
+    output, embedding = _TIED
+    same = weights.shapes.get(output) == weights.shapes.get(embedding)
+    if not (same and torch.equal(weights.read(output), weights.read(embedding).clone())):
+        raise ConfigError([
+            f"{weights.folder}: {output} differs from {embedding}, but tie_word_embeddings = true: one of them is wrong"
+        ])  # fmt: skip
+    for table in (weights.shapes, weights.dtypes, weights.files):
+        del table[output]
+
+
+@torch.no_grad()
+def read_weights(
+    chunks: list[torch.nn.Module],
+    weights: SafetensorsFolder,
+    model: ModelConfig,
+    *,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Fill the model chunks of this rank, reading its own slices only. Not collective.
+
+    Args:
+        chunks: bare model chunks (not wrapped), on any device.
+        weights: what `open_weights` gave.
+        model: with `vocab_size` set.
+        advance: told parameters done and in all, after each.
+    """
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    todo = [named for chunk in chunks for named in canonical_parameters(chunk)]
+    for number, (name, parameter) in enumerate(todo, start=1):
+        filled = 0
+        for piece in pieces(name, model, rank, ranks):
+            target = parameter[piece.here] if piece.here else parameter
+            target.copy_(weights.read(piece.source, piece.there))
+            filled += target.numel()
+        if filled < parameter.numel():
+            # Only the vocabulary has padding, at its end.
+            parameter[filled // parameter[0].numel() :] = 0
+        advance(number, len(todo))
+
+
+def canonical_parameters(chunk: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    # A chunk may hold no layer at all: the embedding or the loss alone.
+    first = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
+    return [(canonical_name(name, first), parameter) for name, parameter in chunk.named_parameters()]

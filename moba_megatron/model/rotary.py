@@ -1,0 +1,133 @@
+"""Rotary frequencies of a configuration, and the embedding that uses them.
+
+A pair of channels turns by an angle of position x frequency. megatron-core knows powers of a base, with interpolation
+of positions and Llama 3.1's constants; checkpoints in circulation have more. So the frequencies are computed here, in
+the order of operations of transformers, where angles at position 100,000 would otherwise differ by hundredths, and
+handed to megatron-core's embedding.
+
+`longrope` has one set of frequencies for short sequences and one for long ones. A batch of whole sequences takes the
+set for its length, as transformers does. A pack of documents takes the set for the model's sequence length, so that
+every step of a training has the same one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch import Tensor
+
+from moba_megatron.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class RotaryFrequencies:
+    """Radians per token of each pair of channels: [head size / 2] fp32 on the CPU.
+
+    Attributes:
+        short, long: for sequences of up to `original_length` tokens and for longer ones; the same where there is no
+            difference.
+    """
+
+    short: Tensor
+    long: Tensor
+    original_length: int
+
+    @property
+    def depend_on_length(self) -> bool:
+        return not torch.equal(self.short, self.long)
+
+
+def rotary_frequencies(model: ModelConfig) -> RotaryFrequencies:
+    """The frequencies that a `model` section asks for."""
+    exponents = torch.arange(0, model.head_size, 2, dtype=torch.int64, device="cpu").float() / model.head_size
+    powers = model.rotary_base**exponents
+    short = long = 1.0 / powers
+    if model.rotary_scaling == "linear":
+        short = long = short / model.rotary_scaling_factor
+    elif model.rotary_scaling == "llama3":
+        short = long = _llama3(short, model)
+    elif model.rotary_scaling == "longrope":
+        short, long = (
+            1.0 / (torch.tensor(factors, dtype=torch.float32, device="cpu") * powers)
+            for factors in (model.rotary_short_factors, model.rotary_long_factors)
+        )
+    scale = model.rotary_interpolation
+    return RotaryFrequencies(short / scale, long / scale, model.rotary_original_length)
+
+
+def softmax_scale(model: ModelConfig) -> float | None:
+    """Scale of the scores where it is not 1 / sqrt(head size): longrope's factor on queries and on keys."""
+    factor = model.rotary_attention_factor
+    return None if factor == 1.0 else factor**2 / math.sqrt(model.head_size)
+
+
+def _llama3(frequencies: Tensor, model: ModelConfig) -> Tensor:
+    """Divide long waves by the factor, keep short ones, and blend linearly (in the frequency) in between."""
+    low, high, length = model.rotary_low_freq_factor, model.rotary_high_freq_factor, model.rotary_original_length
+    waves = 2 * math.pi / frequencies
+    kept = ((length / waves - low) / (high - low)).clamp(0, 1)
+    blended = (1 - kept) * frequencies / model.rotary_scaling_factor + kept * frequencies
+    slow = torch.where(waves > length / low, frequencies / model.rotary_scaling_factor, blended)
+    return torch.where(waves < length / high, frequencies, slow)
+
+
+class DocumentRotaryEmbedding(RotaryEmbedding):
+    """megatron-core's rotary embedding with given frequencies, whose table is longer than the pack.
+
+    For packs, megatron-core takes the length of the table from `max_seqlen_q`: it computes and keeps one table for each
+    longest document it meets, and when the table happens to be as long as the pack, positions run on through it instead
+    of starting anew at each document. Scores only depend on distances, but their rounding then grows with the position.
+    A table longer than the pack avoids the latter. Packs differ in length where documents are padded, so the length is
+    rounded up to one of a few (eight between a power of two and the next): a handful of tables serves all packs.
+
+    Args:
+        frequencies: what `rotary_frequencies` gives.
+        sequence_length: tokens of a sample, which decides for packs between short and long frequencies.
+        **stock: arguments of `RotaryEmbedding`, by name.
+    """
+
+    def __init__(self, frequencies: RotaryFrequencies, sequence_length: int, **stock: Any):
+        super().__init__(rotary_percent=1.0, **stock)
+        self.inv_freq = frequencies.short.to(self.inv_freq.device)
+        self.original_length, self.sequence_length = frequencies.original_length, sequence_length
+        self.beyond: RotaryEmbedding | None = None
+        if frequencies.depend_on_length:
+            self.beyond = RotaryEmbedding(rotary_percent=1.0, **stock)
+            self.beyond.inv_freq = frequencies.long.to(self.inv_freq.device)
+
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
+        """Angles as megatron-core's embedding gives them, from the frequencies for this length (tokens over all
+        context-parallel ranks)."""
+        length = self.sequence_length if packed_seq else max_seq_len
+        if self.beyond is not None and length > self.original_length:
+            return self.beyond(max_seq_len, offset, packed_seq, cp_group)
+        return super().forward(max_seq_len, offset, packed_seq, cp_group)
+
+    def get_rotary_seq_len(
+        self, inference_context, transformer, transformer_input, transformer_config, packed_seq_params=None, **kwargs
+    ) -> int:
+        """As in megatron-core, in tokens over all context-parallel ranks; for a pack, more than its tokens."""
+        pack = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+        length = super().get_rotary_seq_len(
+            inference_context,
+            transformer,
+            transformer_input,
+            transformer_config,
+            None if pack else packed_seq_params,
+            **kwargs,
+        )
+        return table_length(length) if pack else length
+
+
+def table_length(tokens: int) -> int:
+    """Positions in the rotary table of a pack: more than its tokens, by an eighth at most (and by 1 at least).
+
+    >>> table_length(100), table_length(128), table_length(3)
+    (104, 144, 4)
+    """
+    step = 1 << max(0, tokens.bit_length() - 4)
+    return (tokens // step + 1) * step

@@ -1,0 +1,82 @@
+"""Tiny models of every supported kind, made by transformers itself, and the logits that transformers gives for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+VOCABULARY = 99
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+}
+ORIGINAL = 32
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 4.0,
+    "low_freq_factor": 1.5,
+    "high_freq_factor": 5.0,
+    "original_max_position_embeddings": ORIGINAL,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.3, 1.5],
+    "long_factor": [1.0, 2.0, 3.0, 4.5],
+    "original_max_position_embeddings": ORIGINAL,
+    "factor": 4.0,
+}
+MODELS: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "llama-one-key-head-each": (LlamaConfig, {"num_key_value_heads": 8, "tie_word_embeddings": True}),
+    "llama-linear": (LlamaConfig, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama-3.1": (LlamaConfig, {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}),
+    "llama-longrope": (LlamaConfig, {"rope_parameters": LONGROPE}),
+    "llama-wide-heads": (LlamaConfig, {"head_dim": 24}),
+    "mistral": (MistralConfig, {"sliding_window": None, "hidden_size": 60, "head_dim": 10}),
+    "qwen2": (Qwen2Config, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen2-tied": (Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, {"head_dim": 12}),
+    "qwen3-tied": (Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
+}
+
+
+@dataclass
+class Saved:
+    """A saved model and its logits [1, tokens, vocabulary] for texts shorter and longer than the original length."""
+
+    folder: Path
+    texts: list[torch.Tensor]
+    logits: list[torch.Tensor]
+
+
+def save_model(folder: Path, config: Any, max_shard_size: str = "60KB", dtype: torch.dtype = torch.float32) -> Any:
+    """A model with random weights; norms and biases, which start as ones and zeros, are random as well."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * (0.2 if "norm" in name else 0.5))
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
+
+
+@torch.no_grad()
+def saved_model(folder: Path, name: str) -> Saved:
+    kind, changes = MODELS[name]
+    model = save_model(folder, kind(**{**SIZES, **changes}))
+    generator = torch.Generator().manual_seed(1)
+    texts = [torch.randint(0, VOCABULARY, (1, length), generator=generator) for length in (ORIGINAL - 4, 96)]
+    return Saved(folder, texts, [model(ids).logits for ids in texts])

@@ -1,0 +1,115 @@
+"""Every family, read from its Hugging Face folder at every layout, gives the logits of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from huggingface_models import MODELS, VOCABULARY
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from moba_megatron.config import Config, config_from_dict
+from moba_megatron.config.huggingface import model_section, read_huggingface_config
+
+LAYOUTS = {
+    1: [{}],
+    2: [{"tensor": 2}, {"pipeline": 2}],
+    4: [{"tensor": 4}, {"tensor": 2, "pipeline": 2, "sequence": True}],
+}
+
+
+def configuration(folder: Any, parallel: dict[str, Any]) -> Config:
+    return config_from_dict({
+        "run": {"dir": "unused"},
+        "model": {"init_from": str(folder)},
+        "attention": {"kind": "full"},
+        "parallel": parallel,
+        "data": {"train": "unused", "tokenizer": "unused", "sequence_length": 128},
+        "training": {"steps": 10, "global_batch_size": 4, "precision": "fp32"},
+        "optimizer": {"lr": 1e-3},
+    })  # fmt: skip
+
+
+def logits_here(config: Config, texts: list[torch.Tensor]) -> list[torch.Tensor] | None:
+    """Load `model.init_from` at this layout and read the texts; the last pipeline stage returns whole logits."""
+    from megatron.core import parallel_state
+
+    from moba_megatron import platform
+    from moba_megatron.convert.initial import load_initial_weights
+    from moba_megatron.model.builder import build_model
+    from moba_megatron.model.schedule import AttentionSchedule
+
+    platform.start_model_parallel(config.parallel)
+    schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
+    (model,) = build_model(config, VOCABULARY, schedule)
+    load_initial_weights(config, VOCABULARY, [model])
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    results = []
+    for ids in texts:
+        positions = torch.arange(ids.shape[1])[None]
+        if not first:
+            rows = ids.shape[1] // (config.parallel.tensor if config.parallel.sequence else 1)
+            hidden = torch.empty(rows, 1, config.model.hidden_size)
+            dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+            model.set_input_tensor(hidden)
+        with torch.no_grad():
+            out = model(ids, positions, attention_mask=None)
+        if not last:
+            dist.send(out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+            continue
+        parts = [torch.empty_like(out) for _ in range(config.parallel.tensor)]
+        dist.all_gather(parts, out.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+        results.append(torch.cat(parts, -1)[..., :VOCABULARY])
+    parallel_state.destroy_model_parallel()
+    return results if last else None
+
+
+@pytest.mark.parametrize("ranks", LAYOUTS)
+def test_every_family_at_every_layout_gives_the_logits_of_transformers(models, ranks):
+    cases = [
+        (name, parallel, configuration(saved.folder, parallel), saved.texts)
+        for name, saved in models.items()
+        for parallel in LAYOUTS[ranks]
+        if len(parallel) < 3 or name in ("llama-3.1", "qwen2-tied", "qwen3")
+    ]
+
+    def all_here() -> list[Any]:
+        return [logits_here(config, texts) for _, _, config, texts in cases]
+
+    *_, found = run_ranks(ranks, all_here)
+    for (name, parallel, _, _), ours in zip(cases, found, strict=True):
+        for a, b in zip(ours, models[name].logits, strict=True):
+            assert b.std() > 0.3, name
+            difference = (a - b).abs().max()
+            assert difference < 1e-5, f"{name} at {parallel}: logits differ by {difference:.2e}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_frequencies_are_those_of_transformers_to_the_last_bit(models, name):
+    """Angles at position 100,000 are only as right as the last bit of a frequency."""
+    from moba_megatron.config import ModelConfig
+    from moba_megatron.model.rotary import rotary_frequencies
+
+    values = read_huggingface_config(models[name].folder)
+    ours = rotary_frequencies(ModelConfig.model_validate(model_section(values)))
+    config = MODELS[name][0].from_pretrained(models[name].folder)
+    kind = config.rope_parameters["rope_type"]
+    if kind == "default":
+        exponents = torch.arange(0, values.get("head_dim", 8), 2).float() / values.get("head_dim", 8)
+        expected = 1.0 / config.rope_parameters["rope_theta"] ** exponents, None
+    else:
+        expected = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=None)
+    assert torch.equal(ours.short, expected[0])
+    if kind == "longrope":
+        assert torch.equal(ours.long, ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=96)[0])
+
+
+def test_both_dialects_of_rope_say_the_same():
+    new = LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}).to_dict()
+    old = {key: value for key, value in new.items() if key != "rope_parameters"}
+    old |= {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert model_section(new) == model_section(old) == model_section({**new, **old})

@@ -1,0 +1,200 @@
+"""Import and export keep every bit, and what is exported is, for transformers, the model that was trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from distributed import run_ranks
+from huggingface_models import MODELS
+from safetensors.torch import load_file
+from small_run import TOKENS, small_config, train_here
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from moba_megatron.checkpoint import CheckpointError
+from moba_megatron.config import ConfigError, load_config
+from moba_megatron.config.huggingface import model_section, read_huggingface_config
+from moba_megatron.convert.export_hf import export_huggingface, open_exported
+from moba_megatron.convert.import_hf import import_huggingface
+from moba_megatron.convert.tokenizer_files import name_tokenizer_class, tokenizer_class
+from moba_megatron.convert.verify import verify
+from moba_megatron.data.tokenizer import Tokenizer
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    before, after = tensors(one), tensors(other)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), name
+
+
+@pytest.fixture(scope="module")
+def imported(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("imported")
+
+    def import_here(name: str) -> None:
+        import_huggingface(models[name].folder, folder / name)
+
+    for name in MODELS:
+        run_ranks(1, import_here, name)
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_import_and_export_keep_every_bit_and_every_logit(models, imported, tmp_path, name):
+    export_huggingface(open_exported(imported / name), tmp_path / "out", shard_bytes=60_000)
+    assert_same_tensors(models[name].folder, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    before, after = (model_section(read_huggingface_config(f)) for f in (models[name].folder, tmp_path / "out"))
+    assert before == after
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="sdpa")
+    for ids, expected in zip(models[name].texts, models[name].logits, strict=True):
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, expected)
+
+
+def test_an_imported_model_is_a_run_to_start_from(models, imported):
+    config = load_config(imported / "llama-3.1/config.yaml")
+    assert config.model.init_from == str((imported / "llama-3.1").resolve())
+    assert (config.attention.kind, config.data.sequence_length, config.training.precision) == ("full", 128, "fp32")
+
+
+EXTENDED = {
+    "model__rotary_scaling": "llama3",
+    "model__rotary_scaling_factor": 4.0,
+    "model__rotary_original_length": 32,
+    "model__rotary_interpolation": 8.0,
+    "model__qk_layernorm": True,
+    "model__share_embeddings_and_output_weights": True,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A hybrid MoBA model on top of interpolated llama3 positions, trained at TP 2 x PP 2."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = small_config(folder, training__steps=3, parallel__tensor=2, parallel__pipeline=2, **EXTENDED)
+    run_ranks(4, train_here, config, 4)
+    return Path(config.run.dir)
+
+
+def test_a_trained_checkpoint_is_the_same_model_in_transformers(trained, tmp_path):
+    exported = open_exported(trained)
+    export_huggingface(exported, tmp_path / "out", decode="moba")
+    (found,) = run_ranks(1, verify, exported, tmp_path / "out")
+    assert [text.name for text in found] == [
+        "random tokens",
+        "real tokens",
+        "past the original length",
+        "under MoBA",
+    ]
+    assert all(text.relative < 1e-5 and text.tokens > 10 for text in found), found
+    moba = json.loads((tmp_path / "out/config.json").read_text())["moba_config"]
+    assert moba == {
+        "block_size": 16,
+        "top_k": 3,
+        "layer_types": ["moba", "moba", "moba", "full"],
+        "decode": "moba",
+        "version": 1,
+    }
+
+
+def test_the_gate_notices_what_weights_cannot_show(trained, tmp_path):
+    exported = open_exported(trained)
+    export_huggingface(exported, tmp_path / "out")
+    path = tmp_path / "out/config.json"
+    right = path.read_text()
+
+    def gate(**changes) -> float:
+        path.write_text(json.dumps({**json.loads(right), **changes}))
+        (found,) = run_ranks(1, verify, exported, tmp_path / "out")
+        return max(text.relative for text in found)
+
+    assert gate(rms_norm_eps=1e-6) > 1e-5
+    assert gate(rope_scaling=None, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}) > 1e-5
+
+
+def test_an_export_brings_tokenizer_generation_settings_and_card(trained, tmp_path):
+    exported = open_exported(trained)
+    export_huggingface(exported, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("w5 w6", add_special_tokens=False).input_ids == exported.tokenizer.encode_batch(["w5 w6"])[0]
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == exported.tokenizer.eod_id
+    card = (tmp_path / "out/README.md").read_text()
+    for expected in (
+        "**Engines that do not know `moba_config`",
+        "Up to 48 tokens",
+        "| tokens | 1,536 |",
+        "3 of 4 layers",
+    ):
+        assert expected in card
+
+
+@pytest.mark.parametrize(("kind", "reader"), [("llama", "AutoTokenizer"), ("qwen2", "PreTrainedTokenizerFast")])
+def test_the_class_that_reads_a_tokenizer_is_found(tmp_path, kind, reader):
+    """transformers 5 builds Qwen's own tokenizer for every model of that type, with other ids."""
+    folder = Path(shutil.copytree(TOKENS / "tokenizer", tmp_path / kind))
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    name_tokenizer_class(folder)
+    tokenizer = Tokenizer(folder)
+    assert tokenizer_class(folder, tokenizer) == reader
+    right = getattr(transformers, reader).from_pretrained(folder)
+    assert right("w5 w6", add_special_tokens=False).input_ids == tokenizer.encode_batch(["w5 w6"])[0] == [5, 6]
+
+
+def test_without_the_attention_a_moba_export_does_not_load(trained, tmp_path):
+    """A load that would silently attend fully must fail instead; in a process that has not registered it."""
+    export_huggingface(open_exported(trained), tmp_path / "out")
+
+    def load() -> str:
+        from transformers import AttentionInterface
+
+        AttentionInterface._global_mapping.pop("moba", None)
+        try:
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        except ValueError as error:
+            return str(error)
+        return "loaded"
+
+    assert "moba" in run_ranks(1, load, prepare=False)[0]
+
+
+def test_a_moba_export_comes_back_as_a_moba_run(trained, tmp_path):
+    export_huggingface(open_exported(trained), tmp_path / "out")
+    run_ranks(1, lambda: import_huggingface(tmp_path / "out", tmp_path / "back"))
+    attention = load_config(tmp_path / "back/config.yaml").attention
+    assert (attention.kind, attention.block_size, attention.top_k, attention.full_layers) == ("moba", 16, 3, [4])
+    export_huggingface(open_exported(tmp_path / "back"), tmp_path / "again")
+    assert_same_tensors(tmp_path / "out", tmp_path / "again")
+
+
+def test_a_damaged_checkpoint_is_not_exported(trained, tmp_path):
+    copy = Path(shutil.copytree(trained / "checkpoints/step_3", tmp_path / "step_3"))
+    shard = next(copy.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=f"is damaged: {shard.name}"):
+        export_huggingface(open_exported(copy), tmp_path / "out")
+
+
+def test_nothing_is_overwritten_and_nothing_half_written_stays(models, trained, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("")
+    with pytest.raises(ConfigError, match="nothing is overwritten"):
+        export_huggingface(open_exported(trained), tmp_path / "out")
+    with pytest.raises(ConfigError, match="nothing is overwritten"):
+        import_huggingface(models["llama"].folder, tmp_path / "out")
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_huggingface(open_exported(trained), tmp_path / "half", advance=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,0 +1,77 @@
+"""The export with its own attention gives what the package gives, without the package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_ranks
+from small_run import small_config, train_here
+from transformers import AutoModelForCausalLM
+
+from moba_megatron.config import ConfigError
+from moba_megatron.convert.export_hf import export_huggingface, open_exported
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def folders(request, tmp_path_factory):
+    """A trained hybrid model, exported plainly and with its own code."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = small_config(folder, training__steps=3, model__add_qkv_bias=request.param == "qwen2")
+    run_ranks(1, train_here, config)
+    for decode in ("full", "moba"):
+        exported = open_exported(config.run.dir)
+        export_huggingface(exported, folder / decode, decode=decode)
+        export_huggingface(exported, folder / f"own-{decode}", decode=decode, self_contained=True)
+    return folder
+
+
+def outputs(folder: Path, own: bool, cache: Path) -> tuple[str, list[torch.Tensor]]:
+    """Logits of a row with left padding beside a whole one, and greedy continuations of both."""
+    from transformers import AttentionInterface, dynamic_module_utils
+    from transformers.masking_utils import AttentionMaskInterface
+
+    if own:
+        for registry in (AttentionInterface, AttentionMaskInterface):
+            registry._global_mapping.pop("moba", None)
+        dynamic_module_utils.HF_MODULES_CACHE = str(cache)
+    else:
+        import moba_megatron.hf  # noqa: F401
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own).eval()
+    ids = torch.randint(0, 128, (2, 120), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :23] = 0
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits
+        texts = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+        alone = model(ids[:1, 23:]).logits
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, 23] = -100  # padding would predict it
+    loss = model(ids, attention_mask=mask, labels=labels).loss
+    loss.backward()
+    gradient = model.model.layers[0].self_attn.k_proj.weight.grad
+    return type(model).__name__, [logits[0, 23:], logits[1], texts, alone, gradient]
+
+
+@pytest.mark.parametrize("decode", ["full", "moba"])
+def test_own_code_gives_what_the_package_gives(folders, tmp_path, decode):
+    _, expected = run_ranks(1, outputs, folders / decode, False, tmp_path, prepare=False)[0]
+    name, found = run_ranks(1, outputs, folders / f"own-{decode}", True, tmp_path, prepare=False)[0]
+    assert name.startswith("MoBA")
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+    torch.testing.assert_close(found[0], found[3][0], rtol=0, atol=2e-6)  # left padding changes nothing
+
+
+def test_engines_that_go_by_names_do_not_know_it(folders):
+    values = json.loads((folders / "own-full/config.json").read_text())
+    assert values["architectures"][0].startswith("MoBA") and values["attn_implementation"] == "moba"
+
+
+def test_without_moba_layers_there_is_nothing_to_bring(tmp_path):
+    config = small_config(tmp_path, training__steps=3, attention__kind="full")
+    run_ranks(1, train_here, config)
+    with pytest.raises(ConfigError, match="--self-contained: no layer"):
+        export_huggingface(open_exported(config.run.dir), tmp_path / "out", self_contained=True)
