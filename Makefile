@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 CORPUS := data/prepared/python_stdlib
 RUN := runs/quickstart
 
-.PHONY: setup quickstart test bench clean
+.PHONY: setup quickstart test test-slow kernels bench clean
 
 setup: $(VENV)/.installed
 
@@ -25,6 +25,13 @@ quickstart: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/pytest
+
+test-slow: setup
+	TRITON_INTERPRET=1 $(BIN)/pytest -m 'slow and not gpu' tests/ops/triton/interpreted_*.py
+
+# Compiles all GPU kernels for A100, H100 and B200, without a GPU; fails where one spills or does not fit.
+kernels: setup
+	$(BIN)/python -m moba_megatron.ops.triton.compiled --output bench/kernels.csv
 
 bench: setup
 	$(BIN)/moba-megatron bench --preset targets --output bench

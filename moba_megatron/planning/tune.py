@@ -112,13 +112,11 @@ def run_tune(settings: BenchSettings, output: Path, console: Console) -> Path:
     architecture = config.table_of(config.architecture_of(torch.empty(0, device=settings.device)))
     for dtype in settings.dtypes:
         element = DTYPES[dtype]
-        table = tile_table.FP32_TILES if element == torch.float32 else tile_table.TILES[architecture]
-        size = (element.itemsize, next(size for size in config.HEAD_SIZES if size >= settings.head_size))
         for block_size, top_k in settings.blocks:
             holds = (config.holds_unit(name, element, settings.head_size, block_size, architecture)
                      for name in WHOLE_UNITS)  # fmt: skip
             for kernel, mode in kernels_of(*holds):
-                choice = table[kernel][size]
+                choice = config.choices(kernel, element, settings.head_size, architecture)
                 place = place_of(choice, 0 if kernel == "select_blocks" else block_size)
                 before = choice[place]
                 gain = improve(

@@ -8,7 +8,7 @@ and optional arguments of the index.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,42 +118,60 @@ class _Case:
         return "fp32" if name in FLOATS else "i32"
 
 
-def configurations(architecture: int = config.DEFAULT_ARCHITECTURE) -> list[Configuration]:
-    """All configurations of one architecture, each once."""
+def configurations(
+    architecture: int = config.DEFAULT_ARCHITECTURE,
+    *,
+    dtypes: Sequence[torch.dtype] = tuple(DTYPES),
+    head_sizes: Sequence[int] = config.HEAD_SIZES,
+    lengths: Sequence[int] = LENGTHS,
+    num_past: Sequence[int] = NUM_PAST,
+) -> list[Configuration]:
+    """The configurations of one architecture, each once: all, or those of some types and sizes.
+
+    Args:
+        lengths: keys of the longest unit or triangle, which is the block size.
+        num_past: past blocks per query.
+    """
     found: dict[str, Configuration] = {}
-    for case in _cases(architecture):
+    for case in _cases(architecture, dtypes, head_sizes, lengths, num_past):
         made = case.configuration()
         found.setdefault(f"{made} {made.signature}", made)
     return list(found.values())
 
 
-def _cases(architecture: int) -> Iterator[_Case]:
+def _cases(
+    architecture: int,
+    dtypes: Sequence[torch.dtype],
+    head_sizes: Sequence[int],
+    lengths: Sequence[int],
+    num_past: Sequence[int],
+) -> Iterator[_Case]:
     table = {"HAS_FIRST": True, "HAS_TABLE": True, "HAS_OWN": True, "GROUP": GROUP_SIZES[0]}
     yield _Case(index.count_entries, config.tiles("count_entries") | table)
     yield _Case(index.scatter_entries, config.tiles("scatter_entries"))
-    for dtype in DTYPES:
-        for size in config.HEAD_SIZES:
-            yield from _rows(dtype, size, architecture)
+    for dtype in dtypes:
+        for size in head_sizes:
+            yield from _rows(dtype, size, num_past, architecture)
             for group in GROUP_SIZES:
-                for length in LENGTHS:
+                for length in lengths:
                     yield from _attention(dtype, size, length, group, architecture)
 
 
-def _rows(dtype: torch.dtype, size: int, architecture: int) -> Iterator[_Case]:
+def _rows(dtype: torch.dtype, size: int, num_past: Sequence[int], architecture: int) -> Iterator[_Case]:
     for kernel in (means.block_means, piece_sums.add_pieces, backward_queries.output_delta_rows):
         yield _Case(kernel, config.tiles(kernel.__name__, dtype, size, architecture=architecture), dtype)
     for group in GROUP_SIZES:
         for kernel in (own.merge_rows, backward_queries.add_dq):
             settings = config.tiles(kernel.__name__, dtype, size, architecture=architecture) | {"GROUP": group}
             yield _Case(kernel, settings, dtype, {"out": "*fp32", "dq": "*fp32"})
-        for num_past in NUM_PAST:
+        for past in num_past:
             yield _Case(
                 route.select_blocks,
-                config.route_tiles(dtype, size, num_past, architecture=architecture) | {"GROUP": group},
+                config.route_tiles(dtype, size, past, architecture=architecture) | {"GROUP": group},
                 dtype,
             )
             if dtype == torch.float32:
-                settings = config.route_tiles(dtype, size, num_past, group, architecture)
+                settings = config.route_tiles(dtype, size, past, group, architecture)
                 yield _Case(route.select_blocks, settings | {"GROUP": group}, dtype)
         settings = config.tiles("attend_cached", dtype, size, architecture=architecture) | {"GROUP": group}
         yield _Case(decoding.attend_cached, settings, dtype, {"part": "*fp32"})

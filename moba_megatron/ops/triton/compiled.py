@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import functools
 import multiprocessing
 import os
 import re
@@ -118,30 +117,31 @@ def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-@functools.cache
-def _listed(architecture: int) -> list[catalog.Configuration]:
-    return catalog.configurations(architecture)
+Job = tuple[catalog.Configuration, int]
+# Of a worker process. Kernels cannot be sent to it, but it has them from the start.
+_jobs: list[Job] = []
 
 
-def _compile_listed(architecture: int, place: int) -> Compiled:
-    return compile_one(_listed(architecture)[place], architecture)
+def _start_worker(jobs: list[Job], cache: str) -> None:
+    _jobs[:] = jobs
+    os.environ["TRITON_CACHE_DIR"] = cache
 
 
-def _use_cache(folder: str) -> None:
-    os.environ["TRITON_CACHE_DIR"] = folder
+def _compile_job(number: int) -> Compiled:
+    return compile_one(*_jobs[number])
 
 
-def compile_listed(places: Sequence[tuple[int, int]], processes: int, cache: str | Path) -> Iterator[Compiled]:
-    """Compile configurations in parallel, in order.
+def compile_all(jobs: list[Job], processes: int, cache: str | Path) -> Iterator[Compiled]:
+    """Compile configurations in parallel; results come in order.
 
     Args:
-        places: (architecture, place in `catalog.configurations(architecture)`).
+        jobs: configurations and their architectures.
         processes: how many at once.
         cache: folder in which Triton keeps compiled kernels.
     """
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, context, _use_cache, (str(cache),)) as pool:
-        yield from pool.map(_compile_listed, *zip(*places, strict=True))
+    with ProcessPoolExecutor(processes, context, _start_worker, (jobs, str(cache))) as pool:
+        yield from pool.map(_compile_job, range(len(jobs)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,15 +152,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="CSV file")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     settings = parser.parse_args(arguments)
-    places = [
-        (architecture, place)
+    jobs = [
+        (configuration, architecture)
         for architecture in settings.architectures
-        for place, configuration in enumerate(_listed(architecture))
+        for configuration in catalog.configurations(architecture)
         if re.search(settings.only, str(configuration))
     ]
+    rows = []
     with tempfile.TemporaryDirectory() as cache:
-        rows = []
-        for row in compile_listed(places, settings.processes, cache):
+        for row in compile_all(jobs, settings.processes, cache):
             rows.append(row)
             print(_line(row), flush=True)
     if settings.output:

@@ -25,11 +25,11 @@ DEFAULT_ARCHITECTURE = 90
 # Kernels bound by memory alone: (elements of a tile [rows, width], what its rows are, warps).
 STREAMING = {
     "block_means": (4096, "BLOCK_N", 4),
-    "add_pieces": (4096, "BLOCK_N", 4),
-    "attend_cached": (8192, "BLOCK_N", 4),
+    "add_pieces": (4096, "BLOCK_N", 8),
+    "attend_cached": (8192, "BLOCK_N", 8),
     "merge_rows": (4096, "BLOCK_M", 16),
     "add_dq": (4096, "BLOCK_M", 8),
-    "output_delta_rows": (8192, "BLOCK_M", 4),
+    "output_delta_rows": (4096, "BLOCK_M", 4),
 }
 # Members of a tile, warps.
 INDEX_TILES = {"count_entries": (1024, 4), "scatter_entries": (64, 4)}
@@ -88,10 +88,15 @@ def table_of(architecture: int) -> int:
     return architecture // 10 * 10 if architecture // 10 in (9, 10) else 80
 
 
+def choices(kernel: str, dtype: torch.dtype, head_size: int, architecture: int) -> list[tuple[int, int, int, int]]:
+    """The list of tiles in the table that a kernel chooses from: the chip's own, or else that of all chips (fp32)."""
+    key = dtype.itemsize, next(size for size in HEAD_SIZES if size >= head_size)
+    own = TILES[table_of(architecture)][kernel]
+    return own[key] if key in own else FP32_TILES[kernel][key]
+
+
 def _tile(kernel: str, dtype: torch.dtype, head_size: int, architecture: int, longest: int) -> Tile:
-    table = FP32_TILES if dtype == torch.float32 else TILES[table_of(architecture)]
-    listed = next(size for size in HEAD_SIZES if size >= head_size)
-    choice = table[kernel][dtype.itemsize, listed]
+    choice = choices(kernel, dtype, head_size, architecture)
     return Tile(*next((tile for tile in choice if tile[1] >= longest), choice[-1]))
 
 

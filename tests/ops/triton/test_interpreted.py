@@ -1,8 +1,7 @@
 """The kernels in Triton's interpreter, on CPU tensors: the files `interpreted_*.py`, each in a process of its own,
 because Triton decides for the interpreter when it is imported.
 
-Larger cases are marked slow and left out here:
-TRITON_INTERPRET=1 pytest -m slow tests/ops/triton/interpreted_*.py
+Larger cases are marked slow and left out here; `make test-slow` runs them.
 """
 
 from __future__ import annotations
