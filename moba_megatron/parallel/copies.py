@@ -57,9 +57,7 @@ def choose_copies(plan: ContextPlan, demand_M: Tensor, groups: int) -> tuple[Ten
     Returns:
         bool [M] on the host, and the load.
     """
-    held_CM = torch.zeros(plan.size, demand_M.numel(), dtype=torch.int64)
-    for rank in range(plan.size):
-        held_CM[rank, plan.shard(rank).touched] = 1
+    held_CM = plan.held
     loads_C = held_CM @ demand_M
     mean, most = float(loads_C.double().mean()), int(loads_C.max())
     pays_M = demand_M > plan.layout.block_lengths() * groups * (plan.size - 1)

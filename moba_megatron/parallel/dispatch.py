@@ -158,7 +158,7 @@ class Dispatch:
     ) -> Iterator[tuple[int, Task]]:
         """For each key head its guests, as queries of one head, against this rank's keys."""
         units = journey.units[journey.order].unsqueeze(1)
-        fragment = Fragment(plan.here.units(), [])
+        fragment = Fragment(plan.own_choices.units, [])
         last = 0
         for group, count in enumerate(journey.of_group):
             first, last = last, last + count

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moba_megatron.ops.fragments import Fragment, Keys
 from moba_megatron.parallel.plan import ContextPlan
+from moba_megatron.parallel.wire import Wire
 
 
 @dataclass
@@ -49,12 +50,6 @@ class Task:
     dv: Tensor | None = None
 
 
-def key_tasks(plan: ContextPlan, queries: Queries, ids: Tensor, shards: Iterator[tuple[int, Keys]]) -> Iterator[Task]:
-    """The forward pass of exchanges that bring keys: this rank's queries against the keys of each rank in turn."""
-    for source, keys in shards:
-        yield Task(queries, keys, ids, plan.fragment(source) if source != plan.rank else plan.own_choices)
-
-
 class Exchange(Protocol):
     """Brings queries and keys together. All ranks of the group call the same methods in the same order."""
 
@@ -74,3 +69,19 @@ class Exchange(Protocol):
         """Tasks of the backward pass; afterwards dq in `queries` and `dkv` [2, t, G, D] (fp32 or wider, zero before)
         are complete."""
         ...
+
+
+class KeyExchange:
+    """What exchanges that bring keys share: this rank's queries against the keys of each rank in turn."""
+
+    def __init__(self, wire: Wire):
+        self.wire = wire
+
+    def forward(self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor) -> Iterator[Task]:
+        """See `Exchange`."""
+        for source, keys in self.shards(queries.q, k, v):
+            yield Task(queries, keys, ids, plan.fragment(source) if source != plan.rank else plan.own_choices)
+
+    def shards(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[int, Keys]]:
+        """(rank of origin, keys and values of some heads); for these heads this rank's own first."""
+        raise NotImplementedError

@@ -13,20 +13,13 @@ import torch
 from torch import Tensor
 
 from moba_megatron.ops.fragments import Keys
-from moba_megatron.parallel.exchange import Queries, Task, key_tasks
+from moba_megatron.parallel.exchange import KeyExchange, Queries, Task
 from moba_megatron.parallel.plan import ContextPlan
-from moba_megatron.parallel.wire import Pending, Wire
+from moba_megatron.parallel.wire import Pending
 
 
-class Gather:
+class Gather(KeyExchange):
     """See the module."""
-
-    def __init__(self, wire: Wire):
-        self.wire = wire
-
-    def forward(self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor) -> Iterator[Task]:
-        """See `Exchange`."""
-        return key_tasks(plan, queries, ids, self._shards(queries.q, k, v))
 
     def backward(
         self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor, dkv: Tensor
@@ -35,7 +28,7 @@ class Gather:
         size = self.wire.size
         going: list[tuple[int, Pending]] = []
         shares = None
-        for source, keys in self._shards(queries.q, k, v):
+        for source, keys in self.shards(queries.q, k, v):
             if source == plan.rank:
                 shares = k.new_empty(size, 2, *keys.k.shape)
                 own = dkv[:, :, keys.first : keys.first + 1]
@@ -56,7 +49,7 @@ class Gather:
             for share in pending.wait():
                 dkv[:, :, head : head + 1] += share
 
-    def _shards(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[int, Keys]]:
+    def shards(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[int, Keys]]:
         """(rank of origin, keys and values of a head): for each key head all ranks, this rank's own first."""
         size, rank, num_groups = self.wire.size, self.wire.rank, k.shape[1]
 

@@ -43,7 +43,7 @@ class Shard:
     segment_block: Tensor
     segment_last: Tensor
 
-    @property
+    @functools.cached_property
     def touched(self) -> Tensor:
         """int64 [blocks], rising: the blocks that have tokens here."""
         return torch.unique_consecutive(self.segment_block)
@@ -140,11 +140,15 @@ class ContextPlan:
     @functools.cached_property
     def elsewhere(self) -> Tensor:
         """bool [M], on the queries' device: blocks with tokens on other ranks."""
-        found = torch.zeros(self.layout.num_blocks, dtype=torch.bool)
+        return (self.held.sum(dim=0) > self.held[self.rank]).to(self.device)
+
+    @functools.cached_property
+    def held(self) -> Tensor:
+        """int64 [C, M], on the host: 1 for a block with tokens on a rank."""
+        held_CM = torch.zeros(self.size, self.layout.num_blocks, dtype=torch.int64)
         for rank in range(self.size):
-            if rank != self.rank:
-                found[self.shard(rank).touched] = True
-        return found.to(self.device)
+            held_CM[rank, self.shard(rank).touched] = 1
+        return held_CM
 
     @functools.cached_property
     def local_blocks(self) -> Tensor:

@@ -14,27 +14,19 @@ import torch
 from torch import Tensor
 
 from moba_megatron.ops.fragments import Keys
-from moba_megatron.parallel.exchange import Queries, Task, key_tasks
+from moba_megatron.parallel.exchange import KeyExchange, Queries, Task
 from moba_megatron.parallel.plan import ContextPlan
-from moba_megatron.parallel.wire import Wire
 
 
-class Ring:
+class Ring(KeyExchange):
     """See the module."""
-
-    def __init__(self, wire: Wire):
-        self.wire = wire
-
-    def forward(self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor) -> Iterator[Task]:
-        """See `Exchange`."""
-        return key_tasks(plan, queries, ids, self._shards(queries.q, k, v))
 
     def backward(
         self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor, dkv: Tensor
     ) -> Iterator[Task]:
         """See `Exchange`."""
         carried = None
-        for source, keys in self._shards(queries.q, k, v):
+        for source, keys in self.shards(queries.q, k, v):
             own = source == plan.rank
             share = dkv if own else torch.empty_like(dkv)
             yield Task(queries, keys, ids, plan.fragment(source), share[0], share[1])
@@ -46,7 +38,7 @@ class Ring:
         if carried is not None:
             dkv += carried.wait()[0]
 
-    def _shards(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[int, Keys]]:
+    def shards(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[int, Keys]]:
         """(rank of origin, keys and values), this rank's own first."""
         size, rank, group_size = self.wire.size, self.wire.rank, q.shape[1] // k.shape[1]
         for step in range(size):
