@@ -1,8 +1,10 @@
-"""`moba-megatron prepare`: the command line of `prepare`."""
+"""`moba-megatron prepare RECIPE OUT`: the command line of `prepare`. Its sub-commands are in `subcommands`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,8 +28,8 @@ def prepare_command(
         list[str] | None,
         typer.Option(
             "--input",
-            help="Text without a recipe: a glob of .jsonl, .jsonl.gz, .jsonl.zst or .parquet files, a glob of text "
-            "files, or a folder of .txt files. May be given several times. Quote globs.",
+            help="Text without a recipe: a glob of .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .arrow files, a glob of "
+            "text files, or a folder of .txt files. May be given several times. Quote globs.",
         ),
     ] = None,
     dataset: Annotated[
@@ -51,6 +53,14 @@ def prepare_command(
             min=1, help="Processes. Default: all cores, if there is enough text. The result does not depend on it."
         ),
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Do share I of N only (I from 0), as one of N processes on machines that see the same files. When all "
+            "are done: moba-megatron prepare merge OUT.",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another dataset, or unfinished work on one, in OUT.")
     ] = False,
@@ -66,11 +76,14 @@ def prepare_command(
     OUT gets train and validation data in megatron-core's indexed format, tokenizer/ and manifest.json.
 
     A run that was stopped continues where it was. Running it again when all is there does nothing.
+
+    There are also `prepare merge` (join the shares of several machines), `prepare inspect` (show and check a dataset)
+    and `prepare blend` (mix datasets by weight and length); each has its own --help.
     """
-    from moba_megatron.data.prepare import prepare
+    from moba_megatron.data.prepare import prepare, prepare_share
     from moba_megatron.data.recipe import load_recipe, recipe_from_dict
 
-    try:
+    with errors_reported("finished parts are kept; run the same command again to continue"):
         if input or dataset:
             if len(arguments) != 1:
                 raise ValueError(f"with --input or --dataset give one folder, OUT, not {' '.join(arguments)}")
@@ -82,7 +95,21 @@ def prepare_command(
             if len(arguments) < 2:
                 raise ValueError("give a recipe and the folder to make, or --input or --dataset and the folder")
             recipe, output = load_recipe(arguments[0], arguments[2:]), arguments[1]
-        manifest = prepare(recipe, Path(output), workers, overwrite)
+        if shard is not None:
+            prepare_share(recipe, Path(output), parse_share(shard), workers, overwrite)
+            return
+        typer.echo(prepare(recipe, Path(output), workers, overwrite).summary())
+
+
+@contextmanager
+def errors_reported(after_failure: str) -> Iterator[None]:
+    """Turn errors into a line and an exit code: 2 for what the user can mend, 1 for the system, 130 for Ctrl-C.
+
+    Args:
+        after_failure: what to do after an error of the system.
+    """
+    try:
+        yield
     except ConfigError as error:
         typer.echo("\n".join(f"error: {line}" for line in error.problems), err=True)
         raise typer.Exit(2) from error
@@ -90,12 +117,26 @@ def prepare_command(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     except (OSError, BrokenProcessPool) as error:
-        typer.echo(f"error: {error}\nfinished parts are kept; run the same command again to continue", err=True)
+        typer.echo(f"error: {error}\n{after_failure}", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        typer.echo("stopped; run the same command again to continue", err=True)
+        typer.echo(f"stopped; {after_failure}", err=True)
         raise typer.Exit(130) from error
-    typer.echo(manifest.summary())
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """(number, shares) of `I/N`.
+
+    >>> parse_share("0/4")
+    (0, 4)
+
+    Raises:
+        ValueError: anything else.
+    """
+    number, slash, shares = text.partition("/")
+    if not (slash and number.isdecimal() and shares.isdecimal() and int(number) < int(shares)):
+        raise ValueError(f"--shard {text}: give I/N with I from 0 to N - 1, such as 0/4, 1/4, 2/4, 3/4")
+    return int(number), int(shares)
 
 
 def direct_sources(
@@ -107,8 +148,8 @@ def direct_sources(
         name = path.removesuffix(".gz").removesuffix(".zst")
         if name.endswith((".jsonl", ".json")):
             sources.append({"kind": "jsonl", "path": path, "text_column": text_column})
-        elif name.endswith(".parquet"):
-            sources.append({"kind": "parquet", "path": path, "text_column": text_column})
+        elif name.endswith((".parquet", ".arrow")):
+            sources.append({"kind": Path(name).suffix[1:], "path": path, "text_column": text_column})
         else:
             sources.append({"kind": "files", **_folder_and_pattern(path)})
     if dataset:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,22 +35,37 @@ class Part:
     names: tuple[str, ...]
     """Files, relative to the folder of a `files` source, else paths; empty for datasets."""
     start: int
-    """First byte (JSONL), row group (Parquet), row or stream shard (datasets); 0 for files."""
+    """First byte (JSONL), row group (Parquet), record batch (Arrow), row or stream shard (datasets); 0 for files."""
     stop: int
     """One past the last."""
     size: int
     """Bytes, about."""
 
 
-@dataclass(frozen=True)
+Segment = tuple[str, bool]
+"""A piece of a document's text, and whether its tokens are targets that count in the loss."""
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
-    text: str
-    utf8: bytes
-    """The text in UTF-8."""
+    number: int
+    """Place in its part: see `sources.place_name`."""
+    segments: tuple[Segment, ...]
+    """The text, in order. Each segment is encoded alone."""
+    bytes: int
+    """UTF-8 size of the text."""
     path: str | None
     """Of a file, relative to its source's folder; None for a row."""
     digest: bytes
     """Hash of the text, 16 bytes."""
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.segments)
+
+    @property
+    def characters(self) -> int:
+        return sum(len(text) for text, _ in self.segments)
 
     @property
     def split_hash(self) -> int:
@@ -59,30 +74,50 @@ class Document:
         return int.from_bytes(digest[:8], "big")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Skipped:
-    name: str
-    """File, and line, byte or row in it."""
+    """What could not be a document."""
+
+    number: int
+    """As in `Document`."""
     reason: str
 
 
-def make_document(value: Any, name: str, path: str | None = None) -> Document | Skipped:
-    """`value` is the text or its UTF-8 bytes."""
+@dataclass(frozen=True, slots=True)
+class Filtered:
+    """A row that the recipe's boolean filter leaves out."""
+
+    number: int
+
+
+Item = Document | Skipped | Filtered
+
+
+def make_document(value: Any, number: int, path: str | None = None) -> Document | Skipped:
+    """A document all of whose tokens count. `value` is the text or its UTF-8 bytes."""
     if not isinstance(value, str | bytes):
-        return Skipped(name, f"text is {type(value).__name__}, not a string")
+        return Skipped(number, f"text is {type(value).__name__}, not a string")
     try:
         text = value.decode() if isinstance(value, bytes) else value
         utf8 = value if isinstance(value, bytes) else value.encode()
     except UnicodeError as error:
-        return Skipped(name, f"not UTF-8: {error.reason} at {error.start}")
-    return Document(text, utf8, path, _hash(utf8))
+        return Skipped(number, f"not UTF-8: {error.reason} at {error.start}")
+    if not utf8:
+        return Skipped(number, "empty")
+    return Document(number, ((text, True),), len(utf8), path, _hash(utf8))
+
+
+def make_segmented(segments: Sequence[Segment], number: int) -> Document | Skipped:
+    """A document of which some segments are targets and others are not. Empty segments vanish."""
+    try:
+        pieces = [text.encode() for text, _ in segments]
+    except UnicodeError as error:
+        return Skipped(number, f"not UTF-8: {error.reason} at {error.start}")
+    if not any(text for text, counts in segments if counts):
+        return Skipped(number, "no text to learn: the answer is empty")
+    kept = tuple((text, counts) for text, counts in segments if text)
+    return Document(number, kept, sum(map(len, pieces)), None, _hash(b"\0".join(pieces)))
 
 
 def _hash(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def missing_column(where: str, source: Any, columns: Iterable[str]) -> str:
-    """Text of the error for rows at `where` that lack the text column of `source`."""
-    known = ", ".join(sorted(columns)) or "none"
-    return f"{where}: no column {source.text_column!r} (there are: {known}); set text_column"

@@ -1,7 +1,6 @@
 """What one worker does: read a part of a source, divide its documents into splits, encode them, write a shard.
 
-A shard is a folder that appears under its final name in one rename, complete, or not at all. It holds the ids and
-lengths of each split and `stats.json`. A worker process ends itself when the process that started it is gone.
+A worker process ends itself when the process that started it is gone.
 """
 
 from __future__ import annotations
@@ -13,23 +12,32 @@ import multiprocessing.connection
 import os
 import shutil
 import signal
+import socket
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
-from pydantic import ValidationError
+import numpy as np
 
-from moba_megatron.config import Section
-from moba_megatron.data.documents import MIB, Document, Part, Skipped
-from moba_megatron.data.indexed import ShardWriter, token_dtype
-from moba_megatron.data.manifest import SkippedEntry
-from moba_megatron.data.recipe import Recipe, SourceBase
+from moba_megatron.data.chat import ChatTemplate
+from moba_megatron.data.documents import MIB, Document, Filtered, Part, Skipped
+from moba_megatron.data.indexed import sync, token_dtype
+from moba_megatron.data.recipe import Filters, Recipe, RowsSource, SourceBase
+from moba_megatron.data.shards import (
+    MAX_LISTED,
+    RECORD,
+    SPLITS,
+    ShardStats,
+    SkippedRow,
+    SplitWriter,
+    TextSize,
+    remove_shard,
+    shard_folder,
+)
 from moba_megatron.data.sources import read_part
 from moba_megatron.data.tokenizer import Encoder, Tokenizer
 
-SPLITS = ("train", "validation")
-MAX_SKIPPED = 1000
 _BATCH_BYTES = 4 * MIB
 _BATCH_DOCUMENTS = 4096
 
@@ -40,46 +48,33 @@ class Job:
 
     recipe_json: str
     work: Path
-    fingerprint: str
-    """Of the tokenizer in WORK/tokenizer."""
+    tokenizer: str
+    """Fingerprint of the one in WORK/tokenizer."""
+    chat_template: str | None
+    """Fingerprint of its chat template, if that is used."""
     engine: Literal["gigatoken", "tokenizers"]
-
-
-class TextSize(Section):
-    documents: int = 0
-    characters: int = 0
-    bytes: int = 0
-
-
-class ShardStats(Section):
-    """Contents of a shard's `stats.json`."""
-
-    splits: dict[str, TextSize]
-    hash: str
-    """Over all documents of the part, in order, before filters."""
-    filtered: int
-    skipped: list[SkippedEntry]
-    skipped_total: int
-
-    @property
-    def text_bytes(self) -> int:
-        return sum(size.bytes for size in self.splits.values())
 
 
 @dataclass
 class _Batch:
-    texts: dict[str, list[str]] = field(default_factory=lambda: {split: [] for split in SPLITS})
-    documents: int = 0
+    documents: list[Document] = field(default_factory=list)
+    splits: list[int] = field(default_factory=list)
+    """Place of each document's split in SPLITS."""
     bytes: int = 0
+
+    def add(self, document: Document, split: str) -> None:
+        self.documents.append(document)
+        self.splits.append(SPLITS.index(split))
+        self.bytes += document.bytes
 
     @property
     def full(self) -> bool:
-        return self.bytes >= _BATCH_BYTES or self.documents >= _BATCH_DOCUMENTS
+        return self.bytes >= _BATCH_BYTES or len(self.documents) >= _BATCH_DOCUMENTS
 
 
 def choose_split(recipe: Recipe, source: SourceBase, document: Document) -> str | None:
     """The split of a document, or None when a filter leaves it out."""
-    filters, length = recipe.filters, len(document.text)
+    filters, length = recipe.filters, document.characters
     if length < filters.min_characters or (filters.max_characters is not None and length > filters.max_characters):
         return None
     if source.split != "hash":
@@ -87,95 +82,130 @@ def choose_split(recipe: Recipe, source: SourceBase, document: Document) -> str 
     return "validation" if document.split_hash < recipe.split.validation * 2**64 else "train"
 
 
-def shard_folder(work: Path, number: int) -> Path:
-    """Final name of the shard of part `number`."""
-    return work / "shards" / f"{number:06d}"
-
-
-def has_shard(work: Path, number: int) -> bool:
-    """Whether part `number` is done. A shard whose `stats.json` is lost or damaged, as after a power cut, is removed,
-    to be made again."""
-    shard = shard_folder(work, number)
-    if not shard.is_dir():
-        return False
-    try:
-        ShardStats.model_validate_json((shard / "stats.json").read_bytes())
-    except (FileNotFoundError, ValidationError):
-        shutil.rmtree(shard)
-        return False
-    return True
-
-
 def encode_part(job: Job, number: int, part: Part) -> ShardStats:
-    """Read, encode and write one part.
+    """Read, encode and write one part, in place of what there is of it.
 
     Raises:
         EngineMismatch: gigatoken and `tokenizers` differ on the sample.
         CorpusError: the part cannot be read as its source says.
         OSError: the file system failed.
     """
+    remove_shard(job.work, number)
     final = shard_folder(job.work, number)
-    folder = final.with_name(f"{final.name}.{os.getpid()}.unfinished")
+    folder = final.with_name(f"{final.name}.{socket.gethostname()}.{os.getpid()}.unfinished")
     folder.mkdir(parents=True)
     try:
-        stats = _write_shard(job, part, folder)
-        (folder / "stats.json").write_text(stats.model_dump_json())
+        stats = _Shard(job, folder).fill(part)
+        with open(folder / "stats.json", "wb") as file:
+            file.write(stats.model_dump_json().encode())
+            sync(file)
         folder.rename(final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return stats
 
 
-def _write_shard(job: Job, part: Part, folder: Path) -> ShardStats:
-    recipe, encoder = _recipe(job.recipe_json), _encoder(job)
-    source, tokenizer = recipe.sources[part.source], encoder.tokenizer
-    dtype = token_dtype(tokenizer.vocab_size)
-    writers = {split: ShardWriter(folder, split, dtype, tokenizer.eod_id) for split in SPLITS}
-    sizes = {split: TextSize() for split in SPLITS}
-    digest = hashlib.blake2b(digest_size=16)
-    stats = ShardStats(splits=sizes, hash="", filtered=0, skipped=[], skipped_total=0)
-    batch, checked = _Batch(), False
-    for item in read_part(source, part):
-        if isinstance(item, Skipped):
-            _note_skipped(stats, item)
-            continue
-        digest.update(item.digest)
-        split = choose_split(recipe, source, item)
-        if split is None:
-            stats.filtered += 1
-            continue
-        _add(batch, sizes[split], split, item)
-        if batch.full:
-            _flush(batch, encoder, writers, check=not checked)
-            batch, checked = _Batch(), True
-    _flush(batch, encoder, writers, check=not checked)
-    for writer in writers.values():
-        writer.close()
-    stats.hash = digest.hexdigest()
-    return stats
+class _Shard:
+    """A shard in the making, in `folder`."""
+
+    def __init__(self, job: Job, folder: Path):
+        self.recipe, self.encoder = _recipe(job.recipe_json), _encoder(job)
+        tokenizer = self.encoder.tokenizer
+        dtype, masked = token_dtype(tokenizer.vocab_size), self.recipe.masked
+        self.writers = [SplitWriter(folder, split, dtype, tokenizer.eod_id, masked) for split in SPLITS]
+        drops = self.recipe.filters.exact_duplicates == "drop"
+        self.records: BinaryIO | None = open(folder / "documents", "wb") if drops else None
+        self.stats = ShardStats(
+            engine=job.engine,
+            splits={split: TextSize() for split in SPLITS},
+            hash="",
+            filtered=0,
+            skipped=[],
+            skipped_total=0,
+        )
+        self.template = functools.partial(_template, job)
+
+    def fill(self, part: Part) -> ShardStats:
+        """Read the part to its end and write all of it."""
+        source, digest, stats = self.recipe.sources[part.source], hashlib.blake2b(digest_size=16), self.stats
+        template = self.template() if isinstance(source, RowsSource) and source.messages_column else None
+        batch, checked = _Batch(), False
+        for item in read_part(source, part, self.recipe.filters, template):
+            if isinstance(item, Skipped):
+                stats.skipped_total += 1
+                if len(stats.skipped) < MAX_LISTED:
+                    stats.skipped.append(SkippedRow(number=item.number, reason=item.reason))
+                continue
+            split = None
+            if not isinstance(item, Filtered):
+                digest.update(item.digest)
+                split = choose_split(self.recipe, source, item)
+            if split is None:
+                stats.filtered += 1
+                continue
+            batch.add(item, split)
+            if batch.full:
+                self._flush(batch, check=not checked)
+                batch, checked = _Batch(), True
+        self._flush(batch, check=not checked)
+        for file in self.writers:
+            file.close()
+        if self.records is not None:
+            sync(self.records)
+            self.records.close()
+        stats.hash = digest.hexdigest()
+        return stats
+
+    def _flush(self, batch: _Batch, check: bool) -> None:
+        splits, kept = np.array(batch.splits, np.uint8), np.ones(len(batch.splits), bool)
+        for code, writer in enumerate(self.writers):
+            rows = np.flatnonzero(splits == code)
+            if rows.size:
+                kept[rows] = self._encode([batch.documents[row] for row in rows], writer, check)
+        records = _records(batch, splits)[kept]
+        for code, split in enumerate(SPLITS):
+            own = records[records["split"] == code]
+            self.stats.splits[split].add(
+                own.size, int(own["characters"].sum(dtype=np.int64)), int(own["bytes"].sum(dtype=np.int64))
+            )
+        self.stats.filtered += kept.size - records.size
+        if self.records is not None:
+            self.records.write(records.tobytes())
+
+    def _encode(self, documents: list[Document], writer: SplitWriter, check: bool) -> np.ndarray:
+        """Encode and write documents of one split; return which of them the filters by tokens keep."""
+        texts = [text for document in documents for text, _ in document.segments]
+        if check:
+            self.encoder.check(texts)
+        ids, lengths = self.encoder.encode(texts)
+        counts = None
+        if any(len(document.segments) > 1 for document in documents):
+            counts = np.repeat([flag for document in documents for _, flag in document.segments], lengths)
+            starts = np.cumsum([0, *(len(document.segments) for document in documents[:-1])])
+            lengths = np.add.reduceat(lengths, starts)
+        kept = _within(self.recipe.filters, lengths + 1)
+        if not kept.all():
+            inside = np.repeat(kept, lengths)
+            ids, lengths = ids[inside], lengths[kept]
+            counts = None if counts is None else counts[inside]
+        writer.write(ids, lengths, counts)
+        return kept
 
 
-def _note_skipped(stats: ShardStats, item: Skipped) -> None:
-    stats.skipped_total += 1
-    if len(stats.skipped) < MAX_SKIPPED:
-        stats.skipped.append(SkippedEntry(name=item.name, reason=item.reason))
+def _within(filters: Filters, lengths: np.ndarray) -> np.ndarray:
+    """Which documents of so many tokens, the end-of-document token included, the filters keep."""
+    kept = lengths >= (filters.min_tokens or 0)
+    return kept if filters.max_tokens is None else kept & (lengths <= filters.max_tokens)
 
 
-def _add(batch: _Batch, size: TextSize, split: str, document: Document) -> None:
-    batch.texts[split].append(document.text)
-    batch.documents += 1
-    batch.bytes += len(document.utf8)
-    size.documents += 1
-    size.characters += len(document.text)
-    size.bytes += len(document.utf8)
-
-
-def _flush(batch: _Batch, encoder: Encoder, writers: dict[str, ShardWriter], check: bool) -> None:
-    for split, texts in batch.texts.items():
-        if texts:
-            if check:
-                encoder.check(texts)
-            writers[split].write(*encoder.encode(texts))
+def _records(batch: _Batch, splits: np.ndarray) -> np.ndarray:
+    records = np.empty(len(batch.documents), RECORD)
+    records["hash"] = np.frombuffer(b"".join(d.digest for d in batch.documents), "<u8").reshape(-1, 2)
+    records["split"] = splits
+    records["number"] = [document.number for document in batch.documents]
+    records["characters"] = [document.characters for document in batch.documents]
+    records["bytes"] = [document.bytes for document in batch.documents]
+    return records
 
 
 @functools.lru_cache(maxsize=1)
@@ -186,6 +216,11 @@ def _recipe(recipe_json: str) -> Recipe:
 @functools.lru_cache(maxsize=1)
 def _encoder(job: Job) -> Encoder:
     return Encoder(Tokenizer(job.work / "tokenizer"), job.engine)
+
+
+@functools.lru_cache(maxsize=1)
+def _template(job: Job) -> ChatTemplate:
+    return ChatTemplate(job.work / "tokenizer", _encoder(job).tokenizer.eod_token)
 
 
 def start_worker() -> None:

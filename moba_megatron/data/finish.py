@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import shutil
+import sys
 from datetime import UTC, datetime
-from pathlib import Path
+
+import numpy as np
 
 from moba_megatron.data.documents import CorpusError
-from moba_megatron.data.encode import MAX_SKIPPED, SPLITS, ShardStats, shard_folder
-from moba_megatron.data.indexed import merge, token_dtype
+from moba_megatron.data.duplicates import Duplicates, find_duplicates
+from moba_megatron.data.indexed import token_dtype
 from moba_megatron.data.manifest import (
+    DuplicateEntry,
+    FileStats,
     Manifest,
+    SkippedEntry,
     SourceStats,
+    SplitStats,
     TokenizerStats,
     library_versions,
     plot_lengths,
     split_stats,
     unigram_loss,
 )
+from moba_megatron.data.merge import Merged, merge
+from moba_megatron.data.names import PlaceNames
 from moba_megatron.data.plan import Plan
 from moba_megatron.data.recipe import FilesSource, Recipe, StdlibSource
+from moba_megatron.data.shards import MAX_LISTED, RECORD, SPLITS, ShardStats, shard_folder
 from moba_megatron.data.sources import files_root
 from moba_megatron.data.tokenizer import Tokenizer
 from moba_megatron.data.workspace import Workspace
@@ -40,35 +50,44 @@ def merge_shards(plan: Plan, tokenizer: Tokenizer, space: Workspace) -> Manifest
     wanted = _wanted_splits(plan.recipe)
     for name in wanted:
         if not any(stat.splits[name].documents for stat in stats):
-            raise CorpusError(_empty_split(name, plan.recipe, stats))
+            raise CorpusError(_empty_split(name, plan, stats))
     shutil.copytree(space.tokenizer, space.dataset / "tokenizer")
-    manifest = _merge_splits(plan, tokenizer, space, shards, stats, wanted)
+    duplicates = None
+    if plan.recipe.filters.exact_duplicates == "drop":
+        duplicates = find_duplicates(shards, space.folder / "duplicates")
+    dtype, masked = token_dtype(tokenizer.vocab_size), plan.recipe.masked
+    merged = {
+        name: merge(shards, name, space.dataset / name, dtype, tokenizer.vocab_size, masked, duplicates)
+        for name in wanted
+    }
+    for name in wanted:
+        if not merged[name].documents:
+            raise CorpusError(f"all documents of {name} are duplicates of others: filters.exact_duplicates = drop")
+    manifest = _manifest(plan, tokenizer, space, stats, merged, duplicates)
     plot_lengths(manifest.splits, space.dataset / "lengths.png")
     return manifest
 
 
-def _merge_splits(
-    plan: Plan, tokenizer: Tokenizer, space: Workspace, shards: list[Path], stats: list[ShardStats], wanted: list[str]
+def _manifest(
+    plan: Plan,
+    tokenizer: Tokenizer,
+    space: Workspace,
+    stats: list[ShardStats],
+    merged: dict[str, Merged],
+    duplicates: Duplicates | None,
 ) -> Manifest:
-    dtype, size = token_dtype(tokenizer.vocab_size), tokenizer.vocab_size
-    merged = {name: merge(shards, name, space.dataset / name, dtype, size) for name in wanted}
     assert space.engine is not None, "shards are made before they are merged"
-    engine, reason = space.engine
+    (engine, reason), names = space.engine, PlaceNames(plan)
+    skipped = [(part, row) for part, stat in enumerate(stats) for row in stat.skipped][:MAX_LISTED]
+    hashes = {name: digest for own in merged.values() for name, digest in own.hashes.items()}
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        dtype=dtype.name,
-        splits={
-            name: split_stats(
-                merged[name],
-                characters=sum(stat.splits[name].characters for stat in stats),
-                utf8_bytes=sum(stat.splits[name].bytes for stat in stats),
-            )
-            for name in wanted
-        },
-        unigram_loss=unigram_loss(*(merged[name].counts for name in SPLITS)) if len(wanted) == len(SPLITS) else None,
+        dtype=token_dtype(tokenizer.vocab_size).name,
+        splits={name: _split_stats(name, merged[name], stats, plan.recipe.masked) for name in merged},
+        unigram_loss=unigram_loss(*(merged[name].counts for name in SPLITS)) if len(merged) == len(SPLITS) else None,
         tokenizer=TokenizerStats(
             fingerprint=tokenizer.fingerprint,
-            vocab_size=size,
+            vocab_size=tokenizer.vocab_size,
             eod_token=tokenizer.eod_token,
             eod_id=tokenizer.eod_id,
             engine=engine,
@@ -76,13 +95,39 @@ def _merge_splits(
         ),
         sources=[_source_stats(number, plan, stats) for number in range(len(plan.inputs))],
         filtered=sum(stat.filtered for stat in stats),
-        skipped=[entry for stat in stats for entry in stat.skipped][:MAX_SKIPPED],
+        skipped=[SkippedEntry(name=names.of(part, row.number), reason=row.reason) for part, row in skipped],
         skipped_total=sum(stat.skipped_total for stat in stats),
+        duplicates=_listed_duplicates(duplicates, space, names),
+        duplicates_total=duplicates.total if duplicates else 0,
+        files={
+            name: FileStats(bytes=(space.dataset / name).stat().st_size, hash=digest) for name, digest in hashes.items()
+        },
+        command=shlex.join(sys.argv),
         identity=plan.identity,
         seconds=0,
         workers=0,
         versions=library_versions(),
     )
+
+
+def _split_stats(name: str, merged: Merged, stats: list[ShardStats], masked: bool) -> SplitStats:
+    _, dropped_characters, dropped_bytes = (int(number) for number in merged.dropped)
+    characters = sum(stat.splits[name].characters for stat in stats) - dropped_characters
+    utf8_bytes = sum(stat.splits[name].bytes for stat in stats) - dropped_bytes
+    return split_stats(merged, characters, utf8_bytes, masked)
+
+
+def _listed_duplicates(duplicates: Duplicates | None, space: Workspace, names: PlaceNames) -> list[DuplicateEntry]:
+    if duplicates is None:
+        return []
+
+    def name(document: int) -> str:
+        part = int(np.searchsorted(duplicates.first_documents, document, side="right")) - 1
+        place = (document - int(duplicates.first_documents[part])) * RECORD.itemsize
+        record = np.fromfile(shard_folder(space.folder, part) / "documents", RECORD, 1, offset=place)
+        return names.of(part, int(record["number"][0]))
+
+    return [DuplicateEntry(name=name(again), first=name(first)) for again, first in duplicates.listed]
 
 
 def _wanted_splits(recipe: Recipe) -> list[str]:
@@ -91,14 +136,15 @@ def _wanted_splits(recipe: Recipe) -> list[str]:
     return [split for split in SPLITS if split in wanted]
 
 
-def _empty_split(name: str, recipe: Recipe, stats: list[ShardStats]) -> str:
+def _empty_split(name: str, plan: Plan, stats: list[ShardStats]) -> str:
     total = sum(size.documents for stat in stats for size in stat.splits.values())
     if total:
-        share = f"split.validation = {recipe.split.validation}"
+        share = f"split.validation = {plan.recipe.split.validation}"
         return f"no document of {total} falls into {name} ({share}): change the share, set it to 0, or add documents"
     skipped, filtered = sum(stat.skipped_total for stat in stats), sum(stat.filtered for stat in stats)
-    first = next((f" (first {entry.name}: {entry.reason})" for stat in stats for entry in stat.skipped), "")
-    return f"no documents: {skipped} unreadable{first}, {filtered} left out by filters"
+    found = next(((part, row) for part, stat in enumerate(stats) for row in stat.skipped), None)
+    first = f" (first {PlaceNames(plan).of(found[0], found[1].number)}: {found[1].reason})" if found else ""
+    return f"no documents: {skipped} unreadable or empty{first}, {filtered} left out by filters"
 
 
 def _source_stats(number: int, plan: Plan, stats: list[ShardStats]) -> SourceStats:

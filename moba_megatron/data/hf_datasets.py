@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from moba_megatron.data.documents import CorpusError, Document, Input, Part, Skipped, make_document, missing_column
+from moba_megatron.data.documents import CorpusError, Input, Item, Part
 from moba_megatron.data.recipe import DatasetsSource
+from moba_megatron.data.rows import RowReader, missing_columns
 
 
 def dataset_input(source: DatasetsSource) -> Input:
@@ -42,25 +43,24 @@ def dataset_parts(number: int, source: DatasetsSource, part_bytes: int) -> list[
     return [Part(number, (), start, min(start + step, rows), data.data.nbytes // len(starts)) for start in starts]
 
 
-def read_dataset(source: DatasetsSource, part: Part) -> Iterator[Document | Skipped]:
-    """The documents of a part, in order.
+def read_dataset(source: DatasetsSource, reader: RowReader, part: Part) -> Iterator[Item]:
+    """The rows of a part, in order, numbered within the dataset or the shard of its stream.
 
     Raises:
         CorpusError: a missing column.
     """
     data = open_dataset(source)
     columns = data.column_names
-    if columns is not None and source.text_column not in columns:
-        raise CorpusError(missing_column(source.path, source, columns))
+    if columns is not None and reader.missing(columns):
+        raise CorpusError(missing_columns(source.path, reader.missing(columns), columns))
     if source.streaming:
         rows: Iterable[Any] = data.shard(num_shards=data.num_shards, index=part.start)
     else:
-        rows = data.select_columns(source.text_column).select(range(part.start, part.stop))
-    place = f"shard {part.start}, row" if source.streaming else "row"
+        rows = data.select_columns(reader.columns).select(range(part.start, part.stop))
     for number, row in enumerate(rows, start=0 if source.streaming else part.start):
-        if source.text_column not in row:
-            raise CorpusError(missing_column(source.path, source, row))
-        yield make_document(row[source.text_column], f"{source.path}: {place} {number}")
+        if missing := reader.missing(row):
+            raise CorpusError(missing_columns(f"{source.path}: row {number}", missing, row))
+        yield reader.item(row, number)
 
 
 def open_dataset(source: DatasetsSource) -> Any:

@@ -12,9 +12,10 @@ from pydantic import Field, ValidationError
 
 from moba_megatron import __version__
 from moba_megatron.config import Section
-from moba_megatron.data.indexed import Merged
+from moba_megatron.data.merge import Merged
 
 MANIFEST_FILE = "manifest.json"
+_SHOWN = 10
 _VERSIONS = ("tokenizers", "gigatoken", "datasets", "pyarrow", "numpy")
 
 
@@ -23,6 +24,19 @@ class SkippedEntry(Section):
     """File and place in it."""
     reason: str
     """Why it is no document."""
+
+
+class DuplicateEntry(Section):
+    name: str
+    """File and place in it."""
+    first: str
+    """Where the text was first."""
+
+
+class FileStats(Section):
+    bytes: int
+    hash: str
+    """blake2b of 16 bytes."""
 
 
 class SourceStats(Section):
@@ -36,10 +50,10 @@ class SourceStats(Section):
     """Their size on disk."""
     documents: int
     """Documents taken, over both splits."""
-    bytes: int
-    """Their UTF-8 size."""
+    bytes: int | None
+    """Their UTF-8 size. None in a blend."""
     hash: str
-    """Hash over all documents read, in order: equal hashes, equal text."""
+    """Hash over all documents read, in order: equal hashes, equal text. In a blend, of the dataset's index."""
 
 
 class LengthBucket(Section):
@@ -53,9 +67,12 @@ class SplitStats(Section):
     documents: int
     tokens: int
     """The end-of-document tokens included."""
-    characters: int
-    bytes: int
-    """UTF-8 bytes of the text."""
+    target_tokens: int | None = None
+    """Those that count in the loss, by the loss mask; the others are prompts. None: there is no mask, all count."""
+    characters: int | None
+    """None for a view of a blend."""
+    bytes: int | None
+    """UTF-8 bytes of the text. None for a view of a blend."""
     longest: int
     """Tokens of the longest document."""
     lengths: list[LengthBucket]
@@ -93,6 +110,13 @@ class Manifest(Section):
     skipped: list[SkippedEntry]
     """What could not be a document, the first 1000."""
     skipped_total: int
+    duplicates: list[DuplicateEntry] = []
+    """Documents left out because their text was there before, the first 1000."""
+    duplicates_total: int = 0
+    files: dict[str, FileStats] = {}
+    """The data files; what `prepare inspect --check` compares with."""
+    command: str = ""
+    """That finished the dataset."""
     identity: dict[str, Any]
     """What another `prepare` into the same folder must agree with: recipe, inputs, tokenizer."""
     seconds: float = Field(ge=0)
@@ -105,23 +129,37 @@ class Manifest(Section):
 
     def summary(self) -> str:
         """A few lines for people."""
-        lines = [
-            f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes / 1e6:,.1f} MB "
-            f"({split.bytes / max(1, split.tokens):.2f} bytes a token), longest {split.longest:,} tokens"
-            for name, split in self.splits.items()
-        ]
         tokenizer = self.tokenizer
-        lines.append(
+        lines = [
+            *(_split_line(name, split) for name, split in self.splits.items()),
             f"tokenizer: {tokenizer.vocab_size:,} entries, fingerprint {tokenizer.fingerprint}, encoded by "
-            f"{tokenizer.engine} ({tokenizer.engine_reason})"
-        )
+            f"{tokenizer.engine} ({tokenizer.engine_reason})",
+        ]
         if self.unigram_loss is not None:
             lines.append(f"loss of a unigram model on the validation split: {self.unigram_loss:.3f} nats a token")
-        if self.filtered or self.skipped_total:
-            lines.append(
-                f"left out: {self.filtered:,} by filters, {self.skipped_total:,} unreadable (listed in the manifest)"
+        left_out = [
+            f"{count:,} {why}"
+            for count, why in (
+                (self.filtered, "by filters"),
+                (self.duplicates_total, "duplicates"),
+                (self.skipped_total, "unreadable or empty"),
             )
+            if count
+        ]
+        if left_out:
+            lines.append(f"left out: {', '.join(left_out)}")
+        lines += [f"  {entry.name}: {entry.reason}" for entry in self.skipped[:_SHOWN]]
+        if self.skipped_total > _SHOWN:
+            lines.append(f"  ... and {self.skipped_total - _SHOWN:,} more (see {MANIFEST_FILE})")
         return "\n".join(lines)
+
+
+def _split_line(name: str, split: SplitStats) -> str:
+    size = "" if split.bytes is None else f", {split.bytes / 1e6:,.1f} MB"
+    rate = "" if split.bytes is None else f" ({split.bytes / max(1, split.tokens):.2f} bytes a token)"
+    mask = "" if split.target_tokens is None else f" of which {split.target_tokens:,} count in the loss"
+    longest = f"longest {split.longest:,} tokens"
+    return f"{name}: {split.documents:,} documents, {split.tokens:,} tokens{mask}{size}{rate}, {longest}"
 
 
 def load_manifest(folder: str | Path) -> Manifest | None:
@@ -141,20 +179,29 @@ def load_manifest(folder: str | Path) -> Manifest | None:
         ) from error
 
 
-def split_stats(merged: Merged, characters: int, utf8_bytes: int) -> SplitStats:
-    """Statistics of a merged split."""
-    buckets = [
+def length_buckets(lengths: np.ndarray) -> list[LengthBucket]:
+    """Documents and tokens by length, of lengths [documents] or of a table [32, 2] of both for each power of two."""
+    table = lengths
+    if lengths.ndim == 1:
+        powers = np.log2(lengths).astype(np.int64)
+        table = np.stack([np.bincount(powers, minlength=32), np.bincount(powers, lengths, minlength=32)], axis=1)
+    return [
         LengthBucket(at_least=2**power, documents=int(documents), tokens=int(tokens))
-        for power, (documents, tokens) in enumerate(merged.length_buckets)
+        for power, (documents, tokens) in enumerate(table)
         if documents
     ]
+
+
+def split_stats(merged: Merged, characters: int, utf8_bytes: int, masked: bool) -> SplitStats:
+    """Statistics of a merged split."""
     return SplitStats(
         documents=merged.documents,
         tokens=merged.tokens,
+        target_tokens=merged.target_tokens if masked else None,
         characters=characters,
         bytes=utf8_bytes,
         longest=merged.longest,
-        lengths=buckets,
+        lengths=length_buckets(merged.length_buckets),
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from moba_megatron.data.chat import ChatTemplate
 from moba_megatron.data.documents import MIB, Input, Part
-from moba_megatron.data.recipe import Recipe, TrainedTokenizer
+from moba_megatron.data.recipe import PretrainedTokenizer, Recipe, RowsSource, TrainedTokenizer, recipe_identity
 from moba_megatron.data.sources import list_inputs, list_parts
 from moba_megatron.data.tokenizer import fingerprint
 from moba_megatron.data.workspace import Identity
@@ -43,8 +44,11 @@ def make_plan(recipe: Recipe) -> Plan:
     spec = recipe.tokenizer
     identity = {
         "format": _FORMAT,
-        "recipe": recipe.model_dump(mode="json", exclude={"tokenizer": {"engine"}}),
+        "recipe": recipe_identity(recipe),
         "inputs": [hashlib.blake2b(repr(items).encode(), digest_size=16).hexdigest() for items in inputs],
         "tokenizer": "trained" if isinstance(spec, TrainedTokenizer) else fingerprint(spec.path, spec.end_of_document),
     }
+    if any(isinstance(source, RowsSource) and source.messages_column for source in recipe.sources):
+        assert isinstance(spec, PretrainedTokenizer)
+        identity["chat_template"] = ChatTemplate.fingerprint(spec.path)
     return Plan(recipe, inputs, parts, identity)

@@ -8,8 +8,12 @@ finished shards that the next run keeps, or the whole dataset. Errors of the fil
 that asks for another recipe or other files discards it. Shards are numbered by part and merged in that order: the bytes
 are the same for any number of workers and any number of kills.
 
-Encoding by gigatoken is held against `tokenizers` on a sample of every shard. One difference anywhere discards all
-shards and starts again with `tokenizers`.
+Encoding by gigatoken is held against `tokenizers` on a sample of every shard. One difference anywhere changes the
+engine in plan.json; shards by the other engine do not count from then on and are made again.
+
+Several processes, on one machine or many that see the same folder, may each do a share: every n-th part, from part i on
+(`prepare_share`). The first one makes the tokenizer, the others wait for it. `merge_shares`, or a `prepare` of the
+whole, then joins the shards.
 
 OUTPUT holds `train.bin/.idx`, `validation.bin/.idx`, `tokenizer/`, `manifest.json` and `lengths.png`. The manifest
 carries the *identity* of the dataset: the recipe, the names, sizes and modification times of the inputs, the tokenizer.
@@ -28,16 +32,25 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moba_megatron.data.documents import MIB, CorpusError, Document
-from moba_megatron.data.encode import Job, choose_split, encode_part, has_shard, start_worker
+from moba_megatron.data.documents import MIB, CorpusError, Document, Part
+from moba_megatron.data.encode import Job, choose_split, encode_part, start_worker
 from moba_megatron.data.finish import merge_shards
-from moba_megatron.data.manifest import Manifest
+from moba_megatron.data.manifest import Manifest, load_manifest
 from moba_megatron.data.plan import Plan, make_plan
 from moba_megatron.data.progress import encoding_progress
 from moba_megatron.data.recipe import Recipe, TrainedTokenizer
+from moba_megatron.data.shards import shard_stats
 from moba_megatron.data.sources import read_part
 from moba_megatron.data.tokenizer import EngineMismatch, Tokenizer, choose_engine, copy_tokenizer, train_bpe
-from moba_megatron.data.workspace import Workspace, existing_dataset, open_workspace, remove_leftovers
+from moba_megatron.data.workspace import (
+    Workspace,
+    differences,
+    existing_dataset,
+    open_workspace,
+    remove_leftovers,
+    unfinished_identity,
+    work_folder,
+)
 
 
 def prepare(recipe: Recipe, output: Path, workers: int | None = None, overwrite: bool = False) -> Manifest:
@@ -61,11 +74,9 @@ def prepare(recipe: Recipe, output: Path, workers: int | None = None, overwrite:
     """
     console, begin = Console(stderr=True), time.monotonic()
     output, plan = Path(output), make_plan(recipe)
-    workers = workers or _default_workers(plan)
-    found = existing_dataset(output, plan.identity, overwrite)
+    workers = workers or _default_workers(plan.parts)
+    found = _finished(output, plan, overwrite, console)
     if found is not None:
-        console.print(f"{output} already holds this dataset: nothing to do")
-        remove_leftovers(output, plan.identity)
         return found
     with open_workspace(output, plan.identity, overwrite) as space:
         # Again under the lock: another run may have published since.
@@ -75,76 +86,160 @@ def prepare(recipe: Recipe, output: Path, workers: int | None = None, overwrite:
             space.discard()
             return found
         try:
-            tokenizer = _make_tokenizer(plan, space, console)
-            _encode_all(plan, tokenizer, space, workers, console)
-            manifest = merge_shards(plan, tokenizer, space)
+            _encode(plan, space, list(range(len(plan.parts))), workers, console)
+            return _publish(plan, space, output, workers, begin, console)
         except CorpusError:
             space.discard()
             raise
-        manifest.seconds, manifest.workers = time.monotonic() - begin, workers
-        manifest.save(space.dataset)
-        space.publish(output)
+
+
+def prepare_share(
+    recipe: Recipe, output: Path, share: tuple[int, int], workers: int | None = None, overwrite: bool = False
+) -> None:
+    """Encode parts i, i + n, i + 2n, ... of a recipe's text into OUTPUT.partial, for `share` = (i, n).
+
+    Other processes may do other shares at the same time; their machines must see the inputs and the output under the
+    same paths, on a file system that knows file locks. `merge_shares` ends the work.
+
+    Raises:
+        ValueError: as `prepare`, or a share that is not one of n, or that another process is at.
+        OSError: as `prepare`.
+    """
+    number, shares = share
+    if not 0 <= number < shares:
+        raise ValueError(f"--shard {number}/{shares}: the number must be from 0 to {shares - 1}")
+    console, output, plan = Console(stderr=True), Path(output), make_plan(recipe)
+    if _finished(output, plan, overwrite, console) is not None:
+        return
+    own = list(range(number, len(plan.parts), shares))
+    workers = workers or _default_workers([plan.parts[part] for part in own])
+    with open_workspace(output, plan.identity, overwrite, share) as space:
+        _encode(plan, space, own, workers, console)
+        console.print(f"share {number}/{shares}: its {len(own)} of {len(plan.parts)} parts are done")
+
+
+def merge_shares(output: Path, overwrite: bool = False) -> Manifest:
+    """Join what `prepare_share` made into OUTPUT.
+
+    Raises:
+        ValueError: no such work, inputs that changed since, or parts that are not done yet.
+    """
+    console, begin, output = Console(stderr=True), time.monotonic(), Path(output)
+    found = load_manifest(output) if not work_folder(output).exists() and output.is_dir() else None
+    if found is not None:
+        console.print(f"{output} is merged already: nothing to do")
+        return found
+    identity = unfinished_identity(output)
+    plan = make_plan(Recipe.model_validate(identity["recipe"]))
+    if plan.identity != identity:
+        raise ValueError(
+            f"{work_folder(output)} was made of other inputs than there are now "
+            f"({differences(identity, plan.identity)}): restore them, or prepare anew with --overwrite"
+        )
+    existing_dataset(output, identity, overwrite)
+    with open_workspace(output, identity, overwrite=False) as space:
+        engine = space.engine
+        parts = range(len(plan.parts))
+        missing = [part for part in parts if engine is None or shard_stats(space.folder, part, engine[0]) is None]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(plan.parts)} parts are not done, the first is part {missing[0]}: run every "
+                "share to its end (share i of n does the parts i, i + n, ...), then merge"
+            )
+        try:
+            return _publish(plan, space, output, 0, begin, console)
+        except CorpusError:
+            space.discard()
+            raise
+
+
+def _finished(output: Path, plan: Plan, overwrite: bool, console: Console) -> Manifest | None:
+    found = existing_dataset(output, plan.identity, overwrite)
+    if found is not None:
+        console.print(f"{output} already holds this dataset: nothing to do")
+        remove_leftovers(output, plan.identity)
+    return found
+
+
+def _publish(plan: Plan, space: Workspace, output: Path, workers: int, begin: float, console: Console) -> Manifest:
+    with console.status("joining shards"):
+        manifest = merge_shards(plan, Tokenizer(space.tokenizer), space)
+    manifest.seconds, manifest.workers = time.monotonic() - begin, workers
+    manifest.save(space.dataset)
+    space.publish(output)
     console.print(f"wrote {output} in {manifest.seconds:.1f} s")
     return manifest
 
 
-def _default_workers(plan: Plan) -> int:
+def _default_workers(parts: list[Part]) -> int:
     """All cores, but no process for less than 16 MiB of text: it takes longer to start than to encode that."""
-    cores, sizes = len(os.sched_getaffinity(0)), [part.size for part in plan.parts]
+    cores, sizes = len(os.sched_getaffinity(0)), [part.size for part in parts]
     return min(cores, max(1, sum(sizes) // (16 * MIB))) if all(sizes) else cores
 
 
 def _make_tokenizer(plan: Plan, space: Workspace, console: Console) -> Tokenizer:
-    """Train or copy the tokenizer, once."""
-    if space.tokenizer.is_dir():
+    """Train or copy the tokenizer, once for all shares."""
+    with space.common(lambda: console.print("waiting for another share, which makes the tokenizer")):
+        if space.tokenizer.is_dir():
+            return Tokenizer(space.tokenizer)
+        spec, unfinished = plan.recipe.tokenizer, space.folder / "tokenizer.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(spec, TrainedTokenizer):
+            begin = time.monotonic()
+            with console.status(f"training a byte-level BPE of {spec.vocab_size:,} entries"):
+                train_bpe(_training_texts(plan, spec.max_training_bytes), spec.vocab_size, unfinished)
+            seconds = time.monotonic() - begin
+            console.print(f"trained a byte-level BPE of {spec.vocab_size:,} entries in {seconds:.1f} s")
+        else:
+            copy_tokenizer(spec.path, unfinished, spec.end_of_document)
+        unfinished.rename(space.tokenizer)
         return Tokenizer(space.tokenizer)
-    spec, unfinished = plan.recipe.tokenizer, space.folder / "tokenizer.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    if isinstance(spec, TrainedTokenizer):
-        begin = time.monotonic()
-        with console.status(f"training a byte-level BPE of {spec.vocab_size:,} entries"):
-            train_bpe(_training_texts(plan, spec.max_training_bytes), spec.vocab_size, unfinished)
-        console.print(f"trained a byte-level BPE of {spec.vocab_size:,} entries in {time.monotonic() - begin:.1f} s")
-    else:
-        copy_tokenizer(spec.path, unfinished, spec.end_of_document)
-    unfinished.rename(space.tokenizer)
-    return Tokenizer(space.tokenizer)
 
 
 def _training_texts(plan: Plan, max_bytes: int | None) -> Iterator[str]:
     seen = 0
     for part in plan.parts:
         source = plan.recipe.sources[part.source]
-        for item in read_part(source, part):
+        for item in read_part(source, part, plan.recipe.filters):
             if not isinstance(item, Document) or choose_split(plan.recipe, source, item) != "train":
                 continue
             if max_bytes is not None and seen >= max_bytes:
                 return
-            seen += len(item.utf8)
+            seen += item.bytes
             yield item.text
 
 
-def _encode_all(plan: Plan, tokenizer: Tokenizer, space: Workspace, workers: int, console: Console) -> None:
-    """Make the shards that are missing, by one engine."""
-    engine, reason = space.engine or choose_engine(tokenizer, plan.recipe.tokenizer.engine)
-    space.set_engine((engine, reason))
-    job = Job(plan.recipe.model_dump_json(), space.folder.resolve(), tokenizer.fingerprint, engine)
-    try:
-        _make_shards(plan, job, workers, console)
-    except EngineMismatch as error:
-        console.print(f"{error}; starting again with tokenizers")
-        shutil.rmtree(space.shards)
-        space.set_engine(("tokenizers", str(error)))
-        _encode_all(plan, tokenizer, space, workers, console)
+def _encode(plan: Plan, space: Workspace, own: list[int], workers: int, console: Console) -> None:
+    """Make the missing shards among the parts `own`, by the engine that all shares agree on."""
+    tokenizer = _make_tokenizer(plan, space, console)
+    while True:
+        with space.common(lambda: None):
+            engine = space.engine or choose_engine(tokenizer, plan.recipe.tokenizer.engine)
+            space.set_engine(engine)
+        job = Job(
+            recipe_json=plan.recipe.model_dump_json(),
+            work=space.folder.resolve(),
+            tokenizer=tokenizer.fingerprint,
+            chat_template=plan.identity.get("chat_template"),
+            engine=engine[0],
+        )
+        try:
+            _make_shards(plan, job, own, workers, console)
+        except EngineMismatch as error:
+            console.print(f"{error}; starting again with tokenizers")
+            with space.common(lambda: None):
+                space.set_engine(("tokenizers", str(error)))
+        # Another share may have found a difference meanwhile.
+        if space.engine == engine:
+            return
 
 
-def _make_shards(plan: Plan, job: Job, workers: int, console: Console) -> None:
-    for leftover in job.work.glob("shards/*.unfinished"):
-        shutil.rmtree(leftover)
-    todo = [(n, part) for n, part in enumerate(plan.parts) if not has_shard(job.work, n)]
-    if len(todo) < len(plan.parts):
-        console.print(f"continuing: {len(plan.parts) - len(todo)} of {len(plan.parts)} parts are there already")
-    with encoding_progress(console, [part.size for part in plan.parts], [part.size for _, part in todo]) as advance:
+def _make_shards(plan: Plan, job: Job, own: list[int], workers: int, console: Console) -> None:
+    todo = [(n, plan.parts[n]) for n in own if shard_stats(job.work, n, job.engine) is None]
+    if len(todo) < len(own):
+        console.print(f"continuing: {len(own) - len(todo)} of {len(own)} parts are there already")
+    sizes = [plan.parts[n].size for n in own]
+    with encoding_progress(console, sizes, [part.size for _, part in todo]) as advance:
         if workers == 1 or len(todo) <= 1:
             for number, part in todo:
                 advance(part.size, encode_part(job, number, part).text_bytes)

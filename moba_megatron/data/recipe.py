@@ -8,15 +8,16 @@ list are addressed by their number (`sources.0.path=...`). Paths are relative to
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from moba_megatron.config import ConfigError, Section
 
+S = TypeVar("S", bound=Section)
 SplitChoice = Literal["hash", "train", "validation"]
 
 
@@ -48,27 +49,72 @@ class StdlibSource(SourceBase):
     """As in `files`."""
 
 
-class JsonlSource(SourceBase):
+class RowsSource(SourceBase):
+    """What sources of rows have in common: which columns make a document.
+
+    Either `text_column`, or `prompt_column` with `answer_column`, or `messages_column`. The last two make data with a
+    loss mask: of a prompt and its answer, the answer's tokens are learned; of a conversation, rendered by the
+    tokenizer's chat template, those of the assistant's turns.
+    """
+
+    text_column: str | None = None
+    """Column of the text. Default: `text`, unless the other columns are named."""
+    prompt_column: str | None = None
+    """Column of the text that comes first and is not learned."""
+    answer_column: str | None = None
+    """Column of the text that follows and is learned."""
+    messages_column: str | None = None
+    """Column of a list of messages, each with `role` and `content`."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> RowsSource:
+        if (self.prompt_column is None) != (self.answer_column is None):
+            raise ValueError("prompt_column and answer_column go together: name both or neither")
+        ways = [self.text_column, self.prompt_column, self.messages_column]
+        if sum(way is not None for way in ways) > 1:
+            raise ValueError("name only one of text_column, prompt_column with answer_column, and messages_column")
+        if not any(ways):
+            self.text_column = "text"
+        return self
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that make a document."""
+        every = (self.text_column, self.prompt_column, self.answer_column, self.messages_column)
+        return [column for column in every if column is not None]
+
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens of its documents do not count in the loss."""
+        return self.text_column is None
+
+
+class JsonlSource(RowsSource):
     """JSON Lines files, plain, `.gz` or `.zst`; each line is one document."""
 
     kind: Literal["jsonl"]
     path: str
     """A file or a glob (`**` is any depth)."""
-    text_column: str = "text"
-    """Key of the text."""
 
 
-class ParquetSource(SourceBase):
+class ParquetSource(RowsSource):
     """Parquet files; each row is one document."""
 
     kind: Literal["parquet"]
     path: str
     """A file or a glob (`**` is any depth)."""
-    text_column: str = "text"
-    """Name of the column of text."""
 
 
-class DatasetsSource(SourceBase):
+class ArrowSource(RowsSource):
+    """Arrow files, of either kind: with a footer (random access, Feather) or streams, as `datasets` writes them; each
+    row is one document."""
+
+    kind: Literal["arrow"]
+    path: str
+    """A file or a glob (`**` is any depth)."""
+
+
+class DatasetsSource(RowsSource):
     """Anything that Hugging Face `datasets` loads; each row is one document."""
 
     kind: Literal["datasets"]
@@ -83,14 +129,13 @@ class DatasetsSource(SourceBase):
     """Commit or tag on the Hub. Name one to make a recipe repeatable."""
     data_files: str | list[str] | None = None
     """As in `datasets.load_dataset`."""
-    text_column: str = "text"
-    """Name of the column of text."""
     streaming: bool = False
     """Read while downloading instead of downloading first. Row order is that of the files."""
 
 
 Source = Annotated[
-    FilesSource | StdlibSource | JsonlSource | ParquetSource | DatasetsSource, Field(discriminator="kind")
+    FilesSource | StdlibSource | JsonlSource | ParquetSource | ArrowSource | DatasetsSource,
+    Field(discriminator="kind"),
 ]
 
 
@@ -127,6 +172,31 @@ class Filters(Section):
     """Shortest document."""
     max_characters: int | None = Field(default=None, ge=1)
     """Longest document. None: no limit; documents are never cut."""
+    min_tokens: int | None = Field(default=None, ge=1)
+    """Shortest document in tokens, its end-of-document token included."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Longest document in tokens, its end-of-document token included."""
+    keep_column: str | None = None
+    """Boolean column of the rows: those with true are kept."""
+    drop_column: str | None = None
+    """Boolean column of the rows: those with false are kept."""
+    exact_duplicates: Literal["keep", "drop"] = "keep"
+    """`drop`: of documents with the same text, over all sources and both splits, only the first is kept, in the order
+    of the sources and of the documents in them."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> Filters:
+        for unit in ("characters", "tokens"):
+            least, most = getattr(self, f"min_{unit}") or 0, getattr(self, f"max_{unit}")
+            if most is not None and most < least:
+                raise ValueError(f"max_{unit} = {most} is below min_{unit} = {least}: nothing would be kept")
+        return self
+
+    @property
+    def columns(self) -> dict[str, bool]:
+        """Boolean columns, with the value that keeps a row."""
+        wanted = ((self.keep_column, True), (self.drop_column, False))
+        return {column: value for column, value in wanted if column is not None}
 
 
 class Split(Section):
@@ -150,6 +220,26 @@ class Recipe(Section):
     split: Split = Split()
     """Which documents are kept apart for validation."""
 
+    @model_validator(mode="after")
+    def _sources_serve(self) -> Recipe:
+        for number, source in enumerate(self.sources):
+            if self.filters.columns and not isinstance(source, RowsSource):
+                raise ValueError(
+                    f"filters.{'keep' if self.filters.keep_column else 'drop'}_column needs rows, but sources.{number} "
+                    f"is of kind {source.kind}, which has no columns: give it a recipe of its own"
+                )
+            if isinstance(source, RowsSource) and source.messages_column and self.tokenizer.kind == "bpe":
+                raise ValueError(
+                    f"sources.{number}.messages_column needs a chat template, which a newly trained tokenizer has not: "
+                    "use tokenizer.kind = pretrained"
+                )
+        return self
+
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens do not count in the loss, so that the data needs a loss mask."""
+        return any(isinstance(source, RowsSource) and source.masked for source in self.sources)
+
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe from YAML and apply `key.path=value` overrides.
@@ -157,29 +247,43 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         ConfigError: with one line for each unknown key, wrong type or impossible value.
     """
+    return load_section(Recipe, path, overrides)
+
+
+def recipe_from_dict(values: Any) -> Recipe:
+    """A checked `Recipe` from plain values."""
+    return _checked(Recipe, values)
+
+
+def load_section(schema: type[S], path: str | Path, overrides: list[str] | None = None) -> S:
+    """Read any of these schemas from YAML, as `load_recipe` does."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError([f"no such recipe: {path}"])
     try:
         tree = OmegaConf.load(path)
         if not isinstance(tree, DictConfig):
-            raise ConfigError([f"{path} must hold a mapping with the keys {', '.join(Recipe.model_fields)}"])
+            raise ConfigError([f"{path} must hold a mapping with the keys {', '.join(schema.model_fields)}"])
         for text in overrides or []:
             key, equals, value = text.partition("=")
             if not equals or not key or key.startswith("-"):
                 raise ConfigError([f"override {text!r} is not of the form key.path=value"])
             OmegaConf.update(tree, key, _plain_value(value))
-        return recipe_from_dict(OmegaConf.to_container(tree, resolve=True))
+        return _checked(schema, OmegaConf.to_container(tree, resolve=True))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError([f"{path}: {str(error).splitlines()[0]}"]) from error
 
 
-def recipe_from_dict(values: Any) -> Recipe:
-    """A checked `Recipe` from plain values."""
+def _checked(schema: type[S], values: Any) -> S:
     try:
-        return Recipe.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
         raise ConfigError([_explain(item) for item in error.errors()]) from error
+
+
+def recipe_identity(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe decides the dataset, as plain values: all but the engine that encodes."""
+    return recipe.model_dump(mode="json", exclude={"tokenizer": {"engine"}})
 
 
 def _plain_value(text: str) -> Any:
@@ -196,4 +300,6 @@ def _explain(error: Any) -> str:
         return f"{key}: unknown key"
     if error["type"] in ("missing", "union_tag_not_found"):
         return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    if error["type"] == "value_error":
+        return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
     return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -1,12 +1,14 @@
 """Sources of text, cut into parts that can be read alone.
 
 A source lists its inputs (files with sizes, or rows of a dataset) and is cut into *parts*: some small files, a byte
-range of a JSONL file, row groups of a Parquet file, a range of rows. Parts depend on the inputs only, never on the
-number of workers; read one after the other they give all documents in one fixed order. Compressed JSONL cannot be
-entered in the middle: one file is one part. A part is read as a stream, so memory holds one record at a time.
+range of a JSONL file, row groups of a Parquet file, record batches of an Arrow file, a range of rows. Parts depend on
+the inputs only, never on the number of workers; read one after the other they give all documents in one fixed order.
+Compressed JSONL cannot be entered in the middle: one file is one part. A part is read as a stream, so memory holds one
+record at a time.
 
 What cannot be a document (bytes that are not UTF-8, a line that is not JSON, a row without text) comes out as `Skipped`
-with its place and reason; what would make the corpus another one (a missing column, a truncated file) is an error.
+with its place and reason; what would make the corpus another one (a column that no row has, a truncated file) is an
+error.
 """
 
 from __future__ import annotations
@@ -21,20 +23,27 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow
-import pyarrow.parquet
 
-from moba_megatron.data.documents import CorpusError, Document, Input, Part, Skipped, make_document, missing_column
+from moba_megatron.data.chat import ChatTemplate
+from moba_megatron.data.documents import MIB, CorpusError, Input, Item, Part, Skipped, make_document
 from moba_megatron.data.hf_datasets import dataset_input, dataset_parts, read_dataset
 from moba_megatron.data.recipe import (
+    ArrowSource,
     DatasetsSource,
     FilesSource,
+    Filters,
     JsonlSource,
     ParquetSource,
+    RowsSource,
     SourceBase,
     StdlibSource,
 )
+from moba_megatron.data.rows import RowReader, missing_columns
+from moba_megatron.data.tables import arrow_parts, parquet_parts, read_arrow, read_parquet
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+_PATIENCE = 1000
+"""Rows without a column from which on it is taken to be missing in all."""
 
 
 def list_inputs(source: SourceBase) -> list[Input]:
@@ -67,7 +76,9 @@ def list_parts(number: int, source: SourceBase, inputs: list[Input], part_bytes:
     parts: list[Part] = []
     for item in inputs:
         if isinstance(source, ParquetSource):
-            parts += _parquet_parts(number, item.name, part_bytes)
+            parts += parquet_parts(number, item.name, part_bytes)
+        elif isinstance(source, ArrowSource):
+            parts += arrow_parts(number, item.name, item.size, part_bytes)
         elif Path(item.name).suffix in _COMPRESSION:
             parts.append(Part(number, (item.name,), 0, item.size, item.size))
         else:
@@ -76,20 +87,48 @@ def list_parts(number: int, source: SourceBase, inputs: list[Input], part_bytes:
     return parts
 
 
-def read_part(source: SourceBase, part: Part) -> Iterator[Document | Skipped]:
-    """The documents of a part, in order.
+def read_part(
+    source: SourceBase, part: Part, filters: Filters | None = None, template: ChatTemplate | None = None
+) -> Iterator[Item]:
+    """The items of a part, in order.
+
+    Args:
+        filters: of the recipe; only its boolean columns are looked at here.
+        template: of the tokenizer, for a source with `messages_column`.
 
     Raises:
-        CorpusError: a missing column, a column that is not text, or a truncated file.
+        CorpusError: a missing column, a column of another type, or a truncated file.
         OSError: the file system failed; reading again may succeed.
     """
     if isinstance(source, FilesSource | StdlibSource):
         return _read_files(files_root(source), part)
+    assert isinstance(source, RowsSource)
+    reader = RowReader(source, filters or Filters(), template)
     if isinstance(source, JsonlSource):
-        return _read_jsonl(source, part)
+        return _read_jsonl(reader, part)
     if isinstance(source, ParquetSource):
-        return _read_parquet(source, part)
-    return read_dataset(source, part)
+        return read_parquet(reader, part)
+    if isinstance(source, ArrowSource):
+        return read_arrow(reader, part)
+    assert isinstance(source, DatasetsSource)
+    return read_dataset(source, reader, part)
+
+
+def place_name(source: SourceBase, part: Part, number: int, lines_before: int = 0) -> str:
+    """Where item `number` of a part is, for people.
+
+    Args:
+        lines_before: lines of the file before this part, for JSONL, whose items are numbered within the part from 1.
+    """
+    if isinstance(source, FilesSource | StdlibSource):
+        return part.names[number]
+    if isinstance(source, JsonlSource):
+        return f"{part.names[0]}:line {lines_before + number}"
+    if isinstance(source, DatasetsSource):
+        return (
+            f"{source.path}: shard {part.start}, row {number}" if source.streaming else f"{source.path}: row {number}"
+        )
+    return f"{part.names[0]}: row {number}"
 
 
 def files_root(source: FilesSource | StdlibSource) -> Path:
@@ -120,25 +159,34 @@ def _file_parts(number: int, inputs: list[Input], part_bytes: int) -> list[Part]
     return [*parts, Part(number, tuple(names), 0, len(names), size)] if names else parts
 
 
-def _read_files(root: Path, part: Part) -> Iterator[Document | Skipped]:
-    for name in part.names:
-        yield make_document((root / name).read_bytes(), name, path=name)
+def _read_files(root: Path, part: Part) -> Iterator[Item]:
+    for number, name in enumerate(part.names):
+        yield make_document((root / name).read_bytes(), number, path=name)
 
 
-def _read_jsonl(source: JsonlSource, part: Part) -> Iterator[Document | Skipped]:
+def _read_jsonl(reader: RowReader, part: Part) -> Iterator[Item]:
     (path,) = part.names
+    missing, complete, first = 0, False, 0
     try:
-        for place, line in _lines(path, part):
+        for number, line in enumerate(_lines(path, part), start=1):
             if line.isspace():
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                yield Skipped(f"{path}:{place}", f"not JSON: {error}")
+            row = _json_object(line, number)
+            if isinstance(row, Skipped):
+                yield row
                 continue
-            if not isinstance(row, dict) or source.text_column not in row:
-                raise CorpusError(missing_column(f"{path}:{place}", source, row if isinstance(row, dict) else ()))
-            yield make_document(row[source.text_column], f"{path}:{place}")
+            absent = reader.missing(row)
+            if not absent:
+                complete = True
+                yield reader.item(row, number)
+                continue
+            missing, first = missing + 1, first or number
+            yield Skipped(number, f"no column {', '.join(map(repr, absent))}")
+            if missing == _PATIENCE and not complete:
+                break
+        if missing and not complete:
+            place = f"{path}: line {first} from byte {part.start} on"
+            raise CorpusError(missing_columns(place, absent, row))
     except OSError as error:
         # What the system reports has a number; what a decompressor finds in the bytes has none.
         if error.errno is not None:
@@ -146,18 +194,28 @@ def _read_jsonl(source: JsonlSource, part: Part) -> Iterator[Document | Skipped]
         raise CorpusError(f"{path} cannot be read to its end ({error}): fetch it again or remove it") from error
 
 
-def _lines(path: str, part: Part) -> Iterator[tuple[str, bytes]]:
-    """Lines of a JSONL part with their places. A byte range owns the lines that start in it."""
+def _json_object(line: bytes, number: int) -> dict | Skipped:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        return Skipped(number, f"not JSON: {error}")
+    except RecursionError:
+        return Skipped(number, "not JSON that can be read: nested too deep")
+    return row if isinstance(row, dict) else Skipped(number, f"a JSON {type(row).__name__}, not an object")
+
+
+def _lines(path: str, part: Part) -> Iterator[bytes]:
+    """Lines of a JSONL part. A byte range owns the lines that start in it."""
     compression = _COMPRESSION.get(Path(path).suffix)
     if compression:
         # pyarrow reads files of several frames to their end and reports truncated ones; other readers do neither.
-        with io.BufferedReader(pyarrow.input_stream(path, compression=compression)) as stream:
-            yield from ((f"line {number}", line) for number, line in enumerate(stream, start=1))
+        with io.BufferedReader(pyarrow.input_stream(path, compression=compression), MIB) as stream:
+            yield from stream
         return
-    with open(path, "rb") as stream:
+    with open(path, "rb", buffering=MIB) as stream:
         position = _seek_line(stream, part.start)
         while position < part.stop and (line := stream.readline()):
-            yield f"byte {position}", line
+            yield line
             position += len(line)
 
 
@@ -168,31 +226,3 @@ def _seek_line(stream: BinaryIO, start: int) -> int:
     stream.seek(start - 1)
     stream.readline()
     return stream.tell()
-
-
-def _parquet_parts(number: int, path: str, part_bytes: int) -> list[Part]:
-    metadata = pyarrow.parquet.read_metadata(path)
-    parts, start, size = [], 0, 0
-    for group in range(metadata.num_row_groups):
-        size += metadata.row_group(group).total_byte_size
-        if size >= part_bytes or group == metadata.num_row_groups - 1:
-            parts.append(Part(number, (path,), start, group + 1, size))
-            start, size = group + 1, 0
-    return parts
-
-
-def _read_parquet(source: ParquetSource, part: Part) -> Iterator[Document | Skipped]:
-    (path,) = part.names
-    with pyarrow.parquet.ParquetFile(path) as file:
-        kind = {field.name: field.type for field in file.schema_arrow}.get(source.text_column)
-        if kind is None:
-            raise CorpusError(missing_column(path, source, file.schema_arrow.names))
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise CorpusError(f"{path}: column {source.text_column!r} holds {kind}, not text; set text_column")
-        row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
-        groups = range(part.start, part.stop)
-        for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[source.text_column]):
-            # As bytes: a column of text may hold bytes that are not UTF-8, and one such row must not end the batch.
-            for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                yield make_document(value, f"{path}: row {row}")
-                row += 1

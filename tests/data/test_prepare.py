@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sysconfig
 from pathlib import Path
 
@@ -170,15 +171,18 @@ def test_unreadable_files_are_listed_and_empty_results_are_errors(recipe: Recipe
     (folder / "empty.txt").write_text("")
     own = changed(recipe, sources=[{"kind": "files", "path": str(folder)}])
     with pytest.raises(
-        ValueError, match=r"no documents: 1 unreadable \(first bad.txt: not UTF-8.*\), 1 left out by filters"
+        ValueError, match=r"no documents: 2 unreadable or empty \(first bad.txt: not UTF-8.*\), 0 left out by filters"
     ):
         prepare(own, tmp_path / "out", workers=1)
     (folder / "good.txt").write_text("the only document")
     with pytest.raises(ValueError, match=r"no document of 1 falls into (train|validation) .*set it to 0"):
         prepare(own, tmp_path / "out", workers=1)
     manifest = prepare(changed(own, split={"validation": 0.0}), tmp_path / "out", workers=1)
-    assert [entry.name for entry in manifest.skipped] == ["bad.txt"]
-    assert (manifest.skipped_total, manifest.filtered, list(manifest.splits)) == (1, 1, ["train"])
+    assert [(entry.name, entry.reason[:9]) for entry in manifest.skipped] == [
+        ("bad.txt", "not UTF-8"),
+        ("empty.txt", "empty"),
+    ]
+    assert (manifest.skipped_total, manifest.filtered, list(manifest.splits)) == (2, 0, ["train"])
     assert not (tmp_path / "out" / "validation.bin").exists() and not (tmp_path / "out.partial").exists()
 
 
@@ -228,7 +232,7 @@ def test_the_split_of_a_file_never_changes():
         "re/_parser.py",
         "typing.py",
     ]
-    chosen = [choose_split(recipe, recipe.sources[0], Document("x", b"x", name, b"")) for name in names]
+    chosen = [choose_split(recipe, recipe.sources[0], Document(0, (("x", True),), 1, name, b"")) for name in names]
     # As they fell when the split was first made: data prepared anywhere, at any time, keeps the same files apart.
     assert [name for name, split in zip(names, chosen, strict=True) if split == "validation"] == [
         "asyncio/base_events.py",
@@ -238,5 +242,34 @@ def test_the_split_of_a_file_never_changes():
     ]
     # Of all files about as many as asked for: within five standard deviations.
     files = [path.name for path in Path(sysconfig.get_path("stdlib")).glob("*.py")]
-    chosen = [choose_split(recipe, recipe.sources[0], Document("x", b"x", name, b"")) for name in files]
+    chosen = [choose_split(recipe, recipe.sources[0], Document(0, (("x", True),), 1, name, b"")) for name in files]
     assert abs(chosen.count("validation") / len(files) - 0.5) < 5 * 0.5 / len(files) ** 0.5
+
+
+def test_bad_lines_are_named_by_their_line_in_the_whole_file(recipe: Recipe, tmp_path: Path):
+    lines = [json.dumps({"text": "x" * 2000 + str(number)}) for number in range(1500)]
+    bad = {1: "{", 700: '{"text": ""}', 701: '{"text": 5}', 1400: '{"body": "x"}', 1500: "nonsense"}
+    for number, line in bad.items():
+        lines[number - 1] = line
+    lines[10:10] = ["", "  "]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines))
+    own = changed(recipe, sources=[{"kind": "jsonl", "path": str(path)}])
+    assert len(make_plan(own).parts) >= 3
+    manifest = prepare(own, tmp_path / "out", workers=1)
+    expected = [f"{path}:line {number + 2 * (number > 10)}" for number in bad]
+    assert [entry.name for entry in manifest.skipped] == expected
+    assert manifest.skipped_total == len(bad)
+    assert sum(split.documents for split in manifest.splits.values()) == 1500 - len(bad)
+    assert f"{path}:line 702: empty" in manifest.summary()
+
+
+def test_a_manifest_of_an_older_version_still_belongs_to_its_recipe(recipe: Recipe, tmp_path: Path):
+    out = tmp_path / "out"
+    prepare(recipe, out, workers=1)
+    tree = json.loads((out / "manifest.json").read_text())
+    for key in ("duplicates", "duplicates_total", "files", "command"):
+        del tree[key]
+    tree["identity"]["recipe"]["filters"] = {"min_characters": 1, "max_characters": None}
+    (out / "manifest.json").write_text(json.dumps(tree))
+    assert prepare(recipe, out, workers=1).command == ""

@@ -9,6 +9,7 @@ from typer.testing import CliRunner, Result
 
 from moba_megatron.data.command import direct_sources, prepare_command
 from moba_megatron.data.manifest import load_manifest
+from moba_megatron.data.prepare import merge_shares
 from moba_megatron.data.recipe import Recipe
 from moba_megatron.data.tokenizer import Tokenizer
 
@@ -62,16 +63,30 @@ def test_errors_are_one_line_and_a_code(tmp_path: Path, recipe: Recipe):
         assert (result.exit_code, message in result.output) == (2, True), result.output
 
 
+def test_shares_by_the_command(tmp_path: Path, recipe: Recipe):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump()))
+    for share in ("0/2", "1/2"):
+        result = run(tmp_path / "recipe.yaml", tmp_path / "out", "--shard", share)
+        assert result.exit_code == 0, result.output
+        assert not (tmp_path / "out").exists()
+    assert merge_shares(tmp_path / "out") == load_manifest(tmp_path / "out")
+    for share in ("2/2", "1", "a/b", "-1/2", "0/0"):
+        result = run(tmp_path / "recipe.yaml", tmp_path / "out", f"--shard={share}")
+        assert (result.exit_code, f"--shard {share}: give I/N" in result.output) == (2, True), result.output
+
+
 def test_kinds_of_input_by_their_endings(tmp_path: Path):
     (tmp_path / "one.md").write_text("x")
     sources = direct_sources(
-        ["a/*.jsonl.zst", "b.parquet", "docs/**/*.md", str(tmp_path), str(tmp_path / "one.md")],
+        ["a/*.jsonl.zst", "b.parquet", "c.arrow", "docs/**/*.md", str(tmp_path), str(tmp_path / "one.md")],
         "hub/name",
         "train",
         "t",
     )
-    assert [source["kind"] for source in sources] == ["jsonl", "parquet", "files", "files", "files", "datasets"]
-    assert [(s["path"], s.get("pattern")) for s in sources[2:5]] == [
+    assert [source["kind"] for source in sources] == [
+        *("jsonl", "parquet", "arrow", "files", "files", "files", "datasets")
+    ]
+    assert [(s["path"], s.get("pattern")) for s in sources[3:6]] == [
         ("docs", "**/*.md"),
         (str(tmp_path), None),
         (str(tmp_path), "one.md"),

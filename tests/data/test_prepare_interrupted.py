@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import gzip
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -36,25 +37,27 @@ if __name__ == "__main__":
 
 
 def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path: Path):
-    """Killed while training the tokenizer, after the first shard, and while merging."""
+    """Killed while training the tokenizer, after the first shard, while merging and while looking for duplicates."""
     recipe = stdlib_recipe({"kind": "bpe", "vocab_size": 512, "engine": "tokenizers"})
+    recipe = changed(recipe, filters={"exact_duplicates": "drop"})
     out, work = tmp_path / "killed", tmp_path / "killed.partial"
     script = tmp_path / "run.py"
     script.write_text(_RUN)
     command = [sys.executable, str(script), recipe.model_dump_json(), str(out)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    for moment in ("plan.json", "shards/000000", "dataset"):
+    late = ("dataset", "duplicates")
+    for moment in ("plan.json", "shards/000000", *late):
         process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
         while not (work / moment).exists() and process.poll() is None:
             time.sleep(0.002)
-        # Only the last moment is so short that a busy machine may miss it.
-        assert process.poll() is None or moment == "dataset", f"ended before {moment}"
+        # Only the last moments are so short that a busy machine may miss them.
+        assert process.poll() is None or moment in late, f"ended before {moment}"
         workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.send_signal(signal.SIGKILL)
         process.wait()
         # Orphans would go on writing beside the next run.
         assert not psutil.wait_procs(workers, timeout=10)[1]
-        assert not out.exists() or moment == "dataset"
+        assert not out.exists() or moment in late
     prepare(recipe, out, workers=1)
     assert not work.exists()
     prepare(recipe, tmp_path / "whole", workers=1)
@@ -156,3 +159,23 @@ def test_a_lock_that_was_removed_with_its_folder_locks_nothing(recipe: Recipe, t
     monkeypatch.setattr(fcntl, "flock", lock_late)
     with pytest.raises(ValueError, match="another process is preparing"), open_workspace(out, identity, False):
         pass
+
+
+def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(tokenizer: Tokenizer, tmp_path: Path):
+    """Files of the process may not grow over a limit, which the system reports as it does a full disk."""
+    recipe = stdlib_recipe({"kind": "pretrained", "path": str(tokenizer.folder)})
+    prepare(recipe, tmp_path / "whole", workers=1)
+    largest = (tmp_path / "whole/train.bin").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # First a shard does not fit, then only what they are joined to.
+    for limit, shards in ((100_000, 0), (largest - 1, len(make_plan(recipe).parts))):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                prepare(recipe, tmp_path / "out", workers=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert len(list((tmp_path / "out.partial/shards").glob("*"))) == shards
+        assert not (tmp_path / "out").exists()
+    prepare(recipe, tmp_path / "out", workers=1)
+    assert data_bytes(tmp_path / "out") == data_bytes(tmp_path / "whole")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from moba_megatron.config import ConfigError
+from moba_megatron.data.mix import load_mix
 from moba_megatron.data.recipe import load_recipe, recipe_from_dict
 
 REPOSITORY = Path(__file__).parents[2]
@@ -22,6 +23,15 @@ def test_the_shipped_recipe_loads_and_takes_overrides():
     assert recipe.split.validation == 0.1
 
 
+def test_the_recipes_of_the_long_mix_load_and_fit_each_other():
+    folder = REPOSITORY / "data"
+    tests, mix = load_recipe(folder / "python_tests.yaml"), load_mix(folder / "long_mix.yaml")
+    assert tests.filters.exact_duplicates == "drop"
+    assert tests.tokenizer.path == "data/prepared/python_stdlib/tokenizer"
+    assert [source.label for source in mix.sources] == ["python_stdlib", "python_tests"]
+    assert [start for start, _, _ in mix.ranges] == [1, 16384]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -36,6 +46,7 @@ def test_the_shipped_recipe_loads_and_takes_overrides():
         ),
         ({"tokenizer": {"kind": "bpe", "vocab_size": "4096"}}, "vocab_size = '4096'"),
         ({"split": {"validation": 1.0}}, "split.validation = 1.0"),
+        ({"filters": {"min_tokens": 9, "max_tokens": 5}}, "filters: max_tokens = 5 is below min_tokens = 9"),
     ],
 )
 def test_errors_name_the_key(change: dict, message: str):

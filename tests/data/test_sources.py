@@ -47,7 +47,8 @@ def test_folders_of_files(text_folder: Path, texts: list[str]):
     assert {name: item.text for name, item in zip(names, items, strict=True)} == {
         f"part{n % 3}/{n:03d}.txt": text for n, text in enumerate(texts)
     }
-    assert read_all(part_bytes=3000, kind="files", path=str(text_folder)) == items
+    pieces = read_all(part_bytes=3000, kind="files", path=str(text_folder))
+    assert [(item.path, item.text) for item in pieces] == [(item.path, item.text) for item in items]
     kept = read_all(kind="files", path=str(text_folder), exclude=["part1", "00*"])
     assert {item.path for item in kept} == {name for name in names if "part1/" not in name and "/00" not in name}
 
@@ -72,7 +73,7 @@ def test_jsonl_in_every_compression_and_in_several_frames(tmp_path: Path, texts:
 
 @pytest.mark.parametrize("part_bytes", [1, 7, 500, 40_000])
 def test_byte_ranges_of_jsonl_lose_and_double_nothing(tmp_path: Path, part_bytes: int):
-    texts = [f"document {n} " * (n % 5) for n in range(50)]
+    texts = [f"document {n} " * (1 + n % 5) for n in range(50)]
     (tmp_path / "a.jsonl").write_bytes(b"".join(jsonl(texts)).rstrip(b"\n"))
     assert texts_of(read_all(part_bytes=part_bytes, kind="jsonl", path=str(tmp_path / "a.jsonl"))) == texts
 
@@ -120,6 +121,9 @@ def test_what_is_no_text_is_skipped_with_place_and_reason(tmp_path: Path):
         b'{"text": null}',
         b'{"text": "\\ud800"}',
         b'{"text": "\xff"}',
+        b'{"text": ""}',
+        b'["text"]',
+        b'{"body": "other"}',
         b'{"text": "end"}',
     ]
     path = tmp_path / "a.jsonl.gz"
@@ -127,13 +131,16 @@ def test_what_is_no_text_is_skipped_with_place_and_reason(tmp_path: Path):
     items = read_all(kind="jsonl", path=str(path))
     assert [item.text for item in items if isinstance(item, Document)] == ["good", "end"]
     skipped = [item for item in items if isinstance(item, Skipped)]
-    assert [item.name for item in skipped] == [f"{path}:line {n}" for n in (2, 3, 4, 5)]
-    reasons = ("not JSON", "NoneType, not a string", "not UTF-8: surrogates", "not JSON: 'utf-8'")
+    assert [item.number for item in skipped] == [2, 3, 4, 5, 6, 7, 8]
+    reasons = (
+        *("not JSON", "NoneType, not a string", "not UTF-8: surrogates", "not JSON: 'utf-8'"),
+        *("empty", "a JSON list, not an object", "no column 'text'"),
+    )
     assert all(reason in item.reason for item, reason in zip(skipped, reasons, strict=True))
 
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (item,) = read_all(kind="files", path=str(tmp_path))
-    assert item == Skipped("latin.txt", "not UTF-8: unexpected end of data at 3")
+    assert item == Skipped(0, "not UTF-8: unexpected end of data at 3")
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
@@ -147,7 +154,7 @@ def test_truncated_files_are_errors(tmp_path: Path, texts: list[str], ending: st
 
 def test_missing_things_are_named(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
-    with pytest.raises(ValueError, match=r"a.jsonl:byte 0: no column 'text' \(there are: body\)"):
+    with pytest.raises(ValueError, match=r"a.jsonl: line 1 .*: no column 'text' \(there are: body\)"):
         read_all(kind="jsonl", path=str(tmp_path / "a.jsonl"))
     with pytest.raises(ValueError, match="no documents: no file matches .*none.jsonl"):
         read_all(kind="jsonl", path=str(tmp_path / "none.jsonl"))

@@ -1,0 +1,67 @@
+"""Blends: several datasets read in given shares.
+
+`data.train` and `data.validation` name a dataset by its prefix, a list of prefixes with weights, or a blend file that
+`moba-megatron prepare blend` wrote:
+
+    entries:
+    - {path: stdlib-short, weight: 0.3}
+    - {path: stdlib-long, weight: 0.7}
+
+Paths in a blend file are relative to the folder of the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from pydantic import Field, ValidationError
+
+from moba_megatron.config import BlendEntry, ConfigError, Section
+
+BLEND_FILE = "blend.yaml"
+_ENDINGS = (".yaml", ".yml")
+
+
+class BlendFile(Section):
+    """Contents of a blend file."""
+
+    entries: list[BlendEntry] = Field(min_length=1)
+
+
+def blend_entries(value: str | list[BlendEntry] | None) -> list[BlendEntry]:
+    """The datasets that a setting names, with their weights.
+
+    Args:
+        value: a prefix, the path of a blend file (it ends in .yaml or .yml), a list of entries, or None. A blend file
+            may stand in a list too; its own weights then divide the weight of its entry.
+
+    Raises:
+        ConfigError: a blend that names nothing, or a blend file that is missing or holds something else.
+    """
+    if value is None:
+        return []
+    if isinstance(value, list):
+        if not value:
+            raise ConfigError(["a blend names nothing: give at least one entry with `path` and `weight`"])
+        return [found for entry in value for found in _scaled(blend_entries(entry.path), entry.weight)]
+    return _read_blend(Path(value)) if value.endswith(_ENDINGS) else [BlendEntry(path=value)]
+
+
+def _scaled(entries: list[BlendEntry], weight: float) -> list[BlendEntry]:
+    """The same entries with weights that add up to `weight`."""
+    total = sum(entry.weight for entry in entries)
+    return [BlendEntry(path=entry.path, weight=entry.weight * weight / total) for entry in entries]
+
+
+def _read_blend(path: Path) -> list[BlendEntry]:
+    if not path.is_file():
+        raise ConfigError([f"no such blend file: {path}; make one with `moba-megatron prepare blend`"])
+    try:
+        found = BlendFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValidationError) as error:
+        what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
+        raise ConfigError(
+            [f"{path} is no blend file, which holds `entries`, a list of `path` and `weight`: {what}"]
+        ) from error
+    return [BlendEntry(path=str(path.parent / entry.path), weight=entry.weight) for entry in found.entries]
