@@ -26,9 +26,10 @@ class CheckpointError(ValueError):
 class Manifest:
     """Facts about a checkpoint that are readable without torch.
 
-    step counts finished optimizer steps, consumed_samples the samples they took; `config` is the run's resolved
-    configuration, `schedule` its attention schedule, `data` what identifies its tokenizer and training data, `files`
-    maps names to `{"bytes": int, "blake2b": str}`.
+    step counts finished optimizer steps, consumed_samples and consumed_tokens (None: samples x sequence length) what
+    they took; `config` is the run's resolved configuration, `schedule` its attention schedule, `data` what identifies
+    its tokenizer and training data, `data_changes` where data or packing changed between stages of the run (see
+    `training.data_position`), `files` maps names to `{"bytes": int, "blake2b": str}`.
     """
 
     step: int
@@ -38,6 +39,8 @@ class Manifest:
     data: dict[str, str]
     versions: dict[str, str]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    consumed_tokens: int | None = None
+    data_changes: list[dict[str, Any]] = field(default_factory=list)
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:

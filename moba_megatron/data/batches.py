@@ -7,8 +7,9 @@ do not fill is filled with samples whose loss mask is 0: no sample is lost, none
 number of passes.
 
 Where documents do not see each other the samples of a microbatch are packed into one row, `[1, b * s]`, with
-`cu_seqlens`: a document ends after each end-of-document token and at the end of each sample. Boundaries are computed
-from the tokens; the dense mask over pairs of tokens never exists. Positions start anew at each document.
+`cu_seqlens`: a document ends where its sample's `cu_seqlens` say so, and at the end of each sample. Of a sample without
+them, from a dataset of another kind, a document ends after each end-of-document token. The dense mask over pairs of
+tokens never exists. Positions start anew at each document.
 
 Under context parallelism a rank keeps its part of each batch (`context_part`): two chunks of every document, or of
 every row where a row is one sequence. Documents are padded at their end to a length that can be cut. Padding is not in
@@ -56,7 +57,7 @@ def microbatches(
         micro_batch_size: samples per microbatch (b).
         data_parallel_rank, data_parallel_size: place among the ranks that see different samples.
         device: where the tensors go.
-        eod_id: the end-of-document id, to pack and cut at documents; None where documents see each other.
+        eod_id: the end-of-document id, to pack documents and to pad with; None where documents see each other.
         num_samples: stop after this sample of the dataset. Default: its length.
         context_rank, context_size: place among the ranks that share each sample.
         tokens_multiple: as for `context_part`.
@@ -78,7 +79,7 @@ def microbatches(
         batch: Batch = {name: torch.stack([sample[name] for sample in samples]) for name in _ROWS}
         batch["loss_mask"][[number for number, row in enumerate(rows) if row is None]] = 0.0
         if eod_id is not None:
-            batch = pack(batch, eod_id)
+            batch = pack(batch, eod_id, [sample.get("cu_seqlens") for sample in samples])
         if context_size > 1:
             batch = context_part(batch, context_rank, context_size, tokens_multiple=tokens_multiple, pad_id=eod_id or 0)
         yield {name: _to(value, device) for name, value in batch.items()}
@@ -97,8 +98,11 @@ def rank_samples(
         yield [number if number < num_samples else None for number in range(first, first + micro_batch_size)]
 
 
-def pack(batch: Batch, eod_id: int) -> Batch:
+def pack(batch: Batch, eod_id: int, boundaries: list[Tensor | None] | None = None) -> Batch:
     """Join the rows [b, s] of a batch into one of documents, [1, b * s].
+
+    Args:
+        boundaries: of the documents of each row, from 0 to s; None: they end after each `eod_id`.
 
     >>> batch = {"tokens": torch.tensor([[5, 0, 6], [7, 8, 0]])}
     >>> packed = pack(batch, eod_id=0)
@@ -107,9 +111,13 @@ def pack(batch: Batch, eod_id: int) -> Batch:
     """
     tokens: Tensor = batch["tokens"]
     ends = tokens == eod_id
+    for row, given in enumerate(boundaries or []):
+        if given is not None:
+            ends[row] = False
+            ends[row, given[1:].long() - 1] = True
     ends[:, -1] = True
-    boundaries = torch.nonzero(ends.flatten()).flatten() + 1
-    cu_seqlens = torch.cat([boundaries.new_zeros(1), boundaries])
+    after = torch.nonzero(ends.flatten()).flatten() + 1
+    cu_seqlens = torch.cat([after.new_zeros(1), after])
     lengths = cu_seqlens.diff()
     packed = {name: value.reshape(1, -1) for name, value in batch.items()}
     starts = torch.repeat_interleave(cu_seqlens[:-1], lengths)

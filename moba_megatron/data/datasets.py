@@ -1,17 +1,14 @@
 """megatron-core's GPT datasets for a training configuration.
 
-Sampling, shuffling, epochs and blending are megatron-core's own (`BlendedMegatronDatasetBuilder`, `GPTDataset`):
-documents are shuffled, joined, cut into samples of `data.sequence_length` tokens, and the samples shuffled. The order
-follows from `run.seed` and `training.steps` x `training.global_batch_size` alone; the number of processes has no part
-in it. Validation has a seed of its own that never changes: its first `evaluation.samples` samples are the same in every
-evaluation of every run.
+Blending, caching and, where documents are concatenated, sampling are megatron-core's own
+(`BlendedMegatronDatasetBuilder`, `GPTDataset`); `packing_datasets` holds what is ours. The order of samples follows
+from `run.seed` and the number of samples alone; the number of processes has no part in it. Validation has a seed of its
+own that never changes: its first `evaluation.samples` samples are the same in every evaluation of every run.
 
 megatron-core stores its sample indices in `index_cache/` beside the first file of each split, so that evaluation needs
 the validation data alone. Its cache keys know paths and settings but not contents, so a digest of the data is added to
 them: data made anew at the same path never meets an old index. Rank 0 cleans up and builds under a file lock, so that
 runs on the same data do not meet in half-written files. The folder must be writable by rank 0 and visible to all.
-
-No dense attention mask is ever made; document boundaries come from the tokens, in `batches`.
 """
 
 from __future__ import annotations
@@ -24,16 +21,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from moba_megatron.config import BlendEntry, Config, ConfigError
-from moba_megatron.data.indexed import read_index
+from moba_megatron.data.blend import blend_entries
+from moba_megatron.data.indexed import IndexSummary, read_index
+from moba_megatron.data.loss_mask import check_loss_mask, loss_mask_path
 from moba_megatron.data.manifest import load_manifest
+from moba_megatron.data.packing import PackingRules, usable
+from moba_megatron.data.packing_datasets import (
+    ConcatenatedRows,
+    DatasetTokenizer,
+    PackedRows,
+    RowsConfig,
+    check_targets,
+    document_lengths,
+)
 from moba_megatron.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -55,7 +61,8 @@ class ValidationSummary:
     """Tokens on disk, over all entries of a blend; 0 without validation data."""
     identity: dict[str, str]
     """What the work was done with, to be recorded and compared: `tokenizer` is the tokenizer's fingerprint; `train` (of
-    `check_data`) and `validation` (of `check_validation`) are digests of the data, of its first MiB and its size."""
+    `check_data`) and `validation` (of `check_validation`) are digests of the data, of its first MiB and its size, and
+    of the shares of a blend."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,23 +72,7 @@ class DataSummary(ValidationSummary):
     train_tokens: int
     """Tokens on disk, over all entries of a blend."""
     epochs: float
-    """Tokens that the run reads for each token on disk."""
-
-
-@dataclass(frozen=True)
-class DatasetTokenizer:
-    """What megatron-core's dataset classes ask of a tokenizer, and what their cache keys must know."""
-
-    vocab_size: int
-    eod: int
-    fingerprint: str
-    data_digest: str
-    pad: int = -1
-    """No id: nothing in the data is padding."""
-
-    @property
-    def unique_identifiers(self) -> dict[str, Any]:
-        return {"fingerprint": self.fingerprint, "eod": self.eod, "data": self.data_digest}
+    """How often the run reads the data."""
 
 
 def check_data(config: Config) -> DataSummary:
@@ -91,14 +82,14 @@ def check_data(config: Config) -> DataSummary:
         ConfigError: with one line for each file that is missing or damaged, each dataset made with another tokenizer, a
             vocabulary over `model.vocab_size`, and too few tokens.
     """
-    tokenizer, tokens = _check_splits(config, ["train", "validation"])
+    tokenizer, sizes = _check_splits(config, ["train", "validation"])
     return DataSummary(
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
-        train_tokens=tokens["train"],
-        validation_tokens=tokens["validation"],
-        epochs=config.training.steps * config.tokens_per_step / tokens["train"],
-        identity={"tokenizer": tokenizer.fingerprint, "train": _data_digest(_paths(config.data.train))},
+        train_tokens=sizes["train"].tokens,
+        validation_tokens=sizes["validation"].tokens,
+        epochs=config.training.steps * config.training.global_batch_size / sizes["train"].samples_per_epoch,
+        identity={"tokenizer": tokenizer.fingerprint, "train": _data_digest(blend_entries(config.data.train))},
     )
 
 
@@ -110,23 +101,29 @@ def check_validation(config: Config) -> ValidationSummary:
     """
     if config.data.validation is None:
         raise ConfigError(["data.validation is not set: give the prefix of validation data"])
-    tokenizer, tokens = _check_splits(config, ["validation"])
+    tokenizer, sizes = _check_splits(config, ["validation"])
+    digest = _data_digest(blend_entries(config.data.validation))
     return ValidationSummary(
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
-        validation_tokens=tokens["validation"],
-        identity={"tokenizer": tokenizer.fingerprint, "validation": _data_digest(_paths(config.data.validation))},
+        validation_tokens=sizes["validation"].tokens,
+        identity={"tokenizer": tokenizer.fingerprint, "validation": digest},
     )
 
 
-def build_datasets(config: Config) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset | None]:
+def build_datasets(
+    config: Config, train_samples: int | None = None
+) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset | None]:
     """(train, validation) as megatron-core datasets; validation is None where `data.validation` is.
 
-    Sample i is a dict of `tokens`, `labels`, `position_ids` [s] int64 and `loss_mask` [s] fp32. Under torch.distributed
-    all ranks must call it: rank 0 builds the indices, the others read them.
+    Samples are as in `packing_datasets.ConcatenatedRows`. Under torch.distributed all ranks must call it: rank 0 builds
+    the indices, the others read them. Raises ConfigError if loss masks leave nothing that counts.
+
+    Args:
+        train_samples: how many the run will take. Default: `training.steps` x `training.global_batch_size`.
     """
-    train = _build(config, 0, config.training.steps * config.training.global_batch_size, config.run.seed)
-    return train, build_validation(config)
+    samples = train_samples or config.training.steps * config.training.global_batch_size
+    return _build(config, 0, samples, config.run.seed), build_validation(config)
 
 
 def build_validation(config: Config) -> torch.utils.data.Dataset | None:
@@ -140,28 +137,31 @@ def build_validation(config: Config) -> torch.utils.data.Dataset | None:
 def _build(config: Config, split: int, samples: int, seed: int) -> torch.utils.data.Dataset:
     """One split: 0 is train, 1 is validation, as in megatron-core's lists of three."""
     tokenizer = Tokenizer(config.data.tokenizer)
-    entries = _entries(config.data.train if split == 0 else config.data.validation)
-    paths = [entry.path for entry in entries]
+    entries = blend_entries(config.data.train if split == 0 else config.data.validation)
+    paths, digest = [entry.path for entry in entries], _data_digest(entries)
     blend = (paths, [entry.weight for entry in entries] if len(entries) > 1 else None)
     cache = Path(paths[0]).parent / INDEX_CACHE
     # To cache the order of a blend, megatron-core asks for this process's rank, which there may be none of.
     cached = len(entries) == 1 or torch.distributed.is_initialized()
-    dataset_config = GPTDatasetConfig(
+    rows = ConcatenatedRows if config.data.packing == "concatenate" else PackedRows
+    dataset_config = RowsConfig(
         random_seed=seed,
         sequence_length=config.data.sequence_length,
         blend_per_split=[blend if number == split else None for number in range(3)],
         path_to_cache=str(cache) if cached else None,
-        tokenizer=DatasetTokenizer(tokenizer.vocab_size, tokenizer.eod_id, tokenizer.fingerprint, _data_digest(paths)),
+        tokenizer=DatasetTokenizer(tokenizer.vocab_size, tokenizer.eod_id, tokenizer.fingerprint, digest),
         reset_position_ids=False,
         reset_attention_mask=False,
-        # After an end-of-document token comes the first token of another document, which nothing before it announces.
-        # Where documents do not see each other it is not predicted; in one stream it is, as in Megatron-LM's default.
-        eod_mask_loss=not config.data.cross_document_attention,
+        eod_mask_loss=False,
         create_attention_mask=False,
+        cross_document_attention=config.data.cross_document_attention,
+        packing=None if rows is ConcatenatedRows else PackingRules.of(config.data),
     )
     sizes = [samples if number == split else 0 for number in range(3)]
     with _locked(cache):
-        return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, dataset_config).build()[split]
+        dataset = BlendedMegatronDatasetBuilder(rows, sizes, lambda: True, dataset_config).build()[split]
+    check_targets(dataset, samples, f"data.{'validation' if split else 'train'}")
+    return dataset
 
 
 @contextmanager
@@ -182,16 +182,16 @@ def _locked(cache: Path) -> Iterator[None]:
         yield
 
 
-def _entries(blend: str | list[BlendEntry] | None) -> list[BlendEntry]:
-    return [BlendEntry(path=blend)] if isinstance(blend, str) else blend or []
+@dataclass
+class _Size:
+    """Tokens on disk, and the samples that they make."""
+
+    tokens: int = 0
+    samples_per_epoch: float = 0.0
 
 
-def _paths(blend: str | list[BlendEntry] | None) -> list[str]:
-    return [entry.path for entry in _entries(blend)]
-
-
-def _check_splits(config: Config, keys: list[str]) -> tuple[Tokenizer, dict[str, int]]:
-    """Check the tokenizer and the data of these splits; return it and the tokens of each."""
+def _check_splits(config: Config, keys: list[str]) -> tuple[Tokenizer, dict[str, _Size]]:
+    """Check the tokenizer and the data of these splits; return it and the size of each."""
     try:
         tokenizer = Tokenizer(config.data.tokenizer)
     except ValueError as error:
@@ -202,33 +202,37 @@ def _check_splits(config: Config, keys: list[str]) -> tuple[Tokenizer, dict[str,
         problems.append(
             f"model.vocab_size = {model_size} is below the {tokenizer.vocab_size} entries of data.tokenizer"
         )
-    tokens = dict.fromkeys(keys, 0)
+    sizes = {key: _Size() for key in keys}
     for key in keys:
         for entry, samples in _wanted_samples(config, key):
             try:
-                tokens[key] += _check_entry(f"data.{key}", entry.path, samples, tokenizer, config)
+                found = _check_entry(f"data.{key}", entry.path, samples, tokenizer, config)
             except ValueError as error:
                 problems.append(str(error))
+            else:
+                sizes[key].tokens += found.tokens
+                sizes[key].samples_per_epoch += found.samples_per_epoch
     if problems:
         raise ConfigError(problems)
-    return tokenizer, tokens
+    return tokenizer, sizes
 
 
 def _wanted_samples(config: Config, key: str) -> list[tuple[BlendEntry, int]]:
     """Entries of a split and how many different samples each must hold: one for training, which may repeat its data,
     and its share of `evaluation.samples` for validation, which may not."""
-    entries = _entries(getattr(config.data, key))
+    entries = blend_entries(getattr(config.data, key))
     if key == "train":
         return [(entry, 1) for entry in entries]
     total = sum(entry.weight for entry in entries)
     return [(entry, math.ceil(config.evaluation.samples * entry.weight / total)) for entry in entries]
 
 
-def _check_entry(key: str, path: str, samples: int, tokenizer: Tokenizer, config: Config) -> int:
-    """Check one dataset; return its tokens."""
+def _check_entry(key: str, path: str, samples: int, tokenizer: Tokenizer, config: Config) -> _Size:
+    """Check one dataset; return its size."""
     try:
         index = read_index(path)
         manifest = load_manifest(Path(path).parent)
+        check_loss_mask(path, index.dtype.itemsize)
     except ValueError as error:
         raise ValueError(f"{key} = {path}: {error}") from error
     if manifest is None:
@@ -244,23 +248,47 @@ def _check_entry(key: str, path: str, samples: int, tokenizer: Tokenizer, config
             f"data.tokenizer = {config.data.tokenizer} ({tokenizer.fingerprint}): use "
             f"{Path(path).parent / 'tokenizer'}, or prepare the data again"
         )
-    length = config.data.sequence_length
-    there = (index.tokens - 1) // length
+    there, what = _samples_there(path, index, config)
     if there < samples:
-        mend = "evaluation.samples" if key.endswith("validation") else "data.sequence_length"
-        raise ValueError(
-            f"{key} = {path} holds {index.tokens} tokens, {max(there, 0)} samples of data.sequence_length = {length} "
-            f"(and one token more), but {samples} are needed: lower {mend}, or prepare more text"
-        )
-    return index.tokens
+        mend = "data.sequence_length"
+        if config.data.packing == "document":
+            mend = "data.min_document_length"
+        if key.endswith("validation") and there:
+            mend = "evaluation.samples"
+        raise ValueError(f"{key} = {path} holds {what}, but {samples} are needed: lower {mend}, or prepare more text")
+    # Where documents are concatenated, the rest of an epoch begins the next one.
+    concatenated = config.data.packing == "concatenate"
+    return _Size(index.tokens, index.tokens / config.data.sequence_length if concatenated else there)
 
 
-def _data_digest(paths: list[str]) -> str:
+def _samples_there(path: str, index: IndexSummary, config: Config) -> tuple[int, str]:
+    """Different samples that a dataset makes (at least so many), and what there is, in words."""
+    length = config.data.sequence_length
+    if config.data.packing == "concatenate":
+        there = max(index.tokens - 1, 0) // length
+        return there, f"{index.tokens} tokens, {there} samples of data.sequence_length = {length} (and one token more)"
+    rules, lengths = PackingRules.of(config.data), document_lengths(path)
+    tokens, there = usable(lengths, rules)
+    text = f"{there} samples of data.sequence_length = {length}"
+    if rules.kind == "best_fit":
+        return there, f"{tokens} tokens in documents of two and more, {text}"
+    return there, (
+        f"{text}: {np.count_nonzero(lengths >= rules.min_document_length)} of its {len(lengths)} documents have "
+        f"data.min_document_length = {rules.min_document_length} tokens or more, the longest has "
+        f"{lengths.max(initial=0)}"
+    )
+
+
+def _data_digest(entries: list[BlendEntry]) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for path in paths:
-        with open(f"{path}.idx", "rb") as file:
+    for entry in entries:
+        with open(f"{entry.path}.idx", "rb") as file:
             digest.update(file.read(_SAMPLED_TOKENS))
-        with open(f"{path}.bin", "rb") as file:
-            digest.update(file.read(_SAMPLED_TOKENS))
-            digest.update(str(file.seek(0, 2)).encode())
+        for path in (Path(f"{entry.path}.bin"), loss_mask_path(entry.path)):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    digest.update(file.read(_SAMPLED_TOKENS))
+                    digest.update(str(file.seek(0, 2)).encode())
+        if len(entries) > 1:
+            digest.update(str(entry.weight / sum(e.weight for e in entries)).encode())
     return digest.hexdigest()

@@ -1,21 +1,25 @@
-"""`train.py --dry-run`: what would run, without data, processes or weights."""
+"""`train.py --dry-run`: what would run, without processes or weights; of data that is here, its packing."""
 
 from __future__ import annotations
 
 from rich.console import Console
-from rich.table import Table
 
 from moba_megatron.config import Config, ConfigError, check_world
+from moba_megatron.data.packing_report import expected_packing_lines
 from moba_megatron.data.tokenizer import Tokenizer
 from moba_megatron.model.builder import count_parameters
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.planning.flops import attended_pairs, training_flops_per_token
-from moba_megatron.planning.memory import estimate_memory
+from moba_megatron.planning.memory import estimate_memory, fullest
+from moba_megatron.planning.plan import make_plan
+from moba_megatron.planning.plan_machines import GPUS, Cluster
+from moba_megatron.planning.plan_report import memory_table
 from moba_megatron.training.preflight import checked_schedule, run_choices
 
 
 def print_dry_run(config: Config, world_size: int) -> None:
-    """Print the resolved configuration, sizes, the attention schedule and the estimated memory of a rank.
+    """Print the resolved configuration, sizes, the attention schedule, and estimates of the memory of a rank
+    and of GPU hours.
 
     Without a launcher (`world_size` 1) the smallest number of processes that the parallel sizes allow is assumed.
     """
@@ -24,7 +28,7 @@ def print_dry_run(config: Config, world_size: int) -> None:
     data_parallel = check_world(config, world_size)
     vocab_size = config.model.vocab_size or _tokenizer_size(config)
     schedule = checked_schedule(config)
-    choices = run_choices(config, schedule)
+    choices = [*run_choices(config, schedule), *expected_packing_lines(config)]
     counts = count_parameters(config, vocab_size)
     console = Console(highlight=False, soft_wrap=True)
     console.print(config.to_yaml(), markup=False)
@@ -34,7 +38,8 @@ def print_dry_run(config: Config, world_size: int) -> None:
     console.print(f"tokens in all        {config.tokens_per_step * config.training.steps:,}")
     console.print("\n".join([*choices, schedule.table(config.training.steps)]), markup=False)
     _print_flops(console, config, schedule, vocab_size)
-    _print_memory(console, config, counts.total, vocab_size, data_parallel)
+    _print_memory(console, config, schedule, vocab_size, data_parallel)
+    _print_hours(console, config, schedule, vocab_size, world_size)
 
 
 def _tokenizer_size(config: Config) -> int:
@@ -55,9 +60,28 @@ def _print_flops(console: Console, config: Config, schedule: AttentionSchedule, 
         )
 
 
-def _print_memory(console: Console, config: Config, parameters: int, vocab_size: int, data_parallel: int) -> None:
-    memory = estimate_memory(config, parameters, vocab_size, data_parallel)
-    table = Table("memory per rank (estimate)", "GiB")
-    for name in ("weights", "gradients", "optimizer", "activations", "loss", "total"):
-        table.add_row(name, f"{getattr(memory, name) / 2**30:.3f}")
-    console.print(table)
+def _print_memory(
+    console: Console, config: Config, schedule: AttentionSchedule, vocab_size: int, data_parallel: int
+) -> None:
+    """The fullest rank on both kinds of machine: their kernels keep different tensors."""
+    columns = {
+        f"{words}, GiB": fullest(estimate_memory(config, schedule, vocab_size, data_parallel, device_type))
+        for words, device_type in (("GPU", "cuda"), ("CPU", "cpu"))
+    }
+    console.print(memory_table(columns, "memory per rank (estimate)"))
+
+
+def _print_hours(
+    console: Console, config: Config, schedule: AttentionSchedule, vocab_size: int, world_size: int
+) -> None:
+    """GPU hours of the whole run on each kind of GPU, where there is a model of its times."""
+    if config.training.precision != "bf16":
+        return
+    for gpu in GPUS.values():
+        plan = make_plan(config, schedule, vocab_size, Cluster(gpu, world_size))
+        fits = "" if plan.fits else f"; does not fit its {gpu.memory / 1e9:.0f} GB"
+        console.print(
+            f"{world_size} x {gpu.name} (estimate): {plan.tokens_per_second:,.0f} tokens/s, {plan.hours:,.1f} hours, "
+            f"{plan.gpu_hours:,.1f} GPU hours{fits}"
+        )
+    console.print("moba-megatron plan tells where the time goes, and suggests layouts")

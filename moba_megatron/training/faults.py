@@ -15,6 +15,7 @@ from typing import NoReturn
 import torch
 
 from moba_megatron.checkpoint import CheckpointError
+from moba_megatron.config import ConfigError
 from moba_megatron.platform.processes import end_job, failure_report
 from moba_megatron.training.run_folder import RunFolder
 from moba_megatron.training.step import TrainingDiverged
@@ -54,12 +55,12 @@ def leave_after_failure(error: BaseException, run_dir: str) -> NoReturn:
     """End the job because of an exception on this rank, without any clean-up that waits for other ranks.
 
     The first rank to fail prints its traceback and records the failure in the run folder; the others name it in one
-    line. The exit code is 1, after Ctrl-C 130.
+    line. The exit code is 1, after Ctrl-C 130, and 2 for a configuration that cannot be used.
     """
     rank = int(os.environ.get("RANK", "0"))
     words = f"{type(error).__name__}: {error}"
     # These explain themselves; where they were raised helps nobody.
-    short = isinstance(error, CheckpointError | TrainingDiverged | KeyboardInterrupt)
+    short = isinstance(error, CheckpointError | ConfigError | TrainingDiverged | KeyboardInterrupt)
     report = f"[rank {rank}] failed: {words}" if short else failure_report(error)
 
     def record() -> None:
@@ -67,4 +68,5 @@ def leave_after_failure(error: BaseException, run_dir: str) -> NoReturn:
         if folder.path.is_dir():
             folder.write_status("failed", None, rank=rank, error=words)
 
-    end_job(error, report, 130 if isinstance(error, KeyboardInterrupt) else 1, record)
+    code = 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ConfigError) else 1
+    end_job(error, report, code, record)

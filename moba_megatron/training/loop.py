@@ -30,6 +30,7 @@ class LoopParts:
     """What the loop is made of. `writer` is None on ranks that keep no records; `evaluate` is None without validation
     data.
 
+    tokens_at: tokens that all steps up to a number have read.
     set_stage: makes the model attend as in a stage of the schedule (counted from 0).
     evaluate: runs an evaluation and returns a JSON-ready record.
     save: starts a checkpoint of the state after a number of finished steps.
@@ -40,6 +41,7 @@ class LoopParts:
     folder: RunFolder
     step: TrainStep
     batches: list[Iterator[Batch]]
+    tokens_at: Callable[[int], int]
     stage_at: Callable[[int], int]
     set_stage: Callable[[int], None]
     evaluate: Callable[[], dict[str, Any]] | None
@@ -108,7 +110,7 @@ def _record(
     tokens = parts.config.tokens_per_step
     values: dict[str, Any] = {
         "step": number,
-        "tokens": number * tokens,
+        "tokens": parts.tokens_at(number),
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "lr": result.lr,
@@ -132,7 +134,7 @@ def _record(
 
 
 def _evaluate(parts: LoopParts, number: int) -> None:
-    record = {"step": number, "tokens": number * parts.config.tokens_per_step, **parts.evaluate()}
+    record = {"step": number, "tokens": parts.tokens_at(number), **parts.evaluate()}
     if parts.writer:
         parts.writer.evaluation(record)
     trailing = "" if record["trailing_loss"] is None else f"  trailing loss {record['trailing_loss']:.4f}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from moba_megatron.checkpoint import Manifest
 from moba_megatron.config import Config, ConfigError, check_world
 from moba_megatron.convert.initial import check_initial_weights
 from moba_megatron.data.datasets import DataSummary, check_data
@@ -16,6 +17,7 @@ from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.model.specs import choose_implementation
 from moba_megatron.ops.backends import resolve_backend, resolve_full_backend
 from moba_megatron.platform import current_device, optional_libraries
+from moba_megatron.training.data_position import DataPosition, resumed_position
 from moba_megatron.training.run_folder import find_resume
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,6 +33,7 @@ class Preflight:
     data: DataSummary
     vocab_size: int
     resume: Path | None
+    position: DataPosition
     choices: list[str]
     """What every `auto` became, and why: one line each."""
 
@@ -49,6 +52,7 @@ def preflight(config: Config, world_size: int) -> Preflight:
     resume = find_resume(config, schedule, data.identity)
     # A resumed run has its weights already; their source may be gone.
     initial = [] if resume else check_initial_weights(config, data.vocab_size)
+    position = resumed_position(Manifest.read(resume), config, data.identity) if resume else DataPosition()
     return Preflight(
         world_size=world_size,
         data_parallel=data_parallel,
@@ -56,7 +60,8 @@ def preflight(config: Config, world_size: int) -> Preflight:
         data=data,
         vocab_size=config.model.vocab_size or data.vocab_size,
         resume=resume,
-        choices=[*run_choices(config, schedule), *initial],
+        position=position,
+        choices=[*run_choices(config, schedule), *initial, *position.lines()],
     )
 
 
@@ -110,7 +115,7 @@ def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:
     ]
     length = config.data.sequence_length
     covered = sum(
-        layer.kind == "moba" and layer.block_size * layer.top_k >= length
+        layer.kind == "moba" and layer.block_size * layer.top_k >= length and layer.selection.fills_up
         for layers in schedule.stages
         for layer in layers
     )

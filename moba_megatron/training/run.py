@@ -21,6 +21,7 @@ from moba_megatron.convert.initial import load_initial_weights
 from moba_megatron.data.batches import Batch
 from moba_megatron.data.datasets import build_datasets
 from moba_megatron.data.feed import rank_batches
+from moba_megatron.data.packing_report import packing_lines
 from moba_megatron.evaluation.positions import evaluate
 from moba_megatron.model.builder import build_model
 from moba_megatron.model.core_attention import set_attention_stage
@@ -55,27 +56,26 @@ def train(config: Config, ready: Preflight) -> Outcome:
     folder = RunFolder(config.run.dir)
     _agree_on_resume(ready)
     state, wrapped = _build(config, ready)
-    first_step = 1
     if ready.resume:
-        manifest = load_training(
-            ready.resume, state, config.parallel.model_dump(), check_files=config.checkpoint.verify
-        )
-        first_step = manifest.step + 1
+        load_training(ready.resume, state, config.parallel.model_dump(), check_files=config.checkpoint.verify)
+    first_step = ready.position.step + 1
+    datasets = build_datasets(config, ready.position.order_length(config))
     progress = ProgressView(
         total=config.training.steps, start=first_step - 1, every=config.logging.every, shown=rank == 0
     )
     if rank == 0:
-        folder.write_config(config, first_step - 1, ready.choices)
-        folder.write_status("running", first_step - 1, pid=os.getpid())
-        _introduce(progress, config, ready, wrapped)
+        packing = packing_lines(*datasets)
+        folder.write_config(config, first_step - 1, [*ready.choices, *packing])
+        folder.write_status("running", first_step - 1, pid=os.getpid(), **_data_changes(ready))
+        _introduce(progress, config, ready, wrapped, packing)
     if first_step > config.training.steps:
-        return _conclude(config, folder, progress, LoopEnd(config.training.steps, None), rank)
+        return _conclude(config, ready, folder, progress, LoopEnd(config.training.steps, None), rank)
     writer = MetricsWriter(folder.path, config, first_step - 1) if rank == 0 else None
-    parts = _loop_parts(config, ready, folder, state, wrapped, progress, writer, device, first_step)
+    parts = _loop_parts(config, ready, folder, state, wrapped, datasets, progress, writer, device)
     end = run_loop(parts, first_step)
     if writer:
         writer.close()
-    return _conclude(config, folder, progress, end, rank)
+    return _conclude(config, ready, folder, progress, end, rank)
 
 
 def _agree_on_resume(ready: Preflight) -> None:
@@ -101,13 +101,13 @@ def _loop_parts(
     folder: RunFolder,
     state: TrainingState,
     wrapped: list[Any],
+    datasets: tuple[torch.utils.data.Dataset, torch.utils.data.Dataset | None],
     progress: ProgressView,
     writer: MetricsWriter | None,
     device: torch.device,
-    first_step: int,
 ) -> LoopParts:
-    training, schedule = config.training, ready.schedule
-    train_data, validation_data = build_datasets(config)
+    training, schedule, position = config.training, ready.schedule, ready.position
+    train_data, validation_data = datasets
     timers = Timers(log_level=0, log_option="max")
     num_microbatches = training.global_batch_size // (training.micro_batch_size * ready.data_parallel)
     checkpoints = CheckpointWriter(
@@ -135,9 +135,8 @@ def _loop_parts(
         config=config,
         folder=folder,
         step=TrainStep(wrapped, state.optimizer, state.scheduler, config, num_microbatches, timers),
-        batches=feed(
-            train_data, (first_step - 1) * training.global_batch_size, training.steps * training.global_batch_size
-        ),
+        batches=feed(train_data, position.in_order, position.order_length(config)),
+        tokens_at=lambda step: position.after(step, config).tokens,
         stage_at=lambda step: schedule.stage_at(step, training.steps),
         set_stage=lambda stage: set_attention_stage(state.model, schedule, stage),
         evaluate=run_evaluation if validation_data is not None else None,
@@ -154,9 +153,12 @@ def _loop_parts(
 
 def _manifest(config: Config, ready: Preflight, step: int) -> Manifest:
     libraries = ("torch", "megatron-core")
+    position = ready.position.after(step, config)
     return Manifest(
         step=step,
-        consumed_samples=step * config.training.global_batch_size,
+        consumed_samples=position.samples,
+        consumed_tokens=position.tokens,
+        data_changes=list(position.changes),
         config=config.model_dump(mode="json"),
         schedule=ready.schedule.to_dict(),
         data=ready.data.identity,
@@ -164,22 +166,31 @@ def _manifest(config: Config, ready: Preflight, step: int) -> Manifest:
     )
 
 
-def _introduce(progress: ProgressView, config: Config, ready: Preflight, wrapped: list[Any]) -> None:
+def _introduce(
+    progress: ProgressView, config: Config, ready: Preflight, wrapped: list[Any], packing: list[str]
+) -> None:
     local = sum(parameter.numel() for chunk in wrapped for parameter in chunk.parameters())
     progress.say(f"run folder {config.run.dir}: " + (f"resuming from {ready.resume}" if ready.resume else "new run"))
     progress.say(
         f"{local:,} parameters on this rank, {ready.world_size} processes ({ready.data_parallel} data-parallel), "
         f"{config.tokens_per_step:,} tokens a step"
     )
-    for line in [*ready.choices, *ready.schedule.table(config.training.steps).splitlines()]:
+    for line in [*ready.choices, *packing, *ready.schedule.table(config.training.steps).splitlines()]:
         progress.say(line)
 
 
-def _conclude(config: Config, folder: RunFolder, progress: ProgressView, end: LoopEnd, rank: int) -> Outcome:
+def _data_changes(ready: Preflight) -> dict[str, Any]:
+    """For the status: where the run's data changed, if they did."""
+    return {"data_changes": list(ready.position.changes)} if ready.position.changes else {}
+
+
+def _conclude(
+    config: Config, ready: Preflight, folder: RunFolder, progress: ProgressView, end: LoopEnd, rank: int
+) -> Outcome:
     """Write status and plots, and say what there is and how to go on."""
     state = "finished" if end.step == config.training.steps else "stopped" if end.signal else "paused"
     if rank == 0:
-        folder.write_status(state, end.step, signal=end.signal)
+        folder.write_status(state, end.step, signal=end.signal, **_data_changes(ready))
         why = {"paused": "paused at training.stop_after", "stopped": f"stopped by {end.signal}"}.get(state, state)
         progress.say(f"{why} after step {end.step} of {config.training.steps}")
         for path in [folder.metrics, *plot_run(folder)]:

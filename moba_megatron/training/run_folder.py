@@ -128,12 +128,17 @@ def differences(manifest: Manifest, config: Config, schedule: AttentionSchedule,
         changed.append(("attention", f"attention: {line} in the run's schedule"))
     for name, key in (("tokenizer", "data.tokenizer"), ("train", "data.train")):
         if manifest.data.get(name) != data.get(name):
-            changed.append((key, f"{key}: the files are not those that the run was trained on"))
-    return [
+            line = f"{key}: the files are not those that the run was trained on, or not in the same shares"
+            changed.append((key, line))
+    problems = [
         f'{line}: set it back, or allow it by checkpoint.allow_changed=["{key}"]'
         for key, line in changed
         if not free(key)
     ]
+    key = "attention.key_convolution"
+    if before.get(key) != now.get(key):
+        problems.append(f"{key} = {now.get(key)}, but the run has {before.get(key)}: it is parameters; set it back")
+    return problems
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

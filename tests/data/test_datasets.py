@@ -63,7 +63,7 @@ def test_samples_are_pieces_of_the_stream_of_documents(own: Path):
     assert len(train) >= 3 * 8
     for number in range(24):
         sample = train[number]
-        assert set(sample) == {"tokens", "labels", "loss_mask", "position_ids"}
+        assert set(sample) == {"tokens", "labels", "loss_mask", "position_ids", "cu_seqlens"}
         tokens, labels = sample["tokens"], sample["labels"]
         assert tokens.shape == labels.shape == (64,)
         assert tokens[1:].equal(labels[:-1])
@@ -71,9 +71,11 @@ def test_samples_are_pieces_of_the_stream_of_documents(own: Path):
         # What lies between two ends of documents is a whole document.
         pieces = np.split(tokens.numpy(), np.flatnonzero(tokens.numpy() == eod) + 1)
         assert all(tuple(piece) in documents for piece in pieces[1:-1])
+        assert sample["cu_seqlens"].tolist() == [0, *np.cumsum([len(piece) for piece in pieces if len(piece)])]
     assert len(validation) >= 4
     kept = build_datasets(make_config(own, data__cross_document_attention=True))[0]
-    assert all(kept[number]["loss_mask"].min() == 1 for number in range(24))
+    assert all(kept[number]["loss_mask"].min() == 1 and "cu_seqlens" not in kept[number] for number in range(24))
+    assert tokens_of(kept, range(24)) == tokens_of(train, range(24))
 
 
 def test_order_follows_from_seed_and_steps_and_validation_from_nothing(own: Path):
