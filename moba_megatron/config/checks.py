@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from moba_megatron.config.model import ModelConfig, rotary_checks
-from moba_megatron.config.schema import Config, ParallelConfig
+from moba_megatron.config.schema import AttentionConfig, Config, ParallelConfig
 
 
 class ConfigError(ValueError):
@@ -87,6 +87,7 @@ def combination_problems(config: Config) -> list[str]:
         for wrong, text in [
             *_model_checks(config.model, config.parallel),
             *_parallel_checks(config),
+            _packing_check(config),
             *_attention_checks(config),
             *_training_checks(config),
         ]
@@ -199,6 +200,15 @@ def _length_check(config: Config) -> tuple[bool, str]:
     )
 
 
+def _packing_check(config: Config) -> tuple[bool, str]:
+    data = config.data
+    return (
+        data.min_document_length is not None and data.packing != "document",
+        f"data.min_document_length = {data.min_document_length} has no effect with data.packing = {data.packing}: set "
+        "data.packing: document, or take it out",
+    )
+
+
 def _attention_checks(config: Config) -> list[tuple[bool, str]]:
     attention, length, layers = config.attention, config.data.sequence_length, config.model.num_layers
     checks = []
@@ -221,11 +231,38 @@ def _attention_checks(config: Config) -> list[tuple[bool, str]]:
             part.last_n_full is not None and part.last_n_full > layers,
             f"{name}.last_n_full = {part.last_n_full} is over model.num_layers = {layers}",
         ))  # fmt: skip
+    checks += _selection_checks(attention)
     ends = [stage.until for stage in attention.stages]
     rising = all(a < b for a, b in zip(ends, ends[1:], strict=False))
     checks.append((not rising, f"attention.stages: `until` must rise from stage to stage, not {ends}"))
     checks.append((bool(ends) and ends[-1] != 1.0, f"attention.stages: the last `until` must be 1.0, not {ends[-1:]}"))
     return checks
+
+
+def _selection_checks(attention: AttentionConfig) -> list[tuple[bool, str]]:
+    selectors, threshold = attention.selectors, attention.threshold
+    names = one_of(sorted(selectors))
+    return [
+        (
+            "threshold" in selectors and threshold is None,
+            "attention.threshold is not set, but the selector `threshold` needs it: give a share such as 0.9",
+        ),
+        (
+            "threshold" not in selectors and threshold is not None,
+            f"attention.threshold = {threshold} has no effect with the selector {names}: set attention.selector: "
+            "threshold, or take it out",
+        ),
+        (
+            attention.summary != "mean" and not selectors & {"top_k", "threshold"},
+            f"attention.summary = {attention.summary} has no effect with the selector {names}, which looks at no "
+            "scores: take it out",
+        ),
+        (
+            attention.backend == "flash_moba" and not attention.top_k_of_means,
+            f"attention.backend = flash_moba chooses blocks by top_k of their mean keys only, not by {names} of "
+            f"{attention.summary}: use auto",
+        ),
+    ]
 
 
 def _training_checks(config: Config) -> list[tuple[bool, str]]:

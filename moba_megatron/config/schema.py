@@ -16,6 +16,7 @@ from moba_megatron.config.parallel import ParallelConfig
 from moba_megatron.config.section import Section
 
 AttentionKind = Literal["moba", "full"]
+AttentionSelector = Literal["top_k", "recent", "sink_recent", "threshold"]
 # JSON and the command line have only strings as keys.
 LayerNumber = Annotated[int, Field(strict=False)]
 
@@ -37,6 +38,8 @@ class LayerAttentionOverride(Section):
     """Tokens per block in this layer."""
     top_k: int | None = Field(default=None, ge=1)
     """Blocks per query in this layer, the current one counted."""
+    selector: AttentionSelector | None = None
+    """As `attention.selector`, for this layer."""
 
 
 class AttentionStage(Section):
@@ -50,6 +53,8 @@ class AttentionStage(Section):
     """As `attention.block_size`."""
     top_k: int | None = Field(default=None, ge=1)
     """As `attention.top_k`."""
+    selector: AttentionSelector | None = None
+    """As `attention.selector`."""
     last_n_full: int | None = Field(default=None, ge=0)
     """As `attention.last_n_full`."""
     full_every_n: int | None = Field(default=None, ge=1)
@@ -69,6 +74,19 @@ class AttentionConfig(Section):
     """Tokens per block (B). 512 is the report's choice at 8K."""
     top_k: int = Field(default=3, ge=1)
     """Blocks per query (K), the current block counted. 3 is the report's choice at 8K."""
+    selector: AttentionSelector = "top_k"
+    """Which K - 1 past blocks a query of a MoBA layer attends. `top_k`: the best-scored, as in MoBA (with `top_k: 2`
+    LongHeads). `recent`: the nearest, a sliding window of blocks. `sink_recent`: the document's first block and the K -
+    2 nearest. `threshold`: the best-scored until `threshold` is reached, at most K - 1 (VMoBA)."""
+    summary: Literal["mean", "min_max"] = "mean"
+    """What blocks are scored by: the `mean` of their keys, or by `min_max`, the largest score that a key within the
+    block's channel-wise bounds could have (Quest)."""
+    threshold: float | None = Field(default=None, gt=0, le=1)
+    """For the selector `threshold`: the share of the softmax over the scores of all past blocks (scaled by 1/sqrt(head
+    size)) that the chosen ones have to reach."""
+    key_convolution: Literal[3, 5] | None = None
+    """Tokens that a causal convolution of the keys reads, with SiLU and a residual, one filter for each channel
+    (FlashMoBA). It adds parameters to every layer, full ones as well, and starts as doing nothing. Default: none."""
     last_n_full: int = Field(default=0, ge=0)
     """The last N layers attend fully (the report: 3 of 32)."""
     full_every_n: int | None = Field(default=None, ge=1)
@@ -87,6 +105,23 @@ class AttentionConfig(Section):
     """What computes full attention outside Transformer Engine layers and without context parallelism. `auto`: the
     package flash-attn where it is installed, else `torch`, PyTorch's choice among its fused kernels."""
 
+    @property
+    def selectors(self) -> set[str]:
+        """All selectors that some layer may have in some stage."""
+        named = [self.selector, *(stage.selector for stage in self.stages)]
+        layers = [self.layers, *(stage.layers or {} for stage in self.stages)]
+        return {*named, *(layer.selector for some in layers for layer in some.values())} - {None}
+
+    @property
+    def top_k_of_means(self) -> bool:
+        """Whether blocks are chosen as in the MoBA report, everywhere."""
+        return self.selectors == {"top_k"} and self.summary == "mean"
+
+    @property
+    def plain_moba(self) -> bool:
+        """Whether this is the MoBA report's attention: what `hf` and other packages compute."""
+        return self.top_k_of_means and self.key_convolution is None
+
 
 class BlendEntry(Section):
     path: str
@@ -97,15 +132,21 @@ class BlendEntry(Section):
 
 class DataConfig(Section):
     train: str | list[BlendEntry]
-    """Prefix of the indexed training data (`PATH.bin` and `PATH.idx`), or a blend of several."""
+    """Prefix of the indexed training data (`PATH.bin` and `PATH.idx`), or a blend of several: a list, or the path of a
+    blend file (.yaml)."""
     validation: str | list[BlendEntry] | None = None
     """The same for validation. None: no evaluation."""
     tokenizer: str
     """Folder of the Hugging Face tokenizer that made the data. Data made with another one is refused."""
     sequence_length: int = Field(ge=2)
     """Tokens per sample."""
-    packing: Literal["concatenate"] = "concatenate"
-    """`concatenate`: documents are joined by the end-of-document token and cut into samples (GPT style)."""
+    packing: Literal["concatenate", "best_fit", "document"] = "concatenate"
+    """`concatenate`: documents are joined by the end-of-document token and cut into samples (GPT style). `best_fit`:
+    whole documents share a sample so that it is as full as possible; only documents longer than a sample are cut.
+    `document`: one document a sample, long ones only. Samples of the last two end in padding, which never counts."""
+    min_document_length: int | None = Field(default=None, ge=2)
+    """With `packing: document`: shorter documents are left out, the end-of-document token counted; longer ones than a
+    sample are cut into samples, and so short a rest is left out too. Default: those that fill a sample."""
     cross_document_attention: bool = False
     """False: a document attends to itself only; blocks and positions start anew at each document of a sample (packed
     sequences). True: a sample is one sequence."""

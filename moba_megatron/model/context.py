@@ -105,6 +105,7 @@ class ContextParallel:
             top_k=layer.top_k,
             softmax_scale=softmax_scale,
             backend=self.backend,
+            selection=layer.selection,
         )
 
     def __str__(self) -> str:

@@ -122,7 +122,7 @@ class MoBACoreAttention(MegatronModule):
         self._check_call(query, key, attention_mask, attn_mask_type, attention_bias)
         groups = self.context.groups(packed_seq_params)
         if packed_seq_params is not None and packed_seq_params.qkv_format != "sbhd":
-            cu_seqlens, max_seqlen = _pack_boundaries(packed_seq_params)
+            cu_seqlens, max_seqlen = pack_boundaries(packed_seq_params)
             return self._attend(query, key, value, cu_seqlens, max_seqlen, groups).flatten(1)
         local_length, batch = query.shape[:2]
         length = local_length * (groups.whole.size() if groups else 1)
@@ -152,7 +152,8 @@ class MoBACoreAttention(MegatronModule):
         if self.attention.kind == "full":
             return full_attention(q, k, v, cu_seqlens, backend=self.full_backend, **common)
         sizes = {"block_size": self.attention.block_size, "top_k": self.attention.top_k}
-        return moba_attention(q, k, v, cu_seqlens, **sizes, backend=self.backend, **common)
+        choice = self.attention.selection.settings
+        return moba_attention(q, k, v, cu_seqlens, **sizes, **choice, backend=self.backend, **common)
 
     def _check_call(self, query, key, attention_mask, attn_mask_type, attention_bias) -> None:
         if attention_bias is not None:
@@ -209,7 +210,7 @@ def set_attention_stage(model_chunks: list[torch.nn.Module], schedule: Attention
     return changed
 
 
-def _pack_boundaries(packed: PackedSeqParams) -> tuple[Tensor, int | None]:
+def pack_boundaries(packed: PackedSeqParams) -> tuple[Tensor, int | None]:
     """(cu_seqlens [documents + 1] int32, longest document or None if not known) of a pack of documents."""
     if packed.qkv_format != "thd":
         raise ValueError(f"PackedSeqParams.qkv_format = {packed.qkv_format!r}: packs of documents are 'thd'")

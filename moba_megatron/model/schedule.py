@@ -25,26 +25,32 @@ from dataclasses import dataclass
 from typing import Any
 
 from moba_megatron.config import AttentionConfig, AttentionKind, AttentionStage
+from moba_megatron.ops.selection import MOBA, Selection
 
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """How one layer attends: `full`, or `moba` with `block_size` (tokens) and `top_k` (blocks; the current one counts).
+    """How one layer attends: `full`, or `moba` with `block_size` (tokens) and `top_k` (blocks; the current one counts),
+    chosen as `selection` says.
 
-    A full layer has no block size and no top_k, so that two schedules are equal where they compute the same.
+    A full layer has none of these, so that two schedules are equal where they compute the same.
 
-    >>> LayerAttention("moba", 512, 3)
-    LayerAttention(kind='moba', block_size=512, top_k=3)
+    >>> print(LayerAttention("moba", 512, 3), LayerAttention("moba", 512, 3, Selection("recent")), sep="; ")
+    moba B=512 K=3; moba B=512 K=3 recent
     """
 
     kind: AttentionKind
     block_size: int | None = None
     top_k: int | None = None
+    selection: Selection = MOBA
 
     def __post_init__(self):
         if self.kind == "full":
-            if self.block_size is not None or self.top_k is not None:
-                raise ValueError(f"full attention takes no block_size ({self.block_size}) and no top_k ({self.top_k})")
+            if self.block_size is not None or self.top_k is not None or not self.selection.is_plain:
+                raise ValueError(
+                    f"full attention takes no block_size ({self.block_size}), no top_k ({self.top_k}) and no selection "
+                    f"of blocks ({self.selection})"
+                )
         elif self.kind == "moba":
             if not self.block_size or not self.top_k or self.block_size < 1 or self.top_k < 1:
                 raise ValueError(
@@ -54,7 +60,9 @@ class LayerAttention:
             raise ValueError(f"kind {self.kind!r} of attention: 'moba' or 'full'")
 
     def __str__(self) -> str:
-        return "full" if self.kind == "full" else f"moba B={self.block_size} K={self.top_k}"
+        if self.kind == "full":
+            return "full"
+        return f"moba B={self.block_size} K={self.top_k}" + ("" if self.selection.is_plain else f" {self.selection}")
 
 
 FULL = LayerAttention("full")
@@ -93,10 +101,11 @@ class AttentionSchedule:
         schedule = cls(layers, tuple(stage.until for stage in stages))
         for given in (attention.layers, *(stage.layers or {} for stage in stages)):
             for number, override in given.items():
-                if (override.block_size or override.top_k) and schedule.always_full(number):
+                given_settings = override.block_size or override.top_k or override.selector
+                if given_settings and schedule.always_full(number):
                     raise ValueError(
-                        f"attention.layers gives layer {number} a block_size or top_k, but it is full in every stage: "
-                        "give it `kind: moba` or take the sizes out"
+                        f"attention.layers gives layer {number} a block_size, top_k or selector, but it is full in "
+                        "every stage: give it `kind: moba` or take them out"
                     )
         return schedule
 
@@ -132,10 +141,7 @@ class AttentionSchedule:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, for JSON or a checkpoint; `from_dict` reads them back."""
-        return {
-            "until": list(self.until),
-            "stages": [[[layer.kind, layer.block_size, layer.top_k] for layer in layers] for layers in self.stages],
-        }
+        return {"until": list(self.until), "stages": [[_to_list(layer) for layer in layers] for layers in self.stages]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AttentionSchedule:
@@ -145,7 +151,7 @@ class AttentionSchedule:
             ValueError: if `values` is not of that form.
         """
         try:
-            stages = tuple(tuple(LayerAttention(*layer) for layer in layers) for layers in values["stages"])
+            stages = tuple(tuple(_from_list(layer) for layer in layers) for layers in values["stages"])
             return cls(stages, tuple(values["until"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a stored attention schedule: {type(error).__name__}: {error}") from error
@@ -177,6 +183,17 @@ class AttentionSchedule:
         ]
 
 
+def _to_list(layer: LayerAttention) -> list[Any]:
+    """[kind, block_size, top_k], and how blocks are chosen where it is not plain MoBA."""
+    chosen = [] if layer.selection.is_plain else [layer.selection.settings]
+    return [layer.kind, layer.block_size, layer.top_k, *chosen]
+
+
+def _from_list(values: list[Any]) -> LayerAttention:
+    kind, block_size, top_k, *chosen = values
+    return LayerAttention(kind, block_size, top_k, *(Selection(**settings) for settings in chosen))
+
+
 def _stage_layers(attention: AttentionConfig, stage: AttentionStage, num_layers: int) -> tuple[LayerAttention, ...]:
     def setting(name: str) -> Any:
         own = getattr(stage, name)
@@ -200,8 +217,16 @@ def _stage_layers(attention: AttentionConfig, stage: AttentionStage, num_layers:
             continue
         block_size = override.block_size if override and override.block_size else setting("block_size")
         top_k = override.top_k if override and override.top_k else setting("top_k")
-        layers.append(LayerAttention("moba", block_size, top_k))
+        selector = override.selector if override and override.selector else setting("selector")
+        layers.append(LayerAttention("moba", block_size, top_k, _selection(attention, selector)))
     return tuple(layers)
+
+
+def _selection(attention: AttentionConfig, selector: str) -> Selection:
+    """The section's summary and threshold are those of the layers whose selector asks for them."""
+    if selector == "threshold":
+        return Selection(selector, attention.summary, attention.threshold)
+    return Selection(selector, attention.summary) if selector == "top_k" else Selection(selector)
 
 
 def _runs(layers: tuple[LayerAttention, ...]) -> list[tuple[int, int, LayerAttention]]:

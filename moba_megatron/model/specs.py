@@ -21,14 +21,17 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from moba_megatron.model.core_attention import MoBACoreAttention
+from moba_megatron.model.key_convolution import ConvolvedKeysSelfAttention
 from moba_megatron.model.norm import RMSNorm
 from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
+from moba_megatron.ops.selection import Selection
 from moba_megatron.platform.libraries import optional_libraries
 
 Implementation = Literal["local", "transformer_engine"]
@@ -50,6 +53,9 @@ def moba_layer_spec(
     backend: str = "auto",
     full_backend: str = "auto",
     exchange: str | Mapping[str, str] = "auto",
+    selector: str = "top_k",
+    summary: str = "mean",
+    threshold: float | None = None,
 ) -> ModuleSpec:
     """A copy of a stock layer spec with MoBA as its core attention; the original stays as it is.
 
@@ -63,11 +69,12 @@ def moba_layer_spec(
         full_backend: what computes full attention, see `full_attention`.
         exchange: under context parallelism, how its ranks exchange: `auto`, `p2p`, `all_gather`, `a2a`, `a2a+p2p` or
             `dispatch`; or one of these for each kind, `{"moba": ..., "full": ...}`.
+        selector, summary, threshold: how past blocks are chosen, see `moba_attention`.
 
     Raises:
         ValueError: if the spec has no core attention to replace, or the sizes are impossible.
     """
-    attention = LayerAttention(kind, block_size, top_k)
+    attention = LayerAttention(kind, block_size, top_k, Selection(selector, summary, threshold))
     core = functools.partial(
         MoBACoreAttention, attention=attention, backend=backend, full_backend=full_backend, exchange=exchange
     )
@@ -86,6 +93,24 @@ def with_core_attention(layer_spec: ModuleSpec, core_attention: object) -> Modul
     return layer
 
 
+def with_key_convolution(layer_spec: ModuleSpec, width: int) -> ModuleSpec:
+    """A copy of a layer spec whose keys pass a convolution of this width (`model.key_convolution`), core attention and
+    all else kept.
+
+    Raises:
+        ValueError: if the spec's self-attention is not megatron-core's.
+    """
+    self_attention = getattr(layer_spec.submodules, "self_attention", None)
+    if getattr(self_attention, "module", None) is not SelfAttention:
+        raise ValueError(f"{layer_spec.module} has no stock self-attention whose keys could be convolved")
+    layer, attention = copy.copy(layer_spec), copy.copy(self_attention)
+    layer.submodules = copy.copy(layer.submodules)
+    layer.submodules.self_attention = attention
+    attention.module = ConvolvedKeysSelfAttention
+    attention.params = {**attention.params, "key_convolution": width}
+    return layer
+
+
 def block_spec(
     config: TransformerConfig,
     schedule: AttentionSchedule,
@@ -94,6 +119,7 @@ def block_spec(
     backend: str = "auto",
     full_backend: str = "auto",
     exchange: str | Mapping[str, str] = "auto",
+    key_convolution: int | None = None,
     pp_rank: int = 0,
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
@@ -105,6 +131,7 @@ def block_spec(
         schedule: what every layer of the whole model attends to.
         stage: training stage, counted from 0, that the layers start with.
         backend, full_backend, exchange: as for `moba_layer_spec`.
+        key_convolution: width of a convolution of the keys, in every layer; None for none.
         pp_rank, vp_stage: which part of the model; `vp_stage` only with the interleaved schedule.
 
     Raises:
@@ -114,6 +141,8 @@ def block_spec(
     if schedule.num_layers != config.num_layers:
         raise ValueError(f"the schedule has {schedule.num_layers} layers, the model num_layers = {config.num_layers}")
     base, norm = _stock_layer(config)
+    if key_convolution is not None:
+        base = with_key_convolution(base, key_convolution)
     keep_full = config.transformer_impl == "transformer_engine"
     specs = []
     for number, attention in enumerate(schedule.stages[stage], start=1):

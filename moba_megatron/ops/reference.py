@@ -3,13 +3,16 @@
 It shares no code with the other backends. Each step is one line of the definition (MoBA report, equations 2 to 6):
 documents are cut into blocks, a block's summary is the mean of its keys, complete past blocks are ranked by the query's
 inner product with their summary (equal scores: the lower block first), and one softmax runs over the keys of the chosen
-blocks and, up to the query itself, of its own block. Gradients are autograd's; selection is a constant.
+blocks and, up to the query itself, of its own block. Gradients are autograd's; selection is a constant. The variants of
+the selection are defined here as well, each by what it means and not by how it is computed (`ops.selection`).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from moba_megatron.ops.selection import MOBA, Selection
 
 
 def _documents(num_tokens: int, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
@@ -21,19 +24,46 @@ def _widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _scores(q: Tensor, past_keys: Tensor, summary: str) -> Tensor:
+    """[t, n, blocks]: queries [t, n, D] against blocks of keys [blocks, B, n, D]."""
+    if summary == "mean":
+        return torch.einsum("tnd,mnd->tnm", q, past_keys.mean(dim=1))
+    bounds = (past_keys.amin(dim=1), past_keys.amax(dim=1))
+    low, high = (torch.einsum("tnd,mnd->tnmd", q, bound) for bound in bounds)
+    return torch.maximum(low, high).sum(dim=-1)
+
+
+def _ranking(q: Tensor, past_keys: Tensor, num_past: int, selection: Selection) -> Tensor:
+    """[t, n, up to num_past]: ids of the chosen ones among all past blocks of keys [blocks, B, n, D], -1 for none."""
+    blocks = past_keys.shape[0]
+    if not selection.uses_scores:
+        nearest = list(range(blocks - 1, -1, -1))
+        if selection.selector == "sink_recent":
+            nearest = [0, *nearest[:-1]]
+        return torch.tensor(nearest[:num_past], device=q.device).expand(*q.shape[:2], -1)
+    scores, order = _scores(q, past_keys, selection.summary).sort(dim=-1, descending=True, stable=True)
+    if selection.threshold is not None:
+        shares = (scores / q.shape[2] ** 0.5).softmax(dim=-1)
+        order = order.masked_fill(shares.cumsum(dim=-1) - shares >= selection.threshold, -1)
+    return order[..., :num_past]
+
+
 @torch.no_grad()
-def reference_select(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, block_size: int, num_past: int) -> Tensor:
-    """int32 [T, N, num_past]: past blocks by falling score, equal scores by lower number, -1 where fewer."""
+def reference_select(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, block_size: int, num_past: int, selection: Selection = MOBA
+) -> Tensor:
+    """int32 [T, N, num_past]: past blocks by falling score, equal scores by lower number, -1 where fewer.
+
+    Without scores: the first block, if the selection names it, and then the nearest block first.
+    """
     num_heads, num_groups = q.shape[1], k.shape[1]
     ids = torch.full((q.shape[0], num_heads, num_past), -1, dtype=torch.int32, device=q.device)
     for start, end in _documents(q.shape[0], cu_seqlens):
         for block in range(1, -(-(end - start) // block_size)):
-            past_keys = _widen(k[start : start + block * block_size])
-            summaries = past_keys.unflatten(0, (block, block_size)).mean(dim=1)
+            past_keys = _widen(k[start : start + block * block_size]).unflatten(0, (block, block_size))
+            past_keys = past_keys.repeat_interleave(num_heads // num_groups, dim=2)
             rows = slice(start + block * block_size, min(start + (block + 1) * block_size, end))
-            summaries = summaries.repeat_interleave(num_heads // num_groups, dim=1)
-            scores = torch.einsum("tnd,mnd->tnm", _widen(q[rows]), summaries)
-            ranking = scores.sort(dim=-1, descending=True, stable=True).indices[..., :num_past]
+            ranking = _ranking(_widen(q[rows]), past_keys, num_past, selection)
             ids[rows, :, : ranking.shape[-1]] = ranking.to(torch.int32)
     return ids
 

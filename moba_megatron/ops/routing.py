@@ -1,6 +1,6 @@
 """Routing: from queries and block summaries to the ids of the past blocks each query attends.
 
-Scores (MoBA report, equation 6: the inner product of the query and the block's mean key) are computed for one tile of
+Scores (MoBA report, equation 6: the inner product of the query and the block's summary) are computed for one tile of
 tokens and one key head at a time and thrown away once the tile's ids are chosen, so that nothing of size T x M for all
 heads ever lives in memory. A tile is scored only against the blocks between its first document's first block and its
 own last one. Scores are in fp32, or fp64 for fp64 inputs. No gradient flows: selection is a constant.
@@ -23,34 +23,45 @@ SCORES_ON_ACCELERATOR = 2**26
 
 @torch.no_grad()
 @without_autocast
-def summarize(k_TGD: Tensor, layout: BlockLayout, summary: Summary = MEAN) -> Tensor:
-    """Summaries [M, G, D] (fp32 or wider) of all blocks of a pack whose keys are all here."""
+def summarize(k_TGD: Tensor, layout: BlockLayout, summary: Summary | None = MEAN) -> Tensor | None:
+    """Summaries [M, G, D] (fp32 or wider) of all blocks of a pack whose keys are all here; none where none is asked
+    for."""
+    if summary is None:
+        return None
     return summary.finish(summary.partial(k_TGD, layout.pack_block_T, layout.num_blocks), layout.block_lengths())
 
 
 @torch.no_grad()
 @without_autocast
 def select_past(
-    q_TND: Tensor, summaries_MGD: Tensor, layout: TokenBlocks, num_past: int, selector: Selector = TOP_K
+    q_TND: Tensor,
+    summaries_MGD: Tensor | None,
+    layout: TokenBlocks,
+    num_past: int,
+    selector: Selector = TOP_K,
+    summary: Summary | None = MEAN,
 ) -> Tensor:
     """Choose the past blocks of every query and head.
 
     Args:
         q_TND: queries [T, N, D].
-        summaries_MGD: one summary per block of the pack and key head, in the precision scores shall have.
+        summaries_MGD: one summary per block of the pack and key head, in the precision scores shall have; None for a
+            selector that looks at no scores.
         layout: blocks of the queries' tokens, which are all tokens of the pack or some of them in rising order.
         num_past: K - 1, ids per query and head.
         selector: how to choose.
+        summary: what the summaries are.
 
     Returns:
         int32 [T, N, num_past], block numbers within the query's document in the selector's order, -1 where fewer.
     """
-    num_tokens, num_heads, _ = q_TND.shape
+    num_tokens, num_heads, head_size = q_TND.shape
     ids_TNK = torch.full((num_tokens, num_heads, num_past), -1, dtype=torch.int32, device=q_TND.device)
     if num_past == 0:
         return ids_TNK
     if not selector.uses_scores:
         return ids_TNK.copy_(selector.choose(None, layout.block_T, num_past).unsqueeze(1))
+    assert summaries_MGD is not None and summary is not None
     num_groups = summaries_MGD.shape[1]
     group_size = num_heads // num_groups
     first_T, own_T = layout.first_block_T, layout.pack_block_T
@@ -68,11 +79,11 @@ def select_past(
         refused = (blocks < first.unsqueeze(1)) | (blocks >= own.unsqueeze(1))
         for group in range(num_groups):
             heads = slice(group * group_size, (group + 1) * group_size)
-            q = q_TND[start:end, heads].to(planes_GDM.dtype).flatten(0, 1)
+            q = summary.queries(q_TND[start:end, heads].to(planes_GDM.dtype)).flatten(0, 1)
             scores = (q @ planes_GDM[group, :, low:high]).view(end - start, group_size, high - low)
             scores.masked_fill_(refused.unsqueeze(1), -torch.inf)
             past = (own - first).unsqueeze(1).expand(-1, group_size)
-            columns = selector.choose(scores, past, num_past)
+            columns = selector.choose(scores, past, num_past, head_size**-0.5)
             shift = (first - low).view(-1, 1, 1)
             ids_TNK[start:end, heads] = torch.where(columns < 0, columns, columns - shift).to(torch.int32)
     return ids_TNK

@@ -11,6 +11,7 @@ for.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -26,14 +27,15 @@ class Selector(Protocol):
 
     uses_scores: bool
 
-    def choose(self, scores: Tensor | None, num_past_blocks: Tensor, num_chosen: int) -> Tensor:
+    def choose(self, scores: Tensor | None, num_past_blocks: Tensor, num_chosen: int, scale: float = 1.0) -> Tensor:
         """Choose up to `num_chosen` past blocks per row.
 
         Args:
             scores: [rows..., columns] in fp32 or wider, -inf where no candidate; may be overwritten. None if not asked
                 for.
             num_past_blocks: int64 [rows...], complete blocks of the document before the query's own.
-            num_chosen: ids to return per row.
+            num_chosen: ids to return per row, at least 1.
+            scale: what a score is multiplied by before a softmax.
 
         Returns:
             int64 [rows..., num_chosen] columns or block numbers (see above), -1 where fewer.
@@ -53,7 +55,7 @@ class TopK:
 
     uses_scores = True
 
-    def choose(self, scores: Tensor | None, num_past_blocks: Tensor, num_chosen: int) -> Tensor:
+    def choose(self, scores: Tensor | None, num_past_blocks: Tensor, num_chosen: int, scale: float = 1.0) -> Tensor:
         assert scores is not None
         ids = scores.new_full((*scores.shape[:-1], num_chosen), -1, dtype=torch.int64)
         for place in range(min(num_chosen, scores.shape[-1])):
@@ -61,6 +63,35 @@ class TopK:
             ids[..., place] = block.masked_fill_(best == -torch.inf, -1)
             scores.scatter_(-1, block.clamp_(min=0).unsqueeze(-1), -torch.inf)
         return ids
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The best-scored blocks until their share of the softmax over all candidates is reached, ordered as `TopK` orders
+    them: a block is taken as long as those before it have less than the share. The idea is VMoBA's (arXiv 2506.23858),
+    whose own shares are scores divided by their range, the query's own block counted.
+
+    Shares are of 0.67, 0.24 and 0.09 here, so that 0.9 takes two blocks and 0.6 one:
+
+    >>> scores = torch.tensor([[1.0, 3.0, 2.0, float("-inf")]])
+    >>> Threshold(0.9).choose(scores.clone(), torch.tensor([3]), 3).tolist()
+    [[1, 2, -1]]
+    >>> Threshold(0.6).choose(scores.clone(), torch.tensor([3]), 3).tolist()
+    [[1, -1, -1]]
+    """
+
+    share: float
+
+    uses_scores = True
+
+    def choose(self, scores: Tensor | None, num_past_blocks: Tensor, num_chosen: int, scale: float = 1.0) -> Tensor:
+        assert scores is not None
+        # A row without candidates has shares of NaN, which are never below the threshold, and ids of -1 anyway.
+        shares = (scores * scale).softmax(dim=-1)
+        ids = TOP_K.choose(scores, num_past_blocks, num_chosen)
+        chosen = shares.gather(-1, ids.clamp(min=0))
+        before = chosen.cumsum(dim=-1) - chosen
+        return ids.masked_fill_(before >= self.share, -1)
 
 
 class Recent:
@@ -72,7 +103,7 @@ class Recent:
 
     uses_scores = False
 
-    def choose(self, scores: Tensor | None, num_past_blocks: Tensor, num_chosen: int) -> Tensor:
+    def choose(self, scores: Tensor | None, num_past_blocks: Tensor, num_chosen: int, scale: float = 1.0) -> Tensor:
         back = torch.arange(1, num_chosen + 1, device=num_past_blocks.device)
         return (num_past_blocks.unsqueeze(-1) - back).clamp_(min=-1)
 
@@ -86,10 +117,10 @@ class SinkAndRecent:
 
     uses_scores = False
 
-    def choose(self, scores: Tensor | None, num_past_blocks: Tensor, num_chosen: int) -> Tensor:
+    def choose(self, scores: Tensor | None, num_past_blocks: Tensor, num_chosen: int, scale: float = 1.0) -> Tensor:
         recent = Recent().choose(scores, num_past_blocks, num_chosen - 1)
         sink = torch.zeros_like(num_past_blocks).masked_fill_(num_past_blocks < 1, -1)
         return torch.cat([sink.unsqueeze(-1), recent.masked_fill_(recent == 0, -1)], dim=-1)
 
 
-TOP_K = TopK()
+TOP_K, RECENT, SINK_RECENT = TopK(), Recent(), SinkAndRecent()

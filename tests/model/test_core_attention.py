@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from model_examples import VOCABULARY, gradients, pack, tiny, tokens
 
 from moba_megatron import platform
-from moba_megatron.model.core_attention import MoBACoreAttention, _pack_boundaries, set_attention_stage
+from moba_megatron.model.core_attention import MoBACoreAttention, pack_boundaries, set_attention_stage
 from moba_megatron.model.schedule import FULL, AttentionSchedule, LayerAttention
 
 MOBA = LayerAttention("moba", 4, 2)
@@ -113,8 +113,8 @@ def test_padded_boundaries_win_and_padding_is_never_attended_to():
 
 def test_the_longest_document_of_a_padded_pack_is_not_known():
     """megatron-core's max_seqlen_q is then the longest without padding, which is no bound of the padded documents."""
-    assert _pack_boundaries(pack([0, 6, 13], 7))[1] == 7
-    boundaries, longest = _pack_boundaries(pack([0, 6, 13], 7, padded=[0, 8, 20]))
+    assert pack_boundaries(pack([0, 6, 13], 7))[1] == 7
+    boundaries, longest = pack_boundaries(pack([0, 6, 13], 7, padded=[0, 8, 20]))
     assert boundaries.tolist() == [0, 8, 20] and longest is None
 
 

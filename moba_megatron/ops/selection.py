@@ -1,0 +1,94 @@
+"""What `selector`, `summary` and `threshold` say: how the past blocks of a query are chosen.
+
+| setting | chooses | known as |
+|---|---|---|
+| `top_k` of `mean` | the best K - 1 by the block's mean key | MoBA; with K = 2 LongHeads' one past block |
+| `top_k` of `min_max` | the best K - 1 by a bound on the score of any of the block's keys | Quest |
+| `threshold` | the best until their share of the scores' softmax is reached, at most K - 1 | VMoBA |
+| `recent` | the K - 1 nearest | sliding window |
+| `sink_recent` | the document's first and the K - 2 nearest | attention sink |
+
+A selection is a summary and a selector, and nothing else in the package looks at these words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moba_megatron.ops.selectors import RECENT, SINK_RECENT, TOP_K, Selector, Threshold
+from moba_megatron.ops.summaries import MEAN, MIN_MAX, Summary
+
+SELECTORS = ("top_k", "recent", "sink_recent", "threshold")
+SUMMARIES = {"mean": MEAN, "min_max": MIN_MAX}
+_WITHOUT_SETTINGS = {"top_k": TOP_K, "recent": RECENT, "sink_recent": SINK_RECENT}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How past blocks are chosen; see the module.
+
+    Attributes:
+        selector: `top_k`, `recent`, `sink_recent` or `threshold`.
+        summary: `mean` or `min_max`: what a block shows of its keys. Only `mean` where the selector looks at no scores.
+        threshold: for `threshold` alone: the share of the softmax over all candidates, above 0 and up to 1.
+
+    Raises:
+        ValueError: an unknown word, or settings that do not go together.
+    """
+
+    selector: str = "top_k"
+    summary: str = "mean"
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.selector not in SELECTORS:
+            raise ValueError(f"selector = {self.selector!r}: choose one of {', '.join(SELECTORS)}")
+        if self.summary not in SUMMARIES:
+            raise ValueError(f"summary = {self.summary!r}: choose one of {', '.join(SUMMARIES)}")
+        if self.summary != "mean" and not self.uses_scores:
+            raise ValueError(
+                f"summary = {self.summary!r} has no effect with selector = {self.selector!r}, which looks at no "
+                "scores: leave it out"
+            )
+        if (self.threshold is None) == (self.selector == "threshold"):
+            raise ValueError(
+                f"threshold = {self.threshold} with selector = {self.selector!r}: a threshold belongs to the selector "
+                "'threshold', and must be given there"
+            )
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold = {self.threshold}: a share above 0 and up to 1")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is MoBA as its report defines it: top-k of the means."""
+        return self.selector == "top_k" and self.summary == "mean"
+
+    @property
+    def uses_scores(self) -> bool:
+        """Whether queries are scored against summaries of the blocks; ids follow from positions alone otherwise."""
+        return self.selector in ("top_k", "threshold")
+
+    @property
+    def fills_up(self) -> bool:
+        """Whether every query gets as many blocks as there are, up to K: then many enough are full attention."""
+        return self.selector != "threshold"
+
+    @property
+    def settings(self) -> dict[str, str | float | None]:
+        """The arguments of `moba_attention` that say the same."""
+        return {"selector": self.selector, "summary": self.summary, "threshold": self.threshold}
+
+    def make_selector(self) -> Selector:
+        """The function that yields ids."""
+        return Threshold(self.threshold) if self.threshold is not None else _WITHOUT_SETTINGS[self.selector]
+
+    def make_summary(self) -> Summary | None:
+        """What a block shows of its keys; None where nothing is asked for."""
+        return SUMMARIES[self.summary] if self.uses_scores else None
+
+    def __str__(self) -> str:
+        parts = [self.selector] + [f"of {self.summary}"] * (self.summary != "mean")
+        return " ".join(parts + [str(self.threshold)] * (self.threshold is not None))
+
+
+MOBA = Selection()

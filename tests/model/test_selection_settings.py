@@ -1,0 +1,126 @@
+"""Variants of the selection as settings: from the configuration to each layer, at every size alike."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+from distributed import run_ranks
+from model_examples import tiny, train, train_each
+
+from moba_megatron.config import ConfigError
+from moba_megatron.config.schema import AttentionConfig, AttentionSelector
+from moba_megatron.convert.families import moba_config
+from moba_megatron.model.schedule import FULL, AttentionSchedule, LayerAttention
+from moba_megatron.model.specs import moba_layer_spec
+from moba_megatron.ops.selection import SELECTORS, SUMMARIES, Selection
+
+VOCABULARY, STEPS = 62, 2
+WINDOW = LayerAttention("moba", 8, 2, Selection("recent"))
+
+
+def schedule_of(num_layers: int = 3, **attention) -> AttentionSchedule:
+    values = {"block_size": 8, "top_k": 2, **attention}
+    return AttentionSchedule.from_config(AttentionConfig.model_validate(values), num_layers)
+
+
+def config(parallel=None, **attention):
+    return tiny(
+        model={"num_layers": 2, "num_query_groups": 4, "vocab_size": VOCABULARY},
+        attention={"block_size": 8, "top_k": 3, "last_n_full": 1, **attention},
+        training={"steps": STEPS, "global_batch_size": 2, "precision": "fp32", "loss_chunk_size": 24},
+        parallel=parallel or {},
+    )
+
+
+def test_words_of_the_configuration_are_those_of_the_operator():
+    assert get_args(AttentionSelector) == SELECTORS
+    assert get_args(AttentionConfig.model_fields["summary"].annotation) == tuple(SUMMARIES)
+
+
+def test_settings_reach_the_layers_that_ask_for_them():
+    plain = LayerAttention("moba", 8, 2)
+    assert schedule_of(selector="recent", last_n_full=1).stages == ((WINDOW, WINDOW, FULL),)
+    assert schedule_of(layers={2: {"selector": "recent"}}).stages == ((plain, WINDOW, plain),)
+    stages = [{"until": 0.5}, {"until": 1.0, "selector": "recent"}]
+    assert schedule_of(stages=stages).stages == ((plain,) * 3, (WINDOW,) * 3)
+    mixed = schedule_of(selector="threshold", threshold=0.9, summary="min_max", layers={1: {"selector": "recent"}})
+    assert [layer.selection for layer in mixed.stages[0]] == [
+        Selection("recent"),
+        *[Selection("threshold", "min_max", 0.9)] * 2,
+    ]
+    assert str(mixed.stages[0][1]) == "moba B=8 K=2 threshold of min_max 0.9"
+    with pytest.raises(ValueError, match="layer 3 a block_size, top_k or selector, but it is full"):
+        schedule_of(last_n_full=1, layers={3: {"selector": "recent"}})
+
+
+def test_a_schedule_is_stored_with_its_selections():
+    for schedule in (schedule_of(), schedule_of(selector="threshold", threshold=0.5), schedule_of(selector="recent")):
+        assert AttentionSchedule.from_dict(schedule.to_dict()) == schedule
+    # Plain MoBA is stored as it was before there were variants.
+    assert schedule_of(1).to_dict()["stages"] == [[["moba", 8, 2]]]
+    assert schedule_of(selector="recent").differences(schedule_of()) == [
+        f"stage 1, layer {n}: moba B=8 K=2 recent against moba B=8 K=2" for n in (1, 2, 3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("attention", "named"),
+    [
+        ({"selector": "threshold"}, "attention.threshold is not set"),
+        ({"threshold": 0.9}, "attention.threshold = 0.9 has no effect with the selector top_k"),
+        ({"selector": "recent", "summary": "min_max"}, "attention.summary = min_max has no effect"),
+        ({"selector": "recent", "backend": "flash_moba"}, "flash_moba chooses blocks by top_k"),
+        ({"summary": "min_max", "backend": "flash_moba"}, "not by top_k of min_max"),
+        ({"selector": "threshold", "threshold": 2.0}, "attention.threshold = 2.0"),
+        ({"selector": "nearest"}, "attention.selector = 'nearest'"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(attention, named):
+    with pytest.raises(ConfigError, match=named):
+        config(**attention)
+
+
+def test_plain_moba_is_known_as_such():
+    assert config().attention.plain_moba
+    for attention in ({"selector": "recent"}, {"summary": "min_max"}, {"layers": {1: {"selector": "sink_recent"}}}):
+        assert not config(**attention).attention.plain_moba
+
+
+def test_an_export_refuses_what_transformers_would_compute_otherwise():
+    assert moba_config((LayerAttention("moba", 8, 2), FULL), "full")["top_k"] == 2
+    with pytest.raises(ConfigError, match="blocks chosen by recent .* knows top_k of mean only"):
+        moba_config((WINDOW, FULL), "full")
+
+
+def test_full_layers_take_no_selection():
+    with pytest.raises(ValueError, match="no selection of blocks"):
+        LayerAttention("full", selection=Selection("recent"))
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    spec = moba_layer_spec(get_gpt_layer_local_spec(), block_size=8, top_k=2, selector="recent")
+    assert spec.submodules.self_attention.submodules.core_attention.keywords["attention"] == WINDOW
+
+
+SETTINGS = [
+    {"selector": "recent"},
+    {"selector": "sink_recent"},
+    {"summary": "min_max"},
+    {"selector": "threshold", "threshold": 0.6},
+]
+
+
+def test_training_is_the_same_over_context_parallel_ranks():
+    """Each variant trains at C = 1 and at C = 2, by heads and by a ring, alike; and none as plain MoBA does."""
+    _, _, weights = run_ranks(1, train, config(), VOCABULARY, 0)[0]
+    plain, *ones = run_ranks(1, train_each, [config(**a) for a in ({}, *SETTINGS)], VOCABULARY, STEPS, weights)[0]
+    forms = [{"context": 2}, {"context": 2, "exchange": "p2p"}]
+    configs = [config(parallel, **attention) for attention in SETTINGS for parallel in forms]
+    for rank in run_ranks(2, train_each, configs, VOCABULARY, STEPS, weights):
+        for number, (losses, norms) in enumerate(rank):
+            expected = ones[number // len(forms)]
+            torch.testing.assert_close(losses, expected[0], rtol=2e-6, atol=0)
+            torch.testing.assert_close(norms, expected[1], rtol=2e-4, atol=0)
+    for attention, (losses, _) in zip(SETTINGS, ones, strict=True):
+        assert max(abs(a - b) for a, b in zip(losses, plain[0], strict=True)) > 1e-4, attention
