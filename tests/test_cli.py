@@ -12,6 +12,8 @@ import pytest
 from distributed import run_ranks
 from small_run import small_config, train_here
 
+from moba_megatron.evaluation.records import read_json_lines, training_records
+
 FULL = "attention.full_backend = auto: torch (auto: PyTorch's fused kernels; flash_attn is not available: "
 COMMAND = Path(sys.executable).with_name("moba-megatron")
 
@@ -43,17 +45,18 @@ def run(tmp_path_factory):
 def test_evaluate_gives_the_loss_that_training_recorded(run):
     output = call("evaluate", run)
     assert "validation loss" in output and "trailing loss (last 8 positions)" in output and str(run) in output
-    recorded = json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])
+    recorded = training_records(read_json_lines(run / "evaluations.jsonl"))[-1]
     found = json.loads((run / "evaluation/step_6.json").read_text())
     assert found["loss"] == pytest.approx(recorded["loss"], rel=1e-6)
     assert (run / "plots/loss_by_position_step_6.png").stat().st_size > 1000
+    assert list((run / "wandb").glob("offline-run-*-evaluate")), "a run of its own beside the training's"
 
 
 def test_a_checkpoint_attends_as_in_its_stage_and_a_moved_run_keeps_its_results(run, tmp_path):
     moved = shutil.copytree(run, tmp_path / "moved")
     call("evaluate", moved / "checkpoints/step_3")
     found = json.loads((moved / "evaluation/step_3.json").read_text())
-    in_training, last = (json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines())
+    in_training, last = training_records(read_json_lines(run / "evaluations.jsonl"))
     assert (in_training["step"], last["step"]) == (3, 6)
     # Step 3 is the last of the sparse stage; with full attention its weights give another loss.
     assert found["loss"] == pytest.approx(in_training["loss"], rel=1e-6)

@@ -1,98 +1,135 @@
-"""`moba-megatron evaluate`: the losses of a trained model on its validation data, beside the unigram baseline."""
+"""`moba-megatron evaluate`: what a trained model can do. Each part of it is a module of its own, imported when it is
+asked for."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from moba_megatron.checkpoint.manifest import CheckpointError
-from moba_megatron.checkpoint.opened import OpenedModel, find_checkpoint, open_model, saved_config
-from moba_megatron.config import Config
-from moba_megatron.data.datasets import build_validation, check_validation
-from moba_megatron.data.feed import rank_batches
-from moba_megatron.data.manifest import load_manifest
-from moba_megatron.evaluation.plots import plot_positions
-from moba_megatron.evaluation.positions import Evaluation, evaluate
+from moba_megatron.evaluation.records import EvaluationRecords
+from moba_megatron.evaluation.routing import evaluate_routing, parse_choice
+from moba_megatron.evaluation.subject import open_subject
+from moba_megatron.evaluation.tasks.options import DEPTHS, task_options
 
 
 def evaluate_command(
-    run: Annotated[
+    target: Annotated[
         Path, typer.Argument(help="Run folder (its newest checkpoint is used) or a checkpoint folder step_N.")
     ],
+    attention: Annotated[
+        str | None,
+        typer.Option(help="moba, full or both, of the same weights. Default: both, if the model has MoBA layers."),
+    ] = None,
     validation: Annotated[
         str | None, typer.Option(help="Prefix of indexed data to evaluate on. Default: the run's data.validation.")
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Samples to evaluate. Default: as in training.")] = None,
+    trailing: Annotated[
+        int | None, typer.Option(min=1, help="Positions of the trailing loss, in tokens. Default: as in training.")
+    ] = None,
+    losses: Annotated[
+        bool | None, typer.Option("--losses/--no-losses", help="The losses. Default: if nothing else is asked for.")
+    ] = None,
+    routing: Annotated[
+        bool, typer.Option("--routing", help="What the MoBA layers choose, and how much of full attention it holds.")
+    ] = False,
+    routing_samples: Annotated[int, typer.Option(min=1, help="Validation samples of the routing report.")] = 4,
+    routing_choice: Annotated[
+        str | None,
+        typer.Option(help="B:K, in place of the layers' own; also on a model that attends fully. Asks for --routing."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Synthetic long-range tasks, by commas, such as needle,multi_key; all: every one of them."),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Tokens of the tasks' samples (1024,8K,...). Default: the model's window and its halves."),
+    ] = None,
+    depths: Annotated[str, typer.Option(help="Where the decisive statement lies, 0 (start) to 1 (end).")] = DEPTHS,
+    task_samples: Annotated[int, typer.Option(min=1, help="Samples of each task, length and depth.")] = 10,
+    haystack: Annotated[
+        str | None,
+        typer.Option(
+            help="Text around tasks and --ruler: a file, or the prefix of a prepared dataset. Default: noise sentences."
+        ),
+    ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of EleutherAI's lm-evaluation-harness, by commas; also on a Hugging Face folder. The model "
+            "attends as it was trained; --attention full or both for full attention of the same weights."
+        ),
+    ] = None,
+    lm_eval_tasks: Annotated[Path | None, typer.Option(help="Folder of task files of your own.")] = None,
+    lm_eval_limit: Annotated[int | None, typer.Option(min=1, help="Samples of each task. Default: all.")] = None,
+    lm_eval_batch: Annotated[int, typer.Option(min=1, help="Texts that the harness takes at a time.")] = 1,
+    ruler: Annotated[
+        str | None,
+        typer.Option(help="Lengths (4K,8K,...) of a RULER-style task set, drawn here and run by lm-eval."),
+    ] = None,
+    ruler_samples: Annotated[int, typer.Option(min=1, help="Samples of each of its tasks at each length.")] = 20,
 ) -> None:
-    """Evaluate a trained model: validation loss, trailing loss, loss by position and the unigram baseline.
+    """Evaluate a trained model: losses (by position, trailing, against full attention of the same weights), or what
+    the options ask for.
 
-    Writes RUN/evaluation/step_N.json and RUN/plots/loss_by_position_step_N.png.
+    Writes RUN/evaluation/*.json, a line each in RUN/evaluations.jsonl, pictures in RUN/plots, and to the trackers that
+    the run has on.
     """
+    console = Console(highlight=False, soft_wrap=True)
     try:
-        config = _with_data(saved_config(find_checkpoint(run)), validation, samples)
-        data = check_validation(config)
-        opened = open_model(run, data.identity["tokenizer"], data.vocab_size)
-    except (CheckpointError, ValueError) as error:
+        choice = parse_choice(routing_choice)
+        routing = routing or choice is not None
+        options = (
+            task_options(tasks, lengths=lengths, depths=depths, samples=task_samples, haystack=haystack)
+            if tasks is not None
+            else None
+        )
+        if lm_eval or ruler:
+            from moba_megatron.evaluation.lm_eval import evaluate_with_harness, harness_settings
+
+            settings = harness_settings(
+                lm_eval,
+                lm_eval_tasks,
+                limit=lm_eval_limit,
+                batch_size=lm_eval_batch,
+                ruler=ruler,
+                samples=ruler_samples,
+                haystack=haystack,
+            )
+            evaluate_with_harness(target, settings, console, attention=attention)
+            if not losses and not routing and not options:
+                return
+        wants_losses = losses or (losses is None and not routing and not options)
+        if options and not wants_losses and not routing and (target / "config.json").is_file():
+            from moba_megatron.evaluation.tasks.evaluate import evaluate_folder_tasks
+
+            evaluate_folder_tasks(target, options, console, attention)
+            return
+        subject = open_subject(
+            target,
+            attention=attention,
+            validation=validation,
+            samples=samples,
+            trailing_tokens=trailing,
+            on_validation=wants_losses or routing,
+        )
+        with EvaluationRecords(subject.folder, subject.config) as records:
+            if wants_losses:
+                from moba_megatron.evaluation.losses import evaluate_losses
+
+                evaluate_losses(subject, records, console)
+            if routing:
+                evaluate_routing(subject, records, console, samples=routing_samples, choice=choice)
+            if options:
+                from moba_megatron.evaluation.tasks.asked import from_subject
+                from moba_megatron.evaluation.tasks.evaluate import evaluate_tasks
+
+                evaluate_tasks(from_subject(subject), options, records, console)
+    except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    console = Console(highlight=False, soft_wrap=True)
-    with console.status(f"evaluating step {opened.step} on {config.evaluation.samples} samples"):
-        result = _evaluate(opened, config, data.eod_id)
-    _print_losses(console, opened, config, result)
-    for path in _write(opened, config, result):
-        console.print(f"  {path}")
-
-
-def _with_data(config: Config, validation: str | None, samples: int | None) -> Config:
-    if validation is None and config.data.validation is None:
-        raise ValueError("the run has no data.validation: name data with --validation")
-    data = config.data.model_copy(update={"validation": validation or config.data.validation})
-    evaluation = config.evaluation.model_copy(update={"samples": samples or config.evaluation.samples})
-    training = config.training.model_copy(update={"micro_batch_size": 1})
-    return config.model_copy(update={"data": data, "evaluation": evaluation, "training": training})
-
-
-def _evaluate(opened: OpenedModel, config: Config, eod_id: int) -> Evaluation:
-    validation = build_validation(config)
-    samples = config.evaluation.samples
-    feed = rank_batches(
-        validation, config, eod_id=eod_id, consumed_samples=0, num_samples=samples, device=opened.device
-    )
-    return evaluate(opened.model, [feed], config, samples)
-
-
-def unigram_baseline(config: Config) -> float | None:
-    """The unigram loss that the manifest beside the validation data records, if there is one."""
-    if not isinstance(config.data.validation, str):
-        return None
-    manifest = load_manifest(Path(config.data.validation).parent)
-    return manifest.unigram_loss if manifest else None
-
-
-def _print_losses(console: Console, opened: OpenedModel, config: Config, result: Evaluation) -> None:
-    table = Table("nats per token", f"{opened.folder}, step {opened.step}")
-    unigram = unigram_baseline(config)
-    table.add_row("unigram model", "not known: no manifest" if unigram is None else f"{unigram:.4f}")
-    table.add_row("validation loss", f"{result.loss:.4f}")
-    trailing = "no token there" if result.trailing_loss is None else f"{result.trailing_loss:.4f}"
-    table.add_row(f"trailing loss (last {result.trailing_tokens} positions)", trailing)
-    console.print(table)
-    samples = f"{config.evaluation.samples} samples of {config.data.sequence_length:,}"
-    console.print(f"over {result.evaluated_tokens:,} tokens in {samples}")
-
-
-def _write(opened: OpenedModel, config: Config, result: Evaluation) -> list[Path]:
-    folder = opened.folder
-    record = folder / "evaluation" / f"step_{opened.step}.json"
-    record.parent.mkdir(parents=True, exist_ok=True)
-    values = {"step": opened.step, "data": config.data.validation, "unigram_loss": unigram_baseline(config)}
-    record.write_text(json.dumps({**values, **result.to_dict()}, indent=1, default=str) + "\n")
-    picture = folder / "plots" / f"loss_by_position_step_{opened.step}.png"
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    plot_positions({f"step {opened.step}": result.to_dict()["by_position"]}, picture)
-    return [folder, record, picture]
+    console.print(f"  {subject.folder}")

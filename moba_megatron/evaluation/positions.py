@@ -2,7 +2,10 @@
 learns.
 
 *Position* is the number of tokens a prediction can look back on within its document (the batch's `position_ids`).
-*Trailing loss* is the mean over the last positions of the window (MoBA report, section 3.1: the last 2K of 32K).
+*Trailing loss* is the mean over the last positions of the window (MoBA report, section 3.1: the last 2K of 32K), so
+only sequences that reach its length count.
+
+Everything here follows from one table of sums, fp64 `[2, S]`: summed loss and number of tokens at each position.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +21,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from moba_megatron.config import Config
 from moba_megatron.model.forward import Batch, forward_step, microbatch_shape, reduce_over_ranks
+
+# The first of the ranges that double: below it there is little text to average over.
+FIRST_RANGE = 16
 
 
 @dataclass
@@ -33,13 +40,14 @@ class PositionRange:
 @dataclass
 class Evaluation:
     """Losses in nats per token over `evaluated_tokens` predictions; trailing loss over the last `trailing_tokens`
-    positions."""
+    positions; losses by position over equal ranges, and over ranges that double (`by_position_log`)."""
 
     loss: float
     trailing_loss: float | None
     trailing_tokens: int
     evaluated_tokens: int
     by_position: list[PositionRange]
+    by_position_log: list[PositionRange]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -48,7 +56,16 @@ class Evaluation:
 def evaluate(
     model: list[torch.nn.Module], batches: list[Iterator[Batch]], config: Config, num_microbatches: int
 ) -> Evaluation:
-    """Run the model over validation batches. Collective; every rank gets the same result.
+    """Run the model over validation batches and sum up, as the configuration says. Arguments as for `position_totals`.
+    Collective; every rank gets the same result."""
+    sums_2S = position_totals(model, batches, config, num_microbatches)
+    return summarise(sums_2S, config.trailing_tokens, config.evaluation.position_buckets)
+
+
+def position_totals(
+    model: list[torch.nn.Module], batches: list[Iterator[Batch]], config: Config, num_microbatches: int
+) -> torch.Tensor:
+    """Summed losses and numbers of tokens by position, `[2, S]`, over all ranks. Collective.
 
     Args:
         model: this pipeline rank's chunks, wrapped for data parallelism or not; left in training mode if they were.
@@ -71,8 +88,7 @@ def evaluate(
         )
     for chunk, training in zip(model, was_training, strict=True):
         chunk.train(training)
-    sums_2S = reduce_over_ranks([item["sums"] for item in reductions], (2, config.data.sequence_length))
-    return summarise(sums_2S, config.trailing_tokens, config.evaluation.position_buckets)
+    return reduce_over_ranks([item["sums"] for item in reductions], (2, config.data.sequence_length))
 
 
 def position_sums(
@@ -91,18 +107,44 @@ def position_sums(
 
 
 def summarise(sums_2S: torch.Tensor, trailing_tokens: int, buckets: int) -> Evaluation:
-    """Means from sums by position: over all, over the trailing positions, and over equal ranges of positions."""
+    """Means from sums by position: over all, over the trailing positions, and over ranges of positions."""
     length = sums_2S.size(1)
-    bounds = [length * i // buckets for i in range(buckets + 1)]
-    by_position = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        loss, tokens = _mean(sums_2S[:, start:end])
-        by_position.append(PositionRange(start, end, tokens, loss))
     loss, tokens = _mean(sums_2S)
     if loss is None:
         raise ValueError("no token of the evaluation counts: its loss mask is empty")
     trailing, _ = _mean(sums_2S[:, length - trailing_tokens :])
-    return Evaluation(loss, trailing, trailing_tokens, tokens, by_position)
+    return Evaluation(
+        loss=loss,
+        trailing_loss=trailing,
+        trailing_tokens=trailing_tokens,
+        evaluated_tokens=tokens,
+        by_position=range_losses(sums_2S, [length * i // buckets for i in range(buckets + 1)]),
+        by_position_log=range_losses(sums_2S, doubling_bounds(length)),
+    )
+
+
+def range_losses(sums_2S: torch.Tensor, bounds: list[int]) -> list[PositionRange]:
+    """Mean losses between neighbouring bounds, which rise and lie within the table."""
+    ranges = []
+    for start, end in pairwise(bounds):
+        loss, tokens = _mean(sums_2S[:, start:end])
+        ranges.append(PositionRange(start, end, tokens, loss))
+    return ranges
+
+
+def doubling_bounds(length: int, first: int = FIRST_RANGE, per_octave: int = 1) -> list[int]:
+    """Bounds from 0 to `length`: the first range ends at `first`, every `per_octave`-th one after it at twice as much.
+
+    >>> doubling_bounds(100)
+    [0, 16, 32, 64, 100]
+    >>> doubling_bounds(64, per_octave=2)
+    [0, 16, 23, 32, 45, 64]
+    """
+    bounds, power = [0], 0
+    while (bound := round(first * 2 ** (power / per_octave))) < length:
+        bounds.append(bound)
+        power += 1
+    return [*bounds, length]
 
 
 def _mean(sums_2S: torch.Tensor) -> tuple[float | None, int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from distributed import run_ranks
 from small_run import small_config
 
 from moba_megatron.evaluation.positions import evaluate, position_sums, summarise
+from moba_megatron.evaluation.power_law import fit_power_law
 
 
 def test_sums_go_to_the_position_in_the_document():
@@ -36,6 +38,33 @@ def test_means_over_all_over_the_trailing_positions_and_by_range():
     assert summarise(sums, trailing_tokens=1, buckets=1).trailing_loss is None
     with pytest.raises(ValueError, match="no token"):
         summarise(torch.zeros(2, 4), 1, 1)
+
+
+def test_ranges_that_double_hold_every_token_once():
+    sums = torch.stack([torch.arange(100.0), torch.ones(100)]).double()
+    ranges = summarise(sums, 4, 2).by_position_log
+    assert [(r.start, r.end, r.loss) for r in ranges] == [(0, 16, 7.5), (16, 32, 23.5), (32, 64, 47.5), (64, 100, 81.5)]
+    assert sum(r.tokens for r in ranges) == 100
+
+
+def test_a_power_law_is_found_again_beside_a_point_far_off():
+    positions = [2.0**power for power in range(12)]
+    losses = [2 * p**-0.4 + 1.5 for p in positions]
+    tokens = [100] * 12
+    exact = fit_power_law(positions, losses, tokens)
+    assert (exact.a, exact.b, exact.c) == pytest.approx((2, -0.4, 1.5), rel=1e-3) and exact.error < 1e-3
+    losses[6] += 3
+    robust = fit_power_law(positions, losses, tokens)
+    assert float(robust.at(np.array(2.0**11))) == pytest.approx(2 * 2**-4.4 + 1.5, abs=0.15)
+    tokens[6] = 1
+    weighted = fit_power_law(positions, losses, tokens)
+    assert (weighted.b, weighted.c) == pytest.approx((-0.4, 1.5), rel=0.05)
+
+
+def test_no_law_where_nothing_falls_or_too_little_is_known():
+    positions = [1.0, 2, 4, 8, 16, 32]
+    assert fit_power_law(positions, [3.0, 3.1, 3.2, 3.3, 3.4, 3.5], [10] * 6) is None
+    assert fit_power_law(positions[:4], [5.0, 4, 3, 2], [10] * 4) is None
 
 
 def _evaluate_twice(config):

@@ -1,0 +1,117 @@
+"""`moba-megatron evaluate`: the losses of a model on its validation data, under MoBA and full attention of the same
+weights, beside the unigram baseline; loss by position, and the power law that it follows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+
+from moba_megatron.config import Config
+from moba_megatron.data.manifest import load_manifest
+from moba_megatron.evaluation.plots import plot_positions
+from moba_megatron.evaluation.positions import doubling_bounds, position_totals, range_losses, summarise
+from moba_megatron.evaluation.power_law import fit_power_law
+from moba_megatron.evaluation.progress import shown
+from moba_megatron.evaluation.records import EvaluationRecords
+from moba_megatron.evaluation.subject import Attention, Subject
+
+PER_RANGE = 1024
+
+
+def evaluate_losses(subject: Subject, records: EvaluationRecords, console: Console) -> None:
+    """Losses under each attention of the subject: a table, a record each, one picture of loss by position."""
+    unigram = unigram_baseline(subject.config)
+    results = {}
+    for attention in subject.attentions:
+        results[attention] = _losses(subject, attention, console)
+    console.print(f"{subject.folder}, step {subject.step}")
+    console.print(_table(subject, results, unigram))
+    for line in _below_the_table(subject, results):
+        console.print(line)
+    common = {"data": subject.config.data.validation, "samples": subject.config.evaluation.samples}
+    for attention, result in results.items():
+        own = attention == subject.own_attention
+        path = records.write(
+            "losses",
+            step=subject.step,
+            tokens=subject.tokens,
+            attention=attention,
+            values={**common, "unigram_loss": unigram, **result},
+            summary={**common, **result},
+            name=f"step_{subject.step}" + ("" if own else f"_{attention}"),
+        )
+        console.print(f"  {path}")
+    console.print(f"  {_plot(subject, results)}")
+
+
+def unigram_baseline(config: Config) -> float | None:
+    """The unigram loss that the manifest beside the validation data records, if there is one."""
+    if not isinstance(config.data.validation, str):
+        return None
+    manifest = load_manifest(Path(config.data.validation).parent)
+    return manifest.unigram_loss if manifest else None
+
+
+def _losses(subject: Subject, attention: Attention, console: Console) -> dict[str, Any]:
+    """All numbers of one attention, JSON-ready. One sample at a time; logits live in chunks only."""
+    config = subject.config
+    subject.attend(attention)
+    samples = config.evaluation.samples
+    batches = shown(subject.batches(samples), samples, f"losses, {attention} attention", console)
+    sums_2S = position_totals(subject.opened.model, [batches], config, samples)
+    result = summarise(sums_2S, config.trailing_tokens, config.evaluation.position_buckets).to_dict()
+    length = config.data.sequence_length
+    bounds = sorted({*range(0, length, PER_RANGE), length})
+    fit = fit_power_law(*_loss_of_position(sums_2S))
+    return {
+        **result,
+        "by_position_1k": [asdict(part) for part in range_losses(sums_2S, bounds)],
+        "power_law": fit.to_dict() if fit else None,
+    }
+
+
+def _loss_of_position(sums_2S: torch.Tensor) -> tuple[list[float], list[float], list[int]]:
+    """What the power law is fitted to: the number of tokens that a prediction sees, itself counted, its loss and how
+    many predictions there are, over ranges fine enough to bend with the curve."""
+    fine = range_losses(sums_2S, doubling_bounds(sums_2S.size(1), first=1, per_octave=2))
+    known = [part for part in fine if part.loss is not None]
+    return [(p.start + p.end + 1) / 2 for p in known], [p.loss for p in known], [p.tokens for p in known]
+
+
+def _table(subject: Subject, results: dict[Attention, dict[str, Any]], unigram: float | None) -> Table:
+    table = Table(Column("nats per token", no_wrap=True), *(f"{name} attention" for name in results))
+    baseline = "not known" if unigram is None else f"{unigram:.4f}"
+    table.add_row("unigram model", *[baseline] * len(results))
+    table.add_row("validation loss", *(f"{result['loss']:.4f}" for result in results.values()))
+    trailing = f"trailing loss (last {subject.config.trailing_tokens} positions)"
+    table.add_row(trailing, *(_number(result["trailing_loss"]) for result in results.values()))
+    known = next(iter(results.values()))["by_position_log"]
+    for place, part in enumerate(known):
+        losses = [result["by_position_log"][place]["loss"] for result in results.values()]
+        table.add_row(f"  positions {part['start']:,} to {part['end'] - 1:,}", *map(_number, losses))
+    return table
+
+
+def _number(loss: float | None) -> str:
+    return "no token there" if loss is None else f"{loss:.4f}"
+
+
+def _below_the_table(subject: Subject, results: dict[Attention, dict[str, Any]]) -> list[str]:
+    config = subject.config
+    tokens = next(iter(results.values()))["evaluated_tokens"]
+    lines = [f"over {tokens:,} tokens in {config.evaluation.samples} samples of {config.data.sequence_length:,}"]
+    for attention, result in results.items():
+        law = result["power_law"]["formula"] if result["power_law"] else "none: it does not fall, or too few positions"
+        lines.append(f"power law of the loss at position p, {attention} attention: {law}")
+    return lines
+
+
+def _plot(subject: Subject, results: dict[Attention, dict[str, Any]]) -> Path:
+    picture = subject.folder / "plots" / f"loss_by_position_step_{subject.step}.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    return plot_positions(results, picture)

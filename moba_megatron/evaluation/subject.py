@@ -1,0 +1,178 @@
+"""What `moba-megatron evaluate` looks at: a trained model, the ways it can attend, and its validation data.
+
+Every part of the command gets the same `Subject`. The weights are loaded once; `attend` switches all layers between
+MoBA and full attention of these weights, as a stage of the attention schedule would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from moba_megatron.checkpoint.manifest import Manifest
+from moba_megatron.checkpoint.opened import OpenedModel, find_checkpoint, open_model, saved_config
+from moba_megatron.config import Config
+from moba_megatron.data.datasets import ValidationSummary, build_validation, check_validation
+from moba_megatron.data.feed import rank_batches
+from moba_megatron.data.tokenizer import Tokenizer
+from moba_megatron.model.core_attention import set_attention_stage
+from moba_megatron.model.forward import Batch
+from moba_megatron.model.schedule import FULL, AttentionSchedule, LayerAttention
+
+Attention = Literal["moba", "full"]
+
+
+@dataclass
+class Subject:
+    """An opened model and what to evaluate it on.
+
+    Attributes:
+        opened: the model, in evaluation mode.
+        config: the run's configuration, with the data and numbers of samples asked for, one sample a pass.
+        attentions: how the parts shall let it attend, in this order.
+    """
+
+    opened: OpenedModel
+    config: Config
+    attentions: list[Attention]
+
+    @property
+    def step(self) -> int:
+        return self.opened.step
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that training had read at this step."""
+        manifest = Manifest.read(self.opened.checkpoint)
+        counted = manifest.consumed_tokens
+        return manifest.consumed_samples * self.config.data.sequence_length if counted is None else counted
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, where results go."""
+        return self.opened.folder
+
+    @property
+    def own_attention(self) -> Attention:
+        """How the model attended at its last training step: `moba` if any layer did."""
+        return _kind(_own_layers(self.opened))
+
+    def attend(self, attention: Attention) -> None:
+        """Let every layer attend so from now on; the parameters stay the same."""
+        layers = attention_layers(self.opened, attention)
+        assert layers is not None, "open_subject offers only attentions that there are"
+        set_attention_stage(self.opened.model, AttentionSchedule((layers,)), 0)
+
+    @cached_property
+    def validation(self) -> ValidationSummary:
+        """What the validation data are.
+
+        Raises:
+            ConfigError: there are none, or they do not fit the model.
+        """
+        return check_validation(self.config)
+
+    def batches(self, samples: int) -> Iterator[Batch]:
+        """The first samples of the validation data, the same in every evaluation, one a batch.
+
+        Raises:
+            ConfigError: there are not so many.
+        """
+        evaluation = self.config.evaluation.model_copy(update={"samples": samples})
+        config = self.config.model_copy(update={"evaluation": evaluation})
+        check_validation(config)
+        return rank_batches(
+            build_validation(config),
+            config,
+            eod_id=self.validation.eod_id,
+            consumed_samples=0,
+            num_samples=samples,
+            device=self.opened.device,
+        )
+
+
+def open_subject(
+    target: Path,
+    *,
+    attention: str | None = None,
+    validation: str | None = None,
+    samples: int | None = None,
+    trailing_tokens: int | None = None,
+    on_validation: bool = True,
+) -> Subject:
+    """Load the model of a run or checkpoint folder into this process.
+
+    Args:
+        attention: `moba`, `full` or `both`; None: both, if the model has MoBA layers in any stage of its schedule.
+        validation: prefix of indexed data; None: the run's own.
+        samples, trailing_tokens: in place of the run's `evaluation.samples` and `evaluation.trailing_tokens`.
+        on_validation: whether validation data are needed; they are checked before the model is loaded.
+
+    Raises:
+        CheckpointError: no complete checkpoint there, or not one for this tokenizer.
+        ValueError: an attention that the model does not have, a bad number, or validation data that are missing or do
+            not fit.
+    """
+    config = _asked_for(saved_config(find_checkpoint(target)), validation, samples, trailing_tokens)
+    schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
+    has_moba = any(layer.kind == "moba" for stage in schedule.stages for layer in stage)
+    attentions = _attentions(attention, has_moba)
+    if on_validation:
+        if config.data.validation is None:
+            raise ValueError(f"{target} has no data.validation: name data with --validation")
+        check_validation(config)
+    tokenizer = Tokenizer(config.data.tokenizer)
+    opened = open_model(target, tokenizer.fingerprint, tokenizer.vocab_size)
+    subject = Subject(replace(opened, config=config), config, attentions)
+    # The model's own way first: its results are what training recorded.
+    subject.attentions.sort(key=lambda name: name != subject.own_attention)
+    return subject
+
+
+def attention_layers(opened: OpenedModel, attention: Attention) -> tuple[LayerAttention, ...] | None:
+    """How each layer attends under `moba` or `full`; None if the model has no MoBA layers.
+
+    `moba` is the stage of the checkpoint; if that stage is all full, the last one before it with MoBA layers, else the
+    first one after it.
+    """
+    if attention == "full":
+        return (FULL,) * opened.schedule.num_layers
+    stages, own = opened.schedule.stages, _own_stage(opened)
+    nearest = [*reversed(stages[: own + 1]), *stages[own + 1 :]]
+    return next((layers for layers in nearest if _kind(layers) == "moba"), None)
+
+
+def _asked_for(config: Config, validation: str | None, samples: int | None, trailing_tokens: int | None) -> Config:
+    length = config.data.sequence_length
+    if trailing_tokens is not None and not 1 <= trailing_tokens <= length:
+        raise ValueError(f"{trailing_tokens} trailing tokens: 1 to data.sequence_length = {length}")
+    changes = {"samples": samples, "trailing_tokens": trailing_tokens}
+    evaluation = config.evaluation.model_copy(update={key: value for key, value in changes.items() if value})
+    data = config.data.model_copy(update={"validation": validation or config.data.validation})
+    training = config.training.model_copy(update={"micro_batch_size": 1})
+    return config.model_copy(update={"data": data, "evaluation": evaluation, "training": training})
+
+
+def _attentions(asked: str | None, has_moba: bool) -> list[Attention]:
+    if asked not in (None, "moba", "full", "both"):
+        raise ValueError(f"--attention {asked}: moba, full or both")
+    if not has_moba:
+        if asked in ("moba", "both"):
+            raise ValueError(f"--attention {asked}: the model attends fully in every layer and stage; use full")
+        return ["full"]
+    return ["moba", "full"] if asked in (None, "both") else [asked]
+
+
+def _own_stage(opened: OpenedModel) -> int:
+    return opened.schedule.stage_at(max(opened.step, 1), opened.config.training.steps)
+
+
+def _own_layers(opened: OpenedModel) -> tuple[LayerAttention, ...]:
+    return opened.schedule.stages[_own_stage(opened)]
+
+
+def _kind(layers: tuple[LayerAttention, ...]) -> Attention:
+    return "moba" if any(layer.kind == "moba" for layer in layers) else "full"

@@ -1,0 +1,125 @@
+"""Who is asked: the model of a checkpoint or of a Hugging Face folder, behind one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moba_megatron.config import Config
+from moba_megatron.data.tokenizer import Tokenizer
+from moba_megatron.evaluation.subject import Subject
+from moba_megatron.evaluation.tasks.scoring import OpenedTaskModel, TaskModel
+from moba_megatron.generation.loading import load_model, load_tokenizer
+from moba_megatron.hf import NAME, MoBASettings
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model that tasks are put to.
+
+    Attributes:
+        title: of its table.
+        folder: where results go.
+        step, tokens: of training, at its checkpoint; None for a model without a known history.
+        config: of its run, for the trackers.
+        tokenizer: its own.
+        window: tokens that it can take, and what says so.
+        template: tokens that it gets before every prompt (a token for the beginning of a text).
+        attentions: how it shall attend, in this order.
+        attend: the model, attending so from now on.
+    """
+
+    title: str
+    folder: Path
+    step: int | None
+    tokens: int | None
+    config: Config | None
+    tokenizer: Tokenizer
+    window: tuple[int, str]
+    template: int
+    attentions: Sequence[str]
+    attend: Callable[[str], TaskModel]
+
+
+class HuggingFaceTaskModel:
+    """A causal language model of transformers.
+
+    Args:
+        before: ids before every prompt.
+    """
+
+    def __init__(self, model: Any, before: list[int]):
+        self._model, self._before = model, before
+
+    @torch.no_grad()
+    def last_logits(self, ids: list[int], last: int) -> Tensor:
+        tokens_1S = torch.tensor([[*self._before, *ids]], device=self._model.device)
+        return self._model(tokens_1S, use_cache=False, logits_to_keep=last).logits[0].float()
+
+
+def from_subject(subject: Subject) -> Asked:
+    """The model of a run or checkpoint folder. It takes what it was trained on: rows of `data.sequence_length`."""
+
+    def attend(attention: str) -> TaskModel:
+        subject.attend(attention)
+        return OpenedTaskModel(subject.opened)
+
+    return Asked(
+        title=f"{subject.folder}, step {subject.step}",
+        folder=subject.folder,
+        step=subject.step,
+        tokens=subject.tokens,
+        config=subject.config,
+        tokenizer=Tokenizer(subject.config.data.tokenizer),
+        window=(subject.config.data.sequence_length, "data.sequence_length"),
+        template=0,
+        attentions=subject.attentions,
+        attend=attend,
+    )
+
+
+def from_huggingface(folder: Path, attention: str | None) -> Asked:
+    """The model of a Hugging Face folder, where results go, too.
+
+    Args:
+        attention: `moba`, `full` or `both`; None: both, if the model has MoBA layers.
+
+    Raises:
+        ValueError: an attention that the model does not have, or one that would be ignored.
+        OSError: no weights or no tokenizer.
+    """
+    model, _ = load_model(folder)
+    tokenizer = load_tokenizer(folder)
+    start = tokenizer("").input_ids[:1]
+    before = start if start == [tokenizer.bos_token_id] else []
+
+    def attend(kind: str) -> TaskModel:
+        model.set_attn_implementation(NAME if kind == "moba" else "sdpa")
+        return HuggingFaceTaskModel(model, before)
+
+    return Asked(
+        title=str(folder),
+        folder=folder,
+        step=None,
+        tokens=None,
+        config=None,
+        tokenizer=Tokenizer(folder),
+        window=(model.config.max_position_embeddings, "max_position_embeddings"),
+        template=len(before),
+        attentions=_attentions(attention, model),
+        attend=attend,
+    )
+
+
+def _attentions(asked: str | None, model: Any) -> list[str]:
+    if asked not in (None, "moba", "full", "both"):
+        raise ValueError(f"--attention {asked}: moba, full or both")
+    has_moba = model.config._attn_implementation == NAME and MoBASettings.from_config(model.config).covered is not None
+    if not has_moba and asked not in (None, "full"):
+        raise ValueError(f"--attention {asked}: no layer of this model attends by MoBA; use full")
+    return ["full"] if not has_moba else ["moba", "full"] if asked in (None, "both") else [asked]

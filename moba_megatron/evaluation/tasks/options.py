@@ -1,0 +1,124 @@
+"""What `--tasks` and the options around it ask for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from moba_megatron.evaluation.tasks.puzzles import TASKS
+
+ALL = "all"
+DEPTHS = "0,0.25,0.5,0.75,1"
+_SHORTEST = 128
+_DEFAULT_LENGTHS = 4
+_UNITS = {"": 1, "K": 2**10, "M": 2**20}
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What to ask.
+
+    Attributes:
+        names: of `TASKS`.
+        depths: for tasks that have one, 0 to 1.
+        lengths: tokens of prompt and answer; None: the window of the model and its halves, four lengths in all.
+        samples: for each task, length and depth; a task without depths gets as many as there are over all depths.
+        haystack: see `load_haystack`.
+        seed: of the samples.
+    """
+
+    names: list[str]
+    depths: list[float]
+    lengths: list[int] | None = None
+    samples: int = 10
+    haystack: str | None = None
+    seed: int = 0
+
+    def lengths_for(self, window: int, set_by: str) -> list[int]:
+        """The lengths, held against the tokens that a model can take, and the setting that says so.
+
+        Raises:
+            ValueError: one is longer than the window.
+        """
+        if self.lengths is None:
+            halves = [window >> i for i in range(_DEFAULT_LENGTHS)]
+            return sorted({length for length in halves if length >= _SHORTEST} or {window})
+        if max(self.lengths) > window:
+            raise ValueError(
+                f"--lengths {max(self.lengths)} is over the model's window of {window} tokens "
+                f"({set_by}): samples are never cut; ask for lengths up to {window}"
+            )
+        return self.lengths
+
+
+def task_options(tasks: str, *, lengths: str | None, depths: str, samples: int, haystack: str | None) -> TaskOptions:
+    """Options from words of the command line.
+
+    Args:
+        tasks: names with commas, or `all`.
+        lengths: numbers of tokens with commas, such as `4096,32K`; None: by the window of the model.
+        depths: numbers from 0 to 1 with commas.
+
+    Raises:
+        ValueError: an unknown task, or what is not such a number.
+    """
+    return TaskOptions(
+        names=parse_tasks(tasks),
+        depths=_parse_depths(depths),
+        lengths=None if lengths is None else parse_lengths(lengths),
+        samples=samples,
+        haystack=haystack,
+    )
+
+
+def parse_tasks(text: str) -> list[str]:
+    """Names of tasks with commas, or `all`.
+
+    Raises:
+        ValueError: an unknown task, or none.
+    """
+    names = list(TASKS) if text == ALL else _parts(text)
+    unknown = [name for name in names if name not in TASKS]
+    if unknown or not names:
+        raise ValueError(f"--tasks {text}: {', '.join(unknown) or 'no name'} is no task; there are {', '.join(TASKS)}")
+    return names
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Rising numbers of tokens, from numbers with commas such as `4096,32K`.
+
+    Raises:
+        ValueError: what is not such a number, or none.
+    """
+    lengths = sorted({_length(part) for part in _parts(text)})
+    if not lengths:
+        raise ValueError(f"--lengths {text!r} names no length")
+    return lengths
+
+
+def _parts(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _length(text: str) -> int:
+    match = re.fullmatch(r"([1-9]\d*)([KM]?)", text)
+    if not match:
+        raise ValueError(f"--lengths: {text!r} is not a number of tokens such as 4096 or 32K")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _parse_depths(text: str) -> list[float]:
+    depths = sorted({_depth(part) for part in _parts(text)})
+    if not depths:
+        raise ValueError(f"--depths {text!r} names no depth")
+    return depths
+
+
+def _depth(text: str) -> float:
+    try:
+        depth = float(text)
+    except ValueError:
+        depth = -1.0
+    if not 0 <= depth <= 1:
+        raise ValueError(f"--depths: {text!r} is not a number from 0 (start of the text) to 1 (its end)")
+    return depth
