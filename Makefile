@@ -28,6 +28,7 @@ test: setup
 
 test-slow: setup
 	TRITON_INTERPRET=1 $(BIN)/pytest -m 'slow and not gpu' tests/ops/triton/interpreted_*.py
+	$(BIN)/pytest -m 'slow and not gpu'
 
 # Compiles all GPU kernels for A100, H100 and B200, without a GPU; fails where one spills or does not fit.
 kernels: setup

@@ -7,6 +7,7 @@ layout it was trained at, cut into Hugging Face tensors and written in files of 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from moba_megatron import __version__
 from moba_megatron.checkpoint import CheckpointError, Manifest
+from moba_megatron.checkpoint.manifest import NAME as MANIFEST
+from moba_megatron.checkpoint.manifest import digest_file
 from moba_megatron.checkpoint.manifest import verify as damages
 from moba_megatron.checkpoint.opened import find_checkpoint, saved_config
-from moba_megatron.config import Config, ModelConfig
+from moba_megatron.config import Config, ConfigError, ModelConfig
 from moba_megatron.convert.families import huggingface_config, moba_config
 from moba_megatron.convert.import_hf import NO_TOKENIZER
 from moba_megatron.convert.initial import sized
@@ -29,8 +33,8 @@ from moba_megatron.convert.safetensors_folder import INDEX, SINGLE
 from moba_megatron.convert.self_contained import CODE_FILE, with_own_code
 from moba_megatron.convert.stored import StoredWeights
 from moba_megatron.convert.tokenizer_files import (
+    complete_tokenizer_config,
     copy_tokenizer_files,
-    name_tokenizer_class,
     special_ids,
     tokenizer_class,
 )
@@ -38,6 +42,7 @@ from moba_megatron.data.tokenizer import Tokenizer
 from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
 
 SHARD_BYTES = 4 * 10**9
+CONFIG, SOURCE = "config.json", "exported_from.json"
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,12 @@ def open_exported(path: str | Path, tokenizer: str | None = None) -> Exported:
 
     Raises:
         CheckpointError: no complete checkpoint, or not the tokenizer that it was trained with.
+        ConfigError: keys are convolved, which models of transformers do not do.
     """
     checkpoint = find_checkpoint(path)
     manifest, config = Manifest.read(checkpoint), saved_config(checkpoint)
+    if width := config.attention.key_convolution:
+        raise ConfigError([f"attention.key_convolution = {width}: no plain model of transformers convolves its keys"])
     schedule = AttentionSchedule.from_dict(manifest.schedule)
     layers = schedule.stages[schedule.stage_at(max(manifest.step, 1), config.training.steps)]
     folder = tokenizer or _tokenizer_folder(checkpoint, config)
@@ -144,17 +152,24 @@ def export_huggingface(
     with new_folder(out) as folder:
         if code:
             (folder / CODE_FILE).write_text(code, encoding="utf-8")
+        _write_json(folder / CONFIG, values)
         _write_weights(folder, stored, shapes, exported.model, shard_bytes, advance)
-        _write_json(folder / "config.json", values)
         reader = None
         if exported.tokenizer:
             copy_tokenizer_files(exported.tokenizer.folder, folder)
-            name_tokenizer_class(folder)
+            complete_tokenizer_config(folder, exported.tokenizer.eod_token)
             reader = tokenizer_class(folder, exported.tokenizer)
         if not (folder / "generation_config.json").exists():
             _write_json(folder / "generation_config.json", {**special, "do_sample": False})
+        _write_json(folder / SOURCE, source_of(exported))
         (folder / "README.md").write_text(model_card(out.name, exported, values, reader))
     return reader
+
+
+def source_of(exported: Exported) -> dict[str, Any]:
+    """What the file `SOURCE` of an export says: the step, and a digest that no other checkpoint has."""
+    digest = digest_file(exported.checkpoint / MANIFEST)["blake2b"]
+    return {"step": exported.manifest.step, "checkpoint_blake2b": digest, "moba-megatron": __version__}
 
 
 def _check_parameters(exported: Exported, stored: StoredWeights, shapes: dict[str, Any]) -> None:
@@ -180,7 +195,10 @@ def _write_weights(
 
     def flush() -> None:
         if shard:
-            save_file(shard, folder / f"{len(files)}.safetensors", metadata={"format": "pt"})
+            file = folder / f"{len(files)}.safetensors"
+            save_file(shard, file, metadata={"format": "pt"})
+            # It comes readable by its owner alone, whatever the umask.
+            shutil.copymode(folder / CONFIG, file)
             files.append(list(shard))
             shard.clear()
 

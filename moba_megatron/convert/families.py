@@ -9,16 +9,17 @@ original length, because transformers 4 reads base 10000, silently, where only t
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import torch
 
 from moba_megatron.config import ConfigError, ModelConfig
 from moba_megatron.config.huggingface import FAMILIES
+from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.model.rotary import rotary_frequencies
 from moba_megatron.model.schedule import LayerAttention
 
-MOBA_VERSION = 1
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _EXTRAS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
@@ -97,24 +98,20 @@ def moba_config(layers: tuple[LayerAttention, ...], decode: str) -> dict[str, An
         decode: how new tokens attend to a cache, `full` or `moba`.
 
     Raises:
-        ConfigError: MoBA layers of several sizes, which the entry cannot say.
+        ConfigError: layers that choose blocks otherwise than MoBA, which the entry cannot say.
     """
-    sizes = sorted({(layer.block_size, layer.top_k) for layer in layers if layer.kind == "moba"})
-    if not sizes:
+    sparse = {number: layer for number, layer in enumerate(layers) if layer.kind == "moba"}
+    if not sparse:
         return None
-    if len(sizes) > 1:
+    if others := sorted({str(layer.selection) for layer in sparse.values() if not layer.selection.is_plain}):
         raise ConfigError([
-            f"MoBA layers of several sizes, (block_size, top_k) = {', '.join(map(str, sizes))}: moba_config has one "
-            "for all layers"
+            f"blocks chosen by {', '.join(others)} (attention.selector, attention.summary): moba_config knows top_k of "
+            "mean only"
         ])  # fmt: skip
-    ((block_size, top_k),) = sizes
-    return {
-        "block_size": block_size,
-        "top_k": top_k,
-        "layer_types": [layer.kind for layer in layers],
-        "decode": decode,
-        "version": MOBA_VERSION,
-    }
+    sizes = {number: (layer.block_size, layer.top_k) for number, layer in sparse.items()}
+    most, _ = Counter(sizes.values()).most_common(1)[0]
+    own = {number: size for number, size in sizes.items() if size != most}
+    return MoBASettings(*most, tuple(layer.kind for layer in layers), decode, own).to_config()
 
 
 def _rope(model: ModelConfig, length: int) -> dict[str, Any]:

@@ -95,7 +95,9 @@ def attention_section(values: dict[str, Any]) -> dict[str, Any]:
         return {"kind": "full"}
     kinds = moba.get("layer_types") or []
     full = [number for number, kind in enumerate(kinds, start=1) if kind == "full"]
-    return {"kind": "moba", "block_size": moba["block_size"], "top_k": moba["top_k"], "full_layers": full}
+    own = {int(number) + 1: sizes for number, sizes in moba.get("layer_sizes", {}).items()}
+    sizes = {"block_size": moba["block_size"], "top_k": moba["top_k"]}
+    return {"kind": "moba", **sizes, "full_layers": full, "layers": own}
 
 
 def _configuration(source: Path, out: Path, values: dict[str, Any], weights: SafetensorsFolder) -> dict[str, Any]:

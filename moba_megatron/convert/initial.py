@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from moba_megatron.checkpoint import CheckpointError, Manifest, load_model
-from moba_megatron.checkpoint.opened import find_checkpoint
+from moba_megatron.checkpoint.opened import find_checkpoint, saved_config
 from moba_megatron.config import Config, ConfigError, ModelConfig
 from moba_megatron.config.pretrained import pretrained_model_section
 from moba_megatron.convert.weights import open_weights, read_weights
@@ -50,6 +50,7 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
         dtypes = sorted(set(open_weights(source, model).dtypes.values()))
         lines = [f"model.init_from = {source}: Hugging Face weights in {', '.join(dtypes)}"]
     else:
+        _check_key_convolution(config, _find(source))
         lines = [f"model.init_from = {source}: {_find(source)}"]
     return lines + [
         f"model.{key} = {ours}: the weights come from a model with {theirs}"
@@ -89,6 +90,17 @@ def log_progress(done: int, total: int) -> None:
     """Say how far reading is, at every tenth."""
     if done * 10 // total > (done - 1) * 10 // total:
         logger.info("reading weights: %d of %d parameters", done, total)
+
+
+def _check_key_convolution(config: Config, checkpoint: Path) -> None:
+    """Its filters are parameters: a checkpoint has them or not. Plain Hugging Face weights start with filters of zero,
+    which do nothing."""
+    ours, theirs = config.attention.key_convolution, saved_config(checkpoint).attention.key_convolution
+    if ours != theirs:
+        instead = "leave it out" if theirs is None else f"set it to {theirs}"
+        raise ConfigError([
+            f"attention.key_convolution = {ours}, but {checkpoint} was trained with {theirs}: {instead}"
+        ])  # fmt: skip
 
 
 def _is_huggingface(source: Path) -> bool:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.model.schedule import AttentionSchedule
 
 if TYPE_CHECKING:
@@ -14,13 +15,13 @@ if TYPE_CHECKING:
 _MOBA = """## Attention
 
 {layers} of {all_layers} layers attend by Mixture of Block Attention (MoBA, arXiv 2502.13189): each query to its own
-block and to the {past} past blocks of {block_size} tokens whose mean key fits it best. `moba_config` in `config.json`
-says so.
+block and to the {past} past blocks of {block_size} tokens whose mean key fits it best{others}. `moba_config` in
+`config.json` says so.
 
 **Engines that do not know `moba_config` run this model with full attention.** vLLM and SGLang do, and so does
-transformers where it is told to use another attention. Up to {covered:,} tokens of context ({top_k} blocks) that is the
-same; beyond, the numbers are others than those it was trained with. In transformers 5, loading it fails where nothing
-has registered the attention; transformers 4 takes full attention without a word unless it is named:
+transformers where it is told to use another attention. Up to {covered:,} tokens of context that is the same; beyond,
+the numbers are others than those it was trained with. In transformers 5, loading it fails where nothing has registered
+the attention; transformers 4 takes full attention without a word unless it is named:
 
 ```python
 {load}
@@ -74,15 +75,16 @@ def _attention(name: str, values: dict[str, Any]) -> str:
     moba = values.get("moba_config")
     if moba is None:
         return _FULL.format(architecture=values["architectures"][0])
-    kinds = moba["layer_types"]
+    settings = MoBASettings.from_entry(moba, values["num_hidden_layers"])
+    others = [f"layer {n + 1}: {top_k - 1} of {size}" for n, (size, top_k) in settings.layer_sizes.items()]
     return _MOBA.format(
         load=(_WITH_OWN_CODE if "auto_map" in values else _WITH_PACKAGE).format(name=name),
-        layers=kinds.count("moba"),
-        all_layers=len(kinds),
-        past=moba["top_k"] - 1,
-        block_size=moba["block_size"],
-        top_k=moba["top_k"],
-        covered=moba["block_size"] * moba["top_k"],
+        layers=settings.layer_types.count("moba"),
+        all_layers=len(settings.layer_types),
+        past=settings.top_k - 1,
+        block_size=settings.block_size,
+        others=f" ({'; '.join(others)})" if others else "",
+        covered=settings.covered,
     )
 
 
@@ -111,6 +113,7 @@ def _losses(exported: Exported) -> dict[str, str]:
     path = exported.checkpoint.parent.parent / "evaluations.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
     for values in map(json.loads, lines):
-        if values["step"] == exported.manifest.step:
+        # The lines of `moba-megatron evaluate` name their kind; those of training do not.
+        if values["step"] == exported.manifest.step and "kind" not in values:
             return {"validation loss (nats per token)": f"{values['loss']:.4f}"}
     return {}

@@ -43,6 +43,7 @@ def moba_attention(
     if attention_mask is None or dropout or kwargs.get("sliding_window") or kwargs.get("output_attentions"):
         raise ValueError("MoBA needs transformers' mask, and has no dropout, window or returned attention weights")
     settings = module.config.moba_config
+    settings = {**settings, **settings.get("layer_sizes", {}).get(str(module.layer_idx), {})}
     sparse = settings["layer_types"][module.layer_idx] == "moba"
     if query.shape[2] == 1 and settings["decode"] == "full":
         sparse = False

@@ -40,12 +40,16 @@ def copy_tokenizer_files(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def name_tokenizer_class(folder: Path) -> None:
-    """Write the class that reads any `tokenizer.json` where the folder names none."""
+def complete_tokenizer_config(folder: Path, eos_token: str) -> None:
+    """Write what transformers needs and the folder does not say: the class that reads any `tokenizer.json`, and the
+    token that ends a text."""
     values = _read(folder / CONFIG)
-    if "tokenizer_class" not in values:
-        values["tokenizer_class"] = "PreTrainedTokenizerFast"
-        (folder / CONFIG).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos_token}
+    if "eos_token" in _read(folder / "special_tokens_map.json"):
+        del defaults["eos_token"]
+    if defaults.keys() - values.keys():
+        text = json.dumps({**defaults, **values}, indent=2, ensure_ascii=False) + "\n"
+        (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:

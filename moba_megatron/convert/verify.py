@@ -80,9 +80,8 @@ def _texts(exported: Exported) -> list[Text]:
     scaled = model.rotary_scaling in ("llama3", "longrope")
     original = model.rotary_original_length if scaled else exported.config.data.sequence_length
     texts.append(Text("past the original length", random(original + _COMPARED)))
-    sparse = next((layer for layer in exported.layers if layer.kind == "moba"), None)
-    if sparse:
-        texts.append(Text("under MoBA", random(sparse.block_size * (2 * sparse.top_k) + _COMPARED), moba=True))
+    if covered := [layer.block_size * layer.top_k for layer in exported.layers if layer.kind == "moba"]:
+        texts.append(Text("under MoBA", random(2 * max(covered) + _COMPARED), moba=True))
     return texts
 
 

@@ -13,6 +13,8 @@ from moba_megatron.convert.mapping import canonical_name, huggingface_shapes, pi
 from moba_megatron.convert.safetensors_folder import SafetensorsFolder
 
 _TIED = "lm_head.weight", "model.embed_tokens.weight"
+# No plain model has filters of keys: they keep the zeros they start with, which do nothing.
+_OWN = "self_attention.key_convolution.weight"
 
 
 def open_weights(folder: str | Path, model: ModelConfig) -> SafetensorsFolder:
@@ -63,7 +65,7 @@ def read_weights(
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     ranks = parallel_state.get_tensor_model_parallel_world_size()
-    todo = [named for chunk in chunks for named in canonical_parameters(chunk)]
+    todo = [named for chunk in chunks for named in canonical_parameters(chunk) if not named[0].endswith(_OWN)]
     for number, (name, parameter) in enumerate(todo, start=1):
         filled = 0
         for piece in pieces(name, model, rank, ranks):

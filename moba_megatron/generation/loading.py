@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from moba_megatron.convert.export_hf import Exported, open_exported
 from moba_megatron.convert.families import huggingface_config, moba_config
 from moba_megatron.convert.mapping import parameter_shapes, pieces
 from moba_megatron.convert.stored import StoredWeights
-from moba_megatron.hf import NAME, MoBASettings
+from moba_megatron.hf import NAME, MoBASettings, check_attends
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,45 @@ def load_generator(path: Path, decode: str | None = None) -> Generator:
     return _from_checkpoint(open_exported(path), decode)
 
 
-def _from_huggingface(path: Path, decode: str | None) -> Generator:
+def load_model(path: Path, decode: str | None = None) -> tuple[Any, str]:
+    """The model of a Hugging Face folder in evaluation mode, and how its layers attend in a line.
+
+    Args:
+        decode: as in `load_generator`.
+
+    Raises:
+        ValueError: as `load_generator`, and where the model would attend by something else than its configuration says.
+        OSError: no weights.
+    """
     # Code in the folder is never run.
     local = {"trust_remote_code": False}
     config = AutoConfig.from_pretrained(path, **local)
     attention, name = _set_attention(config, decode, str(path))
     model = AutoModelForCausalLM.from_pretrained(path, config=config, attn_implementation=name, dtype="auto", **local)
-    tokenizer = AutoTokenizer.from_pretrained(path, **local)
+    model = _ready(model)
+    if name == NAME:
+        check_attends(model)
+    return model, attention
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a Hugging Face folder: `tokenizer.json` as it is, because AutoTokenizer builds another one
+    around its vocabulary for some kinds of models (Qwen 2), with other ids.
+
+    Raises:
+        OSError: there is none.
+    """
+    if (path / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def _from_huggingface(path: Path, decode: str | None) -> Generator:
+    tokenizer = load_tokenizer(path)
+    model, attention = load_model(path, decode)
     stop = model.generation_config.eos_token_id
     return Generator(
-        model=_ready(model),
+        model=model,
         encode=lambda text: tokenizer(text).input_ids,
         decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
         stop_ids=() if stop is None else stop if isinstance(stop, list) else [stop],
@@ -118,6 +147,8 @@ def _fill(model: Any, stored: StoredWeights, exported: Exported) -> None:
 def _set_attention(config: Any, decode: str | None, path: str) -> tuple[str, str]:
     """Set the decode mode; how the layers attend in a line, and the name of the attention."""
     if getattr(config, "moba_config", None) is None:
+        if config._attn_implementation == NAME:
+            raise ValueError(f"{path} names the attention {NAME!r} but has no moba_config: export it again")
         if decode is not None:
             raise ValueError(f"{path} has no MoBA layers, so there is no decode mode: leave --decode out")
         return "full attention in all layers", "sdpa"
@@ -127,9 +158,14 @@ def _set_attention(config: Any, decode: str | None, path: str) -> tuple[str, str
     sparse = settings.layer_types.count("moba")
     line = (
         f"MoBA in {sparse} of {len(settings.layer_types)} layers, block_size = {settings.block_size}, "
-        f"top_k = {settings.top_k}, decode = {settings.decode}"
+        f"top_k = {settings.top_k}{_other_sizes(settings)}, decode = {settings.decode}"
     )
     return line, NAME
+
+
+def _other_sizes(settings: MoBASettings) -> str:
+    own = (f"{size}, {top_k} in layer {number + 1}" for number, (size, top_k) in settings.layer_sizes.items())
+    return f" ({'; '.join(own)})" if settings.layer_sizes else ""
 
 
 def _ready(model: Any) -> Any:

@@ -12,7 +12,8 @@ transformers' interface (Llama, Qwen, Mistral, ...) then attends by MoBA:
 A checkpoint whose configuration has a `moba_config` needs only `from_pretrained(path, attn_implementation="moba")`.
 
 `settings` is what the configuration says, `mask` reads padding and packing, `attention` attends, `cache` is a cache
-with block summaries, `prefill` takes a long prompt in pieces. Needs torch and transformers 4.57 or newer.
+with block summaries, `prefill` takes a long prompt in pieces, `probe` asks a model whether it attends so. Needs torch
+and transformers 4.57 or newer.
 """
 
 from __future__ import annotations
@@ -26,9 +27,8 @@ from moba_megatron.hf.attention import moba_attention_forward
 from moba_megatron.hf.cache import BlockSummaries, MoBACache, MoBACacheLayer
 from moba_megatron.hf.mask import moba_mask
 from moba_megatron.hf.prefill import prefill
-from moba_megatron.hf.settings import MoBASettings, layer_types
-
-NAME = "moba"
+from moba_megatron.hf.probe import check_attends
+from moba_megatron.hf.settings import NAME, MoBASettings, layer_types
 
 AttentionInterface.register(NAME, moba_attention_forward)
 AttentionMaskInterface.register(NAME, moba_mask)
@@ -60,6 +60,7 @@ __all__ = [
     "MoBACache",
     "MoBACacheLayer",
     "MoBASettings",
+    "check_attends",
     "configure",
     "layer_types",
     "moba_attention_forward",

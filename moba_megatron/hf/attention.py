@@ -64,7 +64,7 @@ def moba_attention_forward(
     Raises:
         ValueError: no settings, or something that is not MoBA (dropout, windows, softcapping, masks, ...).
     """
-    settings = MoBASettings.from_config(module.config)
+    settings = MoBASettings.from_config(module.config).of_layer(module.layer_idx)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     _refuse_what_is_not_moba(dropout, causal, kwargs)
     is_moba = settings.layer_types[module.layer_idx] == "moba"

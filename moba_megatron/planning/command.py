@@ -54,6 +54,12 @@ def bench_command(
             min=1, help="Measure the exchanges of this many context-parallel ranks instead (context.csv, ...)."
         ),
     ] = None,
+    decode: Annotated[
+        bool,
+        typer.Option(
+            "--decode", help="Measure steps of generation and the prefill instead, fp32 on the CPU (decode.csv)."
+        ),
+    ] = False,
     output: Annotated[Path, typer.Option(help="Folder for bench.csv, bench.md and bench.png.")] = Path("bench"),
 ) -> None:
     """Measure MoBA against full causal attention in the same process, routing included.
@@ -82,6 +88,11 @@ def bench_command(
         )
         if tune:
             run_tune(replace(settings, backend="triton"), output, console)
+            return
+        if decode:
+            from moba_megatron.planning.bench_decode import decode_settings, run_decode_bench
+
+            run_decode_bench(decode_settings(settings), output, console)
             return
         if context_parallel is not None:
             run_context_bench(settings, context_parallel, output, console)

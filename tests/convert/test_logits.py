@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from huggingface_models import MODELS, VOCABULARY
+from huggingface_models import LLAMA3, LONGROPE, MODELS, SIZES, VOCABULARY, save_model
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -86,6 +86,35 @@ def test_every_family_at_every_layout_gives_the_logits_of_transformers(models, r
             assert b.std() > 0.3, name
             difference = (a - b).abs().max()
             assert difference < 1e-5, f"{name} at {parallel}: logits differ by {difference:.2e}"
+
+
+LONG = 8192 + 256
+LONG_MODELS = {
+    "llama": (LlamaConfig, {}),
+    "llama-3.1": (
+        LlamaConfig,
+        {"rope_parameters": {**LLAMA3, "factor": 8.0, "original_max_position_embeddings": 8192}},
+    ),
+    "llama-longrope": (LlamaConfig, {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 4096}}),
+    "qwen2": MODELS["qwen2"],
+    "qwen3": MODELS["qwen3"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", LAYOUTS)
+@pytest.mark.parametrize("name", LONG_MODELS)
+def test_past_position_8192_the_logits_are_those_of_transformers(tmp_path, name, ranks):
+    kind, changes = LONG_MODELS[name]
+    model = save_model(tmp_path, kind(**{**SIZES, **changes, "max_position_embeddings": 2 * LONG}))
+    ids = torch.randint(0, VOCABULARY, (1, LONG), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(ids).logits
+    configs = [configuration(tmp_path, parallel) for parallel in LAYOUTS[ranks]]
+    *_, found = run_ranks(ranks, lambda: [logits_here(config, [ids]) for config in configs])
+    for config, (ours,) in zip(configs, found, strict=True):
+        difference = (ours - expected)[:, -512:].abs().max()
+        assert difference < 1e-5, f"{config.parallel}: logits differ by {difference:.2e}"
 
 
 @pytest.mark.parametrize("name", MODELS)

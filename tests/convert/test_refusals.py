@@ -16,11 +16,10 @@ from test_logits import configuration
 
 from moba_megatron.config import Config, ConfigError, ModelConfig
 from moba_megatron.config.huggingface import model_section, read_huggingface_config
-from moba_megatron.convert.families import family_of, moba_config
+from moba_megatron.convert.families import family_of
 from moba_megatron.convert.initial import check_initial_weights
 from moba_megatron.convert.mapping import huggingface_shapes, parameter_shapes, pieces
 from moba_megatron.convert.weights import open_weights
-from moba_megatron.model.schedule import LayerAttention
 
 
 @pytest.fixture
@@ -169,8 +168,6 @@ def test_what_no_plain_model_computes_is_not_exported(models):
     both = model_of(models["llama"].folder).model_copy(update={"add_qkv_bias": True, "qk_layernorm": True})
     with pytest.raises(ConfigError, match="no plain model"):
         family_of(both)
-    with pytest.raises(ConfigError, match="several sizes"):
-        moba_config((LayerAttention("moba", 16, 3), LayerAttention("moba", 32, 3)), "full")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

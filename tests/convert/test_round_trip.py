@@ -20,7 +20,7 @@ from moba_megatron.config import ConfigError, load_config
 from moba_megatron.config.huggingface import model_section, read_huggingface_config
 from moba_megatron.convert.export_hf import export_huggingface, open_exported
 from moba_megatron.convert.import_hf import import_huggingface
-from moba_megatron.convert.tokenizer_files import name_tokenizer_class, tokenizer_class
+from moba_megatron.convert.tokenizer_files import complete_tokenizer_config, tokenizer_class
 from moba_megatron.convert.verify import verify
 from moba_megatron.data.tokenizer import Tokenizer
 
@@ -143,7 +143,7 @@ def test_the_class_that_reads_a_tokenizer_is_found(tmp_path, kind, reader):
     """transformers 5 builds Qwen's own tokenizer for every model of that type, with other ids."""
     folder = Path(shutil.copytree(TOKENS / "tokenizer", tmp_path / kind))
     (folder / "config.json").write_text(json.dumps({"model_type": kind}))
-    name_tokenizer_class(folder)
+    complete_tokenizer_config(folder, "<|endoftext|>")
     tokenizer = Tokenizer(folder)
     assert tokenizer_class(folder, tokenizer) == reader
     right = getattr(transformers, reader).from_pretrained(folder)
@@ -174,6 +174,24 @@ def test_a_moba_export_comes_back_as_a_moba_run(trained, tmp_path):
     assert (attention.kind, attention.block_size, attention.top_k, attention.full_layers) == ("moba", 16, 3, [4])
     export_huggingface(open_exported(tmp_path / "back"), tmp_path / "again")
     assert_same_tensors(tmp_path / "out", tmp_path / "again")
+
+
+def test_layers_of_several_sizes_are_exported_and_come_back(tmp_path):
+    layers = {1: {"block_size": 8, "top_k": 5}}
+    config = small_config(tmp_path, training__steps=3, attention__layers=layers, model__init_method_std=0.2)
+    run_ranks(1, train_here, config)
+    exported = open_exported(config.run.dir)
+    export_huggingface(exported, tmp_path / "out")
+    moba = json.loads((tmp_path / "out/config.json").read_text())["moba_config"]
+    assert (moba["block_size"], moba["layer_sizes"]) == (16, {"0": {"block_size": 8, "top_k": 5}})
+    (found,) = run_ranks(1, verify, exported, tmp_path / "out")
+    assert found[-1].name == "under MoBA" and found[-1].relative < 1e-5
+    card = (tmp_path / "out/README.md").read_text()
+    assert "2 past blocks of 16 tokens whose mean key fits it best (layer 1: 4 of 8)" in card
+    assert "Up to 40 tokens" in card
+    run_ranks(1, lambda: import_huggingface(tmp_path / "out", tmp_path / "back"))
+    back = load_config(tmp_path / "back/config.yaml").attention
+    assert (back.layers[1].block_size, back.layers[1].top_k, back.full_layers) == (8, 5, [4])
 
 
 def test_a_damaged_checkpoint_is_not_exported(trained, tmp_path):

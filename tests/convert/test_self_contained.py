@@ -19,7 +19,8 @@ from moba_megatron.convert.export_hf import export_huggingface, open_exported
 def folders(request, tmp_path_factory):
     """A trained hybrid model, exported plainly and with its own code."""
     folder = tmp_path_factory.mktemp(request.param)
-    config = small_config(folder, training__steps=3, model__add_qkv_bias=request.param == "qwen2")
+    biases, own = request.param == "qwen2", {2: {"block_size": 8, "top_k": 4}}
+    config = small_config(folder, training__steps=3, model__add_qkv_bias=biases, attention__layers=own)
     run_ranks(1, train_here, config)
     for decode in ("full", "moba"):
         exported = open_exported(config.run.dir)

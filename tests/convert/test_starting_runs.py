@@ -131,10 +131,20 @@ def own_memory() -> int:
     return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def test_a_rank_holds_its_own_part_and_no_more(tmp_path):
-    sizes = {"hidden_size": 1024, "intermediate_size": 3584, "vocab_size": 16000, "num_attention_heads": 16}
+MEDIUM = {"hidden_size": 1024, "intermediate_size": 3584, "vocab_size": 16000, "num_attention_heads": 16}
+LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256, "num_attention_heads": 32}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shard"),
+    [
+        pytest.param(MEDIUM, "60MB", id="medium"),
+        pytest.param({**LLAMA_3_8B, "num_key_value_heads": 8}, "1GB", id="llama-3-8b", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_holds_its_own_part_and_no_more(tmp_path, sizes, shard):
     folder = tmp_path / "model"
-    save_model(folder, LlamaConfig(**{**SIZES, **sizes, "num_hidden_layers": 2}), "60MB", torch.bfloat16)
+    save_model(folder, LlamaConfig(**{**SIZES, **sizes, "num_hidden_layers": 2}), shard, torch.bfloat16)
     config = configuration(folder, {"tensor": 4})
     config = config.model_copy(update={"training": config.training.model_copy(update={"precision": "bf16"})})
 
@@ -152,8 +162,9 @@ def test_a_rank_holds_its_own_part_and_no_more(tmp_path):
             nonlocal peak
             peak = max(peak, own_memory() - before)
 
-        (model,) = build_model(config, 16000, AttentionSchedule.from_config(config.attention, 2))
-        section = sized(config.model, 16000)
+        vocabulary = sizes["vocab_size"]
+        (model,) = build_model(config, vocabulary, AttentionSchedule.from_config(config.attention, 2))
+        section = sized(config.model, vocabulary)
         read_weights([model], open_weights(folder, section), section, advance=watch)
         return peak, sum(p.numel() * p.element_size() for p in model.parameters())
 

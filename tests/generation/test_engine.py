@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from distributed import run_ranks
 from small_run import small_config, train_here
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from moba_megatron.convert.export_hf import export_huggingface, open_exported
 from moba_megatron.generation.engine import continue_prompt
@@ -97,6 +99,43 @@ def test_a_model_without_moba_layers_has_no_decode_mode(exported, tmp_path):
     assert load_generator(tmp_path).attention == "full attention in all layers"
     with pytest.raises(ValueError, match="no MoBA layers"):
         load_generator(tmp_path, "moba")
+
+
+def test_a_folder_that_names_moba_but_has_no_sizes_is_refused(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "out")
+    values = json.loads((exported / "config.json").read_text())
+    del values["moba_config"]
+    (tmp_path / "out/config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="has no moba_config"):
+        load_generator(tmp_path / "out")
+
+
+def test_a_model_that_does_not_come_to_moba_is_refused(exported, monkeypatch):
+    """As a class of transformers would that does not take its attention from the interface."""
+    layer = LlamaAttention.forward
+
+    def own_attention(self, *args, **kwargs):
+        if self.layer_idx == 1:
+            return args[0] if args else kwargs["hidden_states"], None
+        return layer(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", own_attention)
+    with pytest.raises(ValueError, match=r"layers \[1\] .* of LlamaForCausalLM do not attend by MoBA"):
+        load_generator(exported)
+    monkeypatch.undo()
+    assert load_generator(exported).attention.startswith("MoBA in 3 of 4 layers")
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["llama", "qwen2"])
+def test_prompts_get_the_ids_that_training_had(tmp_path, bias):
+    """transformers' automatic choice builds another tokenizer for Qwen 2."""
+    config = small_config(tmp_path, training__steps=3, model__add_qkv_bias=bias)
+    run_ranks(1, train_here, config)
+    export_huggingface(open_exported(config.run.dir), tmp_path / "out")
+    both = [load_generator(source) for source in (Path(config.run.dir), tmp_path / "out")]
+    assert [x.encode("w5 w6 w7") for x in both] == [[5, 6, 7]] * 2
+    assert [list(x.stop_ids) for x in both] == [[0]] * 2
+    assert [x.decode([5, 6]) for x in both] == ["w5w6"] * 2
 
 
 def test_the_command_streams_the_same_text_from_both(run, exported):

@@ -58,7 +58,7 @@ def tokens(length: int, seed: int = 0) -> torch.Tensor:
 
 def _by_definition(module, query, key, value, attention_mask, scaling=None, **_):
     """MoBA of one unpadded sequence; from token `prompt_length` on, full attention."""
-    settings = hf.MoBASettings.from_config(module.config)
+    settings = hf.MoBASettings.from_config(module.config).of_layer(module.layer_idx)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     assert query.shape[0] == 1 and attention_mask is None and len(q) == len(k)
     full = reference_attend(q, k, v, reference_select(q, k, None, len(q), 0), None, len(q), scaling)[0]

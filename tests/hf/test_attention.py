@@ -36,6 +36,18 @@ def test_layers_attend_by_their_kind():
     close(kinds[2], full)
 
 
+def test_layers_may_have_sizes_of_their_own():
+    model, ids = build(), tokens(45)
+    with torch.no_grad():
+        same = model(ids).logits
+        model.config.moba_config["layer_sizes"] = {"1": {"block_size": 8, "top_k": 2}}
+        other = model(ids).logits
+        close(other, truth(model, ids))
+    assert (same - other).abs().max() > 1e-2
+    settings = hf.MoBASettings.from_config(model.config)
+    assert settings.covered == 12 and settings.to_config() == model.config.moba_config
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("positions", [True, False])
 def test_padding_changes_nothing(side, positions):
@@ -109,6 +121,11 @@ def test_missing_settings_raise():
         ({"block_size": 4, "top_k": 2, "layer_types": ["moba"]}, "1 layer_types, the model has 3"),
         ({"block_size": 4, "top_k": 2, "layer_types": ["moba", "dense", "full"]}, r"layer_types\[1\].*'dense'"),
         ({"block_size": 4, "top_k": 2, "version": 7}, "version 7"),
+        ({"block_size": 4, "top_k": 2, "layer_sizes": {"0": [8, 2]}}, "layer_sizes must be as"),
+        (
+            {"block_size": 4, "top_k": 2, "layer_sizes": {"3": {"block_size": 8, "top_k": 2}}},
+            "layer 3, .* no moba layer",
+        ),
     ],
 )
 def test_wrong_settings_raise(entry, message):

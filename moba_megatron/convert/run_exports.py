@@ -1,0 +1,41 @@
+"""The export of a checkpoint that stays in its run folder, `RUN/exports/step_N`: made once, used again by whatever
+reads Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from moba_megatron.checkpoint import CheckpointError
+from moba_megatron.convert.export_hf import SOURCE, Exported, export_huggingface, source_of
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The run folder of a checkpoint; the folder beside it if it stands alone."""
+    parent = checkpoint.parent
+    return parent.parent if parent.name == "checkpoints" else parent
+
+
+def export_in_run(exported: Exported, advance: Callable[[int, int], None] = lambda done, total: None) -> Path:
+    """The Hugging Face folder of a checkpoint within its run folder; written if it is not there.
+
+    Args:
+        advance: as in `export_huggingface`.
+
+    Raises:
+        CheckpointError: the folder there is no export of this checkpoint as this version writes it.
+        ConfigError, CheckpointError: as `export_huggingface`.
+    """
+    folder = run_folder(exported.checkpoint) / "exports" / exported.checkpoint.name
+    if not folder.exists():
+        export_huggingface(exported, folder, advance=advance)
+        return folder
+    path = folder / SOURCE
+    found, wanted = json.loads(path.read_text()) if path.is_file() else {}, source_of(exported)
+    if found != wanted:
+        raise CheckpointError(
+            f"{folder} is not the export of {exported.checkpoint} ({SOURCE} says {found}, expected {wanted}): remove "
+            "the folder, it will be made anew"
+        )
+    return folder

@@ -1,0 +1,43 @@
+"""Whether a model really attends by what is registered as "moba": asked of the model, not of its configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from moba_megatron.hf.attention import moba_attention_forward
+from moba_megatron.hf.settings import NAME
+
+
+@torch.no_grad()
+def check_attends(model: Any) -> None:
+    """Hold a model against its promise: one token goes through it, and every layer must come to MoBA's attention.
+
+    A model class that does not take its attention from transformers' interface would otherwise attend fully without a
+    word.
+
+    Args:
+        model: a causal language model in evaluation mode, loaded with `attn_implementation="moba"`.
+
+    Raises:
+        ValueError: layers that attend by something else, by number.
+    """
+    reached: set[int] = set()
+
+    def noting(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        reached.add(module.layer_idx)
+        return moba_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register(NAME, noting)
+    try:
+        model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+    finally:
+        AttentionInterface.register(NAME, moba_attention_forward)
+    missed = sorted(set(range(model.config.get_text_config().num_hidden_layers)) - reached)
+    if missed:
+        raise ValueError(
+            f"layers {missed} (counted from 0) of {type(model).__name__} do not attend by MoBA, although the model was "
+            "loaded for it: its class does not take its attention from transformers' interface"
+        )
