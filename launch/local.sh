@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train on this machine: launch/local.sh RANKS CONFIG.yaml [key.path=value ...]
 # One rank a GPU, or one rank for a few CPU cores. RUN/status.json tells how it ended.
+#   RESTARTS   from the environment: how often all ranks may start again from the last checkpoint after one died: 0
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -lt 2 ]; then
@@ -9,5 +10,8 @@ if [ $# -lt 2 ]; then
 fi
 ranks=$1
 shift
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}    # kernels of TP start in the order asked for
+# With the store of the attempt before, gloo would not find its ranks again.
+[ "${RESTARTS:-0}" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # gloo and NCCL find the loopback device by themselves on one node.
-exec .venv/bin/torchrun --standalone --nproc-per-node "$ranks" train.py "$@"
+exec .venv/bin/torchrun --standalone --max-restarts "${RESTARTS:-0}" --nproc-per-node "$ranks" train.py "$@"

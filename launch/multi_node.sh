@@ -7,6 +7,7 @@
 #   PORT       on the head, for the machines to find each other: 29400
 #   INTERFACE  network interface between the machines: the one that leads to HEAD
 #   ADDRESS    of this machine in that network: the first of INTERFACE
+#   RESTARTS   how often all ranks may start again from the last checkpoint after one died: 0
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -lt 5 ]; then
@@ -25,11 +26,14 @@ address=${ADDRESS:-$(ip -o -4 addr show dev "$interface" | awk 'NR == 1 {split($
 # Both would guess: gloo by the machine's name, which often leads to loopback; NCCL by the order of the interfaces.
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
 export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}    # kernels of TP start in the order asked for
+# With the store of the attempt before, gloo would not find its ranks again.
+[ "${RESTARTS:-0}" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 echo "node $node of $nodes: $address by $interface, head $head_address:${PORT:-29400}, $ranks ranks" >&2
 # torchrun recognises the head by its name alone: told an address, each machine would wait for another one.
 export PATH="$PWD/.venv/bin:$PATH"
 exec torchrun \
-    --nnodes "$nodes" --nproc-per-node "$ranks" --local-addr "$address" \
+    --nnodes "$nodes" --nproc-per-node "$ranks" --local-addr "$address" --max-restarts "${RESTARTS:-0}" \
     --rdzv-backend c10d --rdzv-endpoint "$head_address:${PORT:-29400}" --rdzv-id "${PORT:-29400}" \
     --rdzv-conf "is_host=$((node == 0))" \
     train.py "$@"

@@ -1,14 +1,17 @@
-"""Memory of one rank, from sizes alone. An estimate: the allocator's slack and communication buffers are not in it.
+"""Memory of a rank by part, from sizes alone: what `moba-megatron plan` and `train.py --dry-run` print.
 
-Weights and optimizer (bytes a parameter of this rank): bf16 weights 2, or fp32 weights that are their own main copy;
-fp32 gradients 4; with bf16 weights fp32 main weights 4; Adam's two moments 8. The distributed optimizer splits main
+Weights and optimizer (bytes a parameter of this rank): weights 2 in bf16, or 4 in fp32, which are their own main copy;
+gradients 4, in fp32; with bf16 weights main weights 4; Adam's two moments 8. The distributed optimizer splits main
 weights and moments over the data-parallel and context-parallel ranks, which hold the same weights.
 
-Activations of one layer, s tokens, hidden h, in the training dtype of a bytes (after arXiv 2205.05198, with SwiGLU,
-fused attention and no dropout): two norm inputs and two norm outputs 4 s h, query, key, value and the attention's
-output s D (2 N + 2 G), the feed-forward's gate, up and product 3 s f. Tensor parallelism splits heads and the
-feed-forward, sequence parallelism the rest, context parallelism the tokens. Full recomputation keeps s h a layer and
-one whole layer at a time. Stage i of p pipeline stages holds p - i microbatches at once, the first one p.
+Activations are those of `memory_layer`, for all layers of a stage and all microbatches that it holds at once. On top
+comes the largest of three moments that never meet: the loss (the final norm; gradients of hidden states and, in fp32,
+of the output weight; one chunk's logits and their gradient), the backward pass of a feed-forward, and that of
+attention, when the feed-forward's activations of that layer have been freed. With recomputation what one layer makes
+again is there too.
+
+Not in it: what the process has before a model is built (a CUDA context, NCCL's buffers, on a CPU the libraries), the
+allocator's slack, checkpoints on their way to disk.
 """
 
 from __future__ import annotations
@@ -16,58 +19,136 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moba_megatron.config import Config
+from moba_megatron.model.exchange import resolve_exchange
+from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
+from moba_megatron.planning.memory_layer import (
+    LayerBytes,
+    Shape,
+    attention_backward_bytes,
+    exchange_bytes,
+    layer_bytes,
+    mlp_backward_bytes,
+)
+from moba_megatron.planning.plan_stages import Stage, stages_of, vocabulary_rows
+
+# Tokens, labels, positions, mask, targets and per-token numbers of the loss, of each microbatch.
+BYTES_OF_A_TOKEN = 64
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the fullest rank."""
+    """Bytes on a rank of one pipeline stage.
 
+    Attributes:
+        activations: kept between forward and backward, chosen blocks aside.
+        moba: log-sum-exps and chosen blocks, kept as well.
+        loss, backward, exchange: working memory of the loss, of the dearest backward pass of a layer without and with
+            context parallelism's buffers; only the largest of these moments is in the total.
+        working: that largest one.
+    """
+
+    stage: int
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    moba: int
     loss: int
+    backward: int
+    exchange: int
+    working: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.loss
+        return self.weights + self.gradients + self.optimizer + self.activations + self.moba + self.working
 
 
-def estimate_memory(config: Config, parameters: int, vocab_size: int, data_parallel: int) -> MemoryEstimate:
-    """Estimate from the whole model's parameter count, which is taken to spread over pipeline stages as layers do."""
-    parallel, training = config.parallel, config.training
-    width = 2 if training.precision == "bf16" else 4
-    local = parameters * max(_stage_layers(config)) // (config.model.num_layers * parallel.tensor)
-    per_parameter = 12 if training.precision == "bf16" else 8
-    replicas = data_parallel * parallel.context
-    optimizer = local * per_parameter // (replicas if parallel.distributed_optimizer else 1)
+def estimate_memory(
+    config: Config, schedule: AttentionSchedule, vocab_size: int, data_parallel: int, device_type: str = "cuda"
+) -> list[MemoryEstimate]:
+    """The memory of a rank of each pipeline stage, in the dearest stage of the training.
+
+    Args:
+        vocab_size: entries of the vocabulary, without padding.
+        device_type: "cuda" (layers of Transformer Engine) or "cpu": they keep different tensors.
+
+    Raises:
+        ConfigError: an exchange that cannot run with these sizes.
+    """
+    training = config.training
+    microbatches = training.global_batch_size // (training.micro_batch_size * data_parallel)
+    return [
+        _stage_memory(config, schedule, stage, vocab_size, data_parallel, Shape.of(config, device_type))
+        for stage in stages_of(config, vocab_size, max(1, microbatches))
+    ]
+
+
+def fullest(estimates: list[MemoryEstimate]) -> MemoryEstimate:
+    """The stage whose ranks need the most."""
+    return max(estimates, key=lambda estimate: estimate.total)
+
+
+def _stage_memory(
+    config: Config, schedule: AttentionSchedule, stage: Stage, vocab_size: int, data_parallel: int, shape: Shape
+) -> MemoryEstimate:
+    parallel, bf16 = config.parallel, config.training.precision == "bf16"
+    replicas = data_parallel * parallel.context if parallel.distributed_optimizer else 1
+    moments = [_stage_activations(config, layers, stage, shape) for layers in schedule.stages]
+    activations, moba, backward, exchange, freed = max(moments, key=sum)
+    loss = _loss_bytes(config, shape, vocab_size) if stage.last else 0
     return MemoryEstimate(
-        weights=local * width,
-        gradients=local * 4,
-        optimizer=optimizer,
-        activations=_activations(config, width),
-        loss=min(training.loss_chunk_size, _tokens(config)) * vocab_size // parallel.tensor * 4 * 2,
+        stage=stage.number,
+        weights=stage.parameters * shape.width,
+        gradients=stage.parameters * 4,
+        optimizer=stage.parameters * (12 if bf16 else 8) // replicas,
+        activations=activations + _edge_bytes(stage, shape),
+        moba=moba,
+        loss=loss,
+        backward=backward,
+        exchange=exchange,
+        working=max(loss, backward, backward + exchange - freed),
     )
 
 
-def _tokens(config: Config) -> int:
-    """Tokens of one microbatch on one rank."""
-    return config.data.sequence_length * config.training.micro_batch_size // config.parallel.context
+def _stage_activations(
+    config: Config, layers: tuple[LayerAttention, ...], stage: Stage, shape: Shape
+) -> tuple[int, int, int, int, int]:
+    """(activations, MoBA's own, backward, exchange, freed by then) of one stage of the training."""
+    exchanges, recompute = resolve_exchange(config), config.training.recompute
+    activations, moba, moments = 0.0, 0.0, [(0, 0, 0)]
+    for number in stage.layers:
+        layer = layers[number - 1]
+        name = exchanges.full if layer.kind == "full" else exchanges.moba
+        bytes_ = layer_bytes(shape, layer, name)
+        activations += stage.in_flight * (bytes_.entry if recompute == "full" else bytes_.kept)
+        moba += stage.in_flight * bytes_.selected if recompute == "none" else 0
+        moments.append(_layer_moment(config, shape, layer, name, bytes_))
+    return int(activations), int(moba), *max(moments, key=lambda moment: moment[0] + moment[1])
 
 
-def _stage_layers(config: Config) -> list[int]:
-    """Layers of each pipeline stage, over its chunks."""
-    stages = config.parallel.pipeline
-    return [sum(config.chunk_layers[stage::stages]) for stage in range(stages)]
+def _layer_moment(
+    config: Config, shape: Shape, layer: LayerAttention, exchange: str | None, bytes_: LayerBytes
+) -> tuple[int, int, int]:
+    """(backward, exchange, what of the former is gone when the exchange begins) of one layer."""
+    again = {"none": 0, "selective": bytes_.selected, "full": bytes_.kept + bytes_.selected}[config.training.recompute]
+    mlp = mlp_backward_bytes(shape)
+    attention = attention_backward_bytes(shape, layer) - bytes_.mlp
+    backward = max(mlp, attention)
+    return again + backward, exchange_bytes(config, shape, layer, exchange), backward - attention
 
 
-def _activations(config: Config, width: int) -> int:
-    model, parallel = config.model, config.parallel
-    tokens = _tokens(config)
-    shared = 4 * model.hidden_size // (parallel.tensor if parallel.sequence else 1)
-    heads = model.head_size * (2 * model.num_attention_heads + 2 * model.query_groups)
-    layer = tokens * width * (shared + (heads + 3 * model.ffn_size) // parallel.tensor)
-    held = max(count * (parallel.pipeline - stage) for stage, count in enumerate(_stage_layers(config)))
-    if config.training.recompute == "full":
-        return layer + held * tokens * width * model.hidden_size
-    return held * layer
+def _edge_bytes(stage: Stage, shape: Shape) -> int:
+    """What a stage keeps outside its layers: what it received, and the batch."""
+    received = 0 if stage.first else stage.in_flight * shape.stream
+    return int(received + stage.in_flight * shape.tokens * BYTES_OF_A_TOKEN)
+
+
+def _loss_bytes(config: Config, shape: Shape, vocab_size: int) -> int:
+    """The final norm, and what `model.loss` needs: under sequence parallelism a gathered copy of the hidden states,
+    their gradient, the weight's, one chunk of logits."""
+    rows = vocabulary_rows(config, vocab_size)
+    hidden = shape.tokens * shape.hidden * shape.width
+    norm = shape.tokens * shape.hidden * (shape.width + (shape.width if shape.cuda else 8)) // shape.norm_split
+    weight = rows * shape.hidden * (4 + (shape.width if shape.width == 2 else 0))
+    chunk = min(config.training.loss_chunk_size, shape.tokens) * rows * 8
+    return norm + hidden * (2 if config.parallel.sequence else 1) + weight + chunk

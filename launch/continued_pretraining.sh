@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Continued pretraining to one million tokens, as a chain of Slurm jobs: each stage starts when the one before has finished, from
+# its weights.
+#   launch/continued_pretraining.sh MODEL GPUS WEIGHTS [sbatch options ...]
+#   launch/continued_pretraining.sh llama3.1_8b 64 models/Llama-3.1-8B --partition=gpu
+# MODEL: a folder of configs/continued_pretraining. GPUS: 64, 256 or 1024, eight a node. WEIGHTS: a Hugging Face folder.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ $# -lt 3 ]; then
+    echo "usage: launch/continued_pretraining.sh MODEL GPUS WEIGHTS [sbatch options ...]" >&2
+    exit 2
+fi
+model=$1 gpus=$2 weights=$3
+shift 3
+suffix=
+[ "$gpus" = 64 ] || suffix=_${gpus}gpus
+stages=(128k 256k 512k 1m 1m_moba)
+for stage in "${stages[@]}"; do
+    if [ ! -f "configs/continued_pretraining/$model/$stage$suffix.yaml" ]; then
+        echo "error: no configs/continued_pretraining/$model/$stage$suffix.yaml for MODEL = $model and GPUS = $gpus" >&2
+        exit 2
+    fi
+done
+if [ ! -f "$weights/config.json" ]; then
+    echo "error: WEIGHTS = $weights is no Hugging Face folder: it has no config.json" >&2
+    exit 2
+fi
+after=()
+for stage in "${stages[@]}"; do
+    config=configs/continued_pretraining/$model/$stage$suffix.yaml
+    job=$(sbatch --parsable --nodes=$((gpus / 8)) --job-name="$model-$stage" "${after[@]}" "$@" \
+        launch/slurm.sbatch "$config" model.init_from="$weights")
+    echo "job $job: $config from $weights"
+    after=(--dependency="afterok:$job" --kill-on-invalid-dep=yes)
+    weights=runs/continued_pretraining/$model/$stage
+done

@@ -1,0 +1,155 @@
+"""Bytes that one layer keeps for its backward pass, and what one backward pass needs besides, from sizes alone.
+
+Found by listing the tensors that autograd saves in our stack, and held against measured peaks. t tokens of a rank,
+hidden h, feed-forward f, N query and G key heads of size D, e bytes an element. What one layer keeps:
+
+| what | GPU (Transformer Engine) | CPU |
+|---|---|---|
+| two norms: input, normalised input (fp32 in the CPU's norm), output | 2 t h (e + e) | 2 t h (8 + e) |
+| rotated queries and keys, the joint projection (values are a part of it), the output | t D e (3 N + 3 G) | the same |
+| under `a2a`, beside the traded queries, keys, values and output: the output at home | t D e (3 N + 2 G) | the same |
+| cosine and sine, for queries and for keys | in one kernel: 0 | 4 t D e |
+| gate and up, then the product (CPU: their parts as well) | 3 t f e | 5 t f e |
+| attention's log-sum-exp, and MoBA's chosen blocks | t N (4 + 4 (K - 1)) | the same |
+
+Tensor parallelism divides heads and feed-forward, sequence parallelism the norms. `selective` recomputation drops the
+last row, `full` keeps t h e.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moba_megatron.config import Config
+from moba_megatron.model.schedule import LayerAttention
+from moba_megatron.parallel.traffic import Sizes, default_levels, traffic
+from moba_megatron.planning.plan_stages import tokens_of_rank
+
+# Workspace of the GPU kernels: half of the size of q, at least 256 MiB (ops/triton/attention.py).
+WORKSPACE_SHARE, SMALLEST_WORKSPACE = 0.5, 2**28
+# The portable backend lists at most this many entries for each query row of one key head (ops/entries.py).
+ENTRIES_PER_QUERY_ROW = 2
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes of one layer and microbatch on one rank.
+
+    Attributes:
+        norms, attention, mlp: kept for backward; `selected`: log-sum-exp and chosen blocks, kept as well.
+        entry: the layer's input, all that `full` recomputation keeps.
+    """
+
+    norms: int
+    attention: int
+    mlp: int
+    selected: int
+    entry: int
+
+    @property
+    def kept(self) -> int:
+        """What a layer without recomputation keeps, chosen blocks aside."""
+        return self.norms + self.attention + self.mlp
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one rank that every formula here needs."""
+
+    tokens: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head_size: int
+    width: int
+    norm_split: int
+    cuda: bool
+
+    @classmethod
+    def of(cls, config: Config, device_type: str) -> Shape:
+        """The shape of a configuration's rank; `width` is the size of an element in bytes."""
+        model, tensor = config.model, config.parallel.tensor
+        return cls(
+            tokens=tokens_of_rank(config),
+            hidden=model.hidden_size,
+            ffn=model.ffn_size // tensor,
+            heads=model.num_attention_heads // tensor,
+            groups=model.query_groups // tensor,
+            head_size=model.head_size,
+            width=2 if config.training.precision == "bf16" else 4,
+            norm_split=tensor if config.parallel.sequence else 1,
+            cuda=device_type == "cuda",
+        )
+
+    @property
+    def stream(self) -> int:
+        """Bytes of the residual stream."""
+        return self.tokens * self.hidden * self.width // self.norm_split
+
+
+def layer_bytes(shape: Shape, layer: LayerAttention, exchange: str | None) -> LayerBytes:
+    """What one layer keeps.
+
+    Args:
+        exchange: of this kind of layer under context parallelism, None without.
+    """
+    t, size, width = shape.tokens, shape.head_size, shape.width
+    norm = shape.width + (shape.width if shape.cuda else 8)
+    shards = 3 * shape.heads + (2 if exchange == "a2a" else 3) * shape.groups
+    rotary = 0 if shape.cuda else 4
+    past = 0 if layer.kind == "full" else layer.top_k - 1
+    return LayerBytes(
+        norms=2 * norm * t * shape.hidden // shape.norm_split,
+        attention=t * size * width * (shards + rotary),
+        mlp=(3 if shape.cuda else 5) * t * shape.ffn * width,
+        selected=t * shape.heads * (4 + 4 * past),
+        entry=shape.stream,
+    )
+
+
+def mlp_backward_bytes(shape: Shape) -> int:
+    """Gradients alive at once in the feed-forward's backward: of gate and up, of the stream around it (under sequence
+    parallelism with what is gathered), of a weight."""
+    streams = 2 if shape.norm_split == 1 else 4
+    around = streams * shape.tokens * shape.hidden * shape.width
+    return 2 * shape.tokens * shape.ffn * shape.width + around + 2 * shape.ffn * shape.hidden * shape.width
+
+
+def attention_backward_bytes(shape: Shape, layer: LayerAttention) -> int:
+    """Gradients alive at once in attention's backward (of queries also in fp32), and the backend's workspace."""
+    t, size, width = shape.tokens, shape.head_size, shape.width
+    queries, keys = t * shape.heads * size, t * shape.groups * size
+    gradients = queries * (4 + 4 * width) + keys * (6 * width + 8 // shape.groups)
+    if layer.kind == "full":
+        return gradients
+    if shape.cuda:
+        return gradients + max(SMALLEST_WORKSPACE, int(queries * width * WORKSPACE_SHARE))
+    return gradients + ENTRIES_PER_QUERY_ROW * queries * (width + 8) // shape.groups
+
+
+def exchange_bytes(config: Config, shape: Shape, layer: LayerAttention, exchange: str | None) -> int:
+    """Buffers of context parallelism in a backward pass of one layer.
+
+    A ring has two shards of keys and values and three of their gradients in fp32, a gather two heads of all ranks and
+    their gradients; traded heads and dispatched queries are there as messages and as what is made of them. Outside
+    `a2a` the output is summed in fp32.
+    """
+    if exchange is None:
+        return 0
+    t, size, width, ranks = shape.tokens, shape.head_size, shape.width, config.parallel.context
+    keys = t * 2 * shape.groups * size
+    wide_output = t * shape.heads * size * 4
+    if exchange == "a2a":
+        return 2 * t * (shape.heads + 2 * shape.groups) * size * width
+    if exchange == "p2p":
+        return 2 * keys * width + 3 * keys * 4 + wide_output
+    if exchange == "all_gather":
+        return 2 * keys // shape.groups * ranks * width * 2 + keys * 4 + wide_output
+    sizes = Sizes(t, shape.heads, shape.groups, size, width, layer.block_size, layer.top_k)
+    if exchange == "a2a+p2p":
+        given = config.parallel.hierarchical_context
+        inner = given[0] if given else default_levels(ranks, sizes)[0]
+        traded = 2 * t * (shape.heads + 2 * shape.groups) * size * width
+        return traded + (2 * keys * width + 3 * keys * 4 + wide_output if inner < ranks else 0)
+    return 2 * traffic("dispatch", sizes, ranks).backward + keys * 4 + wide_output

@@ -1,0 +1,192 @@
+"""Layouts that fit: tensor x context x pipeline x data parallel sizes and recomputation, the fastest first.
+
+Every combination of powers of two that divides the GPUs is held against the configuration's own checks (divisibility
+of heads, feed-forward, layers, sequence and batch; an exchange that can run), then against memory, then timed. For each
+the least recomputation that fits is taken. Pipeline stages are cut so that the slowest is as fast as can be: full
+layers at the end of the model, which cost many times a MoBA layer at great length, and the loss make the last stages
+shorter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moba_megatron.config import Config, ConfigError, ParallelConfig, check_world
+from moba_megatron.config.checks import combination_problems
+from moba_megatron.model.exchange import resolve_exchange
+from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.planning.memory import estimate_memory, fullest
+from moba_megatron.planning.plan import stage_shares
+from moba_megatron.planning.plan_machines import MEMORY_SHARE, Cluster
+from moba_megatron.planning.plan_stages import Stage
+from moba_megatron.planning.plan_time import layer_seconds, loss_seconds, step_time
+from moba_megatron.planning.plan_traffic import tensor_moved
+
+RECOMPUTATION = ("none", "selective", "full")
+# A stage that is slower than the best cut by less than this keeps equal stages.
+EQUAL_STAGES_MAY_COST = 1.02
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout that fits, what it takes, and the overrides that ask for it."""
+
+    parallel: ParallelConfig
+    data: int
+    recompute: str
+    memory: int
+    step_seconds: float
+    tokens_per_second: float
+
+    @property
+    def overrides(self) -> list[str]:
+        """`key=value` arguments for train.py and plan, whatever layout the configuration has."""
+        values = {
+            "parallel.tensor": self.parallel.tensor,
+            "parallel.sequence": self.parallel.sequence,
+            "parallel.context": self.parallel.context,
+            "parallel.exchange": "auto",
+            "parallel.hierarchical_context": None,
+            "parallel.pipeline": self.parallel.pipeline,
+            "parallel.pipeline_layers": self.parallel.pipeline_layers,
+            "parallel.virtual_pipeline": None,
+            "parallel.distributed_optimizer": self.parallel.distributed_optimizer,
+            "training.recompute": self.recompute,
+        }
+        # Without blanks, so that a shell takes each as one word.
+        words = {key: value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+                 for key, value in values.items()}  # fmt: skip
+        return [f"{key}={word}" for key, word in words.items()]
+
+
+def suggest_layouts(
+    config: Config, schedule: AttentionSchedule, vocab_size: int, cluster: Cluster, limit: int = 5
+) -> list[Layout]:
+    """The fastest layouts that fit; none if nothing does.
+
+    Batch sizes stay as the configuration has them.
+    """
+    found = [
+        layout
+        for parallel in _sizes(config, cluster)
+        if (layout := _fitting(config, parallel, schedule, vocab_size, cluster)) is not None
+    ]
+    return sorted(found, key=lambda layout: layout.step_seconds)[:limit]
+
+
+def _sizes(config: Config, cluster: Cluster) -> Iterator[ParallelConfig]:
+    for tensor in _powers(min(cluster.per_node, cluster.count)):
+        for context in _powers(cluster.count // tensor):
+            for pipeline in _powers(min(config.model.num_layers, cluster.count // (tensor * context))):
+                if cluster.count % (tensor * context * pipeline) == 0:
+                    yield ParallelConfig(
+                        tensor=tensor,
+                        sequence=tensor > 1,
+                        context=context,
+                        pipeline=pipeline,
+                        distributed_optimizer=cluster.count > tensor * pipeline,
+                    )
+
+
+def _powers(limit: int) -> Iterator[int]:
+    size = 1
+    while size <= limit:
+        yield size
+        size *= 2
+
+
+def _fitting(
+    config: Config, parallel: ParallelConfig, schedule: AttentionSchedule, vocab_size: int, cluster: Cluster
+) -> Layout | None:
+    """The layout with the least recomputation that fits, or None."""
+    candidate = config.model_copy(update={"parallel": parallel})
+    layers = config.model.num_layers
+    if parallel.pipeline > 1 and layers % parallel.pipeline:
+        # Any cut will do for the checks; the right one follows.
+        even = [layers // parallel.pipeline + (i < layers % parallel.pipeline) for i in range(parallel.pipeline)]
+        candidate = _with(candidate, pipeline_layers=even)
+    try:
+        data = check_world(candidate, cluster.count)
+        if combination_problems(candidate):
+            return None
+        resolve_exchange(candidate)
+    except ConfigError:
+        return None
+    for recompute in RECOMPUTATION:
+        training = candidate.training.model_copy(update={"recompute": recompute})
+        trial = candidate.model_copy(update={"training": training})
+        if parallel.pipeline > 1:
+            trial = _with(trial, pipeline_layers=balanced_layers(trial, schedule, vocab_size, cluster))
+        memory = fullest(estimate_memory(trial, schedule, vocab_size, data)).total
+        if memory <= MEMORY_SHARE * cluster.gpu.memory:
+            shares = stage_shares(schedule, config.training.steps)
+            steps = [step_time(trial, attention, vocab_size, data, cluster) for attention in schedule.stages]
+            seconds = sum(step.seconds * share for step, share in zip(steps, shares, strict=True))
+            return Layout(trial.parallel, data, recompute, memory, seconds, config.tokens_per_step / seconds)
+    return None
+
+
+def balanced_layers(config: Config, schedule: AttentionSchedule, vocab_size: int, cluster: Cluster) -> list[int] | None:
+    """Layers of each pipeline stage that make the slowest stage fastest; None where equal stages are as good."""
+    stages, exchange = config.parallel.pipeline, resolve_exchange(config)
+    one_layer = Stage(0, first=False, last=False, layers=(1,), parameters=0, in_flight=1)
+    tensor = tensor_moved(config, cluster, one_layer).seconds
+    seconds = [0.0] * config.model.num_layers
+    for share, attention in zip(stage_shares(schedule, config.training.steps), schedule.stages, strict=True):
+        for index, layer in enumerate(attention):
+            matrices, attended, context = layer_seconds(config, layer, cluster, exchange)
+            seconds[index] += share * (matrices + attended + context.seconds + tensor)
+    tail = loss_seconds(config, vocab_size, cluster)
+    counts = _cut(seconds, stages, tail)
+    if len(seconds) % stages == 0:
+        even = [len(seconds) // stages] * stages
+        if _slowest(seconds, even, tail) <= EQUAL_STAGES_MAY_COST * _slowest(seconds, counts, tail):
+            return None
+    return counts
+
+
+def _cut(seconds: list[float], stages: int, tail: float) -> list[int]:
+    """Cut a row of layers into stages so that the longest is as short as can be; `tail` comes after the last layer.
+
+    Every stage gets a layer; equal maxima are broken towards equal counts. `best[n]` is the longest stage, and the size
+    of the first one, when the last n layers fill as many stages as have been looked at.
+
+    >>> _cut([1.0, 1.0, 1.0, 1.0, 1.0, 3.0], 2, tail=0.0)
+    [5, 1]
+    """
+    layers = len(seconds)
+    sums = [0.0]
+    for value in reversed(seconds):
+        sums.append(sums[-1] + value)
+    impossible = (math.inf, 0)
+    best = [impossible] + [(sums[n] + tail, n) for n in range(1, layers + 1)]
+    choices = [[n for _, n in best]]
+    for stage in range(2, stages + 1):
+        row = [impossible] * (layers + 1)
+        for n in range(stage, layers + 1):
+            options = ((max(sums[n] - sums[n - k], best[n - k][0]), abs(k - n / stage), k) for k in range(1, n))
+            longest, _, size = min(options)
+            row[n] = (longest, size)
+        best = row
+        choices.append([size for _, size in row])
+    counts, left = [], layers
+    for stage in range(stages, 0, -1):
+        size = choices[stage - 1][left]
+        counts.append(size)
+        left -= size
+    return counts
+
+
+def _slowest(seconds: list[float], counts: list[int], tail: float) -> float:
+    times, start = [], 0
+    for count in counts:
+        times.append(sum(seconds[start : start + count]))
+        start += count
+    return max([*times[:-1], times[-1] + tail])
+
+
+def _with(config: Config, **parallel) -> Config:
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})

@@ -1,0 +1,160 @@
+"""A plan as tables for people and as JSON for programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moba_megatron.model.exchange import resolve_exchange
+from moba_megatron.planning.memory import MemoryEstimate
+from moba_megatron.planning.plan import Plan
+from moba_megatron.planning.plan_layouts import Layout
+from moba_megatron.planning.plan_machines import LINK_SHARE, MATRIX_SHARE, MEMORY_SHARE, Cluster
+
+MEMORY_PARTS = {
+    "weights": "weights",
+    "gradients": "gradients (fp32)",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "moba": "chosen blocks, log-sum-exps",
+    "working": "working memory, the largest of:",
+    "loss": "  the loss, in chunks",
+    "backward": "  backward of a layer",
+    "exchange": "  its context-parallel buffers",
+    "total": "total",
+}
+
+
+def assumptions(cluster: Cluster) -> list[str]:
+    """What every figure stands on, one line each."""
+    gpu = cluster.gpu
+    return [
+        "estimates: nothing here was measured on a GPU; memory formulas were held against CPU runs (docs/planning.md)",
+        f"{gpu.name}: {gpu.machine.peak / 1e12:.0f} TFLOP/s in bf16, {MATRIX_SHARE:.0%} of it in matrix products; "
+        f"attention by the kernel model (bench --model)",
+        f"links: {gpu.node_link / 1e9:.0f} GB/s a GPU within nodes of {cluster.per_node}, "
+        f"{gpu.network_link / 1e9:.0f} GB/s between them, {LINK_SHARE:.0%} of it reached",
+        f"memory: {MEMORY_SHARE:.0%} of {gpu.memory / 1e9:.0f} GB may be used; layers of Transformer Engine",
+        "every sample is one document as long as the sequence: packs of short ones are faster",
+        "a ring hides behind attention, interleaved pipelines behind all; other transfers are waited for",
+        "checkpoints, evaluation, data and restarts cost nothing",
+    ]
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """Memory, bytes and time of the configuration's own layout."""
+    config, parallel, gpu = plan.config, plan.config.parallel, plan.cluster.gpu
+    console.print(
+        f"{plan.cluster.count} x {gpu.name}: TP {parallel.tensor}{' + SP' if parallel.sequence else ''} x CP "
+        f"{parallel.context} x PP {parallel.pipeline} x DP {plan.data_parallel}, recompute "
+        f"{config.training.recompute}, {config.tokens_per_step:,} tokens a step, {config.training.steps:,} steps"
+    )
+    if parallel.pipeline_layers:
+        console.print(f"layers of each pipeline stage: {parallel.pipeline_layers}", markup=False)
+    for line in resolve_exchange(config).lines:
+        console.print(line, markup=False)
+    console.print(memory_table({f"{gpu.name}, GiB": plan.peak}))
+    limit = MEMORY_SHARE * gpu.memory
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    console.print(f"{verdict}: {plan.peak.total / 2**30:.1f} of {limit / 2**30:.1f} GiB on pipeline stage "
+                  f"{plan.peak.stage} (of {len(plan.memory)}, from 0)")  # fmt: skip
+    console.print(_time_table(plan))
+    console.print(
+        f"{plan.tokens_per_second:,.0f} tokens/s, {plan.mfu:.1%} of the peak in model FLOPs (attended pairs); "
+        f"{plan.full.seconds / plan.step_seconds:.2f} x the speed of full attention in all layers"
+    )
+
+
+def print_cost(console: Console, plan: Plan, price: float | None) -> None:
+    """GPU hours of the whole training, and their price."""
+    text = f"{plan.hours:,.1f} hours, {plan.gpu_hours:,.0f} GPU hours"
+    if price is not None:
+        text += f", {plan.gpu_hours * price:,.0f} at {price:g} a GPU hour"
+    console.print(text)
+
+
+def memory_table(estimates: dict[str, MemoryEstimate], title: str = "memory per rank") -> Table:
+    """Bytes by part in GiB, one column an estimate."""
+    table = Table(title, *estimates)
+    for name, words in MEMORY_PARTS.items():
+        values = [f"{getattr(estimate, name) / 2**30:.3f}" for estimate in estimates.values()]
+        table.add_row(words, *values, end_section=name == "exchange")
+    return table
+
+
+def print_layouts(console: Console, layouts: list[Layout]) -> None:
+    """Suggested layouts, the fastest first, and the overrides of the first."""
+    if not layouts:
+        console.print("no layout of these GPUs fits: take more of them or larger ones, a shorter sequence or a smaller "
+                      "training.micro_batch_size")  # fmt: skip
+        return
+    columns = ("TP", "CP", "PP", "DP", "recompute", "GiB", "s/step", "ktokens/s", "layers")
+    table = Table(*columns, title="layouts that fit, the fastest first", title_justify="left")
+    for layout in layouts:
+        sizes = (layout.parallel.tensor, layout.parallel.context, layout.parallel.pipeline, layout.data)
+        table.add_row(
+            *map(str, sizes),
+            layout.recompute,
+            f"{layout.memory / 2**30:.1f}",
+            f"{layout.step_seconds:.3g}",
+            f"{layout.tokens_per_second / 1e3:,.1f}",
+            " ".join(map(str, layout.parallel.pipeline_layers or [])) or "equal",
+        )
+    console.print(table)
+    console.print("the first, as overrides: " + " ".join(layouts[0].overrides), markup=False)
+
+
+def to_json(plan: Plan | None, problem: str | None, layouts: list[Layout], cluster: Cluster) -> dict[str, Any]:
+    """Everything that is printed, in bytes and seconds. `plan` is None where the own layout cannot run: `problem`."""
+    return {
+        "gpu": cluster.gpu.name,
+        "gpus": cluster.count,
+        "gpus_per_node": cluster.per_node,
+        "assumptions": assumptions(cluster),
+        "problem": problem,
+        "plan": None if plan is None else _plan_values(plan),
+        "layouts": [
+            {
+                **{key: value for key, value in asdict(layout).items() if key != "parallel"},
+                "parallel": layout.parallel.model_dump(mode="json"),
+                "overrides": layout.overrides,
+            }
+            for layout in layouts
+        ],
+    }
+
+
+def _plan_values(plan: Plan) -> dict[str, Any]:
+    return {
+        "parallel": {**plan.config.parallel.model_dump(mode="json"), "data": plan.data_parallel},
+        "fits": plan.fits,
+        "memory_bytes": [{**asdict(estimate), "total": estimate.total} for estimate in plan.memory],
+        "stages_of_training": [
+            {"share": share, "seconds": step.parts, "received_bytes": step.received, "pipeline_seconds": step.stages}
+            for share, step in zip(plan.shares, plan.steps, strict=True)
+        ],
+        "step_seconds": plan.step_seconds,
+        "step_seconds_full_attention": plan.full.seconds,
+        "tokens_per_second": plan.tokens_per_second,
+        "mfu": plan.mfu,
+        "tokens": plan.config.tokens_per_step * plan.config.training.steps,
+        "hours": plan.hours,
+        "gpu_hours": plan.gpu_hours,
+    }
+
+
+def _time_table(plan: Plan) -> Table:
+    columns = [f"training stage {n}" if len(plan.steps) > 1 else "s a step" for n in range(1, len(plan.steps) + 1)]
+    table = Table("time of the slowest pipeline stage", *columns, "GiB received a step")
+    forms = {"tensor parallelism": "tensor", "context parallelism": "context", "pipeline transfers": "pipeline",
+             "data parallelism": "data"}  # fmt: skip
+    for name in plan.steps[0].parts:
+        form = forms.get(name)
+        moved = f"{plan.steps[0].received[form] / 2**30:.3g}" if form else ""
+        table.add_row(name, *(f"{step.parts[name]:.3g}" for step in plan.steps), moved)
+    table.add_section()
+    table.add_row("in all", *(f"{step.seconds:.4g}" for step in plan.steps), "")
+    return table

@@ -1,0 +1,97 @@
+"""What each pipeline stage holds: its layers, its parameters and its tokens, from sizes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moba_megatron.config import Config
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage, as one of its tensor-parallel ranks sees it.
+
+    Attributes:
+        number: from 0; `first` has the embedding, `last` the final norm, the output layer and the loss.
+        layers: numbers of its layers, counted from 1, over all its model chunks.
+        parameters: of one rank.
+        in_flight: microbatches whose activations it holds at once, in units of all its layers: with the interleaved
+            schedule a fraction.
+    """
+
+    number: int
+    first: bool
+    last: bool
+    layers: tuple[int, ...]
+    parameters: int
+    in_flight: float
+
+
+def stages_of(config: Config, vocab_size: int, microbatches: int) -> list[Stage]:
+    """The pipeline stages of a configuration.
+
+    Args:
+        microbatches: of one rank in an optimizer step.
+    """
+    count = config.parallel.pipeline
+    numbers = _layer_numbers(config)
+    stages = []
+    for number in range(count):
+        first, last = number == 0, number == count - 1
+        stages.append(
+            Stage(
+                number=number,
+                first=first,
+                last=last,
+                layers=numbers[number],
+                parameters=_parameters(config, vocab_size, len(numbers[number]), first, last),
+                in_flight=_in_flight(config, number, microbatches),
+            )
+        )
+    return stages
+
+
+def tokens_of_rank(config: Config) -> int:
+    """Tokens of one microbatch on one context-parallel rank."""
+    return -(-config.data.sequence_length * config.training.micro_batch_size // config.parallel.context)
+
+
+def layer_parameters(config: Config) -> int:
+    """Parameters of one layer on one tensor-parallel rank."""
+    model, tensor = config.model, config.parallel.tensor
+    hidden, size, heads, groups = model.hidden_size, model.head_size, model.num_attention_heads, model.query_groups
+    joint = (heads + 2 * groups) * size
+    split = joint * hidden + heads * size * hidden + 3 * hidden * model.ffn_size + joint * model.add_qkv_bias
+    split += groups * size * (config.attention.key_convolution or 0)
+    return split // tensor + 2 * hidden + 2 * size * model.qk_layernorm
+
+
+def vocabulary_rows(config: Config, vocab_size: int) -> int:
+    """Rows of the embedding and of the output layer on one tensor-parallel rank."""
+    return -(-vocab_size // config.parallel.tensor)
+
+
+def _parameters(config: Config, vocab_size: int, layers: int, first: bool, last: bool) -> int:
+    rows = vocabulary_rows(config, vocab_size) * config.model.hidden_size
+    tied_here = config.model.share_embeddings_and_output_weights and first
+    tables = first + (last and not tied_here)
+    return layers * layer_parameters(config) + tables * rows + last * config.model.hidden_size
+
+
+def _layer_numbers(config: Config) -> list[tuple[int, ...]]:
+    """Numbers of the layers of each stage, over its chunks."""
+    stages, chunks, start = config.parallel.pipeline, [], 1
+    for count in config.chunk_layers:
+        chunks.append(range(start, start + count))
+        start += count
+    return [tuple(n for chunk in chunks[stage::stages] for n in chunk) for stage in range(stages)]
+
+
+def _in_flight(config: Config, stage: int, microbatches: int) -> float:
+    """Stage i of p holds p - i microbatches under 1F1B. Interleaved over v chunks it runs 2 (p - i - 1) + (v - 1) p
+    chunks ahead (arXiv 2104.04473), and holds one more."""
+    stages, virtual = config.parallel.pipeline, config.parallel.virtual_pipeline
+    if virtual is None:
+        return min(stages - stage, microbatches)
+    ahead = 2 * (stages - stage - 1) + (virtual - 1) * stages + 1
+    return min(ahead, microbatches * virtual) / virtual

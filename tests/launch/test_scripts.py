@@ -1,0 +1,114 @@
+"""The launch scripts without a cluster: they parse, are short, refuse mistakes; the manifest fits its schema."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
+MANIFEST = yaml.safe_load((LAUNCH / "pytorchjob.yaml").read_text())
+SCHEMA = json.loads(Path(__file__).with_name("pytorchjob_schema.json").read_text())
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_parses_stops_at_errors_and_is_short(path):
+    text = path.read_text()
+    checked = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    assert text.startswith("#!/usr/bin/env bash\n#") and "set -euo pipefail" in text
+    assert len(text.splitlines()) < 60
+    assert path.suffix == ".sbatch" or os.access(path, os.X_OK)
+    named = re.findall(r"\bconfigs/[\w./]+\.yaml", text)
+    assert all((ROOT / name).is_file() for name in named)
+
+
+def test_scripts_use_their_arguments_as_given():
+    """Every expansion of arguments is quoted: overrides hold brackets and blanks."""
+    for path in (*SCRIPTS, LAUNCH / "pytorchjob.yaml"):
+        unquoted = re.findall(r'(?<!["\w])\$@', path.read_text())
+        assert not unquoted, path
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["local.sh"], "usage: launch/local.sh RANKS CONFIG.yaml"),
+        (["multi_node.sh", "2", "0", "head"], "usage: launch/multi_node.sh NODES NODE HEAD RANKS CONFIG.yaml"),
+        (["multi_node.sh", "2", "0", "no.such.host.invalid", "1", "x.yaml"], "HEAD = no.such.host.invalid has no IPv4"),
+        (["continued_pretraining.sh", "llama3.1_8b"], "usage: launch/continued_pretraining.sh MODEL GPUS WEIGHTS"),
+        (["continued_pretraining.sh", "llama3.1_8b", "128", "models/x"], "GPUS = 128"),
+        (["continued_pretraining.sh", "gpt2", "64", "models/x"], "MODEL = gpt2"),
+        (["continued_pretraining.sh", "qwen2.5_7b", "1024", "models/missing"], "WEIGHTS = models/missing"),
+    ],
+)
+def test_mistakes_end_with_two_and_say_what_is_wrong(command, words):
+    result = subprocess.run([LAUNCH / command[0], *command[1:]], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and words in result.stderr, result.stderr
+
+
+def test_the_manifest_fits_the_operators_schema():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.validate(MANIFEST, SCHEMA, jsonschema.Draft202012Validator)
+    assert len((LAUNCH / "pytorchjob.yaml").read_text().splitlines()) < 60
+    replicas = MANIFEST["spec"]["pytorchReplicaSpecs"]
+    assert replicas["Worker"]["template"] == replicas["Master"]["template"]
+    pod = replicas["Master"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    values = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert int(values["RANKS"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    (script,) = container["args"]
+    assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
+    (config,) = re.findall(r"configs/\S+\.yaml", script)
+    assert (ROOT / config).is_file() and "launch/multi_node.sh" in script
+
+
+def change(path: str, value: object) -> dict:
+    """The manifest with one value replaced, or taken out if it is None."""
+    changed = copy.deepcopy(MANIFEST)
+    *parents, last = [int(part) if part.isdigit() else part for part in path.split("/")]
+    place = changed
+    for part in parents:
+        place = place[part]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return changed
+
+
+POD = "spec/pytorchReplicaSpecs/Master/template/spec"
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("apiVersion", "kubeflow.org/v2"),
+        ("metadata/name", "MoBA"),
+        ("spec/replicas", 2),
+        ("spec/runPolicy/cleanPodPolicy", "Never"),
+        ("spec/pytorchReplicaSpecs/Master", None),
+        ("spec/pytorchReplicaSpecs/Master/replicas", 2),
+        ("spec/pytorchReplicaSpecs/Worker/replicas", "2"),
+        ("spec/pytorchReplicaSpecs/Worker/restartPolicy", "Sometimes"),
+        (f"{POD}/containers/0/name", "main"),
+        (f"{POD}/containers/0/env/0/value", 8),
+        (f"{POD}/containers/0/command", "bash"),
+        (f"{POD}/containers/0/resources/limits/nvidia.com~gpu", -1),
+        (f"{POD}/containers/0/volumeMounts/0/mountPath", "data"),
+        (f"{POD}/volumes/1/emptyDir/sizeLimit", "64 GB"),
+    ],
+)
+def test_a_broken_manifest_does_not(path, value):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(change(path, value), SCHEMA, jsonschema.Draft202012Validator)

@@ -1,0 +1,238 @@
+"""Plans: the arithmetic of time, bytes and layouts, and every full-size configuration through the command."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import small_config
+from typer.testing import CliRunner
+
+from moba_megatron.cli import app
+from moba_megatron.config import ConfigError, check_world, load_config
+from moba_megatron.config.checks import combination_problems
+from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.planning.plan import make_plan
+from moba_megatron.planning.plan_layouts import _cut, _slowest, suggest_layouts
+from moba_megatron.planning.plan_machines import GPUS, LINK_SHARE, MEMORY_SHARE, Cluster
+from moba_megatron.planning.plan_time import step_time
+from moba_megatron.training.dry_run import print_dry_run
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FOLDERS = (
+    *("paper", "scaling_8k", "scaling_32k", "granularity", "sparse_then_full", "layer_hybrid"),
+    "continued_pretraining",
+)
+FULL_SIZE = [path for folder in FOLDERS for path in sorted((CONFIGS / folder).rglob("*.yaml")) if path.stem != "base"]
+MOBA_1M = CONFIGS / "continued_pretraining/llama3.1_8b/1m_moba.yaml"
+
+
+def schedule_of(config):
+    return AttentionSchedule.from_config(config.attention, config.model.num_layers)
+
+
+def call(*arguments: object, code: int = 0) -> str:
+    result = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, ["plan", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def gpus_of(path: Path) -> int:
+    """How many GPUs a configuration is meant for."""
+    if "continued_pretraining" not in path.parts:
+        return 32
+    return next((count for count in (256, 1024) if f"{count}gpus" in path.stem), 64)
+
+
+def test_the_experiments_of_the_report_are_all_there():
+    counts = {folder: sum(path.is_relative_to(CONFIGS / folder) for path in FULL_SIZE) for folder in FOLDERS}
+    assert counts == {
+        "paper": 5, "scaling_8k": 10, "scaling_32k": 10, "granularity": 6, "sparse_then_full": 3, "layer_hybrid": 6,
+        "continued_pretraining": 36,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FULL_SIZE, ids=lambda path: str(path.relative_to(CONFIGS).with_suffix("")))
+def test_every_full_size_configuration_fits_its_gpus(path):
+    config = load_config(path)
+    plan = make_plan(config, schedule_of(config), config.model.vocab_size, Cluster(GPUS["h100"], gpus_of(path)))
+    assert plan.fits and 0.05 < plan.mfu < 0.6, (plan.peak, plan.mfu)
+
+
+@pytest.mark.parametrize(
+    "name", ["scaling_32k/2.1b_full", "sparse_then_full/moba_then_full", "continued_pretraining/qwen2.5_7b/1m_moba"]
+)
+def test_a_dry_run_of_a_full_size_configuration(capsys, name):
+    print_dry_run(load_config(CONFIGS / f"{name}.yaml"), 1)
+    output = capsys.readouterr().out
+    for words in ("parameters", "tokens in all", "memory per rank", "GPU hours", "activations"):
+        assert words in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FULL_SIZE, ids=lambda path: str(path.relative_to(CONFIGS).with_suffix("")))
+def test_a_dry_run_of_every_full_size_configuration(capsys, path):
+    print_dry_run(load_config(path), 1)
+    assert "GPU hours" in capsys.readouterr().out
+
+
+def test_the_settings_of_the_report():
+    for blocks in (8, 16, 32, 64, 128):
+        config = load_config(CONFIGS / f"granularity/{blocks // 4}_of_{blocks}.yaml")
+        assert config.attention.block_size * blocks == config.data.sequence_length == 32768
+        assert config.attention.top_k * 4 == blocks
+    hybrid = schedule_of(load_config(CONFIGS / "sparse_then_full/moba_then_full.yaml"))
+    assert hybrid.until == (0.9, 1.0) and {layer.kind for layer in hybrid.stages[1]} == {"full"}
+    assert (hybrid.stages[0][0].block_size, hybrid.stages[0][0].top_k) == (2048, 3)
+    for size, tokens in (("545m", 10.8), ("822m", 15.3), ("1.1b", 20.6), ("1.5b", 27.4), ("2.1b", 36.9)):
+        moba, full = (load_config(CONFIGS / f"scaling_32k/{size}_{kind}.yaml") for kind in ("moba", "full"))
+        assert moba.tokens_per_step * moba.training.steps == pytest.approx(tokens * 1e9, rel=1e-3)
+        assert (moba.optimizer, moba.training, moba.model) == (full.optimizer, full.training, full.model)
+    for count in (0, 1, 3, 5, 10):
+        layers = schedule_of(load_config(CONFIGS / f"layer_hybrid/last_{count}_full.yaml")).stages[0]
+        assert [layer.kind for layer in layers] == ["moba"] * (20 - count) + ["full"] * count
+    for model, interpolated in (("llama3.1_8b", "rotary_interpolation"), ("qwen2.5_7b", "rotary_scaling_factor")):
+        folder = CONFIGS / "continued_pretraining" / model
+        for stage, length in (("128k", 2**17), ("256k", 2**18), ("512k", 2**19), ("1m", 2**20), ("1m_moba", 2**20)):
+            config = load_config(folder / f"{stage}.yaml")
+            assert config.data.sequence_length == length and config.tokens_per_step == 2**23
+            assert getattr(config.model, interpolated) == length / 2**17
+        last = schedule_of(config).stages[0]
+        assert {layer.kind for layer in last[-3:]} == {"full"} and (last[0].block_size, last[0].top_k) == (4096, 12)
+        assert config.tokens_per_step * config.training.steps == pytest.approx(1e11, rel=1e-3)
+
+
+def test_the_command_prints_a_plan_and_writes_it(tmp_path):
+    output = call(MOBA_1M, "--gpus", 64, "--gpu", "H100", "--price-per-hour", 2, "--json", tmp_path / "new/plan.json")
+    for words in ("64 x H100", "activations", "fits", "pipeline bubble", "GPU hours", "at 2 a GPU hour", "assumptions"):
+        assert words in output
+    written = json.loads((tmp_path / "new/plan.json").read_text())
+    plan = written["plan"]
+    parts = sum(plan["stages_of_training"][0]["seconds"].values())
+    assert plan["step_seconds"] == pytest.approx(parts) and plan["fits"]
+    assert plan["gpu_hours"] == pytest.approx(parts * 11921 * 64 / 3600)
+    assert plan["tokens_per_second"] == pytest.approx(2**23 / parts)
+    assert plan["step_seconds_full_attention"] > 3 * plan["step_seconds"]
+    assert len(written["layouts"]) == 5
+    # What is suggested can be asked for, and is what was promised.
+    first = written["layouts"][0]
+    again = call(MOBA_1M, *first["overrides"], "--gpus", 64, "--layouts", 0, "--json", tmp_path / "again.json")
+    assert "layouts that fit" not in again
+    assert json.loads((tmp_path / "again.json").read_text())["plan"]["step_seconds"] == pytest.approx(
+        first["step_seconds"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--gpu", "v100"), 2, "--gpu v100: choose one of a100, h100, h200, b200"),
+        (("--gpus", "0"), 2, "Invalid value"),
+        (("training.precision=fp32",), 2, "training.precision=bf16"),
+        (("model.vocab_size=null",), 2, "model.vocab_size is not set"),
+        (("model.layers=3",), 2, "unknown key"),
+        (("attention.block_size=9999999",), 2, "over data.sequence_length"),
+        (("--gpus", "48"), 1, "does not divide the 48 processes"),
+        (("parallel.context=1", "--gpus", "4"), 1, "DOES NOT FIT"),
+        (("parallel.exchange=a2a", "--gpus", "64"), 2, "exchange a2a"),
+    ],
+)
+def test_mistakes_end_with_what_would_work(arguments, code, words):
+    assert words in call(MOBA_1M, *arguments, code=code)
+
+
+def test_layouts_pass_the_checks_of_a_run_and_fit():
+    config = load_config(MOBA_1M)
+    cluster = Cluster(GPUS["h200"], 128)
+    layouts = suggest_layouts(config, schedule_of(config), 128256, cluster, 1000)
+    assert len(layouts) > 20
+    assert [layout.step_seconds for layout in layouts] == sorted(layout.step_seconds for layout in layouts)
+    uneven = [layout.parallel.pipeline_layers for layout in layouts if layout.parallel.pipeline_layers]
+    assert uneven and all(sum(layers) == 32 and layers[-1] < layers[0] for layers in uneven)
+    for layout in layouts:
+        trial = config.model_copy(update={"parallel": layout.parallel})
+        assert not combination_problems(trial) and check_world(trial, 128) == layout.data
+        assert layout.memory <= MEMORY_SHARE * cluster.gpu.memory
+
+
+def test_nothing_fits_where_nothing_can():
+    config = load_config(MOBA_1M)
+    assert suggest_layouts(config, schedule_of(config), 128256, Cluster(GPUS["a100"], 4)) == []
+    assert "no layout of these GPUs fits" in call(MOBA_1M, "--gpus", 4, "--gpu", "a100", code=1)
+
+
+def test_pipeline_stages_are_cut_as_well_as_can_be():
+    torch.manual_seed(3)
+    for layers, stages in ((1, 1), (6, 2), (7, 3), (9, 4)):
+        for _ in range(10):
+            seconds, tail = (torch.rand(layers) ** 3).tolist(), float(torch.rand(()))
+            counts = _cut(seconds, stages, tail)
+            assert len(counts) == stages and sum(counts) == layers and min(counts) >= 1
+            every = [cut for cut in itertools.product(range(1, layers + 1), repeat=stages) if sum(cut) == layers]
+            best = min(_slowest(seconds, list(cut), tail) for cut in every)
+            assert _slowest(seconds, counts, tail) == pytest.approx(best)
+
+
+def times(folder, gpus: int = 8, **changes):
+    config = small_config(
+        folder, training__precision="bf16", training__global_batch_size=64, training__micro_batch_size=1, **changes
+    )
+    cluster = Cluster(GPUS["h100"], gpus)
+    return config, step_time(config, schedule_of(config).stages[0], 128, check_world(config, gpus), cluster)
+
+
+def test_bubble_and_transfers_of_a_pipeline(tmp_path):
+    config, one = times(tmp_path, parallel__pipeline=4)
+    slowest = max(one.stages)
+    # 64 samples on 2 data-parallel ranks: 32 microbatches; the others once more.
+    work = sum(one.parts[name] for name in ("matrix products", "attention", "pipeline transfers"))
+    assert work == pytest.approx(32 * slowest)
+    assert one.parts["pipeline bubble"] == pytest.approx(sum(one.stages) - slowest)
+    stream = config.data.sequence_length * config.model.hidden_size * 2
+    assert one.received["pipeline"] == 32 * 2 * stream
+    _, interleaved = times(tmp_path, parallel__pipeline=2, parallel__virtual_pipeline=2)
+    assert interleaved.parts["pipeline transfers"] == 0 < interleaved.received["pipeline"]
+
+
+def test_bytes_of_tensor_and_data_parallelism(tmp_path):
+    config, tensor = times(tmp_path, parallel__tensor=2, gpus=2)
+    stream = config.data.sequence_length * config.model.hidden_size * 2
+    # Eight halves of the stream for each of four layers, and two for embedding and loss each.
+    assert tensor.received["tensor"] == 64 * (4 * 8 + 2 + 2) * stream / 2
+    assert tensor.received["data"] == 0
+    _, sequence = times(tmp_path, parallel__tensor=2, parallel__sequence=True, gpus=2)
+    assert sequence.received["tensor"] == 64 * (4 * 10 + 2 + 2) * stream / 2
+    _, data = times(tmp_path, gpus=4)
+    _, split = times(tmp_path, gpus=4, parallel__distributed_optimizer=True)
+    assert split.received["data"] / data.received["data"] == 6 / 8
+    assert split.parts["optimizer"] == pytest.approx(data.parts["optimizer"] / 4)
+
+
+def test_recomputation_takes_time(tmp_path):
+    found = {
+        recompute: times(tmp_path, training__recompute=recompute)[1] for recompute in ("none", "selective", "full")
+    }
+    products = {recompute: step.parts["matrix products"] for recompute, step in found.items()}
+    attention = {recompute: step.parts["attention"] for recompute, step in found.items()}
+    assert products["none"] == products["selective"] < products["full"]
+    assert attention["none"] < attention["selective"] == attention["full"]
+
+
+def test_links_within_a_node_and_between_nodes():
+    cluster = Cluster(GPUS["h100"], 64)
+    assert cluster.link(1, 8) == LINK_SHARE * 450e9 and cluster.link(1, 16) == LINK_SHARE * 50e9
+    assert cluster.scatter_seconds(8e9, 1, 8) == pytest.approx(8e9 / (LINK_SHARE * 450e9))
+    # Half a node a group: 12 of 15 others are elsewhere.
+    assert cluster.scatter_seconds(15e9, 2, 16) == pytest.approx(12e9 / (LINK_SHARE * 50e9))
+    assert cluster.reduce_seconds(1e9, 8, 8) == pytest.approx(1e9 / (LINK_SHARE * 50e9))
+    assert cluster.reduce_seconds(1e9, 1, 64) == pytest.approx(1e9 / (LINK_SHARE * 400e9))
+
+
+def test_a_precision_without_a_model_is_refused(tmp_path):
+    config = small_config(tmp_path)
+    with pytest.raises(ConfigError, match="training.precision=bf16"):
+        make_plan(config, schedule_of(config), 128, Cluster(GPUS["h100"], 1))

@@ -1,0 +1,162 @@
+"""The memory that is predicted, against the peak of PyTorch's allocator in real training runs on this CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from small_run import small_config, train_here
+from torch.profiler import ProfilerActivity, profile
+
+from moba_megatron.config import Config
+from moba_megatron.model.builder import count_parameters
+from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.planning.memory import estimate_memory, fullest
+from moba_megatron.planning.plan_stages import stages_of
+
+VOCABULARY = 128
+TOLERANCE = 0.15
+
+# Activations outweigh all else here; three MoBA layers and a full one.
+SIZES = {
+    "model__num_layers": 4,
+    "model__hidden_size": 256,
+    "model__num_attention_heads": 4,
+    "model__num_query_groups": 2,
+    "model__ffn_hidden_size": 768,
+    "attention__block_size": 128,
+    "attention__top_k": 4,
+    "data__sequence_length": 4096,
+    "data__cross_document_attention": True,
+    "training__micro_batch_size": 1,
+    "training__global_batch_size": 1,
+    "training__steps": 2,
+    "optimizer__warmup_steps": 1,
+    "evaluation__samples": 1,
+}
+
+
+def peak_of_training(config: Config, world_size: int) -> int:
+    """Train as one rank, and return the most bytes that tensors held at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        train_here(config, world_size)
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+def schedule_of(config: Config) -> AttentionSchedule:
+    return AttentionSchedule.from_config(config.attention, config.model.num_layers)
+
+
+def check(folder, world_size: int, **changes: Any) -> None:
+    config = small_config(folder, **{**SIZES, **changes})
+    parallel = config.parallel
+    data_parallel = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+    estimate = fullest(estimate_memory(config, schedule_of(config), VOCABULARY, data_parallel, "cpu"))
+    measured = max(run_ranks(world_size, peak_of_training, config, world_size, timeout=280))
+    print(f"{changes}: {estimate.total / 2**20:.0f} MiB expected, {measured / 2**20:.0f} MiB measured")
+    assert estimate.total == pytest.approx(measured, rel=TOLERANCE), (estimate, measured)
+
+
+def test_the_peak_of_a_short_run(tmp_path):
+    check(tmp_path, 1, data__sequence_length=2048, training__recompute="full", model__num_layers=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_peak_of_one_rank(tmp_path, precision, recompute):
+    check(tmp_path, 1, training__precision=precision, training__recompute=recompute)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel__tensor": 2},
+        {"parallel__tensor": 2, "parallel__sequence": True},
+        {"parallel__pipeline": 2, "training__global_batch_size": 3},
+        {"parallel__pipeline": 2, "parallel__pipeline_layers": [3, 1], "training__global_batch_size": 2},
+        {"parallel__context": 2},
+        {"parallel__context": 2, "parallel__exchange": "p2p"},
+        {"parallel__context": 2, "parallel__exchange": "all_gather"},
+        {"parallel__context": 2, "parallel__exchange": "dispatch"},
+        {"parallel__distributed_optimizer": True, "training__precision": "bf16", "training__global_batch_size": 2},
+    ],
+    ids=["tp", "tp-sp", "pp", "pp-uneven", "cp-a2a", "cp-p2p", "cp-all_gather", "cp-dispatch", "dp-bf16"],
+)
+def test_the_peak_of_two_ranks(tmp_path, changes):
+    check(tmp_path, 2, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model__add_qkv_bias": True, "model__share_embeddings_and_output_weights": True},
+        {"model__qk_layernorm": True, "model__kv_channels": 12},
+        {"attention__key_convolution": 3},
+    ],
+)
+def test_parameters_of_the_stages_are_those_of_the_model(tmp_path, changes):
+    config = small_config(tmp_path, **changes)
+    (stage,) = stages_of(config, 101, 1)
+    assert stage.parameters == count_parameters(config, 101).total
+    cut = small_config(tmp_path, **changes, parallel__pipeline=2, parallel__pipeline_layers=[1, 3])
+    tied = config.model.share_embeddings_and_output_weights * 101 * config.model.hidden_size
+    assert sum(stage.parameters for stage in stages_of(cut, 101, 4)) == stage.parameters + tied
+    assert [stage.layers for stage in stages_of(cut, 101, 4)] == [(1,), (2, 3, 4)]
+
+
+def test_microbatches_in_flight(tmp_path):
+    four = small_config(tmp_path, parallel__pipeline=4)
+    assert [stage.in_flight for stage in stages_of(four, 101, 8)] == [4, 3, 2, 1]
+    assert [stage.in_flight for stage in stages_of(four, 101, 2)] == [2, 2, 2, 1]
+    interleaved = small_config(tmp_path, parallel__pipeline=2, parallel__virtual_pipeline=2)
+    # 5 and 3 chunks of one layer, on stages of two layers.
+    assert [stage.in_flight for stage in stages_of(interleaved, 101, 8)] == [2.5, 1.5]
+    assert [stage.layers for stage in stages_of(interleaved, 101, 8)] == [(1, 3), (2, 4)]
+
+
+def test_what_each_form_of_parallelism_divides(tmp_path):
+    def memory(data_parallel: int = 1, **changes: Any):
+        config = small_config(tmp_path, training__precision="bf16", data__cross_document_attention=True, **changes)
+        return fullest(estimate_memory(config, schedule_of(config), 102, data_parallel))
+
+    one = memory()
+    split = memory(4, parallel__distributed_optimizer=True)
+    assert split.optimizer == one.optimizer // 4 and split.weights == one.weights
+    assert one.gradients == 2 * one.weights and one.optimizer == 6 * one.weights
+    assert memory(parallel__tensor=2).weights < 0.51 * one.weights
+    context = memory(parallel__context=2)
+    assert context.activations < 0.52 * one.activations and context.exchange > 0 and one.exchange == 0
+    sequence = memory(parallel__tensor=2, parallel__sequence=True)
+    assert sequence.activations < memory(parallel__tensor=2).activations
+    assert memory(training__recompute="full").activations < 0.2 * one.activations
+    assert memory(training__recompute="selective").moba == 0 < one.moba
+
+
+def test_a_profile_sees_what_tensors_hold():
+    """The instrument itself: a tensor of 8 MiB that lives while another one does, and one that does not."""
+
+    def body() -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            first = torch.zeros(2**21)
+            second = torch.zeros(2**21)
+            del first
+            third = torch.zeros(2**20)
+            del second, third
+        changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        total = peak = 0
+        for change in changes:
+            total += change
+            peak = max(peak, total)
+        return peak
+
+    assert body() == 2**24
