@@ -16,15 +16,16 @@ ALLOWED = {
     "model": {"parallel", "ops", "platform", "config"},
     "checkpoint": {"model", "platform", "config"},
     "data": {"parallel", "config"},
-    "planning": {"config", "ops", "parallel"},
-    "evaluation": {"model", "data", "checkpoint", "config"},
+    "planning": {"config", "data", "hf", "model", "ops", "parallel"},
     "convert": {"hf", "checkpoint", "model", "data", "config", "platform"},
     "generation": {"convert", "hf", "checkpoint", "config"},
+    "evaluation": {"generation", "convert", "hf", "model", "data", "checkpoint", "ops", "config"},
     "training": {
         *("parallel", "model", "data", "checkpoint", "convert", "evaluation", "planning", "ops", "config", "platform")
     },
+    "scaling": {"evaluation", "planning", "model", "platform", "config"},
     "doctor": {"config", "ops", "platform", "training"},
-    "cli": {"convert", "data", "evaluation", "generation", "planning", "doctor", "platform"},
+    "cli": {"convert", "data", "evaluation", "generation", "planning", "scaling", "doctor", "platform"},
 }
 
 

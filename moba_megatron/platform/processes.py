@@ -44,12 +44,12 @@ SECONDS_BEHIND = 0.5
 _ending = threading.Lock()
 
 
-def die_with_parent() -> None:
-    """On Linux, end this process when its parent ends, however that ends: a killed launcher leaves no orphan ranks
-    behind, and a killed rank no helper processes."""
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """On Linux, send this process a signal when its parent ends, however that ends: a killed launcher leaves no orphan
+    ranks behind, and a killed rank no helper processes."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
 
 
 def leave(code: int) -> NoReturn:

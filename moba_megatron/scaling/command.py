@@ -1,0 +1,167 @@
+"""`moba-megatron scaling`: sweeps of training runs from one YAML file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moba_megatron.config import ConfigError
+from moba_megatron.scaling.laws import Laws, fit_sweep, left_out
+from moba_megatron.scaling.results import Result, read_results
+from moba_megatron.scaling.sweep import Sweep, load_sweep
+from moba_megatron.scaling.tables import Rows, law_rows, markdown, plan_rows, result_rows
+
+scaling_app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+SweepArgument = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="See docs/scaling.md.")]
+OutputOption = Annotated[Path | None, typer.Option(help="Folder to write into. Default: the sweep's dir.")]
+
+
+@scaling_app.callback()
+def scaling() -> None:
+    """Sweeps: a grid of training runs from one YAML file, the laws that they follow, and the report's figure 3."""
+
+
+@scaling_app.command("plan")
+def plan_command(sweep: SweepArgument) -> None:
+    """List the runs with parameters, tokens, learning rate, operations, and how each stands."""
+    with _errors():
+        loaded = load_sweep(sweep)
+        results = read_results(loaded)
+        _print(plan_rows(loaded, results), f"{sweep}: runs in {loaded.folder}")
+        total = sum(point.flops_true for point in loaded.points)
+        typer.echo(f"{len(results)} runs, {sum(p.tokens for p in loaded.points):,} tokens, {total:.3g} operations")
+
+
+@scaling_app.command("run")
+def run_command(
+    sweep: SweepArgument,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Names or numbers (from 0) of runs. Several times, or all.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Trainings at once. Default: one for each core.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Ranks of each training, on this machine.")] = 1,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Save and stop after so long; the same command goes on.")
+    ] = None,
+    slurm: Annotated[
+        str | None,
+        typer.Option(metavar="SCRIPT", help="Print the sbatch line of an array job that runs SCRIPT for each run."),
+    ] = None,
+) -> None:
+    """Train what is not finished: skip what is done, continue what was cut. Ends with 1 if a run failed."""
+    from moba_megatron.scaling.runner import run_sweep
+
+    with _errors():
+        loaded = load_sweep(sweep)
+        points = [loaded.point(name) for name in only] if only else loaded.points
+        if slurm:
+            unfinished = [number for number, r in enumerate(read_results(loaded)) if r.state != "finished"]
+            array = ",".join(map(str, unfinished))
+            typer.echo(
+                f"sbatch --array={array} {slurm} {shlex.quote(str(sweep))}" if array else "all runs are finished"
+            )
+            return
+        cores = max(1, len(os.sched_getaffinity(0)) // processes)
+        try:
+            results = run_sweep(loaded, points, jobs=jobs or cores, processes=processes, minutes=minutes)
+        except KeyboardInterrupt as error:
+            raise typer.Exit(130) from error
+        _print(plan_rows(loaded, results), f"{sweep}: runs in {loaded.folder}")
+        if any(result.state == "failed" for result in results):
+            raise typer.Exit(1)
+
+
+@scaling_app.command("fit")
+def fit_command(sweep: SweepArgument, output: OutputOption = None) -> None:
+    """Fit L(C) = a C^b and L(N, D) = E + A/N^alpha + B/D^beta for each attention, and write laws.json."""
+    with _errors():
+        loaded = load_sweep(sweep)
+        results = read_results(loaded)
+        laws = _all_laws(loaded, results)
+        if not laws:
+            raise ConfigError([f"{sweep} has no figure of kind scaling, so there is nothing to fit"])
+        _print(law_rows(laws), "laws")
+        for line in _notes(laws, results):
+            typer.echo(line)
+        folder = _folder(loaded, output)
+        record = {"laws": [law.to_dict() for law in laws], "left_out": left_out(results, laws[0].metric)}
+        (folder / "laws.json").write_text(json.dumps(record, indent=1) + "\n")
+        typer.echo(folder / "laws.json")
+
+
+@scaling_app.command("plot")
+def plot_command(sweep: SweepArgument, output: OutputOption = None) -> None:
+    """Draw the sweep's figures as PNG: loss against compute with its laws and the gap below, and what else it names."""
+    from moba_megatron.scaling.plots import draw
+
+    with _errors():
+        loaded = load_sweep(sweep)
+        results = read_results(loaded)
+        if not any(result.step for result in results):
+            raise ConfigError([f"no run of {sweep} has started: moba-megatron scaling run {sweep}"])
+        for number, figure in enumerate(loaded.file.figures, start=1):
+            name = "_".join(filter(None, [str(number), figure.kind, figure.axis, figure.metric]))
+            typer.echo(draw(loaded, results, figure, _folder(loaded, output) / f"{name}.png"))
+
+
+@scaling_app.command("table")
+def table_command(sweep: SweepArgument, output: OutputOption = None) -> None:
+    """Print results and laws as Markdown; with --output also into FOLDER/table.md."""
+    with _errors():
+        loaded = load_sweep(sweep)
+        results = read_results(loaded)
+        text = markdown(result_rows(loaded, results))
+        laws = _all_laws(loaded, results)
+        if any(law.by_6nd or law.three_terms for law in laws):
+            text += "\n" + markdown(law_rows(laws))
+        text += "".join(f"\n- {line}" for line in _notes(laws, results))
+        typer.echo(text)
+        if output:
+            (_folder(loaded, output) / "table.md").write_text(text + "\n")
+
+
+def _all_laws(sweep: Sweep, results: list[Result]) -> list[Laws]:
+    figures = [figure for figure in sweep.file.figures if figure.kind == "scaling"]
+    return [law for f in figures for law in fit_sweep(sweep, results, f.axis or "attention", f.metric)]
+
+
+def _notes(laws: list[Laws], results: list[Result]) -> list[str]:
+    """What is missing, and why: runs without a result and fits that cannot be made."""
+    missing = [f"left out: {line}" for line in left_out(results, laws[0].metric if laws else "loss")]
+    return missing + [f"not fitted: {problem}" for law in laws for problem in law.problems]
+
+
+def _folder(sweep: Sweep, output: Path | None) -> Path:
+    folder = output or sweep.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _print(rows: Rows, title: str) -> None:
+    headings, lines = rows
+    table = Table(*headings, title=title)
+    for line in lines:
+        table.add_row(*line)
+    # In a file or a pipe nothing is cut off.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """A problem of the user's ends with 2 and one line for each."""
+    try:
+        yield
+    except ConfigError as error:
+        typer.echo("\n".join(f"error: {line}" for line in error.problems), err=True)
+        raise typer.Exit(2) from error

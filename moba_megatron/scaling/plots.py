@@ -1,0 +1,153 @@
+"""Pictures of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moba_megatron.evaluation.records import read_json_lines
+from moba_megatron.scaling.laws import fit_sweep, left_out
+from moba_megatron.scaling.results import Result, best
+from moba_megatron.scaling.sweep import PFLOP_S_DAY, Figure, Sweep
+
+_COLOURS = [f"C{number}" for number in range(10)]
+_MARKERS = "osD^v"
+_NAMES = {"loss": "validation loss", "trailing_loss": "trailing loss"}
+
+
+def draw(sweep: Sweep, results: list[Result], figure: Figure, path: Path) -> Path:
+    """Draw one figure of the sweep; a run that has no result is named under it."""
+    drawing = _new_figure(2 if figure.kind == "scaling" else 1)
+    kinds: dict[str, Callable[..., None]] = {
+        "scaling": _scaling, "options": _options, "positions": _positions, "curves": _curves,
+    }  # fmt: skip
+    kinds[figure.kind](drawing, sweep, results, figure)
+    missing = left_out(results, figure.metric)
+    if missing:
+        drawing.supxlabel("without " + "; ".join(missing), fontsize=6, color="tab:red", wrap=True)
+    drawing.suptitle(figure.title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(path)
+    return path
+
+
+def _new_figure(rows: int) -> Any:
+    from matplotlib.figure import Figure as Drawing
+
+    drawing = Drawing(figsize=(6.4, 4.2 + 1.8 * (rows - 1)), dpi=100, layout="constrained")
+    drawing.subplots(rows, 1, sharex=rows > 1, height_ratios=[3, 1][:rows])
+    for axes in drawing.axes:
+        axes.grid(alpha=0.3)
+    return drawing
+
+
+def _scaling(drawing: Any, sweep: Sweep, results: list[Result], figure: Figure) -> None:
+    """Loss against compute for each option with its power law, and below the gap between the first option and each
+    other one, run by run."""
+    above, below = drawing.axes
+    axis = figure.axis or "attention"
+    chosen = best(results, sweep.file.best_of, figure.metric)
+    for number, law in enumerate(fit_sweep(sweep, results, axis, figure.metric)):
+        mine = [r for r in chosen if r.point.options[axis] == law.option]
+        compute = np.array([r.point.flops_6nd for r in mine]) / PFLOP_S_DAY
+        colour = _COLOURS[number % len(_COLOURS)]
+        label = law.option + (f":  {law.by_6nd}" if law.by_6nd else "")
+        above.scatter(
+            compute,
+            [r.metric(figure.metric) for r in mine],
+            color=colour,
+            label=label,
+            zorder=3,
+            alpha=0.7,
+            marker=_MARKERS[number % len(_MARKERS)],
+        )
+        if law.by_6nd:
+            line = np.geomspace(compute.min() / 1.5, compute.max() * 1.5, 50)
+            above.plot(line, law.by_6nd(line), color=colour, linestyle="--", linewidth=1)
+    above.set(xscale="log", yscale="log", ylabel=f"{_NAMES[figure.metric]} (nats per token)")
+    _plain_ticks(above)
+    above.legend(fontsize=8)
+    for number, (option, gaps) in enumerate(gaps_by_option(sweep, chosen, axis, figure.metric).items()):
+        below.plot(*zip(*gaps, strict=True), marker="o", color=_COLOURS[number + 1], label=option)
+    first = next(iter(sweep.file.axes[axis]))
+    below.axhline(0, color="grey", linewidth=0.8)
+    below.set(xlabel="PFLOP/s-days (6 N D)", ylabel=f"{first} minus it")
+    if len(sweep.file.axes[axis]) > 1:
+        below.legend(fontsize=8)
+
+
+def gaps_by_option(sweep: Sweep, results: list[Result], axis: str, metric: str) -> dict[str, list[tuple[float, float]]]:
+    """For each option but the first: (compute in PFLOP/s-days, loss of the first option minus its loss) for each pair
+    of runs that agree in all other axes."""
+    first, *others = sweep.file.axes[axis]
+
+    def rest(result: Result) -> tuple[str, ...]:
+        ignored = {axis, *sweep.file.best_of}
+        return tuple(option for name, option in result.point.options.items() if name not in ignored)
+
+    base = {rest(r): r for r in results if r.point.options[axis] == first}
+    found: dict[str, list[tuple[float, float]]] = {}
+    for result in results:
+        option, partner = result.point.options[axis], base.get(rest(result))
+        if option in others and partner is not None:
+            gap = partner.metric(metric) - result.metric(metric)
+            found.setdefault(option, []).append((result.point.flops_6nd / PFLOP_S_DAY, gap))
+    return found
+
+
+def _options(drawing: Any, sweep: Sweep, results: list[Result], figure: Figure) -> None:
+    """Loss for each option of an axis, one line for each combination of the other axes."""
+    axes, axis = drawing.axes[0], figure.axis
+    names = list(sweep.file.axes[axis])
+    lines: dict[str, dict[str, float]] = {}
+    for result in best(results, sweep.file.best_of, figure.metric):
+        rest = [option for name, option in result.point.options.items() if name not in (axis, *sweep.file.best_of)]
+        lines.setdefault(" ".join(rest), {})[result.point.options[axis]] = result.metric(figure.metric)
+    for label, values in lines.items():
+        shown = [name for name in names if name in values]
+        axes.plot([names.index(name) for name in shown], [values[name] for name in shown], marker="o", label=label)
+    axes.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 8 else 0)
+    axes.set(xlabel=axis, ylabel=f"{_NAMES[figure.metric]} (nats per token)")
+    if len(lines) > 1:
+        axes.legend(fontsize=8)
+
+
+def _positions(drawing: Any, sweep: Sweep, results: list[Result], figure: Figure) -> None:
+    axes = drawing.axes[0]
+    for result in results:
+        known = [r for r in result.by_position if r["loss"] is not None]
+        middles = [(r["start"] + r["end"]) / 2 for r in known]
+        axes.plot(middles, [r["loss"] for r in known], marker=".", label=result.point.name)
+    axes.set(xlabel="position in the document (tokens)", ylabel="loss (nats per token)")
+    axes.legend(fontsize=8)
+
+
+def _curves(drawing: Any, sweep: Sweep, results: list[Result], figure: Figure) -> None:
+    """Training loss by tokens, averaged over a fiftieth of the run; dotted lines where the attention changes."""
+    axes = drawing.axes[0]
+    for number, result in enumerate(results):
+        lines = read_json_lines(result.point.folder / "metrics.jsonl")
+        if not lines:
+            continue
+        colour = _COLOURS[number % len(_COLOURS)]
+        window = max(1, len(lines) // 50)
+        loss = np.convolve([line["loss"] for line in lines], np.ones(window) / window, mode="valid")
+        axes.plot([line["tokens"] for line in lines[window - 1 :]], loss, color=colour, label=result.point.name)
+        for before, after in zip(lines, lines[1:], strict=False):
+            if before["stage"] != after["stage"]:
+                axes.axvline(before["tokens"], color=colour, linestyle=":")
+    axes.set(xlabel="tokens", ylabel="training loss (nats per token)", yscale="log")
+    _plain_ticks(axes)
+    axes.legend(fontsize=8)
+
+
+def _plain_ticks(axes: Any) -> None:
+    """Losses span less than a decade: numbers, not powers of ten."""
+    from matplotlib.ticker import LogLocator, ScalarFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())

@@ -1,0 +1,163 @@
+"""What is known of a sweep's runs, read back from their run folders."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from moba_megatron.config import Config, ConfigError, load_config
+from moba_megatron.evaluation.records import read_json_lines, training_records
+from moba_megatron.scaling.sweep import Point, Sweep
+
+State = Literal["missing", "cut", "running", "failed", "finished"]
+
+LOG = "sweep.log"
+"""In a run folder: what the run said when a sweep ran it."""
+
+ENDED = "ended with code "
+"""How the last line of that log begins."""
+
+_FREE = ("attention.backend", "attention.full_backend", "data.validation")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one run stands.
+
+    Attributes:
+        state: `finished`; `cut` (stopped, paused or killed, and will be continued); `failed`; `running`; `missing`.
+        step: steps on record.
+        why: for a failed run, its error.
+        loss, trailing_loss: nats per token on validation at the end; None until finished, or where there is none.
+        by_position: the last evaluation's ranges of positions.
+        seconds: time in steps so far, over all pieces.
+        tasks: lines that `moba-megatron evaluate` added for this checkpoint, other than losses.
+    """
+
+    point: Point
+    state: State
+    step: int = 0
+    why: str = ""
+    loss: float | None = None
+    trailing_loss: float | None = None
+    by_position: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+
+    def metric(self, name: str) -> float | None:
+        """`loss` or `trailing_loss`."""
+        return {"loss": self.loss, "trailing_loss": self.trailing_loss}[name]
+
+
+def read_results(sweep: Sweep) -> list[Result]:
+    """All runs of a sweep, in its order.
+
+    Raises:
+        ConfigError: a run folder holds a run with other settings than the sweep now has.
+    """
+    return [read_result(point) for point in sweep.points]
+
+
+def read_result(point: Point) -> Result:
+    """One run. See `read_results`."""
+    status = _read_json(point.folder / "status.json")
+    if status is None:
+        return _before_first_step(point)
+    _check_settings(point)
+    steps = read_json_lines(point.folder / "metrics.jsonl")
+    evaluations = read_json_lines(point.folder / "evaluations.jsonl")
+    state, step = _state(point, status), int(steps[-1]["step"]) if steps else 0
+    seconds = sum(line["step_seconds"] for line in steps)
+    if state != "finished":
+        why = str(status.get("error") or last_line(point.folder / LOG)) if state == "failed" else ""
+        return Result(point, state, step, why, seconds=seconds)
+    at_end = [line for line in evaluations if line["step"] == point.config.training.steps]
+    losses = training_records(at_end)
+    if not losses:
+        return Result(point, "failed", step, "finished without an evaluation: set data.validation", seconds=seconds)
+    last = losses[-1]
+    tasks = [line for line in at_end if line.get("kind", "losses") != "losses"]
+    return Result(
+        point, "finished", step, "", last["loss"], last["trailing_loss"], last["by_position"], seconds, tasks
+    )  # fmt: skip
+
+
+def best(results: list[Result], axes: list[str], metric: str = "loss") -> list[Result]:
+    """Of finished runs that differ only along these axes, the one of least loss."""
+    found: dict[tuple[str, ...], Result] = {}
+    for result in results:
+        if result.metric(metric) is None:
+            continue
+        key = tuple(option for axis, option in result.point.options.items() if axis not in axes)
+        if key not in found or result.metric(metric) < found[key].metric(metric):
+            found[key] = result
+    return list(found.values())
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that says something, without the marks around a launcher's report."""
+    if not path.is_file():
+        return ""
+    lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line.strip("=- ") and not line.startswith(ENDED)), "")
+
+
+def last_record(path: Path) -> dict[str, Any] | None:
+    """The last whole object of a JSON Lines file, without reading all of it."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, 2) - 16384))
+        lines = file.read().split(b"\n")[:-1]
+    return json.loads(lines[-1]) if lines else None
+
+
+def _before_first_step(point: Point) -> Result:
+    """A run that ended before its first step leaves no status, only what it said and the code that it ended with."""
+    log = point.folder / LOG
+    if not log.is_file():
+        return Result(point, "missing")
+    code = re.search(rf"^{ENDED}(-?\d+)$", log.read_text(errors="replace"), re.MULTILINE)
+    failed = code is not None and int(code.group(1)) > 0
+    return Result(point, "failed", why=last_line(log)) if failed else Result(point, "cut")
+
+
+def _state(point: Point, status: dict[str, Any]) -> State:
+    if status["state"] == "finished" and status["step"] >= point.config.training.steps:
+        return "finished"
+    if status["state"] == "failed":
+        return "failed"
+    if status["state"] == "running" and Path(f"/proc/{status.get('pid')}").exists():
+        return "running"
+    return "cut"
+
+
+def _check_settings(point: Point) -> None:
+    """Raise if the run folder's configuration is not the point's, in anything that shapes its numbers."""
+    path = point.folder / "config.yaml"
+    if not path.is_file():
+        return
+    there, wanted = _shaping(load_config(path)), _shaping(point.config)
+    changed = [
+        f"{key} = {value!r} (the run has {there[key]!r})" for key, value in wanted.items() if there[key] != value
+    ]
+    if changed:
+        raise ConfigError([
+            f"{point.folder} holds a run with other settings than the sweep: {'; '.join(changed)}: "
+            "give the sweep another dir, or move that run away"
+        ])  # fmt: skip
+
+
+def _shaping(config: Config) -> dict[str, Any]:
+    """The settings that shape a run's numbers, by key."""
+    tree = config.model_dump(mode="json")
+    keys = [(section, key) for section in ("model", "attention", "data", "optimizer") for key in tree[section]]
+    keys += [("training", key) for key in ("steps", "global_batch_size", "precision")] + [("run", "seed")]
+    return {f"{a}.{b}": tree[a][b] for a, b in keys if f"{a}.{b}" not in _FREE}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None

@@ -1,0 +1,268 @@
+"""A sweep: one training configuration, and axes along which it varies.
+
+    base: ../quickstart/moba.yaml
+    dir: runs/scaling
+    tokens_per_parameter: 20
+    axes:
+      size:
+        small: {model.num_layers: 2, model.hidden_size: 64}
+        large: {model.num_layers: 4, model.hidden_size: 128}
+      attention:
+        moba: {attention.kind: moba}
+        full: {attention.kind: full}
+
+stands for four runs, `small_moba` to `large_full`, in `runs/scaling/small_moba` and so on: one point for every choice
+of one option from each axis. An option is a mapping of overrides, `key.path: value`; `tokens_per_parameter`, `tokens`
+and `learning_rate` are keys of the sweep that an option may set too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from moba_megatron.config import Config, ConfigError, load_config
+from moba_megatron.config.section import Section
+from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.planning.flops import matrix_parameters, training_flops_per_token
+
+PFLOP_S_DAY = 1e15 * 86400
+"""Operations that a machine of 1 PFLOP/s does in a day: the unit of the report's figure 3."""
+
+_OWN_KEYS = ("tokens_per_parameter", "tokens", "learning_rate")
+
+
+class LearningRateRule(Section):
+    """The learning rate of a model by its size: value x (N / parameters) ^ exponent, whatever its attention."""
+
+    value: float = Field(gt=0)
+    """Peak learning rate of a model of `parameters`."""
+    parameters: float = Field(default=1.0, gt=0)
+    """Size (without embeddings) at which `value` holds."""
+    exponent: float = 0.0
+    """How it changes with size; 0: the same for all."""
+    final_share: float = Field(default=0.1, ge=0, le=1)
+    """`optimizer.min_lr` over `optimizer.lr`."""
+
+
+class Figure(Section):
+    """One picture of the sweep."""
+
+    kind: Literal["scaling", "options", "positions", "curves"]
+    """`scaling`: loss against compute with power laws, and the gap below it (the report's figure 3). `options`: loss
+    for each option of an axis. `positions`: loss by position of every run. `curves`: training loss by tokens."""
+    metric: Literal["loss", "trailing_loss"] = "loss"
+    """Validation loss or trailing loss."""
+    axis: str | None = None
+    """`options`: the axis along the bottom. `scaling`: the axis whose options are compared (default `attention`)."""
+    title: str = ""
+
+
+class SweepFile(Section):
+    """What a sweep's YAML may hold."""
+
+    base: str
+    """Training configuration, relative to this file."""
+    dir: str
+    """Folder of the runs."""
+    axes: dict[str, dict[str, dict[str, Any]]] = Field(min_length=1)
+    """For each axis its options, and for each option its overrides."""
+    skip: list[dict[str, str]] = []
+    """Combinations left out: a run is skipped where all the named axes have the named options."""
+    tokens_per_parameter: float | None = Field(default=None, gt=0)
+    """Training tokens for each parameter without embeddings; sets `training.steps` (Chinchilla: 20)."""
+    tokens: float | None = Field(default=None, gt=0)
+    """Training tokens of every run instead. Neither: `training.steps` of the base."""
+    learning_rate: LearningRateRule | None = None
+    """None: `optimizer.lr` of the base."""
+    warmup_share: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the steps that warm up; None: `optimizer.warmup_steps` of the base."""
+    best_of: list[str] = []
+    """Axes, such as learning rates, of which fits and figures take only the best option of each combination of the
+    others."""
+    evaluate: list[str] = []
+    """Arguments of `moba-megatron evaluate RUN ...` to run after each training, one string a call."""
+    figures: list[Figure] = [Figure(kind="scaling")]
+    """What `plot` draws."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep.
+
+    Attributes:
+        options: the option of each axis.
+        overrides: what `train.py` is called with after the base.
+        parameters: without embeddings and norms.
+        flops_true: forward and backward operations of the whole training with attention counted by its pairs.
+    """
+
+    name: str
+    options: dict[str, str]
+    overrides: list[str]
+    config: Config
+    parameters: int
+    tokens: int
+    flops_true: float
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.dir)
+
+    @property
+    def flops_6nd(self) -> float:
+        """6 x parameters x tokens: the x-axis of the report's scaling laws, for both kinds of attention."""
+        return 6.0 * self.parameters * self.tokens
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file with its points, in the order of the axes."""
+
+    path: Path
+    file: SweepFile
+    base: Path
+    points: list[Point]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.file.dir)
+
+    def point(self, name: str) -> Point:
+        """A point by its name, or by its number in the order of `plan` (from 0, as in a Slurm array).
+
+        Raises:
+            ConfigError: there is none.
+        """
+        for number, point in enumerate(self.points):
+            if name in (point.name, str(number)):
+                return point
+        raise ConfigError([f"{self.path} has no run {name!r}: give a number below {len(self.points)} or one of "
+                           + ", ".join(point.name for point in self.points)])  # fmt: skip
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """Read a sweep and check the configuration of every run.
+
+    Raises:
+        ConfigError: one line for each problem, with the run it is in.
+    """
+    path = Path(path)
+    file = _read(path)
+    base = path.parent / file.base
+    problems = _axis_problems(file)
+    points: list[Point] = []
+    for choice in itertools.product(*(options.items() for options in file.axes.values())):
+        options = dict(zip(file.axes, (name for name, _ in choice), strict=True))
+        if any(all(options.get(axis) == option for axis, option in rule.items()) for rule in file.skip):
+            continue
+        try:
+            points.append(_point(file, base, options, {k: v for _, values in choice for k, v in values.items()}))
+        except (ConfigError, ValueError) as error:
+            name = point_name(options)
+            problems += [f"run {name}: {line}" for line in getattr(error, "problems", [str(error)])]
+    if not points and not problems:
+        problems.append(f"{path}: skip leaves no run")
+    if problems:
+        raise ConfigError(problems)
+    return Sweep(path, file, base, points)
+
+
+def point_name(options: dict[str, str]) -> str:
+    """The name of a run, which is that of its folder.
+
+    >>> point_name({"size": "55K", "attention": "2 of 8"})
+    '55K_2-of-8'
+    """
+    return re.sub(r"[^\w.+-]+", "-", "_".join(options.values()))
+
+
+def _read(path: Path) -> SweepFile:
+    if not path.is_file():
+        raise ConfigError([f"no such sweep: {path}"])
+    try:
+        return SweepFile.model_validate(yaml.safe_load(path.read_text()))
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{path} is not valid YAML: {error}"]) from error
+    except ValidationError as error:
+        raise ConfigError([
+            f"{path}: {'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()
+        ]) from error  # fmt: skip
+
+
+def _axis_problems(file: SweepFile) -> list[str]:
+    problems = [f"axes.{axis} has no options" for axis, options in file.axes.items() if not options]
+    problems += [f"best_of names {axis!r}, which is no axis" for axis in file.best_of if axis not in file.axes]
+    for rule in file.skip:
+        problems += [
+            f"skip names {axis}: {option}, which is no option of an axis"
+            for axis, option in rule.items()
+            if option not in file.axes.get(axis, {})
+        ]
+    for figure in file.figures:
+        axis = figure.axis or ("attention" if figure.kind == "scaling" else None)
+        if figure.kind in ("scaling", "options") and axis not in file.axes:
+            problems.append(f"a figure of kind {figure.kind} needs axis, one of {', '.join(file.axes)}, not {axis!r}")
+    if file.tokens is not None and file.tokens_per_parameter is not None:
+        problems.append("give tokens or tokens_per_parameter, not both")
+    return problems
+
+
+def _point(file: SweepFile, base: Path, options: dict[str, str], values: dict[str, Any]) -> Point:
+    own = {key: values.pop(key) for key in _OWN_KEYS if key in values}
+    file = file.model_copy(update=_own_values(own))
+    name = point_name(options)
+    overrides = [f"run.dir={Path(file.dir) / name}"]
+    overrides += [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    first = load_config(base, overrides)
+    parameters = matrix_parameters(first.model, vocab_size=0)
+    overrides += _derived(file, first, parameters)
+    config = load_config(base, overrides)
+    tokens = config.training.steps * config.tokens_per_step
+    return Point(name, options, overrides, config, parameters, tokens, _true_flops(config))
+
+
+def _own_values(own: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the sweep that an option sets; one way of giving the tokens replaces the other."""
+    if "learning_rate" in own:
+        rate = own["learning_rate"]
+        own["learning_rate"] = LearningRateRule.model_validate(rate if isinstance(rate, dict) else {"value": rate})
+    if "tokens" in own:
+        return {"tokens_per_parameter": None, **own}
+    return {"tokens": None, **own} if "tokens_per_parameter" in own else own
+
+
+def _derived(file: SweepFile, config: Config, parameters: int) -> list[str]:
+    """The overrides that follow from the size of the model."""
+    tokens = file.tokens or (file.tokens_per_parameter or 0) * parameters
+    steps = max(1, round(tokens / config.tokens_per_step)) if tokens else config.training.steps
+    found = [f"training.steps={steps}"] if tokens else []
+    if file.learning_rate:
+        rule = file.learning_rate
+        lr = rule.value * (parameters / rule.parameters) ** rule.exponent
+        found += [f"optimizer.lr={lr:.4g}", f"optimizer.min_lr={lr * rule.final_share:.4g}"]
+    if file.warmup_share is not None:
+        found.append(f"optimizer.warmup_steps={round(steps * file.warmup_share)}")
+    return found
+
+
+def _true_flops(config: Config) -> float:
+    """Operations of the whole training, each stage of the attention schedule by its own pairs."""
+    if config.model.vocab_size is None:
+        raise ConfigError(["model.vocab_size is not set: set it in the base, the output layer's operations count"])
+    schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
+    total, first = 0.0, 0
+    for number, stage in enumerate(schedule.stages):
+        last = schedule.last_step(number, config.training.steps)
+        layers = [None if a.kind == "full" else (a.block_size, a.top_k) for a in stage]
+        flops = training_flops_per_token(config, config.model.vocab_size, layers)
+        total += (last - first) * config.tokens_per_step * flops
+        first = last
+    return total

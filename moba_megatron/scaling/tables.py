@@ -1,0 +1,83 @@
+"""A sweep in words: the runs, their results and laws, as tables for people and as Markdown."""
+
+from __future__ import annotations
+
+from moba_megatron.scaling.laws import Laws
+from moba_megatron.scaling.results import Result
+from moba_megatron.scaling.sweep import PFLOP_S_DAY, Sweep
+
+Rows = tuple[list[str], list[list[str]]]
+
+
+def plan_rows(sweep: Sweep, results: list[Result]) -> Rows:
+    """What would run and how it stands."""
+    headings = ["run", "parameters", "tokens", "steps", "lr", "6 N D", "true FLOPs", "state"]
+    rows = []
+    for number, result in enumerate(results):
+        point = result.point
+        done = f"{result.state} ({result.step} steps)" if result.state == "cut" else result.state
+        rows.append([
+            f"{number} {point.name}", f"{point.parameters:,}", f"{point.tokens:,}", f"{point.config.training.steps:,}",
+            f"{point.config.optimizer.lr:.3g}", f"{point.flops_6nd:.3g}", f"{point.flops_true:.3g}", done,
+        ])  # fmt: skip
+    return headings, rows
+
+
+def result_rows(sweep: Sweep, results: list[Result]) -> Rows:
+    """The result of every run; a run without one says why. Figures of further evaluations follow as columns."""
+    trailing = any(result.trailing_loss is not None for result in results)
+    extra = _extra_columns(results)
+    headings = [*sweep.file.axes, "parameters", "tokens", "PFLOP/s-days (6 N D)", "validation loss"]
+    headings += (["trailing loss"] if trailing else []) + extra + ["minutes"]
+    rows = []
+    for result in results:
+        point = result.point
+        cells = [*point.options.values(), f"{point.parameters:,}", f"{point.tokens / 1e6:.2f}M"]
+        cells.append(f"{point.flops_6nd / PFLOP_S_DAY:.2e}")
+        if result.loss is None:
+            cells.append(f"{result.state}{': ' + result.why if result.why else ''}")
+        else:
+            cells.append(f"{result.loss:.4f}")
+        if trailing:
+            cells.append("" if result.trailing_loss is None else f"{result.trailing_loss:.4f}")
+        values = _scalars(result)
+        cells += [values.get(name, "") for name in extra]
+        rows.append([*cells, f"{result.seconds / 60:.1f}"])
+    return headings, rows
+
+
+def law_rows(laws: list[Laws]) -> Rows:
+    """The fitted laws, one line each."""
+    rows = []
+    for law in laws:
+        for name, fit in (("6 N D", law.by_6nd), ("true FLOPs", law.by_true_flops)):
+            if fit is not None:
+                rows.append([law.option, law.metric, f"a C^b, C in PFLOP/s-days by {name}", f"a = {fit.a}, b = {fit.b}",
+                             f"{fit.residual:.2%}", str(fit.runs)])  # fmt: skip
+        terms = law.three_terms
+        if terms is not None:
+            values = f"E = {terms.e}, A = {terms.a}, alpha = {terms.alpha}, B = {terms.b}, beta = {terms.beta}"
+            rows.append([law.option, law.metric, "E + A/N^alpha + B/D^beta", values, f"{terms.residual:.2%}",
+                         str(terms.runs)])  # fmt: skip
+    return ["runs of", "metric", "form", "values [95% of the bootstrap]", "largest residual", "runs"], rows
+
+
+def markdown(rows: Rows) -> str:
+    """A Markdown table."""
+    headings, lines = rows
+    table = [headings, ["---"] * len(headings), *lines]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in table)
+
+
+def _scalars(result: Result) -> dict[str, str]:
+    """Numbers at the top of further evaluation records, named by their kind."""
+    found = {}
+    for record in result.tasks:
+        for key, value in record.items():
+            if isinstance(value, float):
+                found[f"{key} ({record['kind']}, {record['attention']})"] = f"{value:.4f}"
+    return found
+
+
+def _extra_columns(results: list[Result]) -> list[str]:
+    return list(dict.fromkeys(name for result in results for name in _scalars(result)))

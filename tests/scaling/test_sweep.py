@@ -1,0 +1,98 @@
+"""What a sweep file stands for, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from scaling.sweep_examples import write_sweep
+
+from moba_megatron.config import ConfigError
+from moba_megatron.ops.pairs import attended_pairs
+from moba_megatron.scaling.sweep import load_sweep
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SHIPPED = [path for path in sorted(CONFIGS.rglob("*.yaml")) if "\naxes:" in path.read_text()]
+
+
+def test_points_are_the_product_of_the_axes(tmp_path):
+    sweep = load_sweep(write_sweep(tmp_path, tokens_per_parameter=4))
+    assert [point.name for point in sweep.points] == ["small_moba", "small_full", "large_moba", "large_full"]
+    small, large = sweep.points[0], sweep.points[2]
+    # One layer: queries and output 32 x 32 each, two key/value heads of 8, three matrices of 32 x 64.
+    layer = 2 * 32 * 32 + 2 * 2 * 8 * 32 + 3 * 32 * 64
+    assert (small.parameters, large.parameters) == (2 * layer, 4 * layer)
+    assert small.config.training.steps == round(4 * 2 * layer / (4 * 128))
+    assert small.tokens == small.config.training.steps * 4 * 128
+    assert small.flops_6nd == 6 * small.parameters * small.tokens
+    assert small.config.attention.kind == "moba" and sweep.points[1].config.attention.kind == "full"
+    assert sweep.point("2") is large and sweep.point("large_moba") is large
+
+
+def test_true_operations_follow_the_stages(tmp_path):
+    axes = {
+        "attention": {
+            "full": {"attention.kind": "full", "attention.last_n_full": 0},
+            "moba": {"attention.last_n_full": 0},
+            "half": {"attention.last_n_full": 0, "attention.stages": [{"until": 0.5}, {"until": 1.0, "kind": "full"}]},
+        }
+    }
+    full, moba, half = load_sweep(write_sweep(tmp_path, axes=axes, figures=[{"kind": "curves"}])).points
+    pairs = [attended_pairs(128, 16, 3), attended_pairs(128)]
+    # 12 operations for each pair, channel and head, forward and backward; four layers, four heads of 8.
+    assert full.flops_true - moba.flops_true == pytest.approx(
+        12 * 8 * 4 * 4 * (pairs[1] - pairs[0]) / 128 * full.tokens
+    )
+    assert half.flops_true == pytest.approx((full.flops_true + moba.flops_true) / 2)
+
+
+def test_learning_rate_follows_the_size(tmp_path):
+    rule = {"value": 1e-3, "parameters": 20000, "exponent": -0.5, "final_share": 0.2}
+    sweep = load_sweep(write_sweep(tmp_path, learning_rate=rule, warmup_share=0.25))
+    for point in sweep.points:
+        expected = 1e-3 * (point.parameters / 20000) ** -0.5
+        assert point.config.optimizer.lr == pytest.approx(expected, rel=1e-3)
+        assert point.config.optimizer.min_lr == pytest.approx(0.2 * expected, rel=1e-3)
+        assert point.config.optimizer.warmup_steps == 2
+
+
+def test_an_option_may_set_keys_of_the_sweep(tmp_path):
+    axes = {"rate": {"low": {"learning_rate": 1e-4}, "high": {"learning_rate": 1e-2}}, "much": {"x": {"tokens": 4096}}}
+    sweep = load_sweep(write_sweep(tmp_path, axes=axes, tokens_per_parameter=1, figures=[{"kind": "curves"}]))
+    assert [point.config.optimizer.lr for point in sweep.points] == [1e-4, 1e-2]
+    assert {point.config.training.steps for point in sweep.points} == {8}
+
+
+def test_skipped_combinations(tmp_path):
+    sweep = load_sweep(write_sweep(tmp_path, skip=[{"size": "large", "attention": "full"}]))
+    assert [point.name for point in sweep.points] == ["small_moba", "small_full", "large_moba"]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"axes": {"size": {}}}, "axes.size has no options"),
+        ({"axes": {"size": {"a": {"model.layers": 2}}}, "figures": []}, "run a: model.layers: unknown key"),
+        ({"best_of": ["seed"]}, "best_of names 'seed'"),
+        ({"skip": [{"size": "huge"}]}, "skip names size: huge"),
+        ({"figures": [{"kind": "options", "axis": "depth"}]}, "needs axis, one of size, attention, not 'depth'"),
+        ({"tokens": 1.0, "tokens_per_parameter": 1.0}, "not both"),
+        ({"bases": 1}, "bases: Extra inputs"),
+        ({"skip": [{"attention": "moba"}, {"attention": "full"}]}, "skip leaves no run"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        load_sweep(write_sweep(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_every_shipped_sweep_loads(path):
+    sweep = load_sweep(path)
+    assert len({point.folder for point in sweep.points}) == len(sweep.points) > 1
+    assert len({point.config.model_dump_json() for point in sweep.points}) == len(sweep.points)
+
+
+def test_an_unknown_run(tmp_path):
+    with pytest.raises(ConfigError, match="has no run 'tiny'"):
+        load_sweep(write_sweep(tmp_path)).point("tiny")
