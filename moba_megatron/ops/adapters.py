@@ -22,6 +22,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from moba_megatron.ops.selection import MOBA, Selection
+
 HALF = (torch.bfloat16, torch.float16)
 # What FlashMoBA's sources check or are written for.
 FLASH_MOBA_BLOCK_UNIT, FLASH_MOBA_TOP_K, FLASH_MOBA_HEAD_SIZE = 64, 64, 256
@@ -79,14 +81,16 @@ def flash_moba_attention(
     top_k: int,
     softmax_scale: float | None,
     max_seqlen: int | None,
+    selection: Selection = MOBA,
 ) -> Tensor:
     """MoBA by FlashMoBA, selection included; arguments as for `moba_attention`.
 
     Raises:
-        ValueError: a dtype, block size, top_k, head size or softmax scale that FlashMoBA does not take.
+        ValueError: a selection, dtype, block size, top_k, head size or softmax scale that FlashMoBA does not take.
     """
     size = q.shape[2]
     limits = [
+        (selection.is_plain, f"selection by {selection}: only top_k of mean"),
         (q.dtype in HALF, f"dtype {q.dtype}: bf16 or fp16"),
         (block_size % FLASH_MOBA_BLOCK_UNIT == 0, f"block_size {block_size}: a multiple of {FLASH_MOBA_BLOCK_UNIT}"),
         (top_k <= FLASH_MOBA_TOP_K, f"top_k {top_k}: at most {FLASH_MOBA_TOP_K}"),

@@ -16,11 +16,12 @@ from torch import Tensor
 from moba_megatron.ops.adapters import flash_moba_attention
 from moba_megatron.ops.backends import resolve_backend
 from moba_megatron.ops.dense import full_attention
-from moba_megatron.ops.layout import BlockLayout, block_layout, check_inputs, check_settings
+from moba_megatron.ops.layout import check_inputs, check_settings, layout_of
 from moba_megatron.ops.library import is_traced, traced_attention
 from moba_megatron.ops.precision import without_autocast
 from moba_megatron.ops.reference import reference_attend, reference_select
-from moba_megatron.ops.steps import steps_of
+from moba_megatron.ops.selection import Selection
+from moba_megatron.ops.steps import has_steps, steps_of
 
 _logger = logging.getLogger("moba_megatron.ops")
 
@@ -28,10 +29,6 @@ _logger = logging.getLogger("moba_megatron.ops")
 @functools.cache
 def _say_once(message: str) -> None:
     _logger.info(message)
-
-
-def _layout(q: Tensor, cu_seqlens: Tensor | None, block_size: int, max_seqlen: int | None) -> BlockLayout:
-    return block_layout(q.shape[0], block_size, cu_seqlens, max_seqlen=max_seqlen, device=q.device)
 
 
 @without_autocast
@@ -46,6 +43,10 @@ def moba_attention(
     softmax_scale: float | None = None,
     backend: str = "auto",
     max_seqlen: int | None = None,
+    selector: str = "top_k",
+    summary: str = "mean",
+    threshold: float | None = None,
+    workspace_bytes: int | None = None,
 ) -> Tensor:
     """Mixture of Block Attention over a pack of documents.
 
@@ -62,6 +63,16 @@ def moba_attention(
         backend: `auto`, `reference`, `gathered`, `triton` or `flash_moba`. `auto` takes full causal attention where it
             is the same: where top_k blocks cover the longest document.
         max_seqlen: an upper bound on the longest document in tokens; spares reading cu_seqlens on an accelerator.
+        selector: how past blocks are chosen: `top_k` as above, `recent`, `sink_recent` or `threshold`; see
+            `ops.selection`.
+        summary: what scores are taken against, `mean` as above or `min_max`.
+        threshold: for the selector `threshold`, a share of the scores' softmax.
+        workspace_bytes: room for what the sparse backends keep of the attention of past blocks until it is merged;
+            work is cut by key heads and ranges of tokens to fit, down to one token. An *entry*, one (query, head, past
+            block), takes with `triton` D e + 12 bytes forward and D (e + 2) + 8 backward (e bytes of an element; what
+            comes beside it: `ops.triton.attention`), with `gathered` D e + 40. None: `triton` takes half of q's size,
+            at least 256 MiB, `gathered` what two entries for each query row of one key head need. Other backends
+            refuse a number. The result is the same up to the rounding of sums.
 
     Returns:
         [T, N, D] in q's dtype. Softmax and sums are in fp32 (fp64 for fp64 inputs), under autocast as well.
@@ -73,8 +84,14 @@ def moba_attention(
     >>> moba_attention(q, k, v, torch.tensor([0, 5, 8], dtype=torch.int32), block_size=2, top_k=2).shape
     torch.Size([8, 2, 4])
     """
-    check_settings(block_size, top_k)
+    check_settings(block_size, top_k, workspace_bytes)
+    selection = Selection(selector, summary, threshold)
     name, _ = resolve_backend(backend, q.device)
+    if workspace_bytes is not None and not has_steps(name):
+        raise ValueError(
+            f"workspace_bytes = {workspace_bytes}: backend {name!r} cannot be kept to a workspace; leave it out, or "
+            "use triton or gathered"
+        )
     traced = is_traced(q, name)
     # A tracer does not know the boundaries' values; the operators check them when they run.
     check_inputs({"q": q, "k": k, "v": v}, None if traced else cu_seqlens)
@@ -83,28 +100,31 @@ def moba_attention(
         return q + (k.sum() + v.sum()).to(q.dtype)
     scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else float(softmax_scale)
     if name == "reference":
-        ids = reference_select(q, k, cu_seqlens, block_size, min(top_k, -(-q.shape[0] // block_size)) - 1)
+        num_past = min(top_k, -(-q.shape[0] // block_size)) - 1
+        ids = reference_select(q, k, cu_seqlens, block_size, num_past, selection)
         return reference_attend(q, k, v, ids, cu_seqlens, block_size, scale)[0]
     if name == "flash_moba":
         return flash_moba_attention(
-            q, k, v, cu_seqlens, block_size=block_size, top_k=top_k, softmax_scale=softmax_scale, max_seqlen=max_seqlen
-        )
+            q, k, v, cu_seqlens, block_size=block_size, top_k=top_k, softmax_scale=softmax_scale, max_seqlen=max_seqlen,
+            selection=selection,
+        )  # fmt: skip
+    full_if_covered = backend == "auto" and selection.fills_up
     if traced:
-        if backend == "auto" and cu_seqlens is None and top_k * block_size >= q.shape[0]:
+        if full_if_covered and cu_seqlens is None and top_k * block_size >= q.shape[0]:
             return full_attention(q, k, v, softmax_scale=scale)
         return traced_attention(
             q, k, v, cu_seqlens, block_size=block_size, top_k=top_k, softmax_scale=scale, max_seqlen=max_seqlen,
-            backend=name,
+            backend=name, selection=selection, workspace_bytes=workspace_bytes,
         )  # fmt: skip
-    layout = _layout(q, cu_seqlens, block_size, max_seqlen)
-    if backend == "auto" and top_k >= layout.max_blocks:
+    layout = layout_of(q, cu_seqlens, block_size, max_seqlen)
+    if full_if_covered and top_k >= layout.max_blocks:
         _say_once(
             f"auto: full causal attention where top_k = {top_k} blocks of {block_size} tokens cover every document"
         )
         return full_attention(q, k, v, cu_seqlens, softmax_scale=scale, max_seqlen=max_seqlen)
-    steps = steps_of(name)
+    steps = steps_of(name, selection)
     ids = steps.select_past(q, steps.summarize(k, layout), layout, min(top_k, layout.max_blocks) - 1)
-    return steps.attend(q, k, v, ids, layout, scale)[0]
+    return steps.attend(q, k, v, ids, layout, scale, workspace_bytes)[0]
 
 
 @torch.no_grad()
@@ -117,6 +137,9 @@ def select_blocks(
     block_size: int,
     top_k: int,
     max_seqlen: int | None = None,
+    selector: str = "top_k",
+    summary: str = "mean",
+    threshold: float | None = None,
 ) -> Tensor:
     """The blocks that `moba_attention` attends for every query and head.
 
@@ -124,7 +147,8 @@ def select_blocks(
 
     Returns:
         int32 [T, N, top_k], block numbers within the query's document: its own block first, then past blocks by falling
-        score, equal scores by lower number, -1 where there are fewer.
+        score, equal scores by lower number, -1 where there are fewer. Without scores: the document's first block, if
+        the selector names it, and then the nearest first.
 
     Raises:
         ValueError: as `moba_attention`.
@@ -137,7 +161,7 @@ def select_blocks(
     """
     check_settings(block_size, top_k)
     check_inputs({"q": q, "k": k}, cu_seqlens)
-    layout = _layout(q, cu_seqlens, block_size, max_seqlen)
+    layout = layout_of(q, cu_seqlens, block_size, max_seqlen)
     own_TN1 = layout.block_T.to(torch.int32).view(-1, 1, 1).expand(-1, q.shape[1], 1)
-    steps = steps_of(resolve_backend("auto", q.device)[0])
+    steps = steps_of(resolve_backend("auto", q.device)[0], Selection(selector, summary, threshold))
     return torch.cat([own_TN1, steps.select_past(q, steps.summarize(k, layout), layout, top_k - 1)], dim=-1)

@@ -5,8 +5,9 @@ the entries by unit (counting sort's order) lists the rows of each unit together
 of a row went; both follow from the ids alone, so that the list is the same every time.
 
 A work list holds some query heads of one key head and a range of tokens. `heads_at_once` and `token_ranges` cut them so
-that what is kept for each entry stays a small multiple of one key head's queries, however many units a query has. They
-look at one key head only, so that a rank with some of the heads does exactly what a rank with all of them does.
+that what is kept for each entry fits a workspace, by default a small multiple of one key head's queries, however many
+units a query has. They look at one key head only, so that a rank with some of the heads does exactly what a rank with
+all of them does.
 
 Legend: T tokens, N query heads, K units per query, t tokens of a range, H heads of a list, E entries, at most t H K.
 """
@@ -21,9 +22,11 @@ from torch import Tensor
 
 from moba_megatron.ops.fragments import Fragment
 
-# A list has at most this many entries for each query row of its key head, so that a buffer of their outputs is that
-# many times the size of these queries.
+# By default a list has at most this many entries for each query row of its key head, so that a buffer of their outputs
+# is that many times the size of these queries.
 ENTRIES_PER_QUERY_ROW = 2
+# Bytes of an entry beside its row of output or dq: log-sum-exp, unit, place and order.
+ENTRY_BYTES = 40
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,25 @@ class Entries:
         return self.row_E.numel()
 
 
-def heads_at_once(group_size: int, per_query: int) -> int:
-    """How many query heads of a key head, at least one, a list may hold for all tokens."""
-    return min(group_size, max(1, ENTRIES_PER_QUERY_ROW * group_size // max(1, per_query)))
+def most_entries(q_TND: Tensor, group_size: int, workspace_bytes: int | None) -> int:
+    """Entries a list may hold: as many as fit a workspace, by default some for each query row of its key head."""
+    if workspace_bytes is None:
+        return ENTRIES_PER_QUERY_ROW * q_TND.shape[0] * group_size
+    return workspace_bytes // (q_TND.shape[2] * q_TND.element_size() + ENTRY_BYTES)
 
 
-def token_ranges(num_tokens: int, group_size: int, num_heads: int, per_query: int) -> Iterator[slice]:
-    """Cut the tokens so that a list of `num_heads` of the key head's `group_size` query heads stays within its entries.
+def heads_at_once(num_tokens: int, group_size: int, per_query: int, most: int) -> int:
+    """How many query heads of a key head, at least one, a list of at most `most` entries may hold for all tokens."""
+    return min(group_size, max(1, most // max(1, num_tokens * per_query)))
 
-    >>> list(token_ranges(12, 1, 1, 6))
+
+def token_ranges(num_tokens: int, num_heads: int, per_query: int, most: int) -> Iterator[slice]:
+    """Cut the tokens so that a list of `num_heads` query heads has at most `most` entries, or those of one token.
+
+    >>> list(token_ranges(12, 1, 6, 24))
     [slice(0, 4, None), slice(4, 8, None), slice(8, 12, None)]
     """
-    step = max(1, ENTRIES_PER_QUERY_ROW * num_tokens * group_size // (per_query * num_heads))
+    step = max(1, most // (per_query * num_heads))
     for first in range(0, num_tokens, step):
         yield slice(first, min(first + step, num_tokens))
 

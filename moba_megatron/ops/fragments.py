@@ -12,7 +12,8 @@ Legend: T query tokens, N query heads, K past blocks per query, t tokens of a ra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class Fragment:
             pack-wide block numbers are unit numbers.
         own_unit_T: int32 [T], the unit of the query's own block that lies before it, -1 where there is none; None where
             that holds for all queries.
+        device_forms: what a backend makes of it for a device, made once and kept with it (`triton.fragment.on_device`).
     """
 
     units: list[tuple[int, int]]
@@ -40,6 +42,7 @@ class Fragment:
     first_block_T: Tensor | None = None
     unit_of_block: Tensor | None = None
     own_unit_T: Tensor | None = None
+    device_forms: dict[torch.device, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def per_query(self, num_past: int) -> int:
         """Units a query and head may have, for K = `num_past` ids."""

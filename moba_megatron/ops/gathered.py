@@ -95,6 +95,7 @@ def accumulate(
     softmax_scale: float,
     out_TND: Tensor,
     lse_TN: Tensor,
+    workspace_bytes: int | None = None,
 ) -> None:
     """Attend a fragment of the keys on top of what the rows have attended already; no gradient.
 
@@ -108,9 +109,10 @@ def accumulate(
         out_TND: output so far, changed in place; in q's dtype or, to be rounded only once, wider.
         lse_TN: its log-sum-exp in fp32 (fp64 for fp64 inputs), -inf for rows without keys so far; changed in place.
             Rows under the fragment's triangles are written, not merged: triangles come first.
+        workspace_bytes: for what is kept of the entries of one pass, see `moba_attention`.
     """
     buffer = _EntryBuffer(q_TND)
-    for work in passes(q_TND, keys, ids_TNK, fragment, softmax_scale):
+    for work in passes(q_TND, keys, ids_TNK, fragment, softmax_scale, workspace_bytes):
         triangles_forward(work, out_TND, lse_TN)
         for entries in work.entries():
             part_ED = buffer(entries)
@@ -133,6 +135,7 @@ def accumulate_backward(
     dq_TND: Tensor,
     dk_SGD: Tensor,
     dv_SGD: Tensor,
+    workspace_bytes: int | None = None,
 ) -> None:
     """Gradients of one `accumulate`, as its share of the whole attention.
 
@@ -142,9 +145,10 @@ def accumulate_backward(
         lse_TN, delta_TN: contiguous, of the whole attention (`output_delta`).
         dq_TND: fp32 or wider; this share is added.
         dk_SGD, dv_SGD: [S, G, D] in any dtype; this share is written, summed in fp32 or wider.
+        workspace_bytes: as for `accumulate`.
     """
     buffer, last_group = _EntryBuffer(q_TND), -1
-    for work in passes(q_TND, keys, ids_TNK, fragment, softmax_scale):
+    for work in passes(q_TND, keys, ids_TNK, fragment, softmax_scale, workspace_bytes):
         if work.group != last_group:
             dk_SD, dv_SD = (torch.zeros_like(work.k, dtype=work.dtype) for _ in range(2))
             last_group = work.group
@@ -157,13 +161,19 @@ def accumulate_backward(
 
 
 def attend_forward(
-    q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, ids_TNK: Tensor, layout: BlockLayout, softmax_scale: float
+    q_TND: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    ids_TNK: Tensor,
+    layout: BlockLayout,
+    softmax_scale: float,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over each query's own block (causal) and the past blocks given by ids, in a whole pack; no gradient.
 
     Args:
         q_TND, k_TGD, v_TGD: queries [T, N, D], keys and values [T, G, D], one floating dtype and device.
-        ids_TNK, softmax_scale: as for `accumulate`.
+        ids_TNK, softmax_scale, workspace_bytes: as for `accumulate`.
         layout: blocks of the pack.
 
     Returns:
@@ -173,7 +183,7 @@ def attend_forward(
     out_TND = torch.empty_like(q_TND)
     lse_TN = torch.empty(q_TND.shape[:2], dtype=score_dtype(q_TND.dtype), device=q_TND.device)
     keys = Keys(k_TGD, v_TGD, q_TND.shape[1] // k_TGD.shape[1])
-    accumulate(q_TND, keys, ids_TNK, whole_pack(layout), softmax_scale, out_TND, lse_TN)
+    accumulate(q_TND, keys, ids_TNK, whole_pack(layout), softmax_scale, out_TND, lse_TN, workspace_bytes)
     return out_TND, lse_TN
 
 
@@ -187,6 +197,7 @@ def attend_backward(
     ids_TNK: Tensor,
     layout: BlockLayout,
     softmax_scale: float,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend_forward` with respect to q, k and v, in their dtype.
 
@@ -199,17 +210,17 @@ def attend_backward(
     keys = Keys(k_TGD, v_TGD, q_TND.shape[1] // k_TGD.shape[1])
     accumulate_backward(
         dout_TND, q_TND, keys, ids_TNK, whole_pack(layout), softmax_scale,
-        out_TND, lse_TN, output_delta(dout_TND, out_TND), dq_TND, dk_TGD, dv_TGD,
+        out_TND, lse_TN, output_delta(dout_TND, out_TND), dq_TND, dk_TGD, dv_TGD, workspace_bytes,
     )  # fmt: skip
     return dq_TND.to(q_TND.dtype), dk_TGD, dv_TGD
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, ids, layout, softmax_scale):
-        out, lse = attend_forward(q, k, v, ids, layout, softmax_scale)
+    def forward(ctx, q, k, v, ids, *settings):
+        out, lse = attend_forward(q, k, v, ids, *settings)
         ctx.save_for_backward(q, k, v, out, lse, ids)
-        ctx.layout, ctx.softmax_scale = layout, softmax_scale
+        ctx.settings = settings
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -217,12 +228,18 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, _):
         q, k, v, out, lse, ids = ctx.saved_tensors
-        gradients = attend_backward(dout, q, k, v, out, lse, ids, ctx.layout, ctx.softmax_scale)
-        return *gradients, None, None, None
+        gradients = attend_backward(dout, q, k, v, out, lse, ids, *ctx.settings)
+        return *gradients, None, *[None] * len(ctx.settings)
 
 
 def attend(
-    q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, ids_TNK: Tensor, layout: BlockLayout, softmax_scale: float
+    q_TND: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    ids_TNK: Tensor,
+    layout: BlockLayout,
+    softmax_scale: float,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend_forward` with gradients to q, k and v; the returned lse carries none."""
-    return _Attend.apply(q_TND, k_TGD, v_TGD, ids_TNK, layout, softmax_scale)
+    return _Attend.apply(q_TND, k_TGD, v_TGD, ids_TNK, layout, softmax_scale, workspace_bytes)

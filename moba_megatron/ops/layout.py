@@ -166,6 +166,11 @@ def block_layout(
     )
 
 
+def layout_of(tensor: Tensor, cu_seqlens: Tensor | None, block_size: int, max_seqlen: int | None) -> BlockLayout:
+    """`block_layout` of the pack whose tokens are the rows of a tensor."""
+    return block_layout(tensor.shape[0], block_size, cu_seqlens, max_seqlen=max_seqlen, device=tensor.device)
+
+
 def check_inputs(tensors: dict[str, Tensor], cu_seqlens: Tensor | None) -> None:
     """Check shapes, dtypes and devices of q, k (and v), and the values of cu_seqlens where they lie on the host.
 
@@ -224,8 +229,11 @@ def _check_boundaries(bounds: list[int], num_tokens: int) -> None:
             raise ValueError(f"cu_seqlens must not fall, but {before} is followed by {after} at {at}")
 
 
-def check_settings(block_size: int, top_k: int) -> None:
-    """Check block size (tokens) and top-k (blocks, the current one counted). Raises ValueError."""
-    for name, value in (("block_size", block_size), ("top_k", top_k)):
+def check_settings(block_size: int, top_k: int, workspace_bytes: int | None = None) -> None:
+    """Check block size (tokens), top-k (blocks, the current one counted) and workspace. Raises ValueError."""
+    settings = {"block_size": block_size, "top_k": top_k, "workspace_bytes": workspace_bytes}
+    for name, value in settings.items():
+        if name == "workspace_bytes" and value is None:
+            continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from moba_megatron.ops.layout import block_layout, check_cu_seqlens
+from moba_megatron.ops.layout import BlockLayout, check_cu_seqlens, layout_of
 from moba_megatron.ops.pairs import attended_pairs, scored_pairs
 from moba_megatron.ops.precision import score_dtype
+from moba_megatron.ops.selection import Selection
 from moba_megatron.ops.steps import steps_of
 
 
@@ -39,10 +40,10 @@ def is_traced(q: Tensor, backend: str) -> bool:
     return backend == "triton" and torch._C._len_torch_dispatch_stack() > 0
 
 
-def _layout(q: Tensor, cu_seqlens: Tensor | None, block_size: int, max_seqlen: int | None):
+def _checked_layout(q: Tensor, cu_seqlens: Tensor | None, block_size: int, max_seqlen: int | None) -> BlockLayout:
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q.shape[0], q.device)
-    return block_layout(q.shape[0], block_size, cu_seqlens, max_seqlen=max_seqlen, device=q.device)
+    return layout_of(q, cu_seqlens, block_size, max_seqlen)
 
 
 _SETTINGS = "Tensor? cu_seqlens, int block_size, SymInt? max_seqlen, str backend"
@@ -51,32 +52,35 @@ _SETTINGS = "Tensor? cu_seqlens, int block_size, SymInt? max_seqlen, str backend
 @torch.library.custom_op(
     "moba_megatron::select_past",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, SymInt num_past, {_SETTINGS}) -> Tensor",
+    schema=f"(Tensor q, Tensor k, SymInt num_past, {_SETTINGS}, str selector='top_k', str summary='mean', "
+    "float? threshold=None) -> Tensor",
 )
-def select_past_op(q, k, num_past, cu_seqlens, block_size, max_seqlen, backend):
+def select_past_op(q, k, num_past, cu_seqlens, block_size, max_seqlen, backend, *selection):
     """int32 [T, N, num_past] ids of past blocks for q [T, N, D], k [T, G, D], as `ops.routing.select_past`."""
-    steps, layout = steps_of(backend), _layout(q, cu_seqlens, block_size, max_seqlen)
+    steps = steps_of(backend, Selection(*selection))
+    layout = _checked_layout(q, cu_seqlens, block_size, max_seqlen)
     return steps.select_past(q, steps.summarize(k, layout), layout, num_past)
 
 
 @select_past_op.register_fake
-def _(q, k, num_past, cu_seqlens, block_size, max_seqlen, backend):
+def _(q, k, num_past, *_):
     return q.new_empty(q.shape[0], q.shape[1], num_past, dtype=torch.int32)
 
 
 @torch.library.custom_op(
     "moba_megatron::attend",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor ids, float softmax_scale, {_SETTINGS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor ids, float softmax_scale, {_SETTINGS}, "
+    "int? workspace_bytes=None) -> (Tensor, Tensor)",
 )
-def attend_op(q, k, v, ids, softmax_scale, cu_seqlens, block_size, max_seqlen, backend):
+def attend_op(q, k, v, ids, softmax_scale, cu_seqlens, block_size, max_seqlen, backend, workspace_bytes=None):
     """out [T, N, D] in q's dtype and lse [T, N] in fp32 or wider, as `ops.gathered.attend`; lse carries no gradient."""
-    layout = _layout(q, cu_seqlens, block_size, max_seqlen)
-    return steps_of(backend).attend_forward(q, k, v, ids, layout, softmax_scale)
+    layout = _checked_layout(q, cu_seqlens, block_size, max_seqlen)
+    return steps_of(backend).attend_forward(q, k, v, ids, layout, softmax_scale, workspace_bytes)
 
 
 @attend_op.register_fake
-def _(q, k, v, ids, softmax_scale, cu_seqlens, block_size, max_seqlen, backend):
+def _(q, *_):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=score_dtype(q.dtype))
 
 
@@ -84,17 +88,20 @@ def _(q, k, v, ids, softmax_scale, cu_seqlens, block_size, max_seqlen, backend):
     "moba_megatron::attend_backward",
     mutates_args=(),
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor ids, float softmax_scale, "
-    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    f"{_SETTINGS}, int? workspace_bytes=None) -> (Tensor, Tensor, Tensor)",
 )
-def attend_backward_op(dout, q, k, v, out, lse, ids, softmax_scale, cu_seqlens, block_size, max_seqlen, backend):
+def attend_backward_op(
+    dout, q, k, v, out, lse, ids, softmax_scale, cu_seqlens, block_size, max_seqlen, backend, workspace_bytes=None
+):
     """dq [T, N, D], dk and dv [T, G, D] in q's dtype."""
-    layout = _layout(q, cu_seqlens, block_size, max_seqlen)
-    gradients = steps_of(backend).attend_backward(dout, q, k, v, out, lse, ids, layout, softmax_scale)
+    layout = _checked_layout(q, cu_seqlens, block_size, max_seqlen)
+    attend_backward = steps_of(backend).attend_backward
+    gradients = attend_backward(dout, q, k, v, out, lse, ids, layout, softmax_scale, workspace_bytes)
     return tuple(x.contiguous() for x in gradients)
 
 
 @attend_backward_op.register_fake
-def _(dout, q, k, v, out, lse, ids, softmax_scale, cu_seqlens, block_size, max_seqlen, backend):
+def _(dout, q, k, v, *_):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
@@ -109,7 +116,7 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, dout, _):
     q, k, v, out, lse, ids, cu_seqlens = ctx.saved_tensors
     found = attend_backward_op(dout, q, k, v, out, lse, ids, ctx.softmax_scale, cu_seqlens, *ctx.settings)
-    return (*found, *[None] * 6)
+    return (*found, *[None] * (3 + len(ctx.settings)))
 
 
 attend_op.register_autograd(_gradients, setup_context=_save)
@@ -121,8 +128,12 @@ def _sizes(q_shape, ids_shape, block_size) -> tuple[int, int, int, int]:
 
 
 @register_flop_formula(torch.ops.moba_megatron.select_past)
-def _(q_shape, k_shape, num_past, cu_seqlens_shape, block_size, *_, **__) -> int:
+def _(q_shape, k_shape, num_past, cu_seqlens_shape, block_size, max_seqlen, backend, *selection, **_) -> int:
     tokens, heads, size = q_shape
+    summary = Selection(*selection).make_summary()
+    if summary is None:
+        return 0
+    size = summary.queries(torch.empty(size, device="meta")).numel()
     return 2 * heads * size * scored_pairs(tokens, block_size)
 
 
@@ -149,8 +160,10 @@ def traced_attention(
     softmax_scale: float,
     max_seqlen: int | None,
     backend: str,
+    selection: Selection,
+    workspace_bytes: int | None,
 ) -> Tensor:
     """`moba_attention` through the operators; arguments as there, `backend` resolved."""
     settings = (cu_seqlens, block_size, max_seqlen, backend)
-    ids = select_past_op(q.detach(), k.detach(), top_k - 1, *settings)
-    return attend_op(q, k, v, ids, softmax_scale, *settings)[0]
+    ids = select_past_op(q.detach(), k.detach(), top_k - 1, *settings, *selection.settings.values())
+    return attend_op(q, k, v, ids, softmax_scale, *settings, workspace_bytes)[0]

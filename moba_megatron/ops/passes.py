@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moba_megatron.ops import tiles
-from moba_megatron.ops.entries import Entries, heads_at_once, sort_entries, token_ranges
+from moba_megatron.ops.entries import Entries, heads_at_once, most_entries, sort_entries, token_ranges
 from moba_megatron.ops.fragments import Fragment, Keys
 from moba_megatron.ops.precision import score_dtype
 
@@ -32,8 +32,8 @@ class Pass:
     """One key head with some of its query heads: queries of all heads [T, N, D], keys and values of one head [S, D]."""
 
     heads: slice
-    group_size: int
     group: int
+    most_entries: int
     q: Tensor
     k: Tensor
     v: Tensor
@@ -57,14 +57,17 @@ class Pass:
         num_tokens, per_query = self.ids.shape[0], self.fragment.per_query(self.ids.shape[2])
         if per_query and num_tokens:
             num_heads = self.heads.stop - self.heads.start
-            for tokens in token_ranges(num_tokens, self.group_size, num_heads, per_query):
+            for tokens in token_ranges(num_tokens, num_heads, per_query, self.most_entries):
                 yield sort_entries(self.ids, tokens, self.heads, self.fragment)
 
 
-def passes(q: Tensor, keys: Keys, ids: Tensor, fragment: Fragment, scale: float) -> Iterator[Pass]:
+def passes(
+    q: Tensor, keys: Keys, ids: Tensor, fragment: Fragment, scale: float, workspace_bytes: int | None
+) -> Iterator[Pass]:
     """All passes of one attention call, key head by key head."""
     size = keys.group_size
-    step = heads_at_once(size, fragment.per_query(ids.shape[2]))
+    most = most_entries(q, size, workspace_bytes)
+    step = heads_at_once(q.shape[0], size, fragment.per_query(ids.shape[2]), most)
     dtype = score_dtype(q.dtype)
     side = min(ROWS_OF_TRIANGLE, max((length for _, _, length in fragment.triangles), default=0))
     triangle = torch.ones(side, side, dtype=torch.bool, device=q.device).triu_(1)
@@ -73,7 +76,7 @@ def passes(q: Tensor, keys: Keys, ids: Tensor, fragment: Fragment, scale: float)
         head = (keys.first + group) * size
         for first in range(head, head + size, step):
             heads = slice(first, min(first + step, head + size))
-            yield Pass(heads, size, group, q, k_SD, v_SD, ids, fragment, scale, dtype, triangle)
+            yield Pass(heads, group, most, q, k_SD, v_SD, ids, fragment, scale, dtype, triangle)
 
 
 def _triangle_tiles(work: Pass) -> Iterator[tuple[int, slice, tuple[int, int]]]:

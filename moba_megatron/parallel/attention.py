@@ -1,10 +1,10 @@
 """Attention over a sequence whose tokens lie on several ranks: MoBA, or full causal attention.
 
-One autograd function serves every exchange: attend the keys of one's own block at hand while the block summaries
-travel, choose past blocks for one's own queries among all blocks of the pack, then work through the tasks that the
-exchange yields and merge by log-sum-exp. The backward pass works through its tasks with the output and the log-sum-exp
-of the whole attention, so that shares of the gradients simply add up. Full attention is the case of one block per
-document, in which nothing is chosen.
+One autograd function serves every exchange: attend the keys of one's own block at hand while the block summaries (if
+the selection asks for any) travel, choose past blocks for one's own queries among all blocks of the pack, then work
+through the tasks that the exchange yields and merge by log-sum-exp. The backward pass works through its tasks with the
+output and the log-sum-exp of the whole attention, so that shares of the gradients simply add up. Full attention is the
+case of one block per document, in which nothing is chosen.
 
 | exchange | what happens |
 |---|---|
@@ -32,6 +32,7 @@ from moba_megatron.ops import full_attention, moba_attention, resolve_backend
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.layout import check_inputs, check_settings
 from moba_megatron.ops.precision import score_dtype, without_autocast
+from moba_megatron.ops.selection import MOBA, Selection
 from moba_megatron.ops.steps import Steps, has_steps, steps_of
 from moba_megatron.parallel.dispatch import Dispatch
 from moba_megatron.parallel.exchange import Exchange, Queries, Task
@@ -95,6 +96,7 @@ def context_attention(
     top_k: int | None,
     softmax_scale: float | None = None,
     backend: str = "auto",
+    selection: Selection = MOBA,
 ) -> Tensor:
     """Attention of this rank's queries over the keys of all ranks. All ranks of the group call it together.
 
@@ -109,6 +111,7 @@ def context_attention(
         softmax_scale: factor on the scores, 1/sqrt(D) if None.
         backend: as for `moba_attention`. Fragments of blocks, which every exchange but `a2a` has, need `gathered` or
             `triton`.
+        selection: how past blocks are chosen; no effect in full attention.
 
     Returns:
         [t, N, D] in q's dtype. Differentiable in q, k and v; selection is a constant.
@@ -138,19 +141,24 @@ def context_attention(
         # No rows on any rank, but the graph stays connected.
         return q + (k.sum() + v.sum()).to(q.dtype)
     if exchange in _BETWEEN_SHARDS:
-        return _between_shards(q, k, v, boundaries, groups.whole, exchange, levels, block_size, top_k, scale, name)
+        return _between_shards(
+            q, k, v, boundaries, groups.whole, exchange, levels, block_size, top_k, scale, steps_of(name, selection)
+        )
     wire = Wire(groups.whole if exchange == "a2a" else groups.inner)
     shard = groups.whole.rank() // levels[0]
     order = inner_order(host_boundaries(boundaries), levels, shard).to(q.device)
     q, k, v = to_heads(wire, order, q, k, v)
     if levels[1] > 1:
-        out = _between_shards(q, k, v, boundaries, groups.outer, "p2p", levels, block_size, top_k, scale, name)
+        out = _between_shards(
+            q, k, v, boundaries, groups.outer, "p2p", levels, block_size, top_k, scale, steps_of(name, selection)
+        )
     elif block_size is None:
         out = full_attention(q, k, v, boundaries.to(q.device), softmax_scale=scale)
     else:
         out = moba_attention(
-            q, k, v, boundaries.to(q.device), block_size=block_size, top_k=top_k, softmax_scale=scale, backend=backend
-        )
+            q, k, v, boundaries.to(q.device), block_size=block_size, top_k=top_k, softmax_scale=scale, backend=backend,
+            **selection.settings,
+        )  # fmt: skip
     return to_tokens(wire, order, out)
 
 
@@ -181,14 +189,12 @@ def _between_shards(
     block_size: int | None,
     top_k: int | None,
     scale: float,
-    backend: str,
+    steps: Steps,
 ) -> Tensor:
     wire = Wire(group)
     plan = plan_for(boundaries, block_size, levels, wire.rank, q.device)
     num_past = 0 if top_k is None else min(top_k, plan.layout.max_blocks) - 1
-    return _ContextAttention.apply(
-        q, k, v, plan, wire, _BETWEEN_SHARDS[exchange](wire), num_past, scale, steps_of(backend)
-    )
+    return _ContextAttention.apply(q, k, v, plan, wire, _BETWEEN_SHARDS[exchange](wire), num_past, scale, steps)
 
 
 class _ContextAttention(torch.autograd.Function):
@@ -215,10 +221,11 @@ class _ContextAttention(torch.autograd.Function):
             out=torch.zeros(q.shape, dtype=dtype, device=q.device),
         )
         nothing = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device=q.device)
-        summaries = SummaryExchange(plan, wire, k) if num_past else None
+        summaries = SummaryExchange(plan, wire, k, steps.summary) if num_past and steps.summary else None
         own_keys = Keys(k, v, q.shape[1] // k.shape[1])
         _attend(steps, Task(queries, own_keys, nothing, plan.own_part), scale)
-        ids = nothing if summaries is None else steps.select_past(q, summaries.wait(), plan.queries, num_past)
+        gathered = summaries.wait() if summaries else None
+        ids = steps.select_past(q, gathered, plan.queries, num_past) if num_past else nothing
         for task in exchange.forward(plan, queries, k, v, ids):
             _attend(steps, task, scale)
         out = queries.out.to(q.dtype)

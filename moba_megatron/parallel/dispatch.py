@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moba_megatron.ops.fragments import Fragment, Keys
+from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.merge import merge_weights
 from moba_megatron.parallel.copies import Copies, choose_copies, demanded
 from moba_megatron.parallel.exchange import Queries, Task
@@ -158,7 +158,6 @@ class Dispatch:
     ) -> Iterator[tuple[int, Task]]:
         """For each key head its guests, as queries of one head, against this rank's keys."""
         units = journey.units[journey.order].unsqueeze(1)
-        fragment = Fragment(plan.own_choices.units, [])
         last = 0
         for group, count in enumerate(journey.of_group):
             first, last = last, last + count
@@ -168,7 +167,7 @@ class Dispatch:
                     for field in dataclasses.fields(guests)
                 }
                 keys = Keys(k[:, group : group + 1], v[:, group : group + 1], 1)
-                yield group, Task(Queries(**some), keys, units[first:last], fragment)
+                yield group, Task(Queries(**some), keys, units[first:last], plan.own_units)
 
 
 def _leave_for(plan: ContextPlan, rank: int, ids: Tensor, hot_M: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -165,6 +165,11 @@ class ContextPlan:
         """The rest of this rank's keys: chosen past blocks."""
         return dataclasses.replace(self.fragment(self.rank), triangles=[], own_unit_T=None)
 
+    @functools.cached_property
+    def own_units(self) -> Fragment:
+        """This rank's keys for queries of other ranks, which name units."""
+        return Fragment(self.own_choices.units, [])
+
     def fragment(self, source: int) -> Fragment:
         """The keys of one rank as this rank's queries see them; triangles where it is this rank itself."""
         if source not in self._fragments:

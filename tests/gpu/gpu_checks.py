@@ -57,10 +57,10 @@ def results(attention, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Te
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
-def operator(shape: Shape, device: str, backend: str):
+def operator(shape: Shape, device: str, backend: str, workspace_bytes: int | None = None):
     """The operator with everything but q, k and v given."""
     bounds = shape.cu_seqlens(device)
-    return lambda *x: moba_attention(*x, bounds, backend=backend, **shape.settings)
+    return lambda *x: moba_attention(*x, bounds, backend=backend, workspace_bytes=workspace_bytes, **shape.settings)
 
 
 def clear_rows(q: Tensor, k: Tensor, shape: Shape) -> Tensor:
@@ -181,11 +181,23 @@ def check_last_document(shape: Shape, device: str, dtype: torch.dtype, backend: 
         assert difference <= 4 * torch.finfo(dtype).eps * b.float().abs().max()
 
 
-def forward_backward_peaks(shape: Shape, dtype: torch.dtype, backend: str) -> tuple[int, int]:
+def check_workspace(shape: Shape, device: str, dtype: torch.dtype, backend: str, workspace_bytes: int) -> None:
+    """A small workspace gives the same output and gradients, up to the rounding of sums."""
+    tensors = inputs(shape, device, dtype)
+    want = results(operator(shape, device, backend), *tensors)
+    got = results(operator(shape, device, backend, workspace_bytes), *tensors)
+    for a, b in zip(got, want, strict=True):
+        difference = (a.float() - b.float()).abs().max()
+        assert difference <= 4 * torch.finfo(dtype).eps * b.float().abs().max(), f"{difference:.2e}"
+
+
+def forward_backward_peaks(
+    shape: Shape, dtype: torch.dtype, backend: str, workspace_bytes: int | None = None
+) -> tuple[int, int]:
     """Bytes held at most on the GPU beyond inputs and outputs: in the forward pass alone, and in the backward."""
     leaves = [x.requires_grad_() for x in inputs(shape, "cuda", dtype)]
     dout = leaves.pop().detach()
-    attend = operator(shape, "cuda", backend)
+    attend = operator(shape, "cuda", backend, workspace_bytes)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

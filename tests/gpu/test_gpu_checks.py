@@ -18,6 +18,7 @@ def test_the_portable_backend_passes(dtype):
     checks.check_same_bits(PACK, "cpu", dtype, "gathered", runs=2)
     checks.check_poisoned(PACK, "cpu", dtype, "gathered")
     checks.check_last_document(PACK, "cpu", dtype, "gathered")
+    checks.check_workspace(PACK, "cpu", dtype, "gathered", 10_000)
 
 
 @pytest.fixture
@@ -46,6 +47,16 @@ def test_a_row_that_is_not_written_is_seen(forward):
     forward(forgetful)
     with pytest.raises(AssertionError):
         checks.check_poisoned(PACK, "cpu", torch.float32, "gathered")
+
+
+def test_a_workspace_that_changes_the_result_is_seen(forward):
+    def hasty(*arguments):
+        out, lse = attend_forward(*arguments)
+        return out * (1 if arguments[-1] is None else 1.001), lse
+
+    forward(hasty)
+    with pytest.raises(AssertionError):
+        checks.check_workspace(PACK, "cpu", torch.float32, "gathered", 10_000)
 
 
 def test_an_order_left_open_is_seen(forward):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from gpu_checks import Shape
 from torch.utils.flop_counter import FlopCounterMode
+from workspace_formula import workspace_bounds
 
 from moba_megatron.ops import moba_attention, resolve_backend
 from moba_megatron.ops.backends import BACKENDS
@@ -84,6 +85,28 @@ def test_workspace_stays_within_its_bound():
     saved = shape.tokens * shape.heads * 4 * shape.top_k
     assert forward - saved <= 0.5 * unit, f"{forward - saved} of {unit} bytes"
     assert backward <= unit, f"{backward} of {unit} bytes"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["packed", "large top-k", "large blocks"])
+def test_a_small_workspace_does_not_show(backend, name, dtype):
+    """Passes of single key heads, and of ranges of tokens."""
+    for workspace_bytes in (2**20, 2**16):
+        checks.check_workspace(SHAPES[name], "cuda", dtype, backend, workspace_bytes)
+
+
+@pytest.mark.parametrize("workspace_bytes", [2**24, 2**28])
+def test_memory_keeps_to_its_formula(workspace_bytes):
+    """What the docstring of `ops.triton.attention` promises; beside it routing's summaries and planes, the selected ids
+    and the saved log-sum-exp forward, and delta backward."""
+    resolve_backend("triton", "cuda")
+    shape = Shape((0, 2**17), 128, 8, 16, 4, 128)
+    forward, backward = checks.forward_backward_peaks(shape, torch.bfloat16, "triton", workspace_bytes)
+    bounds = workspace_bounds(shape.tokens, 16, 4, 128, 2, 128, 8, workspace_bytes)
+    rows, blocks = shape.tokens * shape.heads, shape.tokens // 128
+    saved = 4 * rows * shape.top_k + blocks * shape.groups * shape.size * (4 + 3 * 4)
+    assert workspace_bytes // 2 < forward - saved <= bounds[0], (forward, saved, bounds)
+    assert workspace_bytes // 2 < backward - 4 * rows <= bounds[1], (backward, bounds)
 
 
 def test_compiled_code_gives_the_same_bits(backend):

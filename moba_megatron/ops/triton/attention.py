@@ -41,7 +41,7 @@ from moba_megatron.ops.triton.backward_queries import (
 )
 from moba_megatron.ops.triton.devices import on_its_device
 from moba_megatron.ops.triton.fragment import DeviceFragment, on_device, whole_pack
-from moba_megatron.ops.triton.index import Index, Pass, build_index
+from moba_megatron.ops.triton.index import Pass, build_index
 from moba_megatron.ops.triton.own import merge_forward, own_forward
 from moba_megatron.ops.triton.units import units_forward
 
@@ -124,7 +124,7 @@ def accumulate(
     Args:
         q_TND, keys, ids_TNK, softmax_scale, out_TND, lse_TN: as for `ops.gathered.accumulate`; bf16, fp16 or fp32,
             out in q's dtype or fp32, lse in fp32, both contiguous.
-        fragment: which of these keys the queries may attend; best in its device form (`fragment.on_device`).
+        fragment: which of these keys the queries may attend.
         workspace_bytes: see the module; `default_workspace` if None.
     """
     fragment, keys = on_device(fragment, q_TND.device), _readable(keys)
@@ -134,6 +134,7 @@ def accumulate(
         parts = _partials(q_TND, keys, ids_TNK, work, fragment, softmax_scale)
         if parts is not None:
             merge_forward(work, parts, out_TND, lse_TN)
+        del parts  # the next pass may fill the workspace
 
 
 @torch.no_grad()
@@ -180,39 +181,45 @@ def _backward(
     workspace_bytes: int | None,
 ) -> None:
     keys, ids_TNK = _readable(keys), ids_TNK.contiguous()
-    shape, done = keys.k.shape, None
+    shape, dkv = keys.k.shape, None
     if known.q.shape[0] == 0:
         dk_SGD.zero_()
         dv_SGD.zero_()
     for work in passes(known.q, keys, ids_TNK.shape[2], fragment, backward_entry_bytes(known.q), workspace_bytes):
-        if work.groups != done:
-            # The first range of tokens of these key heads.
+        if work.tokens.start == 0:
             dkv = torch.zeros(2, shape[0], work.num_groups, shape[2], dtype=torch.float32, device=known.q.device)
             own_keys_backward(known, keys, work, fragment, softmax_scale, dkv[0], dkv[1])
-            done = work.groups
-        parts = None
-        if _has_units(work, fragment):
-            index = build_index(work, ids_TNK, fragment)
-            parts = (_units_backward(known, keys, index, fragment, softmax_scale, dkv), index.units)
+        parts = _units_backward(known, keys, ids_TNK, work, fragment, softmax_scale, dkv)
         own_queries_backward(
             known, keys, work, fragment, softmax_scale, None if add_to_dq else parts, dq_TND, add_to_dq
         )
         if add_to_dq and parts is not None:
             merge_dq(work, parts, dq_TND)
+        del parts  # the next pass may fill the workspace
         if work.tokens.stop == known.q.shape[0]:
             dk_SGD[:, work.groups], dv_SGD[:, work.groups] = dkv[0], dkv[1]
+            dkv = None
 
 
 def _units_backward(
-    known: Known, keys: Keys, index: Index, fragment: DeviceFragment, softmax_scale: float, dkv: Tensor
-) -> Tensor:
-    """Add a pass's units to dk and dv; returns the shares of dq [E, D]."""
-    part_ED = known.q.new_empty(index.work.entries, known.q.shape[2])
+    known: Known,
+    keys: Keys,
+    ids_TNK: Tensor,
+    work: Pass,
+    fragment: DeviceFragment,
+    softmax_scale: float,
+    dkv: Tensor,
+) -> tuple[Tensor, Tensor] | None:
+    """Add a pass's units to dk and dv; returns the shares of dq [E, D] and units [E], None where there are none."""
+    if not _has_units(work, fragment):
+        return None
+    index = build_index(work, ids_TNK, fragment)
+    part_ED = known.q.new_empty(work.entries, known.q.shape[2])
     fused = config.holds_unit_for("units_dkdv_dq", known.q, fragment.units.longest)
     units_keys_backward(known, keys, index, fragment, softmax_scale, dkv[0], dkv[1], part_ED if fused else None)
     if not fused:
         units_queries_backward(known, keys, index, fragment, softmax_scale, part_ED)
-    return part_ED
+    return part_ED, index.units
 
 
 @on_its_device
@@ -243,6 +250,7 @@ def attend_forward(
     for work in passes(q_TND, keys, ids_TNK.shape[2], fragment, forward_entry_bytes(q_TND), workspace_bytes):
         parts = _partials(q_TND, keys, ids_TNK, work, fragment, softmax_scale)
         own_forward(q_TND, keys, work, fragment, softmax_scale, parts, out_TND, lse_TN)
+        del parts  # the next pass may fill the workspace
     return out_TND, lse_TN
 
 

@@ -27,11 +27,22 @@ from torch import Tensor
 
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.common import COUNTS, LOG2_E, dot, load_rows, row_offsets, safe_lse, store_rows
+from moba_megatron.ops.triton.common import (
+    COUNTS,
+    LOG2_E,
+    dot,
+    load_keys,
+    load_rows,
+    quotient,
+    row_offsets,
+    safe_lse,
+    second_id,
+    store_rows,
+)
 from moba_megatron.ops.triton.fragment import DeviceFragment
 from moba_megatron.ops.triton.index import Index, Pass, cut_entries, cut_stretches
 from moba_megatron.ops.triton.piece_sums import add_sums, room_for_sums
-from moba_megatron.ops.triton.units import entry_rows
+from moba_megatron.ops.triton.units import entry_rows, piece_members
 
 
 @triton.jit
@@ -40,13 +51,16 @@ def key_step(keys, values, queries, dout, lse, delta, softmax_scale, seen, dk, d
 
     Args:
         lse: infinite for rows outside the tile, which so get weight 0.
-        seen: bool, broadcastable to [keys, rows], which rows see which keys.
+        seen: bool, broadcastable to [keys, rows], which rows see which keys; None: all, what else may come of keys that
+            are none being left unused.
 
     Returns:
         dk, dv, and the scores' gradient [keys, rows], not yet scaled.
     """
     score = dot(keys, tl.trans(queries)) * (softmax_scale * LOG2_E)
-    weight = tl.where(seen, tl.exp2(score - safe_lse(lse)[None, :]), 0.0)
+    weight = tl.exp2(score - safe_lse(lse)[None, :])
+    if seen is not None:
+        weight = tl.where(seen, weight, 0.0)
     dv = dot(weight.to(dout.dtype), dout, dv)
     slope = weight * (dot(values, tl.trans(dout)) - delta[None, :])
     slope = slope.to(queries.dtype)
@@ -82,40 +96,41 @@ def units_dkdv(
     num_tokens,
     first_group,
     num_heads,
+    group_size,
     HEAD_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
     WRITE_DQ: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program per (piece of a list, key tile of its unit)."""
-    piece = tl.program_id(0)
+    piece, key_tile = tl.program_id(0), second_id()
     this = tl.load(list_of + piece)
     if this >= num_lists:
         return
+    group = this // num_units
     start = tl.load(unit_start + this % num_units)
     length = (tl.load(unit_end + this % num_units) - start).to(tl.int32)
-    key = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if tl.program_id(1) * BLOCK_N >= length:
+    key = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    if key_tile * BLOCK_N >= length:
         return
-    low = tl.load(list_first + this) + (piece - tl.load(piece_first + this)).to(tl.int32) * piece_size
-    high = tl.minimum(low + piece_size, tl.load(list_first + this + 1))
-    base = start * k_row + (this // num_units).to(tl.int64) * k_head
-    keys = load_rows(k + base, key.to(tl.int64) * k_row, key < length, HEAD_SIZE, WIDTH)
-    values = load_rows(v + base, key.to(tl.int64) * k_row, key < length, HEAD_SIZE, WIDTH)
+    low, high = piece_members(piece, this, list_first, piece_first, piece_size)
+    base = start * k_row + group.to(tl.int64) * k_head
+    keys = load_keys(k + base, key, k_row, length, HEAD_SIZE, WIDTH)
+    values = load_keys(v + base, key, k_row, length, HEAD_SIZE, WIDTH)
     dk = tl.zeros([BLOCK_N, WIDTH], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, WIDTH], dtype=tl.float32)
     for first in range(low, high, BLOCK_M):
         member = first + tl.arange(0, BLOCK_M)
         inside = member < high
         entry = tl.load(order + member, mask=inside, other=0)
-        at = entry_rows(entry, slots, first_token, num_tokens, first_group, num_heads, GROUP)
+        at = entry_rows(entry, group, slots, first_token, num_tokens, first_group, num_heads, group_size)
         queries = load_rows(q, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
         slopes = load_rows(dout, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
         row_lse = tl.load(lse + at, mask=inside, other=float("inf"))
         row_delta = tl.load(delta + at, mask=inside, other=0.0)
-        seen = (key < length)[:, None]
+        # Without dq nothing but the sums of keys that are none, never stored, would come of them.
+        seen = (key < length)[:, None] if WRITE_DQ else None
         dk, dv, slope = key_step(keys, values, queries, slopes, row_lse, row_delta, softmax_scale, seen, dk, dv)
         if WRITE_DQ:
             dq = dot(tl.trans(slope), keys) * softmax_scale
@@ -145,9 +160,9 @@ def own_dkdv(
     num_stretches,
     first_group,
     num_heads,
+    group_size,
     HEAD_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -161,20 +176,20 @@ def own_dkdv(
     low = (tile - tl.load(piece_first + stretch)).to(tl.int32) * BLOCK_N
     key = low + tl.arange(0, BLOCK_N)
     base = begin * k_row + group.to(tl.int64) * k_head
-    keys = load_rows(k + base, key.to(tl.int64) * k_row, key < length, HEAD_SIZE, WIDTH)
-    values = load_rows(v + base, key.to(tl.int64) * k_row, key < length, HEAD_SIZE, WIDTH)
+    keys = load_keys(k + base, key, k_row, length, HEAD_SIZE, WIDTH)
+    values = load_keys(v + base, key, k_row, length, HEAD_SIZE, WIDTH)
     total_k = tl.zeros([BLOCK_N, WIDTH], dtype=tl.float32)
     total_v = tl.zeros([BLOCK_N, WIDTH], dtype=tl.float32)
-    for first in range(low * GROUP, length * GROUP, BLOCK_M):
+    origin = begin * num_heads + (first_group + group) * group_size
+    for first in range(low * group_size, length * group_size, BLOCK_M):
         row = first + tl.arange(0, BLOCK_M)
-        own = row // GROUP
-        inside = own < length
-        at = row_offsets(begin + own, (first_group + group) * GROUP + row % GROUP, num_heads)
+        inside = row < length * group_size
+        at = row_offsets(origin, row, quotient(row, group_size), num_heads, group_size)
         queries = load_rows(q, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
         slopes = load_rows(dout, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
         row_lse = tl.load(lse + at, mask=inside, other=float("inf"))
         row_delta = tl.load(delta + at, mask=inside, other=0.0)
-        seen = key[:, None] <= own[None, :]
+        seen = (key * group_size)[:, None] <= row[None, :]
         total_k, total_v, _ = key_step(
             keys, values, queries, slopes, row_lse, row_delta, softmax_scale, seen, total_k, total_v
         )
@@ -216,7 +231,7 @@ def own_keys_backward(
         known.q, keys.k[:, first:], keys.v[:, first:], *known.tensors, triangles.start, triangles.end,
         pieces.list_of, pieces.first, dk_SGD, dv_SGD,
         softmax_scale, keys.k.stride(0), keys.k.stride(1), triangles.count, work.first_head_group,
-        known.q.shape[1], GROUP=work.group_size, **tiles,
+        known.q.shape[1], work.group_size, **tiles,
     )  # fmt: skip
 
 
@@ -245,12 +260,12 @@ def units_keys_backward(
     dk_sums, dv_sums = torch.empty(2, rows, size, dtype=torch.float32, device=known.q.device)
     key_tiles = triton.cdiv(units.longest, tiles["BLOCK_N"])
     first, bounds = work.groups.start, (units.start, units.end)
-    units_dkdv[(pieces.pieces, key_tiles)](
+    units_dkdv[(pieces.pieces, *config.spread(key_tiles))](
         known.q, keys.k[:, first:], keys.v[:, first:], *known.tensors, *bounds,
         index.order, index.list_first, pieces.list_of, pieces.first, sum_first, dk_sums, dv_sums,
         dk_sums if part_ED is None else part_ED, softmax_scale, keys.k.stride(0), keys.k.stride(1),
         index.num_lists, index.num_units, work.slots, pieces.size,
-        work.tokens.start, work.num_tokens, work.first_head_group, known.q.shape[1],
-        GROUP=work.group_size, WRITE_DQ=part_ED is not None, **tiles,
+        work.tokens.start, work.num_tokens, work.first_head_group, known.q.shape[1], work.group_size,
+        WRITE_DQ=part_ED is not None, **tiles,
     )  # fmt: skip
     add_sums(index, pieces, units, sum_first, dk_sums, dv_sums, dk_SGD, dv_SGD)

@@ -20,10 +20,20 @@ from torch import Tensor
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.triton import config
 from moba_megatron.ops.triton.backward_keys import Known
-from moba_megatron.ops.triton.common import COUNTS, LOG2_E, dot, load_rows, row_offsets, safe_lse, store_rows
+from moba_megatron.ops.triton.common import (
+    COUNTS,
+    LOG2_E,
+    dot,
+    load_keys,
+    load_rows,
+    quotient,
+    row_offsets,
+    safe_lse,
+    store_rows,
+)
 from moba_megatron.ops.triton.fragment import DeviceFragment
 from moba_megatron.ops.triton.index import Index, Pass, cut_entries, cut_stretches
-from moba_megatron.ops.triton.units import entry_rows
+from moba_megatron.ops.triton.units import entry_rows, piece_members
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -80,9 +90,9 @@ def units_dq(
     num_tokens,
     first_group,
     num_heads,
+    group_size,
     HEAD_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -91,23 +101,24 @@ def units_dq(
     this = tl.load(list_of + piece)
     if this >= num_lists:
         return
-    low = tl.load(list_first + this) + (piece - tl.load(piece_first + this)).to(tl.int32) * piece_size
+    low, high = piece_members(piece, this, list_first, piece_first, piece_size)
+    group = this // num_units
     member = low + tl.arange(0, BLOCK_M)
-    inside = member < tl.load(list_first + this + 1)
+    inside = member < high
     entry = tl.load(order + member, mask=inside, other=0)
-    at = entry_rows(entry, slots, first_token, num_tokens, first_group, num_heads, GROUP)
+    at = entry_rows(entry, group, slots, first_token, num_tokens, first_group, num_heads, group_size)
     queries = load_rows(q, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
     slopes = load_rows(dout, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
     row_lse = safe_lse(tl.load(lse + at, mask=inside, other=0.0))
     row_delta = tl.load(delta + at, mask=inside, other=0.0)
     start = tl.load(unit_start + this % num_units)
     length = (tl.load(unit_end + this % num_units) - start).to(tl.int32)
-    base = start * k_row + (this // num_units).to(tl.int64) * k_head
+    base = start * k_row + group.to(tl.int64) * k_head
     dq = tl.zeros([BLOCK_M, WIDTH], dtype=tl.float32)
     for first in range(0, length, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
-        keys = load_rows(k + base, key.to(tl.int64) * k_row, key < length, HEAD_SIZE, WIDTH)
-        values = load_rows(v + base, key.to(tl.int64) * k_row, key < length, HEAD_SIZE, WIDTH)
+        keys = load_keys(k + base, key, k_row, length, HEAD_SIZE, WIDTH)
+        values = load_keys(v + base, key, k_row, length, HEAD_SIZE, WIDTH)
         seen = (key < length)[None, :]
         dq = query_step(queries, slopes, keys, values, row_lse, row_delta, softmax_scale, seen, dq)
     store_rows(part, entry.to(tl.int64) * HEAD_SIZE, inside, dq * softmax_scale, HEAD_SIZE, WIDTH)
@@ -137,9 +148,9 @@ def own_dq(
     num_tokens,
     first_group,
     num_heads,
+    group_size,
     HEAD_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
     MERGE: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -153,12 +164,13 @@ def own_dq(
     begin = tl.load(start + stretch)
     length = (tl.load(end + stretch) - begin).to(tl.int32)
     row = (tile - tl.load(piece_first + stretch)).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
-    own = row // GROUP
+    own = quotient(row, group_size)
     token = begin + own
     inside = (own < length) & (token >= first_token) & (token < first_token + num_tokens)
     if tl.max(inside.to(tl.int32), axis=0) == 0:
         return
-    at = row_offsets(token, (first_group + group) * GROUP + row % GROUP, num_heads)
+    origin = begin * num_heads + (first_group + group) * group_size
+    at = row_offsets(origin, row, own, num_heads, group_size)
     queries = load_rows(q, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
     slopes = load_rows(dout, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
     row_lse = safe_lse(tl.load(lse + at, mask=inside, other=0.0))
@@ -167,13 +179,13 @@ def own_dq(
     total = tl.zeros([BLOCK_M, WIDTH], dtype=tl.float32)
     for first in range(0, tl.minimum(tl.max(own, axis=0) + 1, length), BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
-        keys = load_rows(k + base, key.to(tl.int64) * k_row, key < length, HEAD_SIZE, WIDTH)
-        values = load_rows(v + base, key.to(tl.int64) * k_row, key < length, HEAD_SIZE, WIDTH)
+        keys = load_keys(k + base, key, k_row, length, HEAD_SIZE, WIDTH)
+        values = load_keys(v + base, key, k_row, length, HEAD_SIZE, WIDTH)
         seen = key[None, :] <= own[:, None]
         total = query_step(queries, slopes, keys, values, row_lse, row_delta, softmax_scale, seen, total)
     total *= softmax_scale
     if MERGE:
-        entry = ((group * num_tokens + token - first_token) * GROUP + row % GROUP) * slots
+        entry = ((group * num_tokens + begin - first_token) * group_size + row) * slots
         total = add_shares(total, part, units, entry, inside, slots, HEAD_SIZE, WIDTH)
     if ADD:
         total += load_rows(dq, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH).to(tl.float32)
@@ -191,17 +203,18 @@ def add_dq(
     num_tokens,
     first_group,
     num_heads,
+    group_size,
     HEAD_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """One program per tile of rows of the pass: adds their shares to dq."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < num_rows
-    token, head = row // GROUP, row % GROUP
+    token = row // group_size
     group = token // num_tokens
-    at = row_offsets(first_token + token - group * num_tokens, (first_group + group) * GROUP + head, num_heads)
+    origin = (first_token - group * num_tokens) * num_heads + (first_group + group) * group_size
+    at = row_offsets(origin, row, token, num_heads, group_size)
     total = load_rows(dq, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH).to(tl.float32)
     total = add_shares(total, part, units, row * slots, inside, slots, HEAD_SIZE, WIDTH)
     store_rows(dq, at * HEAD_SIZE, inside, total, HEAD_SIZE, WIDTH)
@@ -233,8 +246,8 @@ def units_queries_backward(
         index.order, index.list_first, pieces.list_of, pieces.first, part_ED,
         softmax_scale, keys.k.stride(0), keys.k.stride(1),
         index.num_lists, index.num_units, work.slots, pieces.size,
-        work.tokens.start, work.num_tokens, work.first_head_group, known.q.shape[1],
-        GROUP=work.group_size, **tiles,
+        work.tokens.start, work.num_tokens, work.first_head_group, known.q.shape[1], work.group_size,
+        **tiles,
     )  # fmt: skip
 
 
@@ -266,7 +279,7 @@ def own_queries_backward(
         pieces.list_of, pieces.first, part, units, dq_TND,
         softmax_scale, keys.k.stride(0), keys.k.stride(1), triangles.count,
         work.slots, work.tokens.start, work.num_tokens, work.first_head_group, known.q.shape[1],
-        GROUP=work.group_size, MERGE=merge, ADD=add, **tiles,
+        work.group_size, MERGE=merge, ADD=add, **tiles,
     )  # fmt: skip
 
 
@@ -275,6 +288,6 @@ def merge_dq(work: Pass, parts: tuple[Tensor, Tensor], dq_TND: Tensor) -> None:
     tiles = config.tiles_for("add_dq", parts[0])
     add_dq[(triton.cdiv(work.rows, tiles["BLOCK_M"]),)](
         *parts, dq_TND, work.rows, work.slots,
-        work.tokens.start, work.num_tokens, work.first_head_group, dq_TND.shape[1],
-        GROUP=work.group_size, **tiles,
+        work.tokens.start, work.num_tokens, work.first_head_group, dq_TND.shape[1], work.group_size,
+        **tiles,
     )  # fmt: skip

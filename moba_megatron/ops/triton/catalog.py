@@ -2,8 +2,9 @@
 
 A configuration is a kernel with the types of its arguments and its sizes known at compile time, as `config` chooses
 them for an element type, a head size and a block size. Types follow from the arguments' names, which mean the same in
-all kernels. What is left out because it changes nothing but integer arithmetic: other group sizes than `GROUP_SIZES`,
-and optional arguments of the index.
+all kernels. Integers but for strides are no part of it (`common.COUNTS`): any number of query heads per key head runs
+the same code. Left out are strides that are not multiples of 16, and decoding with more than 16 query heads per key
+head, whose routing takes a larger tile.
 """
 
 from __future__ import annotations
@@ -31,13 +32,12 @@ from moba_megatron.ops.triton import (
 )
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-GROUP_SIZES = (4,)
 # Keys of the longest unit or triangle: the short ones each have a tile of their own, the others share one.
 LENGTHS = (16, 32, 64, 128, 512)
 NUM_PAST = (1, 2, 7, 15, 31, 63)
 
 ELEMENTS = ("q", "k", "v", "dout", "part", "planes", "out", "dq")
-SUMS = ("lse", "delta", "part_lse", "means", "dk", "dv", "dk_sums", "dv_sums")
+SUMS = ("lse", "delta", "part_lse", "means", "dk", "dv", "dk_sums", "dv_sums", "scores")
 INT32 = ("ids", "units", "counts", "offsets", "order", "list_first", "list_of", "unit_of_block", "own_unit", "lengths")
 INT64 = ("start", "end", "unit_start", "unit_end", "piece_first", "sum_first", "first_block", "block")
 FLOATS = ("softmax_scale", "plane_shrink")
@@ -146,41 +146,43 @@ def _cases(
     lengths: Sequence[int],
     num_past: Sequence[int],
 ) -> Iterator[_Case]:
-    table = {"HAS_FIRST": True, "HAS_TABLE": True, "HAS_OWN": True, "GROUP": GROUP_SIZES[0]}
-    yield _Case(index.count_entries, config.tiles("count_entries") | table)
+    # A whole pack, a rank's fragment with and without own blocks, and ids that are unit numbers.
+    for first, table, own_unit in ((1, 0, 0), (1, 1, 0), (1, 1, 1), (0, 0, 0)):
+        flags = {"HAS_FIRST": bool(first), "HAS_TABLE": bool(table), "HAS_OWN": bool(own_unit)}
+        yield _Case(index.count_entries, config.tiles("count_entries") | flags)
     yield _Case(index.scatter_entries, config.tiles("scatter_entries"))
     for dtype in dtypes:
         for size in head_sizes:
             yield from _rows(dtype, size, num_past, architecture)
-            for group in GROUP_SIZES:
-                for length in lengths:
-                    yield from _attention(dtype, size, length, group, architecture)
+            for length in lengths:
+                yield from _attention(dtype, size, length, architecture)
 
 
 def _rows(dtype: torch.dtype, size: int, num_past: Sequence[int], architecture: int) -> Iterator[_Case]:
     for kernel in (means.block_means, piece_sums.add_pieces, backward_queries.output_delta_rows):
         yield _Case(kernel, config.tiles(kernel.__name__, dtype, size, architecture=architecture), dtype)
-    for group in GROUP_SIZES:
-        for kernel in (own.merge_rows, backward_queries.add_dq):
-            settings = config.tiles(kernel.__name__, dtype, size, architecture=architecture) | {"GROUP": group}
-            yield _Case(kernel, settings, dtype, {"out": "*fp32", "dq": "*fp32"})
-        for past in num_past:
-            yield _Case(
-                route.select_blocks,
-                config.route_tiles(dtype, size, past, architecture=architecture) | {"GROUP": group},
-                dtype,
-            )
-            if dtype == torch.float32:
-                settings = config.route_tiles(dtype, size, past, group, architecture)
-                yield _Case(route.select_blocks, settings | {"GROUP": group}, dtype)
-        settings = config.tiles("attend_cached", dtype, size, architecture=architecture) | {"GROUP": group}
-        yield _Case(decoding.attend_cached, settings, dtype, {"part": "*fp32"})
+    # Fragments are merged into fp32 or into outputs in the inputs' dtype; shares of dq always into fp32.
+    merges = ((own.merge_rows, {}), (own.merge_rows, {"out": "*fp32"}), (backward_queries.add_dq, {"dq": "*fp32"}))
+    for kernel, types in merges:
+        yield _Case(kernel, config.tiles(kernel.__name__, dtype, size, architecture=architecture), dtype, types)
+    for past in num_past:
+        routing = config.route_tiles(dtype, size, past, architecture=architecture)
+        yield _Case(route.select_blocks, routing | {"SPLIT": False}, dtype)
+        if dtype == torch.float32:
+            routing = config.route_tiles(dtype, size, past, 1, architecture)
+            yield _Case(route.select_blocks, routing | {"SPLIT": True}, dtype)
+    yield _Case(
+        decoding.attend_cached,
+        config.tiles("attend_cached", dtype, size, architecture=architecture),
+        dtype,
+        {"part": "*fp32"},
+    )
 
 
-def _attention(dtype: torch.dtype, size: int, length: int, group: int, architecture: int) -> Iterator[_Case]:
+def _attention(dtype: torch.dtype, size: int, length: int, architecture: int) -> Iterator[_Case]:
     def case(name: str, kernel: Any, types: dict[str, str] | None = None, **flags: bool) -> _Case:
         settings = config.tiles(name, dtype, size, length, architecture)
-        return _Case(kernel, settings | {"GROUP": group} | flags, dtype, types or {})
+        return _Case(kernel, settings | flags, dtype, types or {})
 
     if config.holds_unit("attend_short_units", dtype, size, length, architecture):
         yield case("attend_short_units", units.attend_short_units)

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from moba_megatron.ops.triton.common import PER_AXIS
 from moba_megatron.ops.triton.tile_table import FP32_TILES, TILES
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -25,9 +26,9 @@ DEFAULT_ARCHITECTURE = 90
 # Kernels bound by memory alone: (elements of a tile [rows, width], what its rows are, warps).
 STREAMING = {
     "block_means": (4096, "BLOCK_N", 4),
-    "add_pieces": (4096, "BLOCK_N", 8),
-    "attend_cached": (8192, "BLOCK_N", 8),
-    "merge_rows": (4096, "BLOCK_M", 16),
+    "add_pieces": (4096, "BLOCK_N", 16),
+    "attend_cached": (4096, "BLOCK_N", 8),
+    "merge_rows": (4096, "BLOCK_M", 8),
     "add_dq": (4096, "BLOCK_M", 8),
     "output_delta_rows": (4096, "BLOCK_M", 4),
 }
@@ -36,6 +37,8 @@ INDEX_TILES = {"count_entries": (1024, 4), "scatter_entries": (64, 4)}
 
 # Members of a piece of a list of short units: enough to pay for loading the unit's keys.
 SHORT_PIECE = 512
+# Decoding: programs that score blocks, about two for each multiprocessor of a large chip, and the least blocks for one.
+DECODING_PROGRAMS, LEAST_PART = 256, 256
 # Programs that build an index, at most: each counts for itself, so that this bounds the counts in memory.
 MOST_CHUNKS = 1024
 
@@ -137,12 +140,15 @@ def route_tiles(
 ) -> dict[str, int]:
     """Launch settings of routing, for K = `num_past` blocks to keep and, in decoding, only so many rows in a tile."""
     tile = _tile("select_blocks", dtype, head_size, architecture, 0)
+    if rows is not None:
+        # Few rows, in fp32, on any chip.
+        tile = Tile(max(16, triton.next_power_of_2(rows)), 64, max(4, width_of(head_size) // 32), 1)
     return {
         "HEAD_SIZE": head_size,
         "WIDTH": width_of(head_size),
         "PLANES": 1 if dtype == torch.float32 else 3,
         "KEEP": triton.next_power_of_2(num_past),
-        "BLOCK_M": tile.rows if rows is None else max(16, triton.next_power_of_2(rows)),
+        "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
@@ -175,6 +181,16 @@ def piece_size(kernel: str, settings: dict[str, int], longest: int = 0) -> int:
     return settings["BLOCK_M"]
 
 
+def spread(count: int) -> tuple[int, int]:
+    """Second and third axis of a launch that together count `count` programs, and perhaps surplus ones.
+
+    >>> spread(100), spread(70_000)
+    ((100, 1), (32768, 3))
+    """
+    each = min(count, PER_AXIS.value)
+    return each, -(-count // each)
+
+
 def chunks(entries: int, groups: int) -> tuple[int, int]:
     """(chunks, entries per chunk) for the index of `groups` key heads with so many entries each.
 
@@ -185,6 +201,17 @@ def chunks(entries: int, groups: int) -> tuple[int, int]:
     most = max(1, MOST_CHUNKS // groups)
     per_chunk = size * max(1, -(-entries // (size * most)))
     return max(1, -(-entries // per_chunk)), per_chunk
+
+
+def decoding_parts(programs: int, blocks: int) -> tuple[int, int]:
+    """(parts, blocks of a part) into which decoding cuts the blocks of a cache, for so many sequences and key heads.
+
+    >>> decoding_parts(8, 8192), decoding_parts(1024, 8192), decoding_parts(1, 300)
+    ((32, 256), (1, 8192), (2, 150))
+    """
+    parts = max(1, min(DECODING_PROGRAMS // programs, -(-blocks // LEAST_PART)))
+    part_blocks = -(-blocks // parts)
+    return -(-blocks // part_blocks), part_blocks
 
 
 def architecture_of(tensor: Tensor) -> int:

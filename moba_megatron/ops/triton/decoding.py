@@ -1,15 +1,16 @@
 """Decoding: one query per sequence against cached keys, values and block summaries.
 
-The query chooses past blocks among the cached summaries as in training, then each (sequence, head, piece of a chosen
-block) is a program of its own that reads the piece's keys and values once, and the partial outputs are merged by
-log-sum-exp. There is no index: a token's heads choose few blocks, and what they share they share in cache.
+The query chooses past blocks among the cached summaries as in training; where sequences and key heads are too few to
+fill the chip, the blocks are cut into parts, each keeps its best, and the best of these are taken: the same choice.
+Then each (sequence, head, piece of a chosen block) is a program of its own that reads the piece's keys and values once,
+and the partial outputs are merged by log-sum-exp. There is no index: a token's heads choose few blocks, and what they
+share they share in cache.
 
 Decoding equals one forward pass over the whole text: past blocks are complete, and the block of the query's own token
 is always attended, as far as it is filled. A summary is needed from the token on that completes its block;
 `complete_summaries` writes it.
 
-Traffic: the summaries of the sequences' past blocks, M G D fp32, and K B rows of keys and values per head. Scoring is
-bound by one program per sequence and key head.
+Traffic: the summaries of the sequences' past blocks, M G D fp32, and K B rows of keys and values per head.
 
 Legend: b sequences, S tokens a cache has room for, N query heads, G key heads, D head size, B block size, M blocks a
 cache has room for, K blocks per query (its own counted), P pieces of a block.
@@ -23,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.common import COUNTS, LN_2, LOG2_E, load_rows
+from moba_megatron.ops.triton.common import COUNTS, LN_2, LOG2_E, load_keys
 from moba_megatron.ops.triton.devices import on_its_device
 from moba_megatron.ops.triton.means import mean_rows
 from moba_megatron.ops.triton.own import merge_rows
@@ -51,14 +52,15 @@ def attend_cached(
     piece_size,
     pieces,
     num_heads,
+    group_size,
     HEAD_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program per (sequence, head, piece of a slot's block): writes its partial output, 0 and -inf for none."""
-    sequence, head, place = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row = sequence.to(tl.int64) * num_heads + head
+    places = slots * pieces
+    row, place = (tl.program_id(0) // places).to(tl.int64), tl.program_id(0) % places
+    sequence, head = row // num_heads, (row % num_heads).to(tl.int32)
     block = tl.load(ids + row * slots + place // pieces)
     begin = block * block_size + place % pieces * piece_size
     stop = tl.minimum(begin + piece_size, (block + 1) * block_size)
@@ -66,25 +68,25 @@ def attend_cached(
     length = tl.where(block < 0, 0, length)
     column = tl.arange(0, WIDTH)
     query = tl.load(q + row * HEAD_SIZE + column, mask=column < HEAD_SIZE, other=0.0).to(tl.float32)
-    base = sequence.to(tl.int64) * k_sequence + begin.to(tl.int64) * k_row + (head // GROUP).to(tl.int64) * k_head
+    base = sequence * k_sequence + begin.to(tl.int64) * k_row + (head // group_size).to(tl.int64) * k_head
     # Softmax of one row, kept as vectors of one element.
     top = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], dtype=tl.float32)
     acc = tl.zeros([WIDTH], dtype=tl.float32)
     for first in range(0, length, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
-        keys = load_rows(k + base, key.to(tl.int64) * k_row, key < length, HEAD_SIZE, WIDTH)
+        keys = load_keys(k + base, key, k_row, length, HEAD_SIZE, WIDTH)
         score = tl.sum(keys.to(tl.float32) * query[None, :], axis=1) * (softmax_scale * LOG2_E)
         score = tl.where(key < length, score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=0))
         weight = tl.exp2(score - higher)
         keep = tl.exp2(top - higher)
         total = total * keep + tl.sum(weight, axis=0)
-        values = load_rows(v + base, key.to(tl.int64) * k_row, key < length, HEAD_SIZE, WIDTH)
+        values = load_keys(v + base, key, k_row, length, HEAD_SIZE, WIDTH)
         acc = acc * keep + tl.sum(values.to(tl.float32) * weight[:, None], axis=0)
         top = higher
     filled = tl.where(total == 0, 1.0, total)
-    entry = row * (slots * pieces) + place
+    entry = row * places + place
     tl.store(part + entry * HEAD_SIZE + column, acc / filled, mask=column < HEAD_SIZE)
     tl.store(part_lse + entry + tl.arange(0, 1), (top + tl.log2(filled)) * LN_2)
 
@@ -130,18 +132,17 @@ def decode(
     slots = ids.shape[2]
     part = torch.empty(sequences, heads, slots * pieces, size, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(part.shape[:3], dtype=torch.float32, device=q.device)
-    attend_cached[(sequences, heads, slots * pieces)](
+    attend_cached[(sequences * heads * slots * pieces,)](
         q, k, v, ids, lengths, part, part_lse, softmax_scale, *k.stride()[:3], slots,
-        block_size, triton.cdiv(block_size, pieces), pieces, heads,
-        GROUP=group_size, **config.tiles_for("attend_cached", q),
+        block_size, triton.cdiv(block_size, pieces), pieces, heads, group_size,
+        **config.tiles_for("attend_cached", q),
     )  # fmt: skip
     out = torch.zeros_like(q, dtype=torch.float32)
     lse = torch.full((sequences, heads), -torch.inf, dtype=torch.float32, device=q.device)
     units = ids.repeat_interleave(pieces, dim=-1)
     tiles = config.tiles_for("merge_rows", q)
     merge_rows[(triton.cdiv(sequences * heads, tiles["BLOCK_M"]),)](
-        part, part_lse, units, out, lse, sequences * heads, slots * pieces, 0, sequences, 0, heads,
-        GROUP=heads, **tiles,
+        part, part_lse, units, out, lse, sequences * heads, slots * pieces, 0, sequences, 0, heads, heads, **tiles
     )  # fmt: skip
     return out.to(q.dtype)
 
@@ -160,17 +161,29 @@ def choose_cached(q_bND: Tensor, summaries_bMGD: Tensor, lengths_b: Tensor, bloc
     own_bN1 = own.view(-1, 1, 1).expand(-1, heads, 1)
     if num_past == 0:
         return own_bN1.contiguous()
-    ids = torch.empty(sequences, heads, num_past, dtype=torch.int32, device=q_bND.device)
+    # A program takes the rows of one sequence: no other shares its summaries.
+    parts, part_blocks = config.decoding_parts(sequences * groups, most)
+    ids = torch.empty(sequences, heads, parts, num_past, dtype=torch.int32, device=q_bND.device)
+    scores = torch.empty(ids.shape, dtype=torch.float32, device=q_bND.device)
     first = torch.arange(0, sequences * most, most, device=q_bND.device)
     group_size = heads // groups
-    # A program takes the rows of one sequence: no other shares its summaries.
     tiles = config.route_tiles(torch.float32, size, num_past, group_size, config.architecture_of(q_bND))
-    select_blocks[(sequences, groups)](
-        q_bND.float(), summaries_bMGD.float().contiguous(), first, own, ids,
-        sequences * group_size, heads, sequences * most, num_past, 1.0, group_size,
-        GROUP=group_size, **tiles,
+    select_blocks[(sequences, groups, parts)](
+        q_bND.float(), summaries_bMGD.float().contiguous(), first, own, ids, scores,
+        sequences * group_size, heads, sequences * most, num_past, 1.0, group_size, group_size, part_blocks,
+        SPLIT=True, **tiles,
     )  # fmt: skip
-    return torch.cat([ids, own_bN1], dim=-1)
+    return torch.cat([_best_of_parts(ids, scores), own_bN1], dim=-1)
+
+
+def _best_of_parts(ids_bNPK: Tensor, scores_bNPK: Tensor) -> Tensor:
+    """[b, N, K]: the best of the best of each of P parts. Parts follow each other by block number and each is in order,
+    so that a stable sort gives equal scores to the lower number."""
+    parts, num_past = ids_bNPK.shape[2:]
+    if parts == 1:
+        return ids_bNPK.squeeze(2)
+    order = scores_bNPK.flatten(2).sort(dim=-1, descending=True, stable=True).indices
+    return ids_bNPK.flatten(2).gather(-1, order[..., :num_past])
 
 
 @torch.no_grad()

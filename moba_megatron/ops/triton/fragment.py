@@ -71,10 +71,16 @@ def whole_pack(layout: BlockLayout) -> DeviceFragment:
 def on_device(fragment: Fragment | DeviceFragment, device: torch.device) -> DeviceFragment:
     """The device form of a fragment; one that has it already is returned as it is.
 
-    Copying the boundaries costs a transfer: whoever attends a fragment more than once keeps its device form.
+    Copying the boundaries costs a transfer, so the fragment keeps its device form: a second call copies nothing.
     """
     if isinstance(fragment, DeviceFragment):
         return fragment
+    if device not in fragment.device_forms:
+        fragment.device_forms[device] = _device_form(fragment, device)
+    return fragment.device_forms[device]
+
+
+def _device_form(fragment: Fragment, device: torch.device) -> DeviceFragment:
     triangles = [
         (first + i * length, first + (i + 1) * length)
         for first, stretches, length in fragment.triangles

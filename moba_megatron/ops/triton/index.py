@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.common import COUNTS, row_offsets
+from moba_megatron.ops.triton.common import COUNTS, quotient, row_offsets
 from moba_megatron.ops.triton.fragment import DeviceFragment, Stretches
 
 
@@ -46,7 +46,7 @@ def count_entries(
     num_units,
     chunks,
     chunk_entries,
-    GROUP: tl.constexpr,
+    group_size,
     HAS_FIRST: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     HAS_OWN: tl.constexpr,
@@ -54,16 +54,19 @@ def count_entries(
 ):
     """One program per (chunk, key head): translates ids to units and counts them per list."""
     chunk, group = tl.program_id(0), tl.program_id(1)
-    entries = num_tokens * GROUP * slots
+    entries = num_tokens * group_size * slots
+    origin = first_token.to(tl.int64) * num_heads + (first_group + group) * group_size
     low = chunk * chunk_entries
     high = tl.minimum(low + chunk_entries, entries)
     for first in range(low, high, BLOCK_E):
         entry = first + tl.arange(0, BLOCK_E)
         inside = entry < high
-        row, slot = entry // slots, entry % slots
-        token = first_token + row // GROUP
+        row = quotient(entry, slots)
+        slot = entry - row * slots
+        own = quotient(row, group_size)
+        token = first_token + own
         picked = inside & (slot < num_past)
-        at = row_offsets(token, (first_group + group) * GROUP + row % GROUP, num_heads)
+        at = row_offsets(origin, row, own, num_heads, group_size)
         unit = tl.load(ids + at * num_past + slot, mask=picked, other=-1)
         if HAS_FIRST:
             picked = picked & (unit >= 0)
@@ -187,8 +190,7 @@ def build_index(work: Pass, ids_TNK: Tensor, fragment: DeviceFragment) -> Index:
         dummy if fragment.unit_of_block is None else fragment.unit_of_block,
         dummy if fragment.own_unit_T is None else fragment.own_unit_T,
         units, counts, work.tokens.start, work.num_tokens, work.first_head_group, ids_TNK.shape[1], ids_TNK.shape[2],
-        work.slots, num_units, chunks, chunk_entries,
-        GROUP=work.group_size,
+        work.slots, num_units, chunks, chunk_entries, work.group_size,
         HAS_FIRST=fragment.first_block_T is not None,
         HAS_TABLE=fragment.unit_of_block is not None,
         HAS_OWN=fragment.own_unit_T is not None,

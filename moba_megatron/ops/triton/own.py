@@ -18,7 +18,18 @@ from torch import Tensor
 
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.common import COUNTS, LN_2, LOG2_E, dot, load_rows, merge_parts, row_offsets, store_rows
+from moba_megatron.ops.triton.common import (
+    COUNTS,
+    LN_2,
+    LOG2_E,
+    dot,
+    load_keys,
+    load_rows,
+    merge_parts,
+    quotient,
+    row_offsets,
+    store_rows,
+)
 from moba_megatron.ops.triton.fragment import DeviceFragment
 from moba_megatron.ops.triton.index import Pass, cut_stretches
 
@@ -46,9 +57,9 @@ def attend_own(
     num_tokens,
     first_group,
     num_heads,
+    group_size,
     HEAD_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
     MERGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -61,12 +72,13 @@ def attend_own(
     begin = tl.load(start + stretch)
     length = (tl.load(end + stretch) - begin).to(tl.int32)
     row = (tile - tl.load(piece_first + stretch)).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
-    own = row // GROUP
+    own = quotient(row, group_size)
     token = begin + own
     inside = (own < length) & (token >= first_token) & (token < first_token + num_tokens)
     if tl.max(inside.to(tl.int32), axis=0) == 0:
         return
-    at = row_offsets(token, (first_group + group) * GROUP + row % GROUP, num_heads)
+    origin = begin * num_heads + (first_group + group) * group_size
+    at = row_offsets(origin, row, own, num_heads, group_size)
     queries = load_rows(q, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
     base = begin * k_row + group.to(tl.int64) * k_head
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -75,18 +87,18 @@ def attend_own(
     last = tl.minimum(tl.max(own, axis=0) + 1, length)
     for first in range(0, last, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
-        keys = load_rows(k + base, key.to(tl.int64) * k_row, key < length, HEAD_SIZE, WIDTH)
+        keys = load_keys(k + base, key, k_row, length, HEAD_SIZE, WIDTH)
         score = dot(queries, tl.trans(keys)) * (softmax_scale * LOG2_E)
         score = tl.where(key[None, :] <= own[:, None], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=1))
         weight = tl.exp2(score - higher[:, None])
         keep = tl.exp2(top - higher)
         total = total * keep + tl.sum(weight, axis=1)
-        values = load_rows(v + base, key.to(tl.int64) * k_row, key < length, HEAD_SIZE, WIDTH)
+        values = load_keys(v + base, key, k_row, length, HEAD_SIZE, WIDTH)
         acc = dot(weight.to(values.dtype), values, acc * keep[:, None])
         top = higher
     if MERGE:
-        entry = ((group * num_tokens + token - first_token) * GROUP + row % GROUP) * slots
+        entry = ((group * num_tokens + begin - first_token) * group_size + row) * slots
         acc, top, total = merge_parts(acc, top, total, part, part_lse, units, entry, inside, slots, HEAD_SIZE, WIDTH)
     store_rows(out, at * HEAD_SIZE, inside, acc / total[:, None], HEAD_SIZE, WIDTH)
     tl.store(lse + at, (top + tl.log2(total)) * LN_2, mask=inside)
@@ -105,17 +117,18 @@ def merge_rows(
     num_tokens,
     first_group,
     num_heads,
+    group_size,
     HEAD_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """One program per tile of rows of the pass: merge partial outputs into out and lse, in place."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < num_rows
-    token, head = row // GROUP, row % GROUP
+    token = row // group_size
     group = token // num_tokens
-    at = row_offsets(first_token + token - group * num_tokens, (first_group + group) * GROUP + head, num_heads)
+    origin = (first_token - group * num_tokens) * num_heads + (first_group + group) * group_size
+    at = row_offsets(origin, row, token, num_heads, group_size)
     top = tl.load(lse + at, mask=inside, other=float("-inf")) * LOG2_E
     total = tl.where(top == float("-inf"), 0.0, 1.0)
     acc = load_rows(out, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH).to(tl.float32) * total[:, None]
@@ -154,7 +167,7 @@ def own_forward(
         pieces.list_of, pieces.first, part, part_lse, units, out_TND, lse_TN,
         softmax_scale, keys.k.stride(0), keys.k.stride(1), fragment.triangles.count,
         work.slots, work.tokens.start, work.num_tokens, work.first_head_group, q_TND.shape[1],
-        GROUP=work.group_size, MERGE=merge, **tiles,
+        work.group_size, MERGE=merge, **tiles,
     )  # fmt: skip
 
 
@@ -163,6 +176,6 @@ def merge_forward(work: Pass, parts: tuple[Tensor, Tensor, Tensor], out_TND: Ten
     tiles = config.tiles_for("merge_rows", parts[0])
     merge_rows[(triton.cdiv(work.rows, tiles["BLOCK_M"]),)](
         *parts, out_TND, lse_TN, work.rows, work.slots,
-        work.tokens.start, work.num_tokens, work.first_head_group, out_TND.shape[1],
-        GROUP=work.group_size, **tiles,
+        work.tokens.start, work.num_tokens, work.first_head_group, out_TND.shape[1], work.group_size,
+        **tiles,
     )  # fmt: skip

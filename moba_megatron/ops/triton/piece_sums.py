@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.common import COUNTS, load_rows, store_rows
+from moba_megatron.ops.triton.common import COUNTS, load_rows, second_id, store_rows
 from moba_megatron.ops.triton.fragment import Stretches
 from moba_megatron.ops.triton.index import Index, WorkList
 
@@ -42,13 +42,13 @@ def add_pieces(
 
     Only the first of such units does the work.
     """
-    this = tl.program_id(0)
+    this, key_tile = tl.program_id(0), second_id()
     group, unit = this // num_units, this % num_units
     start = tl.load(unit_start + unit)
     before = tl.load(unit_start + unit - 1, mask=unit > 0, other=-1)
     if (before == start) | (tl.load(unit_end + unit) == start):
         return
-    key = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    key = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     total_k = tl.zeros([BLOCK_N, WIDTH], dtype=tl.float32)
     total_v = tl.zeros([BLOCK_N, WIDTH], dtype=tl.float32)
     longest = tl.full([], 0, tl.int32)
@@ -57,7 +57,7 @@ def add_pieces(
         length = (tl.load(unit_end + unit) - start).to(tl.int32)
         longest = tl.maximum(longest, length)
         low, high = tl.load(piece_first + this), tl.load(piece_first + this + 1)
-        if tl.program_id(1) * BLOCK_N >= length:
+        if key_tile * BLOCK_N >= length:
             high = low
         for piece in range(low, high):
             source = (tl.load(sum_first + piece) + key) * HEAD_SIZE
@@ -92,7 +92,8 @@ def add_sums(
 ) -> None:
     """Add the pieces' sums fp32 [W, D], each from row `sum_first` on, to fp32 dk and dv [S, G, D]."""
     tiles = config.tiles_for("add_pieces", dk_SGD)
-    add_pieces[(index.num_lists, triton.cdiv(units.longest, tiles["BLOCK_N"]))](
+    key_tiles = triton.cdiv(units.longest, tiles["BLOCK_N"])
+    add_pieces[(index.num_lists, *config.spread(key_tiles))](
         dk_sums, dv_sums, units.start, units.end, pieces.list_of, pieces.first, sum_first, dk_SGD, dv_SGD,
         index.num_units, index.work.num_groups, **tiles,
     )  # fmt: skip

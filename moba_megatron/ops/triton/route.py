@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moba_megatron.ops.layout import TokenBlocks
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.common import COUNTS, dot, load_rows, row_offsets
+from moba_megatron.ops.triton.common import COUNTS, dot, load_rows, quotient, row_offsets
 from moba_megatron.ops.triton.devices import on_its_device
 from moba_megatron.ops.triton.means import planes_of
 
@@ -55,31 +55,44 @@ def select_blocks(
     first_block,
     block,
     ids,
+    scores,
     num_rows,
     num_heads,
     num_blocks,
     num_past,
     plane_shrink,
     tile_rows,
+    group_size,
+    part_blocks,
     HEAD_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
     PLANES: tl.constexpr,
     KEEP: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program per (tile of `tile_rows` query rows, at most BLOCK_M, and key head); see the module."""
+    """One program per (tile of `tile_rows` query rows, at most BLOCK_M, and key head); see the module.
+
+    With `SPLIT`, one per part of `part_blocks` blocks of the tile's only document too, which keeps the best of its part
+    and writes ids and scores [.., parts, num_past].
+    """
     group, groups = tl.program_id(1), tl.num_programs(1)
     top_row = tl.program_id(0) * tile_rows
     row = top_row + tl.arange(0, BLOCK_M)
     inside = (row < num_rows) & (row < top_row + tile_rows)
-    token = row // GROUP
-    at = row_offsets(token, group * GROUP + row % GROUP, num_heads)
+    token = quotient(row, group_size)
+    at = row_offsets(group * group_size, row, token, num_heads, group_size)
     queries = load_rows(q, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
     first = tl.load(first_block + token, mask=inside, other=0).to(tl.int32)
     own = first + tl.load(block + token, mask=inside, other=0).to(tl.int32)
-    low, high = tl.load(first_block + top_row // GROUP).to(tl.int32), tl.max(own, axis=0)
+    low, high = tl.load(first_block + top_row // group_size).to(tl.int32), tl.max(own, axis=0)
+    least, list_at = first, at
+    if SPLIT:
+        low += tl.program_id(2) * part_blocks
+        high = tl.minimum(high, low + part_blocks)
+        least = tl.maximum(first, low)
+        list_at = at * tl.num_programs(2) + tl.program_id(2)
 
     slot = tl.arange(0, KEEP)[None, :]
     # Surplus slots are never the worst; empty ones are told apart by their numbers.
@@ -94,7 +107,7 @@ def select_blocks(
             keys = load_rows(planes + (PLANES - 1 - rest) * plane, place, column >= low, HEAD_SIZE, WIDTH)
             score = dot(queries, tl.trans(keys), score * plane_shrink)
         number = tl.broadcast_to(column[None, :], (BLOCK_M, BLOCK_N))
-        candidate = (number >= first[:, None]) & (number < own[:, None]) & (score == score)
+        candidate = (number >= least[:, None]) & (number < own[:, None]) & (score == score)
         score = tl.where(candidate, score, float("-inf"))
         best, best_number = _best(score, number)
         worst, worst_number = _worst(kept, numbers)
@@ -111,7 +124,10 @@ def select_blocks(
     kept = tl.where(slot < num_past, kept, float("-inf"))
     for place in range(0, num_past):
         best, best_number = _best(kept, numbers)
-        tl.store(ids + at * num_past + place, tl.where(best > float("-inf"), best_number - first, -1), mask=inside)
+        target = list_at * num_past + place
+        tl.store(ids + target, tl.where(best > float("-inf"), best_number - first, -1), mask=inside)
+        if SPLIT:
+            tl.store(scores + target, best, mask=inside)
         kept = tl.where(numbers == best_number[:, None], float("-inf"), kept)
         numbers = tl.where(numbers == best_number[:, None], NO_BLOCK, numbers)
 
@@ -145,11 +161,13 @@ def select_past(q_TND: Tensor, summaries_MGD: Tensor, layout: TokenBlocks, num_p
     ids = torch.empty(num_tokens, num_heads, num_past, dtype=torch.int32, device=q.device)
     if ids.numel() == 0:
         return ids
-    planes, step = planes_of(summaries_MGD.float(), q.dtype)
+    means = summaries_MGD.float()
+    planes, step = planes_of(means, q.dtype)
     tiles = config.route_tiles(q.dtype, size, num_past, architecture=config.architecture_of(q))
     rows = num_tokens * (num_heads // groups)
     select_blocks[(triton.cdiv(rows, tiles["BLOCK_M"]), groups)](
-        q, planes.contiguous(), layout.first_block_T, layout.block_T, ids,
-        rows, num_heads, num_blocks, num_past, 1 / step, tiles["BLOCK_M"], GROUP=num_heads // groups, **tiles,
+        q, planes.contiguous(), layout.first_block_T, layout.block_T, ids, means,
+        rows, num_heads, num_blocks, num_past, 1 / step, tiles["BLOCK_M"], num_heads // groups, num_blocks,
+        SPLIT=False, **tiles,
     )  # fmt: skip
     return ids

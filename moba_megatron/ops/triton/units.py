@@ -23,18 +23,34 @@ from torch import Tensor
 
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.common import COUNTS, LN_2, LOG2_E, dot, load_rows, row_offsets, store_rows
+from moba_megatron.ops.triton.common import (
+    COUNTS,
+    LN_2,
+    LOG2_E,
+    dot,
+    load_keys,
+    load_rows,
+    quotient,
+    row_offsets,
+    store_rows,
+)
 from moba_megatron.ops.triton.fragment import DeviceFragment
 from moba_megatron.ops.triton.index import Index, cut_entries
 
 
 @triton.jit
-def entry_rows(entry, slots, first_token, num_tokens, first_group, num_heads, GROUP: tl.constexpr):
-    """Place in [T, N] of the query rows of entries of a pass."""
-    row = entry // slots
-    token, head = row // GROUP, row % GROUP
-    group = token // num_tokens
-    return row_offsets(first_token + token - group * num_tokens, (first_group + group) * GROUP + head, num_heads)
+def piece_members(piece, this, list_first, piece_first, piece_size):
+    """(first, one past the last) of the members in `order` of a piece of list `this`."""
+    low = tl.load(list_first + this) + (piece - tl.load(piece_first + this)).to(tl.int32) * piece_size
+    return low, tl.minimum(low + piece_size, tl.load(list_first + this + 1))
+
+
+@triton.jit
+def entry_rows(entry, group, slots, first_token, num_tokens, first_group, num_heads, group_size):
+    """Place in [T, N] of the query rows of entries of one key head (`group`) of a pass."""
+    row = quotient(entry, slots)
+    origin = (first_token - group * num_tokens).to(tl.int64) * num_heads + (first_group + group) * group_size
+    return row_offsets(origin, row, quotient(row, group_size), num_heads, group_size)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -61,9 +77,9 @@ def attend_short_units(
     num_tokens,
     first_group,
     num_heads,
+    group_size,
     HEAD_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -72,20 +88,20 @@ def attend_short_units(
     this = tl.load(list_of + piece)
     if this >= num_lists:
         return
-    low = tl.load(list_first + this) + (piece - tl.load(piece_first + this)).to(tl.int32) * piece_size
-    high = tl.minimum(low + piece_size, tl.load(list_first + this + 1))
+    low, high = piece_members(piece, this, list_first, piece_first, piece_size)
+    group = this // num_units
     start = tl.load(unit_start + this % num_units)
     length = (tl.load(unit_end + this % num_units) - start).to(tl.int32)
-    base = start * k_row + (this // num_units).to(tl.int64) * k_head
+    base = start * k_row + group.to(tl.int64) * k_head
     key = tl.arange(0, BLOCK_N)
     seen = key < length
-    keys = load_rows(k + base, key.to(tl.int64) * k_row, seen, HEAD_SIZE, WIDTH)
-    values = load_rows(v + base, key.to(tl.int64) * k_row, seen, HEAD_SIZE, WIDTH)
+    keys = load_keys(k + base, key, k_row, length, HEAD_SIZE, WIDTH)
+    values = load_keys(v + base, key, k_row, length, HEAD_SIZE, WIDTH)
     for first in range(low, high, BLOCK_M):
         member = first + tl.arange(0, BLOCK_M)
         inside = member < high
         entry = tl.load(order + member, mask=inside, other=0)
-        at = entry_rows(entry, slots, first_token, num_tokens, first_group, num_heads, GROUP)
+        at = entry_rows(entry, group, slots, first_token, num_tokens, first_group, num_heads, group_size)
         queries = load_rows(q, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
         score = tl.where(seen[None, :], dot(queries, tl.trans(keys)) * (softmax_scale * LOG2_E), float("-inf"))
         top = tl.max(score, axis=1)
@@ -120,9 +136,9 @@ def attend_long_units(
     num_tokens,
     first_group,
     num_heads,
+    group_size,
     HEAD_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -131,28 +147,29 @@ def attend_long_units(
     this = tl.load(list_of + piece)
     if this >= num_lists:
         return
-    low = tl.load(list_first + this) + (piece - tl.load(piece_first + this)).to(tl.int32) * piece_size
+    low, high = piece_members(piece, this, list_first, piece_first, piece_size)
+    group = this // num_units
     member = low + tl.arange(0, BLOCK_M)
-    inside = member < tl.load(list_first + this + 1)
+    inside = member < high
     entry = tl.load(order + member, mask=inside, other=0)
-    at = entry_rows(entry, slots, first_token, num_tokens, first_group, num_heads, GROUP)
+    at = entry_rows(entry, group, slots, first_token, num_tokens, first_group, num_heads, group_size)
     queries = load_rows(q, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
     start = tl.load(unit_start + this % num_units)
     length = (tl.load(unit_end + this % num_units) - start).to(tl.int32)
-    base = start * k_row + (this // num_units).to(tl.int64) * k_head
+    base = start * k_row + group.to(tl.int64) * k_head
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, WIDTH], dtype=tl.float32)
     for first in range(0, length, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
         seen = key < length
-        keys = load_rows(k + base, key.to(tl.int64) * k_row, seen, HEAD_SIZE, WIDTH)
+        keys = load_keys(k + base, key, k_row, length, HEAD_SIZE, WIDTH)
         score = tl.where(seen[None, :], dot(queries, tl.trans(keys)) * (softmax_scale * LOG2_E), float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=1))
         weight = tl.exp2(score - higher[:, None])
         keep = tl.exp2(top - higher)
         total = total * keep + tl.sum(weight, axis=1)
-        values = load_rows(v + base, key.to(tl.int64) * k_row, seen, HEAD_SIZE, WIDTH)
+        values = load_keys(v + base, key, k_row, length, HEAD_SIZE, WIDTH)
         acc = dot(weight.to(values.dtype), values, acc * keep[:, None])
         top = higher
     store_rows(part, entry.to(tl.int64) * HEAD_SIZE, inside, acc / total[:, None], HEAD_SIZE, WIDTH)
@@ -189,6 +206,6 @@ def units_forward(
         index.order, index.list_first, pieces.list_of, pieces.first, part_ED, part_lse_E,
         softmax_scale, keys.k.stride(0), keys.k.stride(1),
         index.num_lists, index.num_units, work.slots, pieces.size,
-        work.tokens.start, work.num_tokens, work.first_head_group, q_TND.shape[1],
-        GROUP=work.group_size, **tiles,
+        work.tokens.start, work.num_tokens, work.first_head_group, q_TND.shape[1], work.group_size,
+        **tiles,
     )  # fmt: skip

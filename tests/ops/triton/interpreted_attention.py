@@ -6,14 +6,16 @@ import math
 import pytest
 import torch
 from kernel_examples import assert_as_good, cu, inputs, results
+from workspace_formula import workspace_bounds
 
 from moba_megatron.ops import moba_attention
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.layout import block_layout
 from moba_megatron.ops.reference import reference_attend, reference_select
-from moba_megatron.ops.triton import attend, attend_forward, config
+from moba_megatron.ops.triton import attend, attend_backward, attend_forward, config, select_past, summarize
 from moba_megatron.ops.triton.attention import forward_entry_bytes, passes
 from moba_megatron.ops.triton.fragment import whole_pack
+from moba_megatron.planning.bench_calls import peak_bytes
 
 PACKS = {
     "tail": ((0, 139), 32, 3),
@@ -89,20 +91,39 @@ def test_all_head_sizes(size, dtype):
     compare(((0, 600), 200, 2), 2, 1, size, dtype)
 
 
-@pytest.mark.parametrize("tokens_at_once", [17])
-def test_passes_do_not_show(tokens_at_once):
-    """Workspaces for a few tokens of one key head: the same attention and gradients."""
+def test_passes_do_not_show():
+    """Workspaces for one key head, and for a few tokens of one: the same attention and gradients."""
     bounds, block_size, num_past = cu([0, 25, 60]), 8, 3
     q, k, v, dout = inputs(60, 4, 2)
-    layout = block_layout(60, block_size, bounds)
-    ids = reference_select(q, k, bounds, block_size, num_past)
-    workspace = tokens_at_once * 2 * num_past * forward_entry_bytes(q)
-    cut = list(passes(q, Keys(k, v, 2), num_past, whole_pack(layout), forward_entry_bytes(q), workspace))
-    assert {(w.num_groups, w.num_tokens) for w in cut} >= {(1, tokens_at_once)}
-    whole = results(lambda *x: attend(*x, ids, layout, 0.25)[0], q, k, v, dout)
-    some = results(lambda *x: attend(*x, ids, layout, 0.25, workspace)[0], q, k, v, dout)
-    for a, b in zip(whole, some, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    layout, per_token = block_layout(60, block_size, bounds), 2 * num_past * forward_entry_bytes(q)
+
+    def attention(workspace):
+        settings = {"block_size": block_size, "top_k": num_past + 1, "backend": "triton"}
+        return results(lambda *x: moba_attention(*x, bounds, **settings, workspace_bytes=workspace), q, k, v, dout)
+
+    whole = attention(None)
+    for groups, tokens in ((1, 60), (1, 17)):
+        workspace = groups * tokens * per_token
+        cut = list(passes(q, Keys(k, v, 2), num_past, whole_pack(layout), forward_entry_bytes(q), workspace))
+        assert {(w.num_groups, w.num_tokens) for w in cut} >= {(groups, tokens)} and len(cut) == -(-60 // tokens) * 2
+        for a, b in zip(whole, attention(workspace), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_memory_keeps_to_its_formula():
+    """What the docstring of the module promises, under a workspace for a few tokens of one key head."""
+    tokens, block_size, top_k, workspace = 192, 16, 9, 60_000
+    q, k, v, dout = inputs(tokens, 4, 2)
+    layout = block_layout(tokens, block_size)
+    ids = select_past(q, summarize(k, layout), layout, top_k - 1)
+    saved = []
+    forward = peak_bytes(lambda: saved.extend(attend_forward(q, k, v, ids, layout, 0.25, workspace)), "cpu")
+    backward = peak_bytes(lambda: attend_backward(dout, q, k, v, *saved, ids, layout, 0.25, workspace), "cpu")
+    forward_bound, backward_bound = workspace_bounds(tokens, 4, 2, 16, 4, block_size, top_k, workspace)
+    results_forward = q.nbytes + saved[1].nbytes
+    results_backward = q.nbytes + k.nbytes + v.nbytes + saved[1].nbytes  # delta is as large as lse
+    assert 0.3 * workspace < forward - results_forward <= forward_bound
+    assert 0.3 * workspace < backward - results_backward <= backward_bound
 
 
 def test_hot_unit_is_cut_and_summed_in_order(monkeypatch):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from kernel_examples import inputs
+from kernel_examples import inputs, whole_numbers
 
 from moba_megatron.ops import moba_attention
-from moba_megatron.ops.triton import complete_summaries, decode
-from moba_megatron.ops.triton.decoding import PIECE
+from moba_megatron.ops.triton import complete_summaries, config, decode
+from moba_megatron.ops.triton.decoding import PIECE, choose_cached
 
 
 @pytest.mark.parametrize(("block_size", "top_k"), [(8, 3), (7, 1), (16, 2)])
@@ -29,6 +29,24 @@ def test_token_by_token_equals_one_pass(block_size, top_k):
         out = decode(q, k, v, summaries, now + 1, block_size=block_size, top_k=top_k, softmax_scale=0.25)
         expected = torch.stack([w[at] for w, at in zip(want, now.tolist(), strict=True)])
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_past", [1, 5])
+def test_parts_of_the_blocks_choose_the_same(monkeypatch, num_past):
+    """Whole numbers, so that ties abound: between parts too they go to the lower block. One text ends in the first
+    part, one has no past block."""
+    q, k = whole_numbers(3, 2, 1)[0], whole_numbers(3 * 50, 1, 1)[1].view(3, 50, 1, 16)
+    lengths = torch.tensor([50 * 8 + 3, 4 * 8 + 1, 5])
+    whole = choose_cached(q, k, lengths, 8, num_past + 1)
+    monkeypatch.setattr(config, "LEAST_PART", 7)
+    assert config.decoding_parts(3, 50) == (8, 7)
+    assert torch.equal(choose_cached(q, k, lengths, 8, num_past + 1), whole)
+    scores = torch.einsum("bnd,bmd->bnm", q, k[:, :, 0])
+    for ids, score, length in zip(whole, scores, lengths, strict=True):
+        own = int(length - 1) // 8
+        want = score[:, :own].sort(dim=-1, descending=True, stable=True).indices[:, :num_past]
+        assert torch.equal(ids[:, : want.shape[1]], want.to(torch.int32)) and (ids[:, -1] == own).all()
+        assert (ids[:, want.shape[1] : -1] == -1).all()
 
 
 def test_long_blocks_are_read_in_pieces():

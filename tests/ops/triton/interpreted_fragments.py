@@ -1,5 +1,7 @@
 """Attention over fragments of the keys in Triton's interpreter, held against the portable backend."""
 
+import dataclasses
+
 import pytest
 import torch
 from kernel_examples import cu, inputs
@@ -80,9 +82,13 @@ def test_accumulators_of_both_precisions():
 
 
 def test_device_form_is_made_once():
+    """It stays with its fragment; what is made from the fragment by a change has its own."""
     _, _, tasks = tasks_of(0, 13, 2)
-    fragment = kernels.on_device(tasks[0][2], torch.device("cpu"))
-    assert kernels.on_device(fragment, torch.device("cpu")) is fragment
+    fragment, device = tasks[0][2], torch.device("cpu")
+    form = kernels.on_device(fragment, device)
+    assert kernels.on_device(fragment, device) is form and kernels.on_device(form, device) is form
+    changed = kernels.on_device(dataclasses.replace(fragment, triangles=[]), device)
+    assert changed.triangles.count == 0 < form.triangles.count
 
 
 def test_unit_numbers_as_ids_and_some_heads():

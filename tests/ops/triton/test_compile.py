@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 from moba_megatron.ops.triton import catalog, compiled  # noqa: E402
+from moba_megatron.ops.triton.common import COUNTS  # noqa: E402
 
 # (block size, top_k). Blocks above the catalogue's longest have the same tiles.
 SETTINGS = ((64, 16), (128, 8), (512, 3), (4096, 12))
@@ -46,6 +47,14 @@ def test_every_kernel_is_listed_for_every_architecture():
     for architecture in compiled.SHARED_BYTES:
         names = {made.name for made in catalog.configurations(architecture)}
         assert {made.name for made, on in jobs if on == architecture} == names
+
+
+def test_what_is_compiled_does_not_hang_on_counts():
+    """Every integer of a kernel is a size known at compile time, a stride, or one that is not specialised: a model with
+    another number of heads, blocks or slots runs the code that was compiled here."""
+    for made in catalog.configurations():
+        integers = {name for name, kind in made.signature.items() if kind == "i32"}
+        assert integers <= {*COUNTS, *catalog.STRIDES}, made
 
 
 def test_kernels_fit_their_chips(tmp_path):

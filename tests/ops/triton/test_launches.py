@@ -1,0 +1,111 @@
+"""Sizes of launches at a million tokens, on tensors without data: the host's own code runs, kernels only tell their
+grids. A GPU starts at most 2^31 - 1 programs on the first axis of a grid and 65,535 on the others."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+import moba_megatron.ops.triton as kernels  # noqa: E402
+from moba_megatron.ops.fragments import Keys  # noqa: E402
+from moba_megatron.ops.layout import block_layout  # noqa: E402
+from moba_megatron.ops.triton import catalog, config  # noqa: E402
+from moba_megatron.ops.triton.fragment import DeviceFragment, Stretches  # noqa: E402
+
+TOKENS = 2**20
+# Room for passes as large as the numbers of their entries allow, which is what makes launches large.
+WORKSPACE = 2**50
+NAMES = {made.name for made in catalog.configurations(dtypes=[torch.float32], head_sizes=[64])}
+SETTINGS = [(16, 64), (64, 16), (128, 8), (512, 3), (4096, 12)]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """(kernel, grid) of every launch, in order."""
+    found = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *_, **__: found.append((self.name, grid))
+
+    for module in pkgutil.iter_modules(kernels.__path__):
+        module = importlib.import_module(f"{kernels.__name__}.{module.name}")
+        for name in NAMES & set(vars(module)):
+            monkeypatch.setattr(module, name, Recorder(name))
+    return found
+
+
+def check(launches):
+    names = {name for name, _ in launches}
+    for name, (first, *others) in launches:
+        assert 0 < first < 2**31 and all(0 < count <= 65_535 for count in others), (name, first, others)
+    launches.clear()
+    return names
+
+
+def tensors(dtype, size, heads=32, groups=8):
+    return [torch.empty(TOKENS, n, size, dtype=dtype, device="meta") for n in (heads, groups, groups, heads)]
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 128), (torch.float32, 256)])
+def test_a_million_tokens(launches, monkeypatch, architecture, dtype, size):
+    monkeypatch.setattr(config, "architecture_of", lambda tensor: architecture)
+    q, k, v, dout = tensors(dtype, size)
+    documents = torch.empty(4097, dtype=torch.int32, device="meta")
+    seen = set()
+    for block_size, top_k in SETTINGS:
+        for bounds in (None, documents):
+            layout = block_layout(TOKENS, block_size, bounds, device="meta")
+            ids = kernels.select_past(q, kernels.summarize(k, layout), layout, top_k - 1)
+            out, lse = kernels.attend_forward(q, k, v, ids, layout, 1.0, WORKSPACE)
+            kernels.attend_backward(dout, q, k, v, out, lse, ids, layout, 1.0, WORKSPACE)
+            seen |= check(launches)
+    assert seen >= {"select_blocks", "attend_short_units", "attend_long_units", "units_dkdv", "units_dq", "own_dq"}
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 256), (torch.float32, 256)])
+def test_full_attention_of_a_fragment(launches, monkeypatch, architecture, dtype, size):
+    """One document of all tokens: one unit of the keys of another rank, one triangle of the rank's own. Sums have tiles
+    of 16 keys at this head size, more than one axis holds."""
+    monkeypatch.setattr(config, "architecture_of", lambda tensor: architecture)
+    q, k, v, dout = tensors(dtype, size)
+    keys, out = Keys(k, v, 4), torch.empty_like(q, dtype=torch.float32)
+    lse = torch.empty(q.shape[:2], device="meta")
+    none = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device="meta")
+    bound = torch.empty(1, dtype=torch.int64, device="meta")
+    whole, nothing = Stretches(bound, bound, TOKENS, TOKENS), Stretches(bound[:0], bound[:0], 0, 0)
+    own_unit = torch.empty(TOKENS, dtype=torch.int32, device="meta")
+    for fragment in (DeviceFragment(whole, nothing, own_unit_T=own_unit), DeviceFragment(nothing, whole)):
+        kernels.accumulate(q, keys, none, fragment, 1.0, out, lse, WORKSPACE)
+        kernels.accumulate_backward(
+            dout, q, keys, none, fragment, 1.0, None, lse, lse, torch.empty_like(out), torch.empty_like(k),
+            torch.empty_like(v), WORKSPACE,
+        )  # fmt: skip
+    tiles = TOKENS // config.tiles("units_dkdv", dtype, size, TOKENS, architecture)["BLOCK_N"]
+    grids = dict(launches)
+    assert grids["units_dkdv"][1] * grids["units_dkdv"][2] >= tiles and grids["add_pieces"][1:] == (32_768, 2)
+    assert check(launches) >= {"attend_long_units", "merge_rows", "units_dkdv", "add_pieces", "units_dq", "add_dq"}
+
+
+@pytest.mark.parametrize(("sequences", "block_size"), [(1, 16), (1, 4096), (70_000, 64)])
+def test_decoding(launches, sequences, block_size):
+    room = TOKENS if sequences == 1 else 256
+    q = torch.empty(sequences, 32, 128, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(sequences, room, 8, 128, dtype=torch.bfloat16, device="meta")
+    summaries = torch.empty(sequences, room // block_size, 8, 128, device="meta")
+    lengths = torch.empty(sequences, dtype=torch.int32, device="meta")
+    kernels.decode(q, k, k, summaries, lengths, block_size=block_size, top_k=65, softmax_scale=1.0)
+    kernels.complete_summaries(k, summaries, lengths, block_size)
+    programs = {name: grid for name, grid in launches}["select_blocks"]
+    assert programs[2] == (32 if (sequences, block_size) == (1, 16) else 1)
+    assert check(launches) == {"select_blocks", "attend_cached", "merge_rows", "block_means"}
