@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 from moba_megatron.checkpoint.manifest import CheckpointError, Manifest, digest_file, list_checkpoints
 from moba_megatron.checkpoint.state import SHARDING, TrainingState
-from moba_megatron.platform.processes import die_with_parent
+from moba_megatron.platform.processes import die_with_parent, forks_die_with_this
 
 
 class CheckpointWriter:
@@ -105,6 +105,8 @@ def _write_and_digest(write: Callable[..., Any] | None, folder: Path, *args: Any
     asynchronous."""
     if forked:
         die_with_parent()
+        # megatron-core writes in processes of its own, which would wait for this one for ever.
+        forks_die_with_this()
     rank = torch.distributed.get_rank()
     if write is not None:
         write(*args, **kwargs)

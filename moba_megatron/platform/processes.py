@@ -52,6 +52,23 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
 
 
+def forks_die_with_this() -> None:
+    """From now on, kill what this process forks when it ends: for libraries that start processes of their own. A child
+    whose parent ended before it could ask for that ends by itself."""
+    parent = 0
+
+    def remember() -> None:
+        nonlocal parent
+        parent = os.getpid()
+
+    def follow() -> None:
+        die_with_parent()
+        if os.getppid() != parent:
+            os._exit(1)
+
+    os.register_at_fork(before=remember, after_in_child=follow)
+
+
 def leave(code: int) -> NoReturn:
     """End the process after flushing: gloo's own destruction aborts once in a while after a clean end."""
     sys.stdout.flush()

@@ -1,6 +1,10 @@
 """Process groups, seeds, devices and optional libraries."""
 
 import random
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy
 import pytest
@@ -127,3 +131,25 @@ def test_a_library_that_does_not_load_is_reported_with_its_error(tmp_path, monke
     (tmp_path / "amp_C.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
     assert "amp_C does not import: ImportError: libcudart.so.12" in libraries._find("apex").reason
+
+
+def test_what_a_process_forks_ends_with_it():
+    """Where a library forks, as megatron-core's checkpoint writer does, nothing outlives a killed process."""
+    code = """
+import multiprocessing, time
+from moba_megatron.platform.processes import forks_die_with_this
+forks_die_with_this()
+child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(300,))
+child.start()
+print(child.pid, flush=True)
+time.sleep(300)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = int(process.stdout.readline())
+    assert Path(f"/proc/{child}").exists()
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{child}").exists():
+        assert time.monotonic() < deadline, "the forked process lives on"
+        time.sleep(0.05)
