@@ -84,6 +84,14 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True)
+class Incomplete(Skipped):
+    """A row without some of the columns that are read. If no row of its source has them, the recipe is wrong."""
+
+    present: tuple[str, ...]
+    """The columns that it has."""
+
+
+@dataclass(frozen=True, slots=True)
 class Filtered:
     """A row that the recipe's boolean filter leaves out."""
 

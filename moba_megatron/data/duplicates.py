@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moba_megatron.data.indexed import sync
+from moba_megatron.data.indexed import sync, write
 from moba_megatron.data.shards import MAX_LISTED, RECORD, read_chunks
 
 _BUCKET_RECORDS = 2**21
@@ -82,7 +82,7 @@ def _spread(shards: list[Path], work: Path, buckets: int) -> None:
         numbered["document"] = np.arange(start, start + records.size)
         places = (records["hash"][:, 0] % buckets).astype(np.int64)
         for bucket in np.unique(places):
-            files[bucket].write(numbered[places == bucket].tobytes())
+            write(files[bucket], numbered[places == bucket].tobytes())
     for file in files:
         sync(file)
         file.close()

@@ -21,13 +21,14 @@ from typing import BinaryIO, Literal
 import numpy as np
 
 from moba_megatron.data.chat import ChatTemplate
-from moba_megatron.data.documents import MIB, Document, Filtered, Part, Skipped
-from moba_megatron.data.indexed import sync, token_dtype
+from moba_megatron.data.documents import MIB, Document, Filtered, Incomplete, Part, Skipped
+from moba_megatron.data.indexed import sync, token_dtype, write
 from moba_megatron.data.recipe import Filters, Recipe, RowsSource, SourceBase
 from moba_megatron.data.shards import (
     MAX_LISTED,
     RECORD,
     SPLITS,
+    IncompleteRow,
     ShardStats,
     SkippedRow,
     SplitWriter,
@@ -82,8 +83,11 @@ def choose_split(recipe: Recipe, source: SourceBase, document: Document) -> str 
     return "validation" if document.split_hash < recipe.split.validation * 2**64 else "train"
 
 
-def encode_part(job: Job, number: int, part: Part) -> ShardStats:
+def encode_part(job: Job, number: int, part: Part) -> int:
     """Read, encode and write one part, in place of what there is of it.
+
+    Returns:
+        UTF-8 bytes of the text that was taken.
 
     Raises:
         EngineMismatch: gigatoken and `tokenizers` differ on the sample.
@@ -97,12 +101,12 @@ def encode_part(job: Job, number: int, part: Part) -> ShardStats:
     try:
         stats = _Shard(job, folder).fill(part)
         with open(folder / "stats.json", "wb") as file:
-            file.write(stats.model_dump_json().encode())
+            write(file, stats.model_dump_json().encode())
             sync(file)
         folder.rename(final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return stats
+    return stats.text_bytes
 
 
 class _Shard:
@@ -122,6 +126,7 @@ class _Shard:
             filtered=0,
             skipped=[],
             skipped_total=0,
+            complete=False,
         )
         self.template = functools.partial(_template, job)
 
@@ -132,10 +137,9 @@ class _Shard:
         batch, checked = _Batch(), False
         for item in read_part(source, part, self.recipe.filters, template):
             if isinstance(item, Skipped):
-                stats.skipped_total += 1
-                if len(stats.skipped) < MAX_LISTED:
-                    stats.skipped.append(SkippedRow(number=item.number, reason=item.reason))
+                self._skip(item)
                 continue
+            stats.complete = True
             split = None
             if not isinstance(item, Filtered):
                 digest.update(item.digest)
@@ -154,10 +158,21 @@ class _Shard:
             sync(self.records)
             self.records.close()
         stats.hash = digest.hexdigest()
+        # Rows that only the tokenizer refuses are found later than others.
+        stats.skipped.sort(key=lambda row: row.number)
         return stats
+
+    def _skip(self, item: Skipped) -> None:
+        stats = self.stats
+        stats.skipped_total += 1
+        if len(stats.skipped) < MAX_LISTED:
+            stats.skipped.append(SkippedRow(number=item.number, reason=item.reason))
+        if isinstance(item, Incomplete) and stats.incomplete is None:
+            stats.incomplete = IncompleteRow(number=item.number, reason=item.reason, present=list(item.present))
 
     def _flush(self, batch: _Batch, check: bool) -> None:
         splits, kept = np.array(batch.splits, np.uint8), np.ones(len(batch.splits), bool)
+        skipped = self.stats.skipped_total
         for code, writer in enumerate(self.writers):
             rows = np.flatnonzero(splits == code)
             if rows.size:
@@ -168,22 +183,26 @@ class _Shard:
             self.stats.splits[split].add(
                 own.size, int(own["characters"].sum(dtype=np.int64)), int(own["bytes"].sum(dtype=np.int64))
             )
-        self.stats.filtered += kept.size - records.size
+        self.stats.filtered += kept.size - records.size - (self.stats.skipped_total - skipped)
         if self.records is not None:
-            self.records.write(records.tobytes())
+            write(self.records, records.tobytes())
 
     def _encode(self, documents: list[Document], writer: SplitWriter, check: bool) -> np.ndarray:
-        """Encode and write documents of one split; return which of them the filters by tokens keep."""
+        """Encode and write documents of one split; return which of them the tokenizer and the filters by tokens
+        keep."""
         texts = [text for document in documents for text, _ in document.segments]
         if check:
             self.encoder.check(texts)
-        ids, lengths = self.encoder.encode(texts)
-        counts = None
-        if any(len(document.segments) > 1 for document in documents):
+        ids, lengths, refused = self.encoder.encode(texts)
+        segments = np.array([len(document.segments) for document in documents])
+        counts, taken = None, np.ones(len(documents), bool)
+        for number in np.unique(np.searchsorted(np.cumsum(segments), refused, side="right")):
+            taken[number] = False
+            self._skip(Skipped(documents[number].number, self.encoder.tokenizer.refusal))
+        if (segments > 1).any():
             counts = np.repeat([flag for document in documents for _, flag in document.segments], lengths)
-            starts = np.cumsum([0, *(len(document.segments) for document in documents[:-1])])
-            lengths = np.add.reduceat(lengths, starts)
-        kept = _within(self.recipe.filters, lengths + 1)
+            lengths = np.add.reduceat(lengths, np.cumsum([0, *segments[:-1]]))
+        kept = _within(self.recipe.filters, lengths + 1) & taken
         if not kept.all():
             inside = np.repeat(kept, lengths)
             ids, lengths = ids[inside], lengths[kept]

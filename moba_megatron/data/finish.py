@@ -6,11 +6,13 @@ import hashlib
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 
-from moba_megatron.data.documents import CorpusError
+from moba_megatron.data.documents import CorpusError, Incomplete
 from moba_megatron.data.duplicates import Duplicates, find_duplicates
 from moba_megatron.data.indexed import token_dtype
 from moba_megatron.data.manifest import (
@@ -30,7 +32,8 @@ from moba_megatron.data.merge import Merged, merge
 from moba_megatron.data.names import PlaceNames
 from moba_megatron.data.plan import Plan
 from moba_megatron.data.recipe import FilesSource, Recipe, StdlibSource
-from moba_megatron.data.shards import MAX_LISTED, RECORD, SPLITS, ShardStats, shard_folder
+from moba_megatron.data.rows import missing_columns
+from moba_megatron.data.shards import MAX_LISTED, RECORD, SPLITS, IncompleteRow, ShardStats, shard_folder
 from moba_megatron.data.sources import files_root
 from moba_megatron.data.tokenizer import Tokenizer
 from moba_megatron.data.workspace import Workspace
@@ -46,7 +49,9 @@ def merge_shards(plan: Plan, tokenizer: Tokenizer, space: Workspace) -> Manifest
     shutil.rmtree(space.dataset, ignore_errors=True)
     space.dataset.mkdir()
     shards = [shard_folder(space.folder, number) for number in range(len(plan.parts))]
-    stats = [ShardStats.model_validate_json((shard / "stats.json").read_text()) for shard in shards]
+    stats = _read_stats(shards)
+    complete = {part.source for part, stat in zip(plan.parts, stats, strict=True) if stat.complete}
+    check_columns(plan, complete, {part: stat.incomplete for part, stat in enumerate(stats) if stat.incomplete})
     wanted = _wanted_splits(plan.recipe)
     for name in wanted:
         if not any(stat.splits[name].documents for stat in stats):
@@ -68,6 +73,32 @@ def merge_shards(plan: Plan, tokenizer: Tokenizer, space: Workspace) -> Manifest
     return manifest
 
 
+def check_columns(plan: Plan, complete: set[int], incomplete: Mapping[int, Incomplete | IncompleteRow]) -> None:
+    """Look for a source of which no row has the columns that are read.
+
+    Args:
+        complete: numbers of the sources of which some row has them.
+        incomplete: of the parts, by their number, in which some row does not, the first such row.
+
+    Raises:
+        CorpusError: with the first row of such a source.
+    """
+    for number, row in incomplete.items():
+        if plan.parts[number].source not in complete:
+            raise CorpusError(missing_columns(PlaceNames(plan).of(number, row.number), row.reason, row.present))
+
+
+def _read_stats(shards: list[Path]) -> list[ShardStats]:
+    """The statistics of all shards, which together list no more skipped rows than a manifest does."""
+    stats, room = [], MAX_LISTED
+    for shard in shards:
+        own = ShardStats.model_validate_json((shard / "stats.json").read_bytes())
+        own.skipped = own.skipped[:room]
+        room -= len(own.skipped)
+        stats.append(own)
+    return stats
+
+
 def _manifest(
     plan: Plan,
     tokenizer: Tokenizer,
@@ -78,7 +109,7 @@ def _manifest(
 ) -> Manifest:
     assert space.engine is not None, "shards are made before they are merged"
     (engine, reason), names = space.engine, PlaceNames(plan)
-    skipped = [(part, row) for part, stat in enumerate(stats) for row in stat.skipped][:MAX_LISTED]
+    skipped = [(part, row) for part, stat in enumerate(stats) for row in stat.skipped]
     hashes = {name: digest for own in merged.values() for name, digest in own.hashes.items()}
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -93,7 +124,7 @@ def _manifest(
             engine=engine,
             engine_reason=reason,
         ),
-        sources=[_source_stats(number, plan, stats) for number in range(len(plan.inputs))],
+        sources=[_source_stats(number, plan, stats, list(merged.values())) for number in range(len(plan.inputs))],
         filtered=sum(stat.filtered for stat in stats),
         skipped=[SkippedEntry(name=names.of(part, row.number), reason=row.reason) for part, row in skipped],
         skipped_total=sum(stat.skipped_total for stat in stats),
@@ -111,9 +142,10 @@ def _manifest(
 
 
 def _split_stats(name: str, merged: Merged, stats: list[ShardStats], masked: bool) -> SplitStats:
-    _, dropped_characters, dropped_bytes = (int(number) for number in merged.dropped)
-    characters = sum(stat.splits[name].characters for stat in stats) - dropped_characters
-    utf8_bytes = sum(stat.splits[name].bytes for stat in stats) - dropped_bytes
+    characters = sum(stat.splits[name].characters for stat in stats)
+    utf8_bytes = sum(stat.splits[name].bytes for stat in stats)
+    for _, dropped_characters, dropped_bytes in merged.dropped.values():
+        characters, utf8_bytes = characters - int(dropped_characters), utf8_bytes - int(dropped_bytes)
     return split_stats(merged, characters, utf8_bytes, masked)
 
 
@@ -147,16 +179,19 @@ def _empty_split(name: str, plan: Plan, stats: list[ShardStats]) -> str:
     return f"no documents: {skipped} unreadable or empty{first}, {filtered} left out by filters"
 
 
-def _source_stats(number: int, plan: Plan, stats: list[ShardStats]) -> SourceStats:
+def _source_stats(number: int, plan: Plan, stats: list[ShardStats], merged: list[Merged]) -> SourceStats:
     source, inputs = plan.recipe.sources[number], plan.inputs[number]
-    own = [stat for part, stat in zip(plan.parts, stats, strict=True) if part.source == number]
+    parts = [place for place, part in enumerate(plan.parts) if part.source == number]
+    own = [stats[part] for part in parts]
+    dropped = [split.dropped[part] for split in merged for part in parts if part in split.dropped]
     digest = hashlib.blake2b("".join(stat.hash for stat in own).encode(), digest_size=16)
     return SourceStats(
         kind=source.kind,
         path=str(files_root(source)) if isinstance(source, FilesSource | StdlibSource) else source.path,
         inputs=len(inputs),
         input_bytes=sum(item.size for item in inputs),
-        documents=sum(size.documents for stat in own for size in stat.splits.values()),
-        bytes=sum(stat.text_bytes for stat in own),
+        documents=sum(size.documents for stat in own for size in stat.splits.values())
+        - sum(int(documents) for documents, _, _ in dropped),
+        bytes=sum(stat.text_bytes for stat in own) - sum(int(utf8_bytes) for _, _, utf8_bytes in dropped),
         hash=digest.hexdigest(),
     )

@@ -6,13 +6,15 @@ A dataset on disk is cut into ranges of rows; a stream into the shards that `dat
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from moba_megatron.data.documents import CorpusError, Input, Item, Part
 from moba_megatron.data.recipe import DatasetsSource
-from moba_megatron.data.rows import RowReader, missing_columns
+from moba_megatron.data.rows import RowReader, missing_columns, no_column
+from moba_megatron.data.tables import ROWS_AT_ONCE, read_batches
 
 
 def dataset_input(source: DatasetsSource) -> Input:
@@ -47,20 +49,19 @@ def read_dataset(source: DatasetsSource, reader: RowReader, part: Part) -> Itera
     """The rows of a part, in order, numbered within the dataset or the shard of its stream.
 
     Raises:
-        CorpusError: a missing column.
+        CorpusError: a missing column, or a stream that cannot be read to its end.
     """
     data = open_dataset(source)
     columns = data.column_names
-    if columns is not None and reader.missing(columns):
-        raise CorpusError(missing_columns(source.path, reader.missing(columns), columns))
+    if columns is not None and (missing := reader.missing(columns)):
+        raise CorpusError(missing_columns(source.path, no_column(missing), columns))
     if source.streaming:
-        rows: Iterable[Any] = data.shard(num_shards=data.num_shards, index=part.start)
+        rows, first, place = data.shard(num_shards=data.num_shards, index=part.start), 0, f", shard {part.start}"
     else:
-        rows = data.select_columns(reader.columns).select(range(part.start, part.stop))
-    for number, row in enumerate(rows, start=0 if source.streaming else part.start):
-        if missing := reader.missing(row):
-            raise CorpusError(missing_columns(f"{source.path}: row {number}", missing, row))
-        yield reader.item(row, number)
+        rows, first, place = data.select_columns(reader.columns).select(range(part.start, part.stop)), part.start, ""
+    # As Arrow: `datasets` would decode whole batches of text, and one row that is not UTF-8 would end the run.
+    batches = rows.with_format("arrow").iter(ROWS_AT_ONCE)
+    yield from read_batches(reader, _readable_batches(batches, f"{source.path}{place}"), first)
 
 
 def open_dataset(source: DatasetsSource) -> Any:
@@ -81,14 +82,38 @@ def _open_dataset(source_json: str) -> Any:
                 raise ValueError(f"{source.path} has no split {source.dataset_split!r}, only {', '.join(saved)}")
             saved = saved[source.dataset_split]
         return saved.to_iterable_dataset() if source.streaming else saved
+    files = f" ({source.data_files})" if source.data_files else ""
     try:
-        return datasets.load_dataset(
-            source.path,
-            name=source.name,
-            split=source.dataset_split,
-            revision=source.revision,
-            data_files=source.data_files,
-            streaming=source.streaming,
-        )
+        with _readable(f"{source.path}{files}"):
+            return datasets.load_dataset(
+                source.path,
+                name=source.name,
+                split=source.dataset_split,
+                revision=source.revision,
+                data_files=source.data_files,
+                streaming=source.streaming,
+            )
     except FileNotFoundError as error:
         raise ValueError(f"no documents: datasets cannot load {source.path}: {error}") from error
+
+
+def _readable_batches(batches: Iterator[Any], where: str) -> Iterator[Any]:
+    with _readable(where):
+        yield from batches
+
+
+@contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """Turn what `datasets` says of data that it cannot read into an error of the corpus; one of the system stays."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except OSError:
+        raise
+    except (DatasetsError, ValueError) as error:
+        # What went wrong in a file is the cause of "an error occurred while generating the dataset".
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError):
+            raise cause from error
+        raise CorpusError(f"datasets cannot read {where}: {cause}") from error

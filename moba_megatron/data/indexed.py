@@ -18,9 +18,10 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -53,13 +54,13 @@ def write_index(
         offsets: gives where they start in PREFIX.bin, in bytes, int64. Default: one after the other.
     """
     with open(f"{prefix}.idx", "wb") as out:
-        out.write(_MAGIC + _HEADER.pack(1, _DTYPE_CODES[dtype.name], documents, documents + 1))
+        write(out, _MAGIC + _HEADER.pack(1, _DTYPE_CODES[dtype.name], documents, documents + 1))
         for piece in lengths():
-            out.write(piece.astype(LENGTH).tobytes())
+            write(out, piece.astype(LENGTH).tobytes())
         for piece in offsets() if offsets else _offsets(lengths(), dtype.itemsize):
-            out.write(piece.astype(_OFFSET).tobytes())
+            write(out, piece.astype(_OFFSET).tobytes())
         for start in range(0, documents + 1, _CHUNK_ITEMS):
-            out.write(np.arange(start, min(start + _CHUNK_ITEMS, documents + 1), dtype=_OFFSET).tobytes())
+            write(out, np.arange(start, min(start + _CHUNK_ITEMS, documents + 1), dtype=_OFFSET).tobytes())
         sync(out)
 
 
@@ -151,7 +152,23 @@ def _load_index(prefix: Path) -> tuple[Index, int]:
     return Index(np.dtype(names[code]), lengths, offsets), documents - 1
 
 
+def write(file: BinaryIO, data: Any) -> None:
+    """Write bytes or a buffer. An error, such as that of a full disk, names the file."""
+    with _named(file):
+        file.write(data)
+
+
 def sync(file: BinaryIO) -> None:
-    """Flush a file to the disk, so that a later rename never shows a half-written one."""
-    file.flush()
-    os.fsync(file.fileno())
+    """Flush a file to the disk, so that a later rename never shows a half-written one. Errors name it."""
+    with _named(file):
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _named(file: BinaryIO) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(file.name)
+        raise

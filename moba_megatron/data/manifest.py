@@ -49,7 +49,7 @@ class SourceStats(Section):
     input_bytes: int
     """Their size on disk."""
     documents: int
-    """Documents taken, over both splits."""
+    """Documents taken, over both splits, without duplicates that were left out."""
     bytes: int | None
     """Their UTF-8 size. None in a blend."""
     hash: str

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 from moba_megatron.data.duplicates import Duplicates
-from moba_megatron.data.indexed import LENGTH, sync, write_index
+from moba_megatron.data.indexed import LENGTH, sync, write, write_index
 from moba_megatron.data.loss_mask import loss_mask_path
 from moba_megatron.data.shards import RECORD, SPLITS, read_chunks
 
@@ -33,8 +33,8 @@ class Merged:
     longest: int = 0
     length_buckets: np.ndarray = field(default_factory=lambda: np.zeros((32, 2), np.int64))
     """[32, 2] int64: documents and tokens of documents of 2**i to 2**(i+1) - 1 tokens."""
-    dropped: np.ndarray = field(default_factory=lambda: np.zeros(3, np.int64))
-    """[3] int64: documents, characters and UTF-8 bytes left out as duplicates."""
+    dropped: dict[int, np.ndarray] = field(default_factory=dict)
+    """Of each shard that has some: [3] int64, documents, characters and UTF-8 bytes left out as duplicates."""
     hashes: dict[str, str] = field(default_factory=dict)
     """Of the files written, by their name."""
 
@@ -65,7 +65,7 @@ def merge(
             with _Joined(shard / f"{split}.bin", dtype.itemsize) as ids_in:
                 mask_in = _Joined(shard / f"{split}.mask", 1) if mask else None
                 for lengths, kept in _documents(shard, number, split, duplicates, merged):
-                    lengths_out.write(lengths[kept].tobytes())
+                    write(lengths_out, lengths[kept].tobytes())
                     _add_lengths(merged, lengths[kept])
                     runs = _runs(lengths, kept)
                     for piece in ids_in.copy(runs, data):
@@ -99,7 +99,7 @@ class _Output:
         self.path, self.file, self.digest = path, open(path, "wb"), hashlib.blake2b(digest_size=16)
 
     def write(self, data: bytes) -> None:
-        self.file.write(data)
+        write(self.file, data)
         self.digest.update(data)
 
     def close(self) -> str:
@@ -160,7 +160,8 @@ def _documents(
             own = records["split"] == SPLITS.index(split)
             gone = records[own & ~stay]
             sums = [int(gone[name].sum(dtype=np.int64)) for name in ("characters", "bytes")]
-            merged.dropped += [gone.size, *sums]
+            if gone.size:
+                merged.dropped[number] = merged.dropped.get(number, 0) + np.array([gone.size, *sums], np.int64)
             yield np.fromfile(file, LENGTH, int(own.sum())), stay[own]
 
 

@@ -39,7 +39,7 @@ from moba_megatron.data.manifest import (
 from moba_megatron.data.merge import file_hash
 from moba_megatron.data.mix_report import describe_mix, plot_mix
 from moba_megatron.data.recipe import load_section
-from moba_megatron.data.workspace import existing_dataset
+from moba_megatron.data.workspace import existing_dataset, hold
 
 
 class MixSource(Section):
@@ -48,7 +48,8 @@ class MixSource(Section):
     name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
     """Of its views. Default: the name of the folder."""
     weight: float | None = Field(default=None, gt=0)
-    """Share of the tokens read, relative to the other sources. Default: its number of tokens."""
+    """Share of the tokens read, relative to the other sources; given for all of them or for none. Default: its number
+    of tokens."""
 
     @property
     def label(self) -> str:
@@ -77,6 +78,12 @@ class Mix(Section):
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice is not None:
             raise ValueError(f"two sources are called {twice!r}: give them different names (sources.N.name)")
+        without = [number for number, source in enumerate(self.sources) if source.weight is None]
+        if 0 < len(without) < len(self.sources):
+            raise ValueError(
+                f"sources.{without[0]}.weight is not given, others are: give every source a weight, or none (then each "
+                "has that of its number of tokens)"
+            )
         edges = [item.at_least for item in self.lengths]
         if edges != sorted(set(edges)):
             raise ValueError(f"lengths.*.at_least = {edges} must rise")
@@ -126,9 +133,10 @@ def make_blend(mix: Mix, output: Path, overwrite: bool = False) -> str:
 
     Raises:
         ValueError: a source that is missing or has no manifest, sources of different tokenizers, ranges without any
-            document, or another dataset in the way.
+            document, a source or another dataset in the way, or another process that makes it.
     """
     output = Path(output)
+    _refuse_sources(mix, output)
     manifests = _manifests(mix)
     indices = [load_index(source.path) for source in mix.sources]
     identity = {
@@ -137,12 +145,25 @@ def make_blend(mix: Mix, output: Path, overwrite: bool = False) -> str:
     }
     views = make_views(mix, [index.lengths for index in indices])
     report = describe_mix(views)
-    if existing_dataset(output, identity, overwrite) is not None:
-        return f"{report}\n{output} already holds this blend: nothing to do"
     # Beside the output, so that relative links hold before and after the rename.
     work = output.with_name(f"{output.name}.unfinished")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    with hold(work, output) as lock:
+        if existing_dataset(output, identity, overwrite) is not None:
+            return f"{report}\n{output} already holds this blend: nothing to do"
+        _write_blend(mix, manifests, views, indices, work, identity)
+        old = output.with_name(f"{output.name}.replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        if output.exists():
+            output.rename(old)
+        work.rename(output)
+        (output / lock).unlink()
+        shutil.rmtree(old, ignore_errors=True)
+    return f"{report}\nwrote {output}; train on it with data.train: {output / BLEND_FILE}"
+
+
+def _write_blend(
+    mix: Mix, manifests: list[Manifest], views: list[View], indices: list[Index], work: Path, identity: dict
+) -> None:
     for view in views:
         _write_view(view, indices[mix.sources.index(view.source)], work)
     shutil.copytree(_folder(mix.sources[0]) / "tokenizer", work / "tokenizer")
@@ -151,13 +172,15 @@ def make_blend(mix: Mix, output: Path, overwrite: bool = False) -> str:
     manifest = _manifest(mix, manifests, views, work, identity)
     manifest.save(work)
     plot_mix(views, work / "blend.png")
-    old = output.with_name(f"{output.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    work.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
-    return f"{report}\nwrote {output}; train on it with data.train: {output / BLEND_FILE}"
+
+
+def _refuse_sources(mix: Mix, output: Path) -> None:
+    """Views are links: replacing a dataset that they point to would leave nothing to read."""
+    for source in mix.sources:
+        # Where the prefix is, and where its data are if it is a view itself.
+        for place in (Path(f"{source.path}.idx"), Path(f"{source.path}.bin").resolve()):
+            if output.resolve() in place.absolute().resolve().parents:
+                raise ValueError(f"{output} holds the data of {source.path}: a blend needs a folder of its own")
 
 
 def make_views(mix: Mix, lengths: list[np.ndarray]) -> list[View]:

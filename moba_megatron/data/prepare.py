@@ -32,9 +32,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moba_megatron.data.documents import MIB, CorpusError, Document, Part
+from moba_megatron.data.documents import MIB, CorpusError, Document, Incomplete, Part, Skipped
 from moba_megatron.data.encode import Job, choose_split, encode_part, start_worker
-from moba_megatron.data.finish import merge_shards
+from moba_megatron.data.finish import check_columns, merge_shards
 from moba_megatron.data.manifest import Manifest, load_manifest
 from moba_megatron.data.plan import Plan, make_plan
 from moba_megatron.data.progress import encoding_progress
@@ -46,6 +46,7 @@ from moba_megatron.data.workspace import (
     Workspace,
     differences,
     existing_dataset,
+    is_unfinished,
     open_workspace,
     remove_leftovers,
     unfinished_identity,
@@ -125,9 +126,10 @@ def merge_shares(output: Path, overwrite: bool = False) -> Manifest:
         ValueError: no such work, inputs that changed since, or parts that are not done yet.
     """
     console, begin, output = Console(stderr=True), time.monotonic(), Path(output)
-    found = load_manifest(output) if not work_folder(output).exists() and output.is_dir() else None
-    if found is not None:
+    found = load_manifest(output) if output.is_dir() else None
+    if found is not None and not is_unfinished(output, found.identity):
         console.print(f"{output} is merged already: nothing to do")
+        remove_leftovers(output, found.identity)
         return found
     identity = unfinished_identity(output)
     plan = make_plan(Recipe.model_validate(identity["recipe"]))
@@ -136,7 +138,9 @@ def merge_shares(output: Path, overwrite: bool = False) -> Manifest:
             f"{work_folder(output)} was made of other inputs than there are now "
             f"({differences(identity, plan.identity)}): restore them, or prepare anew with --overwrite"
         )
-    existing_dataset(output, identity, overwrite)
+    found = _finished(output, plan, overwrite, console)
+    if found is not None:
+        return found
     with open_workspace(output, identity, overwrite=False) as space:
         engine = space.engine
         parts = range(len(plan.parts))
@@ -197,16 +201,22 @@ def _make_tokenizer(plan: Plan, space: Workspace, console: Console) -> Tokenizer
 
 
 def _training_texts(plan: Plan, max_bytes: int | None) -> Iterator[str]:
-    seen = 0
-    for part in plan.parts:
+    seen, complete = 0, set()
+    incomplete: dict[int, Incomplete] = {}
+    for number, part in enumerate(plan.parts):
         source = plan.recipe.sources[part.source]
         for item in read_part(source, part, plan.recipe.filters):
+            if isinstance(item, Incomplete):
+                incomplete.setdefault(number, item)
+            elif not isinstance(item, Skipped):
+                complete.add(part.source)
             if not isinstance(item, Document) or choose_split(plan.recipe, source, item) != "train":
                 continue
             if max_bytes is not None and seen >= max_bytes:
                 return
             seen += item.bytes
             yield item.text
+    check_columns(plan, complete, incomplete)
 
 
 def _encode(plan: Plan, space: Workspace, own: list[int], workers: int, console: Console) -> None:
@@ -242,13 +252,13 @@ def _make_shards(plan: Plan, job: Job, own: list[int], workers: int, console: Co
     with encoding_progress(console, sizes, [part.size for _, part in todo]) as advance:
         if workers == 1 or len(todo) <= 1:
             for number, part in todo:
-                advance(part.size, encode_part(job, number, part).text_bytes)
+                advance(part.size, encode_part(job, number, part))
             return
         spawn = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=spawn, initializer=start_worker)
         try:
             futures = {pool.submit(encode_part, job, number, part): part for number, part in todo}
             for future in as_completed(futures):
-                advance(futures[future].size, future.result().text_bytes)
+                advance(futures[future].size, future.result())
         finally:
             pool.shutdown(cancel_futures=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moba_megatron.data.chat import ChatTemplate
-from moba_megatron.data.documents import Filtered, Item, Skipped, make_document, make_segmented
+from moba_megatron.data.documents import Filtered, Incomplete, Item, Skipped, make_document, make_segmented
 from moba_megatron.data.recipe import Filters, RowsSource
 
 
@@ -35,7 +35,9 @@ class RowReader:
         return [column for column in self.columns if column not in present]
 
     def item(self, row: Mapping[str, Any], number: int) -> Item:
-        """What a row holds, which has all `columns`."""
+        """What a row holds."""
+        if absent := self.missing(row):
+            return Incomplete(number, no_column(absent), tuple(row))
         for column, kept in self.filters.columns.items():
             if not isinstance(row[column], bool):
                 return Skipped(number, f"{column} is {_named(row[column])}, not true or false")
@@ -60,11 +62,15 @@ class RowReader:
         return make_segmented(segments, number)
 
 
-def missing_columns(where: str, missing: list[str], present: Iterable[str]) -> str:
-    """Text of the error for rows at `where` that lack columns."""
+def no_column(missing: list[str]) -> str:
+    """Why a row or a table is of no use."""
+    return f"no column {', '.join(map(repr, missing))}"
+
+
+def missing_columns(where: str, reason: str, present: Iterable[str]) -> str:
+    """Text of the error for rows at `where` that lack columns. `reason` is that of `no_column`."""
     known = ", ".join(sorted(present)) or "none"
-    names = ", ".join(repr(column) for column in missing)
-    return f"{where}: no column {names} (there are: {known}); correct the recipe's columns, such as text_column"
+    return f"{where}: {reason} (there are: {known}); correct the recipe's columns, such as text_column"
 
 
 def _named(value: Any) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from moba_megatron.config import Section
-from moba_megatron.data.indexed import LENGTH, sync
+from moba_megatron.data.indexed import LENGTH, sync, write
 
 SPLITS = ("train", "validation")
 MAX_LISTED = 1000
@@ -44,6 +44,11 @@ class SkippedRow(Section):
     reason: str
 
 
+class IncompleteRow(SkippedRow):
+    present: list[str]
+    """Its columns."""
+
+
 class ShardStats(Section):
     """Contents of a shard's `stats.json`."""
 
@@ -55,6 +60,10 @@ class ShardStats(Section):
     filtered: int
     skipped: list[SkippedRow]
     skipped_total: int
+    complete: bool = True
+    """Whether a row had all the columns that are read."""
+    incomplete: IncompleteRow | None = None
+    """The first row that lacks some."""
 
     @property
     def text_bytes(self) -> int:
@@ -91,12 +100,12 @@ class SplitWriter:
         inside[np.cumsum(lengths) - 1] = False
         stream = np.full(inside.size, self.eod_id, self.dtype)
         stream[inside] = ids
-        self._bin.write(stream.data)
-        self._lengths.write(lengths.astype(LENGTH).data)
+        write(self._bin, stream.data)
+        write(self._lengths, lengths.astype(LENGTH).data)
         if self._mask is not None:
             mask = np.ones(inside.size, np.uint8)
             mask[inside] = 1 if counts is None else counts
-            self._mask.write(mask.data)
+            write(self._mask, mask.data)
 
     def close(self) -> None:
         for file in (self._bin, self._lengths, self._mask):

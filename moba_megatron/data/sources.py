@@ -7,8 +7,9 @@ Compressed JSONL cannot be entered in the middle: one file is one part. A part i
 record at a time.
 
 What cannot be a document (bytes that are not UTF-8, a line that is not JSON, a row without text) comes out as `Skipped`
-with its place and reason; what would make the corpus another one (a column that no row has, a truncated file) is an
-error.
+with its place and reason; what would make the corpus another one (a column of another type, a truncated file) is an
+error. So is a column that no row of a source has, which one part cannot know: whoever reads all parts tells it from
+the rows that came out as `Incomplete`. A part gives up by itself only when its first 1,000 rows are such.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import BinaryIO
 import pyarrow
 
 from moba_megatron.data.chat import ChatTemplate
-from moba_megatron.data.documents import MIB, CorpusError, Input, Item, Part, Skipped, make_document
+from moba_megatron.data.documents import MIB, CorpusError, Incomplete, Input, Item, Part, Skipped, make_document
 from moba_megatron.data.hf_datasets import dataset_input, dataset_parts, read_dataset
 from moba_megatron.data.recipe import (
     ArrowSource,
@@ -43,7 +44,7 @@ from moba_megatron.data.tables import arrow_parts, parquet_parts, read_arrow, re
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _PATIENCE = 1000
-"""Rows without a column from which on it is taken to be missing in all."""
+"""Rows at the beginning of a part after which a column that none of them has is taken to be missing in all."""
 
 
 def list_inputs(source: SourceBase) -> list[Input]:
@@ -166,27 +167,21 @@ def _read_files(root: Path, part: Part) -> Iterator[Item]:
 
 def _read_jsonl(reader: RowReader, part: Part) -> Iterator[Item]:
     (path,) = part.names
-    missing, complete, first = 0, False, 0
+    missing, complete = 0, False
     try:
         for number, line in enumerate(_lines(path, part), start=1):
             if line.isspace():
                 continue
             row = _json_object(line, number)
-            if isinstance(row, Skipped):
-                yield row
-                continue
-            absent = reader.missing(row)
-            if not absent:
+            item = row if isinstance(row, Skipped) else reader.item(row, number)
+            if isinstance(item, Incomplete):
+                missing += 1
+                if missing == _PATIENCE and not complete:
+                    place = f"{path}: the first {missing} rows from byte {part.start} on"
+                    raise CorpusError(missing_columns(place, item.reason, item.present))
+            elif item is not row:
                 complete = True
-                yield reader.item(row, number)
-                continue
-            missing, first = missing + 1, first or number
-            yield Skipped(number, f"no column {', '.join(map(repr, absent))}")
-            if missing == _PATIENCE and not complete:
-                break
-        if missing and not complete:
-            place = f"{path}: line {first} from byte {part.start} on"
-            raise CorpusError(missing_columns(place, absent, row))
+            yield item
     except OSError as error:
         # What the system reports has a number; what a decompressor finds in the bytes has none.
         if error.errno is not None:

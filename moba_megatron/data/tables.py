@@ -6,7 +6,7 @@ which `datasets` writes, and makes one part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,11 +14,11 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
-from moba_megatron.data.documents import CorpusError, Item, Part
-from moba_megatron.data.rows import RowReader, missing_columns
+from moba_megatron.data.documents import CorpusError, Incomplete, Item, Part
+from moba_megatron.data.rows import RowReader, missing_columns, no_column
 
 _ARROW_FILE_MAGIC = b"ARROW1"
-_ROWS = 256
+ROWS_AT_ONCE = 256
 """Rows that are in memory as Python objects at a time."""
 
 
@@ -36,8 +36,8 @@ def read_parquet(reader: RowReader, part: Part) -> Iterator[Item]:
     with _whole_file(path), pyarrow.parquet.ParquetFile(path) as file:
         _check_columns(path, reader, file.schema_arrow)
         first = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
-        batches = file.iter_batches(_ROWS, row_groups=range(part.start, part.stop), columns=reader.columns)
-        yield from _items(reader, batches, first)
+        batches = file.iter_batches(ROWS_AT_ONCE, row_groups=range(part.start, part.stop), columns=reader.columns)
+        yield from read_batches(reader, batches, first)
 
 
 def arrow_parts(number: int, path: str, size: int, part_bytes: int) -> list[Part]:
@@ -62,32 +62,53 @@ def read_arrow(reader: RowReader, part: Part) -> Iterator[Item]:
             file = pyarrow.ipc.open_stream(stream)
             _check_columns(path, reader, file.schema)
             first, batches = 0, iter(file)
-        yield from _items(reader, _small(batches), first)
+        yield from read_batches(reader, _small(batches), first)
 
 
 def _small(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
     for batch in batches:
-        for start in range(0, batch.num_rows, _ROWS):
-            yield batch.slice(start, _ROWS)
+        for start in range(0, batch.num_rows, ROWS_AT_ONCE):
+            yield batch.slice(start, ROWS_AT_ONCE)
 
 
-def _items(reader: RowReader, batches: Iterator[pyarrow.RecordBatch], first: int) -> Iterator[Item]:
-    number, columns = first, reader.columns
+def read_batches(
+    reader: RowReader, batches: Iterable[pyarrow.RecordBatch | pyarrow.Table], first: int
+) -> Iterator[Item]:
+    """The rows of batches, numbered from `first` on."""
+    number = first
     for batch in batches:
+        columns = [column for column in reader.columns if column in batch.schema.names]
+        if len(columns) < len(reader.columns):
+            # All rows alike, and there may be none of the columns to go along.
+            absent, present = no_column(reader.missing(columns)), tuple(batch.schema.names)
+            yield from (Incomplete(number + row, absent, present) for row in range(batch.num_rows))
+            number += batch.num_rows
+            continue
         for row in zip(*(_values(batch.column(column)) for column in columns), strict=True):
             yield reader.item(dict(zip(columns, row, strict=True)), number)
             number += 1
 
 
-def _values(column: pyarrow.Array) -> list[Any]:
+def _values(column: pyarrow.Array | pyarrow.ChunkedArray) -> list[Any]:
     # As bytes: a column of text may hold bytes that are not UTF-8, and one such row must not end the batch.
-    return (column.cast(pyarrow.large_binary()) if _is_text(column.type) else column).to_pylist()
+    try:
+        return (column.cast(pyarrow.large_binary()) if _is_text(column.type) else column).to_pylist()
+    except UnicodeDecodeError:
+        return [_value(value) for value in column]
+
+
+def _value(value: pyarrow.Scalar) -> Any:
+    """A nested value, or None, which no row may hold, where text in it is not UTF-8."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return None
 
 
 def _check_columns(path: str, reader: RowReader, schema: pyarrow.Schema) -> None:
     missing = reader.missing(schema.names)
     if missing:
-        raise CorpusError(missing_columns(path, missing, schema.names))
+        raise CorpusError(missing_columns(path, no_column(missing), schema.names))
     for column in reader.columns:
         kind = schema.field(column).type
         if column in reader.filters.columns:

@@ -7,7 +7,7 @@ fingerprint of its tokenizer, and training compares.
 Encoding is done by `Encoder`: gigatoken where it can, which is one to two orders of magnitude faster than `tokenizers`,
 held against `tokenizers` on samples. A document that contains the end-of-document token, literally or in what a
 normalizer makes of it, is encoded by `tokenizers` with special tokens read as plain text, so that this id marks the
-ends of documents and nothing else.
+ends of documents and nothing else. A document with which that is not possible is refused.
 """
 
 from __future__ import annotations
@@ -81,23 +81,23 @@ class Tokenizer:
         """Text of ids, special tokens included."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def encode_plain(self, text: str) -> list[int]:
-        """Ids of a text in which special tokens are ordinary characters.
-
-        Raises:
-            CorpusError: the end-of-document token is not a special one, so that a text could end in its middle.
-        """
+    def encode_plain(self, text: str) -> list[int] | None:
+        """Ids of a text in which special tokens are ordinary characters. None where it would still end in its middle:
+        the end-of-document token is not a special one."""
         self.backend.encode_special_tokens = True
         try:
             ids = self.backend.encode(text, add_special_tokens=False).ids
         finally:
             self.backend.encode_special_tokens = False
-        if self.eod_id in ids:
-            raise CorpusError(
-                f"a document contains {self.eod_token!r}, which this tokenizer cannot read as plain text: mark it "
-                "special in tokenizer.json, name another end-of-document token, or filter the document out"
-            )
-        return ids
+        return None if self.eod_id in ids else ids
+
+    @property
+    def refusal(self) -> str:
+        """Why a text that `encode_plain` has no ids for is left out."""
+        return (
+            f"contains {self.eod_token!r}, the end-of-document token, which is not special in tokenizer.json and so "
+            "cannot be read as plain text"
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -120,22 +120,22 @@ class Encoder:
 
             self.fast = gigatoken.Tokenizer(tokenizer.backend)
 
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """All ids of the texts in one array [tokens] int64 and the number of ids of each text [texts] int64.
-
-        Raises:
-            CorpusError: a text cannot be encoded without the end-of-document id.
-        """
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """All ids of the texts in one array [tokens] int64, the number of ids of each text [texts] int64, and which
+        texts cannot be encoded without the end-of-document id; those have no ids."""
         ids, lengths = self._encode(texts)
         ends = np.cumsum(lengths)
         marked = {number for number, text in enumerate(texts) if self.tokenizer.eod_token in text}
         marked.update(np.searchsorted(ends, np.flatnonzero(ids == self.tokenizer.eod_id), side="right").tolist())
         if not marked:
-            return ids, lengths
-        rows = np.split(ids, ends[:-1])
-        for number in marked:
-            rows[number] = np.asarray(self.tokenizer.encode_plain(texts[number]), np.int64)
-        return np.concatenate(rows), np.array([len(row) for row in rows], np.int64)
+            return ids, lengths, []
+        rows, refused = np.split(ids, ends[:-1]), []
+        for number in sorted(marked):
+            plain = self.tokenizer.encode_plain(texts[number])
+            if plain is None:
+                refused.append(number)
+            rows[number] = np.asarray(plain or [], np.int64)
+        return np.concatenate(rows), np.array([len(row) for row in rows], np.int64), refused
 
     def check(self, texts: list[str]) -> None:
         """Hold gigatoken against `tokenizers` on the beginnings of up to 16 of these texts, evenly spread.

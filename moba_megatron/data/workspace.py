@@ -146,6 +146,29 @@ def open_workspace(
             yield space
 
 
+@contextmanager
+def hold(folder: Path, output: Path) -> Iterator[str]:
+    """A work folder for `output`, made empty, for this process alone; removed at the end unless it was renamed.
+
+    Yields:
+        The name of the lock in it.
+
+    Raises:
+        ValueError: another process is at it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        if not _try_lock(lock):
+            raise ValueError(f"another process is making {output} at this moment (it holds {lock.name})")
+        try:
+            _empty(folder)
+            yield "lock"
+        finally:
+            # Once it was renamed, a folder of that name is another process's.
+            if _try_lock(lock):
+                shutil.rmtree(folder)
+
+
 def _claim(space: Workspace, overwrite: bool, shares: int) -> None:
     """Continue, start or replace the work in a folder that nobody else uses."""
     found = _plan_of(space.folder)
@@ -201,6 +224,12 @@ def remove_leftovers(output: Path, identity: Identity) -> None:
             space.discard()
 
 
+def is_unfinished(output: Path, identity: Identity) -> bool:
+    """Whether there is work under way for `output` on another dataset than the one of `identity`, which it holds."""
+    found = _plan_of(work_folder(output))
+    return bool(found) and found["identity"] != identity
+
+
 def unfinished_identity(output: Path) -> Identity:
     """The identity of the work that is under way for `output`.
 
@@ -237,7 +266,8 @@ def _plan_of(folder: Path) -> dict[str, Any]:
 
 
 def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
+    # The plan goes last: as long as it is there, a killed run's leftovers are known for what they are.
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "plan.json"):
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != "lock":

@@ -26,6 +26,7 @@ from moba_megatron.data.prepare import prepare
 from moba_megatron.data.recipe import Recipe
 from moba_megatron.data.subcommands import blend_command
 from moba_megatron.data.tokenizer import Tokenizer, train_bpe
+from moba_megatron.data.workspace import hold
 
 
 @pytest.fixture
@@ -181,6 +182,18 @@ def test_a_blend_is_made_once_and_refuses_what_does_not_fit(two_datasets: list[s
     with pytest.raises(ValueError, match=r"another dataset \(mix.sources, sources\).*--overwrite"):
         make_blend(other, out)
     assert "wrote" in make_blend(other, out, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir() if "blend" in path.name) == ["blend"]
+    assert not (out / "lock").exists()
+    with hold(tmp_path / "blend.unfinished", out), pytest.raises(ValueError, match="another process is making"):
+        make_blend(mix, out, overwrite=True)
+    # Neither the folder of a source, nor that of the data behind a view, nor one around them.
+    before = {path: path.read_bytes() for path in (tmp_path / "one").rglob("*") if path.is_file()}
+    make_blend(mix, out, overwrite=True)
+    view = Mix.model_validate({"sources": [{"path": str(out / "one-1")}]})
+    for recipe_of, place in ((mix, "one"), (mix, "two/../one"), (view, "one"), (view, "blend"), (mix, ".")):
+        with pytest.raises(ValueError, match="a blend needs a folder of its own"):
+            make_blend(recipe_of, tmp_path / place, overwrite=True)
+    assert before == {path: path.read_bytes() for path in before}
     short = train_bpe(["some text to train on, once"], 257 + 4, tmp_path / "short")
     strange = changed(recipe, tokenizer={"kind": "pretrained", "path": str(short.folder)})
     prepare(strange, tmp_path / "three", workers=1)
@@ -208,6 +221,8 @@ def test_the_command_and_its_errors(two_datasets: list[str], tmp_path: Path):
     assert code == 2 and "two sources are called 'one'" in text
     code, text = run(good | {"lengths": [{"at_least": 9, "upsample": 1}, {"at_least": 5, "upsample": 1}]})
     assert code == 2 and "must rise" in text
+    code, text = run({"sources": [{"path": two_datasets[0], "weight": 0.5}, {"path": two_datasets[1]}]})
+    assert code == 2 and "sources.1.weight is not given, others are" in text
     code, text = run({"sources": [{"path": str(tmp_path / "nowhere/train")}]})
     assert code == 2 and "nowhere/train: no manifest.json" in text
     code, text = run(good, "sources.0.name=mine")

@@ -59,6 +59,8 @@ def test_duplicates_are_dropped_counted_and_named(recipe: Recipe, texts: list[st
     assert sum(split.documents for split in manifest.splits.values()) == len(unique)
     assert sum(split.characters for split in manifest.splits.values()) == sum(map(len, unique))
     assert sum(split.bytes for split in manifest.splits.values()) == sum(len(text.encode()) for text in unique)
+    assert [source.documents for source in manifest.sources] == [len(once), 1, 1]
+    assert sum(source.bytes for source in manifest.sources) == sum(len(text.encode()) for text in unique)
     assert manifest.duplicates_total == len(again) - 1 + 2 == len(manifest.duplicates)
     assert (manifest.duplicates[0].name, manifest.duplicates[0].first) == (
         f"{tmp_path}/b.jsonl:line 1",

@@ -19,10 +19,12 @@ from prepare_examples import changed, data_bytes, stdlib_recipe
 
 from moba_megatron.data import prepare as prepare_module
 from moba_megatron.data.documents import CorpusError
+from moba_megatron.data.finish import _read_stats
 from moba_megatron.data.manifest import load_manifest
 from moba_megatron.data.plan import make_plan
 from moba_megatron.data.prepare import prepare
 from moba_megatron.data.recipe import Recipe
+from moba_megatron.data.shards import MAX_LISTED, ShardStats, SkippedRow
 from moba_megatron.data.tokenizer import Tokenizer
 from moba_megatron.data.workspace import open_workspace
 
@@ -90,10 +92,21 @@ def test_errors_of_the_disk_keep_the_work_and_those_of_the_recipe_do_not(recipe:
         prepare(own, tmp_path / "out", workers=1)
     assert sorted(path.name for path in (tmp_path / "out.partial/shards").iterdir()) == ["000000", "000001"]
     (tmp_path / "c.jsonl.gz").unlink()
-    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"body": "some text"}\n'))
-    with pytest.raises(CorpusError, match="no column 'text'"):
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "some text"}\n')[:-9])
+    with pytest.raises(CorpusError, match="c.jsonl.gz cannot be read to its end"):
         prepare(own, tmp_path / "out", workers=1, overwrite=True)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_skipped_rows_are_trimmed_while_the_shards_are_read(tmp_path: Path):
+    rows = [SkippedRow(number=number, reason="empty") for number in range(MAX_LISTED)]
+    for name, count in (("0", 400), ("1", MAX_LISTED), ("2", MAX_LISTED)):
+        own = ShardStats(engine="x", splits={}, hash="", filtered=0, skipped=rows[:count], skipped_total=count)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "stats.json").write_text(own.model_dump_json())
+    stats = _read_stats([tmp_path / name for name in "012"])
+    assert [len(stat.skipped) for stat in stats] == [400, 600, 0]
+    assert [stat.skipped_total for stat in stats] == [400, MAX_LISTED, MAX_LISTED]
 
 
 def test_a_damaged_shard_is_made_again_and_no_other(recipe: Recipe, tmp_path: Path, monkeypatch):
@@ -171,7 +184,7 @@ def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(tokenizer: Token
     for limit, shards in ((100_000, 0), (largest - 1, len(make_plan(recipe).parts))):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         try:
-            with pytest.raises(OSError, match="File too large"):
+            with pytest.raises(OSError, match=r"File too large: '.*out.partial/.*train.bin'"):
                 prepare(recipe, tmp_path / "out", workers=1)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)

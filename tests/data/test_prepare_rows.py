@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from pydantic import TypeAdapter
 
 from moba_megatron.config import ConfigError
-from moba_megatron.data.documents import CorpusError, Document, Filtered, Item, Skipped
+from moba_megatron.data.documents import CorpusError, Document, Filtered, Incomplete, Item, Skipped
 from moba_megatron.data.indexed import load_index
 from moba_megatron.data.inspect import Piece, check_dataset, read_document
 from moba_megatron.data.loss_mask import open_loss_mask
@@ -102,8 +102,14 @@ def test_every_source_reads_texts_prompts_and_boolean_columns(tmp_path: Path, ki
     assert second.segments == (("No question came before.", True),)
     assert third.text == "And then? Left."
     assert isinstance(fourth, Skipped) and "answer is empty" in fourth.reason
+    wrong = {"text_column": "body"}
+    if kind == "jsonl":
+        # A part of JSONL cannot know whether other parts have the columns.
+        items = read_all(source | wrong, Filters(keep_column="ok"))
+        assert {item.reason for item in items if isinstance(item, Incomplete)} == {"no column 'body', 'ok'"}
+        return
     with pytest.raises(CorpusError, match="no column 'body', 'ok'"):
-        read_all(source | {"text_column": "body"}, Filters(keep_column="ok"))
+        read_all(source | wrong, Filters(keep_column="ok"))
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "stream"])
@@ -125,7 +131,48 @@ def test_a_row_without_a_boolean_is_listed(tmp_path: Path):
     source = {"kind": "jsonl", "path": str(path)}
     first, second, third = read_all(source, Filters(keep_column="good"), part_bytes=2**30)
     assert first.text == "a"
-    assert second == Skipped(2, "good is int, not true or false") and third == Skipped(3, "no column 'good'")
+    assert second == Skipped(2, "good is int, not true or false") and third == Incomplete(
+        3, "no column 'good'", ("text",)
+    )
+
+
+def lines_of(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_rows_without_a_column_end_the_run_only_if_no_row_of_their_source_has_it(
+    tokenizer: Tokenizer, tmp_path: Path, trained: bool
+):
+    """The last row of the first file is alone in its part; the second file has nothing but such a row."""
+    rows = [{"text": f"some words {n} " * 40} for n in range(2000)]
+    lines_of(tmp_path / "a1.jsonl", [*rows, {"text": "x " * 2**19}, {"title": "none"}])
+    lines_of(tmp_path / "a2.jsonl", [{"body": "none"}])
+    recipe = rows_recipe(tokenizer, {"kind": "jsonl", "path": str(tmp_path / "a*.jsonl")})
+    if trained:
+        recipe = recipe_from_dict(recipe.model_dump() | {"tokenizer": {"kind": "bpe", "vocab_size": 260}})
+    manifest = prepare(recipe, tmp_path / "out", workers=1)
+    assert manifest.splits["train"].documents == 2001
+    assert [entry.name.rpartition("/")[2] for entry in manifest.skipped] == ["a1.jsonl:line 2002", "a2.jsonl:line 1"]
+    # As a source of its own, the second file has no such column.
+    sources = [{"kind": "jsonl", "path": str(tmp_path / f"a{n}.jsonl")} for n in (1, 2)]
+    with pytest.raises(CorpusError, match=r"a2.jsonl:line 1: no column 'text' \(there are: body\); correct"):
+        prepare(recipe_from_dict(recipe.model_dump() | {"sources": sources}), tmp_path / "two", workers=1)
+
+
+def test_text_with_an_end_of_document_token_that_is_not_special_is_listed(tokenizer: Tokenizer, tmp_path: Path):
+    source = {"kind": "jsonl", "path": str(tmp_path / "a.jsonl"), "prompt_column": "q", "answer_column": "a"}
+    lines_of(tmp_path / "a.jsonl", [{"q": "Who? ", "a": f"{n} {'!' * (n in (1, 3))}{n}"} for n in range(5)])
+    recipe = rows_recipe(tokenizer, source, filters={"min_tokens": 1})
+    spec = recipe.tokenizer.model_dump() | {"end_of_document": "!"}
+    recipe = recipe_from_dict(recipe.model_dump() | {"tokenizer": spec})
+    manifest = prepare(recipe, tmp_path / "out", workers=1)
+    assert (manifest.splits["train"].documents, manifest.skipped_total, manifest.filtered) == (3, 2, 0)
+    assert [entry.name for entry in manifest.skipped] == [f"{source['path']}:line {n}" for n in (2, 4)]
+    assert manifest.skipped[0].reason.startswith("contains '!', the end-of-document token, which is not special")
+    ids = np.fromfile(tmp_path / "out/train.bin", np.uint16)
+    assert np.count_nonzero(ids == tokenizer.backend.token_to_id("!")) == 3
+    assert all(wrong is None for _, wrong in check_dataset(tmp_path / "out"))
 
 
 def test_answers_are_learned_and_prompts_are_not(tokenizer: Tokenizer, tmp_path: Path):

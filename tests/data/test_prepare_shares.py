@@ -14,6 +14,7 @@ import pytest
 from prepare_examples import changed, data_bytes, stdlib_recipe
 
 from moba_megatron.data import prepare as prepare_module
+from moba_megatron.data import workspace
 from moba_megatron.data.manifest import load_manifest
 from moba_megatron.data.plan import make_plan
 from moba_megatron.data.prepare import merge_shares, prepare, prepare_share
@@ -81,6 +82,38 @@ def test_a_merge_waits_for_every_share(tokenizer: Tokenizer, tmp_path: Path):
     merge_shares(out)
     prepare(recipe, tmp_path / "whole", workers=1)
     assert data_bytes(out) == data_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("left", [1, 2, 3])
+def test_a_merge_killed_while_tidying_is_done(recipe: Recipe, tmp_path: Path, monkeypatch, left: int):
+    """Killed when so many of the lock, the plan and the rest are left."""
+    out, original = tmp_path / "out", workspace._empty
+    prepare_share(recipe, out, (0, 1), workers=1)
+
+    def killed(folder: Path) -> None:
+        kept = {path: path.read_bytes() for path in (folder / "lock", folder / "plan.json")[:left]}
+        shards = list(folder.glob("shards/*"))
+        original(folder)
+        for path, data in kept.items():
+            path.write_bytes(data)
+        if left == 3:
+            shards[0].mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(workspace, "_empty", killed)
+        merge_shares(out)
+    assert merge_shares(out) == prepare(recipe, out, workers=1) == load_manifest(out)
+    assert left == 1 or not (tmp_path / "out.partial").exists()
+
+
+def test_tidying_removes_the_plan_last(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    removed, unlink = [], Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path: removed.append(path.name) or unlink(path))
+    for name in ("a", "plan.json", "z"):
+        (tmp_path / name).touch()
+    workspace._empty(tmp_path)
+    assert removed[-1] == "plan.json" and len(removed) == 3
 
 
 def test_shares_and_whole_runs_keep_out_of_each_others_way(recipe: Recipe, tmp_path: Path, monkeypatch):

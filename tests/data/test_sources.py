@@ -13,7 +13,7 @@ import pytest
 import zstandard
 from pydantic import TypeAdapter
 
-from moba_megatron.data.documents import Document, Skipped
+from moba_megatron.data.documents import CorpusError, Document, Incomplete, Skipped
 from moba_megatron.data.recipe import Source
 from moba_megatron.data.sources import list_inputs, list_parts, read_part
 
@@ -153,15 +153,54 @@ def test_truncated_files_are_errors(tmp_path: Path, texts: list[str], ending: st
 
 
 def test_missing_things_are_named(tmp_path: Path):
-    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
-    with pytest.raises(ValueError, match=r"a.jsonl: line 1 .*: no column 'text' \(there are: body\)"):
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n' * 1000)
+    with pytest.raises(ValueError, match=r"a.jsonl: the first 1000 rows .*: no column 'text' \(there are: body\)"):
         read_all(kind="jsonl", path=str(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n' * 999)
+    assert set(map(type, read_all(kind="jsonl", path=str(tmp_path / "a.jsonl")))) == {Incomplete}
     with pytest.raises(ValueError, match="no documents: no file matches .*none.jsonl"):
         read_all(kind="jsonl", path=str(tmp_path / "none.jsonl"))
     with pytest.raises(ValueError, match="no documents: .*nowhere is not a folder"):
         read_all(kind="files", path=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="no documents: no file matches .* with pattern '\\*.md'"):
         read_all(kind="files", path=str(tmp_path), pattern="*.md")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_datasets_that_cannot_be_read_are_named_and_one_bad_row_is_skipped(tmp_path: Path, streaming: bool):
+    good = "".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(300))
+    (tmp_path / "a.jsonl").write_text(good + "{broken\n")
+    broken = {"kind": "datasets", "path": "json", "data_files": str(tmp_path / "a.jsonl"), "streaming": streaming}
+    with pytest.raises(CorpusError, match="datasets cannot read json.*: JSON parse error: .* in row 300"):
+        read_all(**broken)
+    raw = pyarrow.array([*(b"good %d" % n for n in range(300)), b"\xff\xfe", b"end"], pyarrow.binary())
+    table = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), len(raw), raw.buffers())})
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    source = {"kind": "datasets", "path": "parquet", "data_files": str(tmp_path / "b.parquet")}
+    items = read_all(part_bytes=1000, **source, streaming=streaming)
+    assert items == read_all(kind="parquet", path=str(tmp_path / "b.parquet"))
+    assert [item.number for item in items] == list(range(302))
+    (bad,) = (item for item in items if isinstance(item, Skipped))
+    assert bad.number == 300 and bad.reason.startswith("not UTF-8")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "datasets"])
+def test_text_that_is_not_utf8_inside_messages_is_skipped(tmp_path: Path, kind: str):
+    raw = pyarrow.array([b"user", b"\xff\xfe"], pyarrow.binary())
+    role = pyarrow.Array.from_buffers(pyarrow.string(), len(raw), raw.buffers())
+    talks = pyarrow.ListArray.from_arrays([0, 1, 2], pyarrow.StructArray.from_arrays([role], ["role"]))
+    pyarrow.parquet.write_table(pyarrow.table({"talk": talks}), tmp_path / "a.parquet")
+    source = {"kind": "parquet", "path": str(tmp_path / "a.parquet")}
+    if kind == "datasets":
+        source = {"kind": kind, "path": "parquet", "data_files": str(tmp_path / "a.parquet")}
+    checked = TypeAdapter(Source).validate_python(source | {"messages_column": "talk"})
+
+    class Template:
+        def document(self, messages: Any, number: int) -> tuple[int, Any]:
+            return number, messages
+
+    (part,) = list_parts(0, checked, list_inputs(checked), LARGE)
+    assert list(read_part(checked, part, None, Template())) == [(0, [{"role": "user"}]), (1, None)]
 
 
 def test_an_error_of_the_system_is_no_truncated_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, normalizers
 
-from moba_megatron.data.documents import CorpusError
 from moba_megatron.data.tokenizer import (
     Encoder,
     EngineMismatch,
@@ -29,7 +28,8 @@ def edited(tokenizer: Tokenizer, folder: Path, **changes: object) -> Path:
 
 
 def rows(encoder: Encoder, texts: list[str]) -> list[list[int]]:
-    ids, lengths = encoder.encode(texts)
+    ids, lengths, refused = encoder.encode(texts)
+    assert not refused
     return [row.tolist() for row in np.split(ids, np.cumsum(lengths)[:-1])]
 
 
@@ -107,8 +107,8 @@ def test_the_end_of_document_token_can_be_named(tokenizer: Tokenizer, tmp_path: 
     assert named.fingerprint == fingerprint(tokenizer.folder, "!")
     with pytest.raises(ValueError, match="'<none>' is not in the vocabulary"):
         copy_tokenizer(tokenizer.folder, tmp_path / "wrong", "<none>")
-    with pytest.raises(ValueError, match="cannot read as plain text"):
-        Encoder(named, "tokenizers").encode(["stop!"])
+    ids, lengths, refused = Encoder(named, "tokenizers").encode(["go", "stop!", "on"])
+    assert refused == [1] and lengths[1] == 0 and lengths.sum() == ids.size and named.eod_id not in ids
 
 
 def test_a_missing_tokenizer_is_explained(tmp_path: Path):
@@ -144,5 +144,7 @@ def test_a_normalizer_cannot_bring_the_end_of_document_id_into_a_text(
         assert not any(own.eod_id in row for row in encoded)
         assert [own.decode(row) for row in encoded] == ["", "plain", "a </s> b", "", "</s>", "end"]
     else:
-        with pytest.raises(CorpusError, match="cannot read as plain text"):
-            encoder.encode(texts)
+        ids, lengths, refused = encoder.encode(texts)
+        assert refused == [2, 4] and own.eod_id not in ids
+        kept = [text for number, text in enumerate(texts) if number not in refused]
+        assert ids.tolist() == [i for row in own.encode_batch(kept) for i in row] and lengths.sum() == ids.size
