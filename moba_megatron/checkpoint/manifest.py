@@ -43,6 +43,12 @@ class Manifest:
     data_changes: list[dict[str, Any]] = field(default_factory=list)
     format: int = FORMAT
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that training had read."""
+        counted = self.consumed_tokens
+        return self.consumed_samples * self.config["data"]["sequence_length"] if counted is None else counted
+
     def write(self, folder: Path) -> None:
         (folder / NAME).write_text(json.dumps(asdict(self), indent=1))
 

@@ -83,12 +83,12 @@ def evaluate_command(
     try:
         choice = parse_choice(routing_choice)
         routing = routing or choice is not None
-        options = (
-            task_options(tasks, lengths=lengths, depths=depths, samples=task_samples, haystack=haystack)
-            if tasks is not None
-            else None
-        )
-        if lm_eval or ruler:
+        options = None
+        if tasks is not None:
+            options = task_options(tasks, lengths=lengths, depths=depths, samples=task_samples, haystack=haystack)
+        elif lengths is not None:
+            raise ValueError(f"--lengths {lengths} without --tasks: name the tasks to run")
+        if any(option is not None for option in (lm_eval, ruler, lm_eval_tasks, lm_eval_limit)):
             from moba_megatron.evaluation.lm_eval import evaluate_with_harness, harness_settings
 
             settings = harness_settings(

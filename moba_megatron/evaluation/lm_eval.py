@@ -62,6 +62,11 @@ def harness_settings(
     haystack: str | None,
 ) -> HarnessSettings:
     """Settings from the options of the command; `samples` and `haystack` are those of the RULER-style set."""
+    if not tasks and not ruler:
+        given = {"--lm-eval-tasks": folder, "--lm-eval-limit": limit}
+        unused = [name for name, value in given.items() if value is not None]
+        if unused:
+            raise ValueError(f"{' and '.join(unused)} without --lm-eval or --ruler: name the tasks to run")
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     drawn = None
     if ruler:
@@ -131,7 +136,7 @@ def _open_target(target: Path, console: Console) -> _Target:
     with console.status("exporting"):
         model = export_in_run(exported)
     config = exported.config
-    step, tokens = exported.manifest.step, exported.manifest.step * config.tokens_per_step
+    step, tokens = exported.manifest.step, exported.manifest.tokens
     return _Target(model, run_folder(exported.checkpoint), step, tokens, config)
 
 

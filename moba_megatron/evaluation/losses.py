@@ -63,8 +63,9 @@ def _losses(subject: Subject, attention: Attention, console: Console) -> dict[st
     subject.attend(attention)
     samples = config.evaluation.samples
     batches = shown(subject.batches(samples), samples, f"losses, {attention} attention", console)
-    sums_2S = position_totals(subject.opened.model, [batches], config, samples)
-    result = summarise(sums_2S, config.trailing_tokens, config.evaluation.position_buckets).to_dict()
+    sums_4S = position_totals(subject.opened.model, [batches], config, samples)
+    sums_2S = sums_4S[:2]
+    result = summarise(sums_4S, config.trailing_tokens, config.evaluation.position_buckets).to_dict()
     length = config.data.sequence_length
     bounds = sorted({*range(0, length, PER_RANGE), length})
     fit = fit_power_law(*_loss_of_position(sums_2S))

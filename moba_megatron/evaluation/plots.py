@@ -8,6 +8,15 @@ from typing import Any
 COLOURS = {"moba": "tab:blue", "full": "tab:orange"}
 
 
+def plain(text: str) -> str:
+    """Text as matplotlib shows it letter by letter: two dollar signs would begin and end a formula.
+
+    >>> plain("a$x_$b")
+    'a\\\\$x_\\\\$b'
+    """
+    return text.replace("$", r"\$")
+
+
 def new_figure(xlabel: str, ylabel: str) -> tuple[Any, Any]:
     """A figure with one labelled set of axes, drawn without a display."""
     from matplotlib.figure import Figure

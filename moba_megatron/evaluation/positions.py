@@ -2,10 +2,11 @@
 learns.
 
 *Position* is the number of tokens a prediction can look back on within its document (the batch's `position_ids`).
-*Trailing loss* is the mean over the last positions of the window (MoBA report, section 3.1: the last 2K of 32K), so
-only sequences that reach its length count.
+*Trailing loss* is the mean over the last positions of the window (MoBA report, section 3.1: the last 2K of 32K), of
+the documents that fill it alone: one that ends a few tokens before does not count.
 
-Everything here follows from one table of sums, fp64 `[2, S]`: summed loss and number of tokens at each position.
+Everything here follows from one table of sums, fp64 `[4, S]`: summed loss and number of tokens at each position, and
+the same two of the documents that fill the window.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from moba_megatron.config import Config
@@ -40,7 +42,8 @@ class PositionRange:
 @dataclass
 class Evaluation:
     """Losses in nats per token over `evaluated_tokens` predictions; trailing loss over the last `trailing_tokens`
-    positions; losses by position over equal ranges, and over ranges that double (`by_position_log`)."""
+    positions of documents that fill the window; losses by position over equal ranges, and over ranges that double
+    (`by_position_log`)."""
 
     loss: float
     trailing_loss: float | None
@@ -58,14 +61,14 @@ def evaluate(
 ) -> Evaluation:
     """Run the model over validation batches and sum up, as the configuration says. Arguments as for `position_totals`.
     Collective; every rank gets the same result."""
-    sums_2S = position_totals(model, batches, config, num_microbatches)
-    return summarise(sums_2S, config.trailing_tokens, config.evaluation.position_buckets)
+    sums_4S = position_totals(model, batches, config, num_microbatches)
+    return summarise(sums_4S, config.trailing_tokens, config.evaluation.position_buckets)
 
 
 def position_totals(
     model: list[torch.nn.Module], batches: list[Iterator[Batch]], config: Config, num_microbatches: int
 ) -> torch.Tensor:
-    """Summed losses and numbers of tokens by position, `[2, S]`, over all ranks. Collective.
+    """Summed losses and numbers of tokens by position, `[4, S]`, over all ranks. Collective.
 
     Args:
         model: this pipeline rank's chunks, wrapped for data parallelism or not; left in training mode if they were.
@@ -75,11 +78,11 @@ def position_totals(
     was_training = [chunk.training for chunk in model]
     for chunk in model:
         chunk.eval()
+    length = config.data.sequence_length
+    reduction = partial(position_sums, length=length, padded_rows=config.data.packing != "concatenate")
     with torch.no_grad():
         reductions = get_forward_backward_func()(
-            forward_step_func=partial(
-                forward_step, reduction=partial(position_sums, length=config.data.sequence_length)
-            ),
+            forward_step_func=partial(forward_step, reduction=reduction),
             data_iterator=batches if len(batches) > 1 else batches[0],
             model=model if len(model) > 1 else model[0],
             num_microbatches=num_microbatches,
@@ -88,31 +91,59 @@ def position_totals(
         )
     for chunk, training in zip(model, was_training, strict=True):
         chunk.train(training)
-    return reduce_over_ranks([item["sums"] for item in reductions], (2, config.data.sequence_length))
+    return reduce_over_ranks([item["sums"] for item in reductions], (4, length))
 
 
 def position_sums(
-    losses_BS: torch.Tensor, batch: Batch, length: int
+    losses_BS: torch.Tensor, batch: Batch, length: int, padded_rows: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Losses and token counts added up by position: `sums` is fp64 `[2, length]`.
+    """Losses and token counts added up by position: `sums` is fp64 `[4, length]`. Collective over context-parallel
+    ranks where rows may be padded.
 
     The padding of a document may lie beyond `length`; its mask is 0, so where it is counted makes no difference.
+
+    Args:
+        padded_rows: whether a row that is not packed may end in padding.
     """
-    mask = batch["loss_mask"].double().flatten()
+    losses, mask = losses_BS.double().flatten(), batch["loss_mask"].double().flatten()
     position = batch["position_ids"].flatten().clamp(max=length - 1)
-    sums_2S = torch.zeros(2, length, dtype=torch.float64, device=losses_BS.device)
-    sums_2S[0].index_add_(0, position, losses_BS.double().flatten() * mask)
-    sums_2S[1].index_add_(0, position, mask)
-    return sums_2S[0].sum(), mask.sum().int(), {"sums": sums_2S}
+    sums_4S = torch.zeros(4, length, dtype=torch.float64, device=losses_BS.device)
+    for first, counted in ((0, mask), (2, mask * _fills_window(batch, length, padded_rows))):
+        sums_4S[first].index_add_(0, position, losses * counted)
+        sums_4S[first + 1].index_add_(0, position, counted)
+    return sums_4S[0].sum(), mask.sum().int(), {"sums": sums_4S}
 
 
-def summarise(sums_2S: torch.Tensor, trailing_tokens: int, buckets: int) -> Evaluation:
-    """Means from sums by position: over all, over the trailing positions, and over ranges of positions."""
+def _fills_window(batch: Batch, length: int, padded_rows: bool) -> torch.Tensor:
+    """bool [tokens here]: whether the document of a token has the whole length of the window."""
+    packed, mask_BS = batch.get("packed_seq_params"), batch["loss_mask"]
+    if packed is None:
+        fills_B = torch.ones(mask_BS.size(0), dtype=torch.int32, device=mask_BS.device)
+        if padded_rows:
+            # A row without padding counts at its end; its last token may have no label.
+            at_end = (batch["position_ids"] >= length - 2) & (mask_BS > 0)
+            fills_B = at_end.any(dim=1).int()
+            if parallel_state.get_context_parallel_world_size() > 1:
+                group = parallel_state.get_context_parallel_group()
+                torch.distributed.all_reduce(fills_B, torch.distributed.ReduceOp.MAX, group=group)
+        return fills_B.bool().repeat_interleave(mask_BS.size(1))
+    padded = packed.cu_seqlens_q_padded
+    bounds = (packed.cu_seqlens_q if padded is None else padded).long()
+    # A context-parallel rank holds an equal share of every document, in their order.
+    ends_here = bounds[1:] * mask_BS.numel() // bounds[-1]
+    document = torch.searchsorted(ends_here, torch.arange(mask_BS.numel(), device=mask_BS.device), right=True)
+    return packed.cu_seqlens_q.diff()[document] >= length
+
+
+def summarise(sums_4S: torch.Tensor, trailing_tokens: int, buckets: int) -> Evaluation:
+    """Means from sums by position: over all, over the trailing positions of documents that fill the window, and over
+    ranges of positions."""
+    sums_2S, full_2S = sums_4S[:2], sums_4S[2:]
     length = sums_2S.size(1)
     loss, tokens = _mean(sums_2S)
     if loss is None:
         raise ValueError("no token of the evaluation counts: its loss mask is empty")
-    trailing, _ = _mean(sums_2S[:, length - trailing_tokens :])
+    trailing, _ = _mean(full_2S[:, length - trailing_tokens :])
     return Evaluation(
         loss=loss,
         trailing_loss=trailing,

@@ -74,13 +74,17 @@ class EvaluationRecords:
             The file.
         """
         head = {"step": step, "tokens": tokens, "kind": kind, "attention": attention}
-        path = self.folder / "evaluation" / f"{name or _name(kind, step, attention)}.json"
+        path = self.path_of(kind, step, attention, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**head, **values}, indent=1, default=str) + "\n")
         append_json_line(self.folder / EVALUATIONS, {**head, "file": path.name, **summary})
         if self.config and step is not None:
             self._open_trackers(self.config).track(summary, f"{kind}/{attention}", step)
         return path
+
+    def path_of(self, kind: str, step: int | None, attention: str, name: str | None = None) -> Path:
+        """The file of a result, arguments as for `write`."""
+        return self.folder / "evaluation" / f"{name or _name(kind, step, attention)}.json"
 
     def _open_trackers(self, config: Config) -> Trackers:
         if self._trackers is None:

@@ -106,6 +106,7 @@ def _routing(view: RunView) -> dict[str, Any]:
     return {
         "name": view.name,
         "step": line["step"],
+        "sizes": f", if it chose {line['choice']}" if "choice" in line else "",
         "numbers": [(key.replace("_", " "), _number(line[key])) for key in line if isinstance(line[key], float)],
         "advice": record["advice"],
         "pictures": routing_pictures(record["layers"]),

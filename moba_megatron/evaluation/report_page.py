@@ -33,7 +33,7 @@ pre { background: #f6f6f6; padding: 1em; overflow-x: auto; } .quiet { color: #77
 {% if positions %}<img src="{{ positions }}" alt="loss by position">
 {% else %}<p>No evaluation yet: <code>moba-megatron evaluate RUN</code>.</p>{% endif %}
 <h2>Routing</h2>
-{% for part in routing %}<h3>{{ part.name }}, step {{ part.step }}</h3>
+{% for part in routing %}<h3>{{ part.name }}, step {{ part.step }}{{ part.sizes }}</h3>
 {% for line in part.advice %}<p>{{ line }}</p>{% endfor %}
 <table><tr>{% for key, _ in part.numbers %}<th>{{ key }}</th>{% endfor %}</tr>
 <tr>{% for _, value in part.numbers %}<td>{{ value }}</td>{% endfor %}</tr></table>

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from moba_megatron.evaluation.curves import draw_curve, draw_losses
-from moba_megatron.evaluation.plots import plot_positions
+from moba_megatron.evaluation.plots import plain, plot_positions
 from moba_megatron.evaluation.routing_plots import plot_layer
+from moba_megatron.evaluation.routing_report import routed
 from moba_megatron.evaluation.run_view import RunView
 
 CURVES = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second"}
@@ -20,7 +21,7 @@ def curves_picture(views: list[RunView]) -> str | None:
     """Losses, learning rate, gradient norm and speed over the tokens; None before the first step."""
     from matplotlib.figure import Figure
 
-    runs = {view.name: (view.thinned_steps(), view.validation) for view in views}
+    runs = {plain(view.name): (view.thinned_steps(), view.validation) for view in views}
     if not any(steps for steps, _ in runs.values()):
         return None
     figure = Figure(figsize=(12, 7.5), dpi=100, layout="constrained")
@@ -41,7 +42,7 @@ def positions_picture(views: list[RunView]) -> str | None:
     either."""
     results: dict[str, dict[str, Any]] = {}
     for view in views:
-        prefix = f"{view.name}: " if len(views) > 1 else ""
+        prefix = f"{plain(view.name)}: " if len(views) > 1 else ""
         lines = view.latest("losses")
         for line in lines:
             results[f"{prefix}{line['attention']}"] = line
@@ -51,8 +52,8 @@ def positions_picture(views: list[RunView]) -> str | None:
 
 
 def routing_pictures(layers: list[dict[str, Any]]) -> list[str]:
-    """A picture for each layer's record."""
-    return [_picture(lambda file, layer=layer: plot_layer(layer, file)) for layer in layers]
+    """A picture for each layer's record that has choices."""
+    return [_picture(lambda file, layer=layer: plot_layer(layer, file)) for layer in routed(layers)]
 
 
 def pictures_of(folder: Path, pattern: str) -> list[str]:

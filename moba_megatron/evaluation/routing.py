@@ -2,7 +2,8 @@
 holds; the way to see whether block size and top-k are right.
 
 The model runs over validation samples as it was trained. Each MoBA layer is looked at when its queries and keys are at
-hand, and nothing of them is kept but counts and masses, so memory does not grow with samples or layers.
+hand. Of them only counts, which grow with the number of documents, and the masses of 256 queries a sample are kept:
+some kilobytes for each layer, head and sample.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from moba_megatron.evaluation.mass import Choice, Mass, attention_masses
 from moba_megatron.evaluation.progress import shown
 from moba_megatron.evaluation.records import EvaluationRecords
 from moba_megatron.evaluation.routing_plots import plot_layer
-from moba_megatron.evaluation.routing_report import advice, layer_record, overall, table
+from moba_megatron.evaluation.routing_report import advice, layer_record, overall, routed, table
 from moba_megatron.evaluation.selection_counts import SelectionCounts, count_selection
 from moba_megatron.evaluation.subject import Attention, Subject
 from moba_megatron.model.forward import Batch
@@ -60,6 +61,9 @@ def evaluate_routing(
     layers = observe_routing(subject, attention, samples, console, choice)
     report = [layer_record(layer) for layer in layers]
     values = {"data": subject.config.data.validation, "samples": samples, **overall(report)}
+    if choice:
+        # Says that these are not the layers' own sizes.
+        values["choice"] = str(choices_of(choice)[0])
     values["advice"] = advice(report)
     console.print(f"{subject.folder}, step {subject.step}: routing on {samples} samples of validation data")
     console.print(table(report))
@@ -72,7 +76,7 @@ def evaluate_routing(
         name += f"_B{choice.block_size}_K{choice.top_k}"
     path = records.write("routing", **own, values={**values, "layers": report}, summary=summary, name=name)
     console.print(f"  {path}")
-    for record in report:
+    for record in routed(report):
         picture = subject.folder / "plots" / f"{name}_layer_{record['layer']}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
         console.print(f"  {plot_layer(record, picture)}")
@@ -81,7 +85,8 @@ def evaluate_routing(
 def observe_routing(
     subject: Subject, attention: Attention, samples: int, console: Console, choice: LayerAttention | None = None
 ) -> list[LayerRouting]:
-    """Run the model over samples and look at its MoBA layers, under full attention at all layers; first layer first."""
+    """Run the model over samples and look at its MoBA layers, under full attention at all layers; first layer first.
+    One of them at least has queries with a choice."""
     if attention == "full" and choice is None:
         raise ValueError(
             "--routing: under full attention nothing is chosen. Say with --routing-choice B:K what MoBA shall be held "
@@ -113,7 +118,7 @@ def observe_routing(
             f"--routing: no query of these {samples} samples has more past blocks than it may choose: nothing is "
             "routed. Take more samples (--routing-samples), longer documents (--validation), or smaller blocks"
         )
-    return [layer for layer in layers if layer.masses]
+    return layers
 
 
 def choices_of(attention: LayerAttention) -> list[Choice]:

@@ -22,8 +22,8 @@ LITTLE = 0.005
 
 def layer_record(layer: LayerRouting) -> dict[str, Any]:
     """Everything seen of one layer, JSON-ready. Lists have one entry a head; `chosen_at_distance` has for each head one
-    entry a distance, from 1 block on. The first of `choices` is the layer's own; `held_tenth` is the mass that nine
-    queries in ten exceed."""
+    entry a distance, from 1 block on. The first of `choices` is the layer's own, and there are none where no query has
+    a choice; `held_tenth` is the mass that nine queries in ten exceed."""
     counts = layer.counts
     return {
         "layer": layer.layer,
@@ -38,12 +38,19 @@ def layer_record(layer: LayerRouting) -> dict[str, Any]:
         "choices": [
             _choice_record(choice, [batch[place] for batch in layer.masses])
             for place, choice in enumerate(layer.choices)
+            if layer.masses
         ],
     }
 
 
+def routed(report: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of layers in which any query has a choice."""
+    return [record for record in report if record["choices"]]
+
+
 def overall(report: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over all layers and heads, and the least mass held by any head."""
+    """Means over all layers and heads that choose, and the least mass held by any head."""
+    report = routed(report)
     own = [record["choices"][0] for record in report]
     names = ("held", "best", "nearest")
     masses = {f"mass_{name}": fmean(value for choice in own for value in choice[name]) for name in names}
@@ -57,12 +64,16 @@ def overall(report: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(report: list[dict[str, Any]]) -> Table:
     """One row a layer, means over its heads: mass held, by the head that holds least, by the best and by the nearest
-    blocks; entropy, coverage and hottest load of the choices; the share of queries that have a choice."""
+    blocks; entropy, coverage and hottest load of the choices; the share of queries that have a choice. A layer in which
+    none has one holds everything its queries may look at."""
     columns = ("layer", "held", "least", "best", "nearest", "entropy", "coverage", "hottest", "choice")
     shown = Table(
         *(Column(name, justify="right", no_wrap=True) for name in columns), box=SIMPLE_HEAD, collapse_padding=True
     )
     for record in report:
+        if not record["choices"]:
+            shown.add_row(f"{record['layer']}", *["-"] * (len(columns) - 2), _percent(0))
+            continue
         own = record["choices"][0]
         shown.add_row(
             f"{record['layer']}",
@@ -81,16 +92,28 @@ def advice(report: list[dict[str, Any]]) -> list[str]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in report:
         groups.setdefault(record["attention"], []).append(record)
-    return [line for records in groups.values() for line in _advice(records)]
+    return [line for records in groups.values() for line in (_advice(routed(records)) or _no_choice(records))]
+
+
+def _no_choice(records: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"{_names(records)} ({records[0]['attention']}): no query has more past blocks than it may take: nothing is "
+        "routed on this text."
+    ]
+
+
+def _names(records: list[dict[str, Any]]) -> str:
+    numbers = [record["layer"] for record in records]
+    return f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {', '.join(map(str, numbers))}"
 
 
 def _advice(records: list[dict[str, Any]]) -> list[str]:
+    if not records:
+        return []
     own, *others = _merged(records)
-    numbers = [record["layer"] for record in records]
-    who = f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {', '.join(map(str, numbers))}"
     lines = [
-        f"{who} ({own['choice']}): the chosen blocks hold {_percent(own['held'])} of full attention's mass; the best "
-        f"choice of as many would hold {_percent(own['best'])}, the nearest {_percent(own['nearest'])}."
+        f"{_names(records)} ({own['choice']}): the chosen blocks hold {_percent(own['held'])} of full attention's "
+        f"mass; the best choice of as many would hold {_percent(own['best'])}, the nearest {_percent(own['nearest'])}."
     ]
     if own["held"] - own["nearest"] < LITTLE:
         lines.append(

@@ -49,10 +49,17 @@ class RunView:
         return training_records(self.evaluations)
 
     def latest(self, kind: str) -> list[dict[str, Any]]:
-        """The newest line of a kind of evaluation for each attention, of the last step that has any."""
+        """One line of a kind of evaluation for each attention, of the last step that has any: the values of all its
+        lines, the newest of each. Lines on sizes that are not the model's own (`choice`) serve where there are no
+        others."""
         lines = [line for line in self.evaluations if line.get("kind") == kind]
+        lines = [line for line in lines if "choice" not in line] or lines[-1:]
         last = max((line["step"] for line in lines), key=lambda step: step or 0, default=None)
-        return list({line["attention"]: line for line in lines if line["step"] == last}.values())
+        merged: dict[str, dict[str, Any]] = {}
+        for line in lines:
+            if line["step"] == last:
+                merged[line["attention"]] = {**merged.get(line["attention"], {}), **line}
+        return list(merged.values())
 
     def kinds(self) -> list[str]:
         """Kinds of evaluations after training, in the order of their first appearance."""

@@ -46,9 +46,7 @@ class Subject:
     @property
     def tokens(self) -> int:
         """Tokens that training had read at this step."""
-        manifest = Manifest.read(self.opened.checkpoint)
-        counted = manifest.consumed_tokens
-        return manifest.consumed_samples * self.config.data.sequence_length if counted is None else counted
+        return Manifest.read(self.opened.checkpoint).tokens
 
     @property
     def folder(self) -> Path:

@@ -1,21 +1,31 @@
 """Where a run is in its data, and where it goes on after a resume.
 
 The order of samples follows from the data, how they are packed, and the seed. While these stay, a resumed run goes on
-with the very next sample, on any number of ranks. A run that is resumed with other data, another length or another
-packing (which `checkpoint.allow_changed` has to name) gets another order, and starts with its first sample. What
-changed then, after which step and sample, stays in the manifest of every later checkpoint.
+with the very next sample, on any number of ranks. A run that is resumed with other data, another length, packing or
+seed (which `checkpoint.allow_changed` has to name) gets another order, and starts with its first sample. What changed
+then, after which step and sample, stays in the manifest of every later checkpoint.
+
+Where documents are concatenated, megatron-core shuffles all epochs of a dataset as one (the last one by itself if
+little of it is needed), so another horizon or batch size gives another order too where it changes the epochs.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from moba_megatron.checkpoint import Manifest
 from moba_megatron.config import Config
+from moba_megatron.data.blend import blend_entries
+from moba_megatron.data.indexed import read_index
 
-_KEYS = ("sequence_length", "packing", "min_document_length")
+_KEYS = ("data.sequence_length", "data.packing", "data.min_document_length", "run.seed")
+# As megatron-core has them: samples built beyond a dataset's share of a blend, and the share of an epoch from which on
+# the last one is shuffled with the others.
+_SURPLUS = 0.005
+_WHOLE_EPOCH = 0.8
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,11 @@ class DataPosition:
 
     def order_length(self, config: Config) -> int:
         """Samples of the present order that are taken up to the horizon."""
-        return self.in_order + max(config.training.steps - self.step, 0) * config.training.global_batch_size
+        return self.length_with(config.training.steps, config.training.global_batch_size)
+
+    def length_with(self, steps: int, global_batch_size: int) -> int:
+        """Samples of the present order that are taken up to step `steps`."""
+        return self.in_order + max(steps - self.step, 0) * global_batch_size
 
     def after(self, step: int, config: Config) -> DataPosition:
         """The position after `step`, all steps from here on taken with this configuration."""
@@ -68,22 +82,51 @@ def resumed_position(manifest: Manifest, config: Config, identity: dict[str, str
     Args:
         identity: of the data at hand, as `check_data` gives it.
     """
-    tokens = manifest.consumed_tokens
-    if tokens is None:
-        tokens = manifest.consumed_samples * manifest.config["data"]["sequence_length"]
-    changes, start = tuple(manifest.data_changes), 0
-    changed = _changed(manifest, config, identity)
-    if changed:
-        changes += ({"step": manifest.step, "consumed_samples": manifest.consumed_samples, "changed": changed},)
-    if changes:
-        start = changes[-1]["consumed_samples"]
-    return DataPosition(manifest.step, manifest.consumed_samples, tokens, start, changes)
+    step, samples, changes = manifest.step, manifest.consumed_samples, tuple(manifest.data_changes)
+    start = changes[-1]["consumed_samples"] if changes else 0
+    same = DataPosition(step, samples, manifest.tokens, start, changes)
+    changed = _changed(manifest, config, identity) or _changed_epochs(same, manifest, config)
+    if not changed:
+        return same
+    change = {"step": step, "consumed_samples": samples, "changed": changed}
+    return replace(same, order_start=samples, changes=(*changes, change))
+
+
+def epochs_in_order(config: Config, samples: int) -> list[str]:
+    """How megatron-core's `GPTDataset` puts the epochs of each training dataset in order, for concatenated documents.
+
+    Args:
+        samples: of the whole order.
+
+    Returns:
+        One entry a dataset: `3` if three epochs are shuffled as one, `2 + 1` if the last one is by itself.
+    """
+    entries = blend_entries(config.data.train)
+    total = sum(entry.weight for entry in entries)
+    found = []
+    for entry in entries:
+        share = math.ceil(samples * (entry.weight / total))
+        wanted = samples if len(entries) == 1 else math.ceil(share * (1 + _SURPLUS))
+        tokens, length = read_index(entry.path).tokens, config.data.sequence_length
+        # The last sample has one token more, its last label.
+        epochs = max(1, math.ceil((wanted * length + 1) / tokens))
+        of_last = wanted - ((epochs - 1) * tokens - 1) // length
+        alone = epochs > 1 and of_last < int(_WHOLE_EPOCH * ((tokens - 1) // length))
+        found.append(f"{epochs - 1} + 1" if alone else str(epochs))
+    return found
 
 
 def _changed(manifest: Manifest, config: Config, identity: dict[str, str]) -> dict[str, list[Any]]:
     """What decides the order of samples and differs: [old value, new value] by key."""
-    before, now = manifest.config["data"], config.model_dump(mode="json")["data"]
-    changed = {f"data.{key}": [before.get(key), now[key]] for key in _KEYS if before.get(key, now[key]) != now[key]}
+    settings = config.model_dump(mode="json")
+    before, now = manifest.config["data"], settings["data"]
+    changed = {}
+    for name in _KEYS:
+        section, key = name.split(".")
+        new = settings[section][key]
+        old = manifest.config[section].get(key, new)
+        if old != new:
+            changed[name] = [old, new]
     # The same data may lie elsewhere, and others in the same place: their digest decides.
     if manifest.data.get("train") != identity["train"]:
         names = [f"{json.dumps(data['train'])} (digest {digest})" for data, digest in (
@@ -91,3 +134,13 @@ def _changed(manifest: Manifest, config: Config, identity: dict[str, str]) -> di
         )]  # fmt: skip
         changed["data.train"] = names
     return changed
+
+
+def _changed_epochs(position: DataPosition, manifest: Manifest, config: Config) -> dict[str, list[Any]]:
+    """The epochs that the order holds, where another horizon or batch size changes them."""
+    training = manifest.config["training"]
+    before, now = position.length_with(training["steps"], training["global_batch_size"]), position.order_length(config)
+    if config.data.packing != "concatenate" or before == now:
+        return {}
+    old, new = (", ".join(epochs_in_order(config, samples)) for samples in (before, now))
+    return {"epochs of data.train": [old, new]} if old != new else {}

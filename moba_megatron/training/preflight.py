@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from moba_megatron.checkpoint import Manifest
 from moba_megatron.config import Config, ConfigError, check_world
 from moba_megatron.convert.initial import check_initial_weights
 from moba_megatron.data.datasets import DataSummary, check_data
+from moba_megatron.evaluation.trackers import check_trackers
 from moba_megatron.model.exchange import resolve_exchange
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.model.specs import choose_implementation
@@ -46,8 +46,10 @@ def preflight(config: Config, world_size: int) -> Preflight:
     """
     data_parallel = check_world(config, world_size)
     schedule = checked_schedule(config)
-    if config.logging.wandb != "off" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError([f"logging.wandb = {config.logging.wandb}: wandb is not installed (pip install wandb)"])
+    try:
+        check_trackers(config.logging)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
     data = check_data(config)
     resume = find_resume(config, schedule, data.identity)
     # A resumed run has its weights already; their source may be gone.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,8 @@ def train(config: Config, ready: Preflight) -> Outcome:
     if rank == 0:
         packing = packing_lines(*datasets)
         folder.write_config(config, first_step - 1, [*ready.choices, *packing])
-        folder.write_status("running", first_step - 1, pid=os.getpid(), **_data_changes(ready))
+        process = {"pid": os.getpid(), "host": socket.gethostname()}
+        folder.write_status("running", first_step - 1, **process, **_data_changes(ready))
         _introduce(progress, config, ready, wrapped, packing)
     if first_step > config.training.steps:
         return _conclude(config, ready, folder, progress, LoopEnd(config.training.steps, None), rank)

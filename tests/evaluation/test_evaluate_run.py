@@ -117,6 +117,7 @@ def test_what_moba_would_hold_of_full_attention(run):
     assert "layers 1, 2, 3, 4 (B=8 K=6): the chosen blocks hold" in output
     record = json.loads((run / "evaluation/routing_step_8_full_B8_K6.json").read_text())
     assert (record["attention"], len(record["layers"])) == ("full", 4)
+    assert record["choice"] == "B=8 K=6"
     # K x B = 48 of 128 tokens and a perfect choice: less than everything, more than nothing.
     assert 0.3 < record["mass_held"] <= record["mass_best"] < 1
 
@@ -198,6 +199,30 @@ def test_runs_side_by_side_and_runs_that_are_not_done(run, tmp_path):
     assert "attention.top_k" in differences and "attention.block_size" not in differences
     alone = report_page([view_run(other)])
     assert "No step has been taken yet" in alone and "No evaluation yet" in alone
+
+
+def test_the_page_shows_a_models_own_routing_and_the_newest_of_every_task(tmp_path):
+    """Looking at other sizes or tasks later takes nothing off the page. A name is no formula, whatever is in it."""
+    folder = tmp_path / "a$x_$b"
+    folder.mkdir()
+    steps = [{"step": n, "tokens": n, "loss": 3.0, "lr": 0.1, "grad_norm": 1.0, "stage": 0} for n in (1, 2)]
+    lines = (json.dumps({**step, "step_seconds": 1.0, "tokens_per_second": 1.0}) + "\n" for step in steps)
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    records = EvaluationRecords(folder)
+    head = {"step": 5, "tokens": 9, "attention": "moba"}
+    for advice, more in (("supposed", {"choice": "B=8 K=6"}), ("its own", {}), ("supposed", {"choice": "B=8 K=6"})):
+        summary = {"mass_held": 0.5, **more}
+        records.write("routing", **head, values={"layers": [], "advice": [advice]}, summary=summary, name=advice)
+        if advice == "supposed":
+            supposed = "step 5, if it chose B=8 K=6</h3>" in report_page([view_run(folder)])
+            assert supposed == (len(view_run(folder).evaluations) == 1)
+    for task, score in (("needle", 0.25), ("multi_key", 0.5), ("multi_key", 0.75)):
+        records.write("tasks", **head, values={}, summary={f"{task}_128_greedy_match": score})
+    other = shutil.copytree(folder, tmp_path / "c")
+    page = report_page([view_run(folder), view_run(other)])
+    assert "its own" in page and "supposed" not in page and "if it chose" not in page
+    for row in ("needle_128_greedy_match</td><td>0.25", "multi_key_128_greedy_match</td><td>0.75"):
+        assert page.count(row) == 2
 
 
 def test_report_refuses_what_is_no_run_or_no_report(run, tmp_path):

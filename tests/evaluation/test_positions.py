@@ -8,6 +8,7 @@ import torch
 from distributed import run_ranks
 from small_run import small_config
 
+from moba_megatron.data.batches import context_part, packed_seq_params
 from moba_megatron.evaluation.positions import evaluate, position_sums, summarise
 from moba_megatron.evaluation.power_law import fit_power_law
 
@@ -20,28 +21,69 @@ def test_sums_go_to_the_position_in_the_document():
     }
     total, count, records = position_sums(losses, batch, length=4)
     assert (float(total), int(count)) == (27.0, 4)
-    assert records["sums"].tolist() == [[9.0, 18.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0]]
+    assert records["sums"][:2].tolist() == [[9.0, 18.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0]]
 
 
 def test_padding_beyond_the_window_counts_nowhere():
     batch = {"loss_mask": torch.tensor([[1.0, 1.0, 0.0, 0.0]]), "position_ids": torch.tensor([[2, 3, 4, 5]])}
     total, count, records = position_sums(torch.ones(1, 4), batch, length=4)
     assert (float(total), int(count)) == (2.0, 2)
-    assert records["sums"].tolist() == [[0.0, 0.0, 1.0, 1.0]] * 2
+    assert records["sums"][:2].tolist() == [[0.0, 0.0, 1.0, 1.0]] * 2
+
+
+def _documents(lengths, window):
+    """A pack of documents in rows of `window` tokens, the end of the last row padded; each ends in a token without a
+    label. The loss of a token is the number of its document."""
+    total = -(-sum(lengths) // window) * window
+    bounds = torch.tensor([0, *np.cumsum(lengths), *([total] if sum(lengths) < total else [])], dtype=torch.int32)
+    number = torch.repeat_interleave(torch.arange(len(bounds) - 1), bounds.diff())
+    mask = torch.ones(total)
+    mask[bounds[1:].long() - 1] = 0
+    mask[sum(lengths) :] = 0
+    batch = {"tokens": number, "labels": number, "loss_mask": mask}
+    batch["position_ids"] = torch.arange(total) - bounds[:-1][number]
+    return {**{name: value[None] for name, value in batch.items()}, "cu_seqlens": bounds, "max_seqlen": window}
+
+
+@pytest.mark.parametrize("context_size", [1, 2])
+def test_trailing_loss_is_of_documents_that_fill_the_window(context_size):
+    """Documents of 16, 15 and 16 tokens in rows of 16; a short row of 9 and padding. In parts, too, as context-parallel
+    ranks have them."""
+    whole = _documents([16, 15, 16, 1, 9], 16)
+    # A document whose end is no target fills the window none the less.
+    whole["loss_mask"][0, 12:16] = 0
+    sums = 0
+    for rank in range(context_size):
+        part = context_part(whole, rank, context_size) if context_size > 1 else whole
+        batch = {**part, "packed_seq_params": packed_seq_params(part)}
+        sums = sums + position_sums(part["tokens"].float() + 1, batch, length=16)[2]["sums"]
+    # At 8 to 15: four targets of the first document (loss 1), none of the second (2), seven of the third (3).
+    assert summarise(sums, 8, 2).trailing_loss == pytest.approx((4 * 1 + 7 * 3) / 11)
+    assert sums[1, 8:].sum() == 4 + 6 + 7
+
+
+@pytest.mark.parametrize(("padded_rows", "expected"), [(True, 1.0), (False, 4 / 3)])
+def test_a_row_that_ends_in_padding_has_no_trailing_loss(padded_rows, expected):
+    mask = torch.ones(2, 8)
+    mask[0, 7] = mask[1, 6:] = 0
+    batch = {"loss_mask": mask, "position_ids": torch.arange(8).expand(2, 8)}
+    losses = torch.tensor([[1.0] * 8, [2.0] * 8])
+    sums = position_sums(losses, batch, 8, padded_rows)[2]["sums"]
+    assert summarise(sums, 3, 1).trailing_loss == pytest.approx(expected)
 
 
 def test_means_over_all_over_the_trailing_positions_and_by_range():
-    sums = torch.tensor([[4.0, 6.0, 3.0, 0.0], [2.0, 2.0, 1.0, 0.0]], dtype=torch.float64)
+    sums = torch.tensor([[4.0, 6.0, 3.0, 0.0], [2.0, 2.0, 1.0, 0.0]] * 2, dtype=torch.float64)
     result = summarise(sums, trailing_tokens=2, buckets=2)
     assert (result.loss, result.trailing_loss, result.evaluated_tokens) == (13 / 5, 3.0, 5)
     assert [(r.start, r.end, r.tokens, r.loss) for r in result.by_position] == [(0, 2, 4, 2.5), (2, 4, 1, 3.0)]
     assert summarise(sums, trailing_tokens=1, buckets=1).trailing_loss is None
     with pytest.raises(ValueError, match="no token"):
-        summarise(torch.zeros(2, 4), 1, 1)
+        summarise(torch.zeros(4, 4), 1, 1)
 
 
 def test_ranges_that_double_hold_every_token_once():
-    sums = torch.stack([torch.arange(100.0), torch.ones(100)]).double()
+    sums = torch.stack([torch.arange(100.0), torch.ones(100)] * 2).double()
     ranges = summarise(sums, 4, 2).by_position_log
     assert [(r.start, r.end, r.loss) for r in ranges] == [(0, 16, 7.5), (16, 32, 23.5), (32, 64, 47.5), (64, 100, 81.5)]
     assert sum(r.tokens for r in ranges) == 100

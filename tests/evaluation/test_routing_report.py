@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 
 from moba_megatron.evaluation.capture import Captured
 from moba_megatron.evaluation.mass import Choice, attention_masses
+from moba_megatron.evaluation.report_pictures import routing_pictures
 from moba_megatron.evaluation.routing import LayerRouting, choices_of, counted_tokens
-from moba_megatron.evaluation.routing_report import advice, layer_record, overall
-from moba_megatron.evaluation.selection_counts import SelectionCounts, count_selection
+from moba_megatron.evaluation.routing_report import advice, layer_record, overall, table
+from moba_megatron.evaluation.selection_counts import DocumentChoices, SelectionCounts, count_selection, even_choices
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.ops import select_blocks
 from moba_megatron.ops.selection import Selection
@@ -98,18 +102,37 @@ def test_counts_agree_with_the_selected_ids_over_two_batches():
                 chosen[head, own - block - 1] += 1
     torch.testing.assert_close(counts.chosen_at.float(), 2 * chosen)
     torch.testing.assert_close(counts.offered_at.float(), 2 * offered)
-    assert len(counts.documents) == 4 and counts.documents[0].sum(dim=1).eq(2 * 13).all()
-    assert (counts.entropy() > 0).all() and (counts.entropy() <= 1).all()
-    assert (counts.hottest_load() >= 1).all()
+    assert len(counts.documents) == 4 and counts.documents[0].chosen.sum(dim=1).eq(2 * 13).all()
+    assert (counts.entropy() > 0).all()
 
 
 def test_one_block_for_all_has_no_entropy():
-    counts = SelectionCounts(documents=[torch.tensor([[6.0, 0, 0], [2, 2, 2]], dtype=torch.float64)])
+    chosen = torch.tensor([[6.0, 0, 0], [2, 2, 2]], dtype=torch.float64)
+    counts = SelectionCounts(documents=[DocumentChoices(chosen, torch.ones(3, dtype=torch.float64))])
     counts.chosen_at = torch.zeros(2, 3, dtype=torch.float64)
     assert counts.entropy().tolist() == pytest.approx([0, 1])
     assert counts.coverage().tolist() == pytest.approx([1 / 3, 1])
     assert counts.hottest_load().tolist() == pytest.approx([3, 1])
     assert math.isnan(float(SelectionCounts().entropy()[0]))
+
+
+@pytest.mark.parametrize(("blocks", "top_k"), [(16, 4), (64, 8)])
+def test_a_router_that_chooses_at_random_is_even(blocks, top_k):
+    """Early blocks are offered to more queries, which is not the router's doing."""
+    torch.manual_seed(0)
+    own = torch.arange(top_k, blocks).repeat_interleave(200)
+    offered = torch.arange(blocks) < own[:, None]
+    chosen = torch.rand(len(own), blocks).masked_fill(~offered, -1).topk(top_k - 1).indices
+    counts = torch.bincount(chosen.flatten(), minlength=blocks)[None, : blocks - 1].double()
+    even = even_choices(own, top_k)
+    assert float(even.sum()) == pytest.approx(len(own) * (top_k - 1))
+    found = SelectionCounts(documents=[DocumentChoices(counts, even)])
+    assert float(found.entropy()) == pytest.approx(1, abs=0.01)
+    assert float(found.hottest_load()) == pytest.approx(1, abs=0.1)
+    # A router that sends every second choice to the first block stands out.
+    found.documents[0].chosen = counts / 2
+    found.documents[0].chosen[0, 0] += counts.sum() / 2
+    assert float(found.hottest_load()) > 3 and float(found.entropy()) < 0.9
 
 
 def test_padding_and_unread_ends_do_not_count():
@@ -129,6 +152,20 @@ def observed(attention, choices=None):
     queries = count_selection(seen, torch.ones(100, dtype=torch.bool), layer.counts)
     layer.masses.append(attention_masses(seen, queries, layer.choices))
     return layer_record(layer)
+
+
+def test_layers_without_a_choice_are_shown_as_such():
+    """Blocks of 64 in documents of up to 59 tokens: nothing to choose from."""
+    attention = LayerAttention("moba", 64, 2)
+    idle = LayerRouting(2, attention, choices_of(attention))
+    count_selection(seen_by(attention), torch.ones(100, dtype=torch.bool), idle.counts)
+    report = [observed(LayerAttention("moba", 16, 2)), layer_record(idle)]
+    assert overall(report) == overall(report[:1])
+    assert routing_pictures(report[1:]) == [] and len(routing_pictures(report)) == 1
+    console = Console(width=120, file=StringIO())
+    console.print(table(report))
+    assert re.search(r"2 +(- +){7}0\.0%", console.file.getvalue())
+    assert advice(report)[-1].startswith("layer 2 (moba B=64 K=2): no query has more past blocks")
 
 
 def test_what_a_choice_is_compared_with():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from small_run import copy_tokens, read_metrics, small_config, train_here
 
 from moba_megatron.checkpoint import Manifest, find_latest
 from moba_megatron.config import Config, ConfigError
+from moba_megatron.data.datasets import build_datasets, check_data
+from moba_megatron.training.data_position import DataPosition, resumed_position
 from moba_megatron.training.preflight import preflight
 
 
@@ -31,6 +34,44 @@ def train_and_watch(config: Config) -> list[int]:
     ConcatenatedRows.__getitem__ = watched
     train_here(config, torch.distributed.get_world_size())
     return seen
+
+
+def manifest_of(config: Config, step: int) -> Manifest:
+    samples, data = step * config.training.global_batch_size, check_data(config).identity
+    return Manifest(step, samples, config.model_dump(mode="json"), {}, data, {})
+
+
+def resumed(before: Config, after: Config, step: int) -> DataPosition:
+    return resumed_position(manifest_of(before, step), after, check_data(after).identity)
+
+
+def test_another_seed_is_another_order(tmp_path: Path):
+    before = small_config(tmp_path, training__steps=80)
+    position = resumed(before, small_config(tmp_path, training__steps=80, run__seed=77), 40)
+    old = before.run.seed
+    change = {"step": 40, "consumed_samples": 160, "changed": {"run.seed": [old, 77]}}
+    assert (position.in_order, position.changes) == (0, (change,))
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+@pytest.mark.parametrize("blend", [False, True])
+def test_another_horizon_goes_on_in_the_same_order_or_is_a_change(tmp_path: Path, packing: str, blend: bool):
+    """The order is that of the samples themselves, from 0.6 to 3 epochs of 345 samples."""
+    tokens = str(copy_tokens(tmp_path) / "train")
+    train = [{"path": tokens, "weight": 3}, {"path": tokens.replace("train", "validation")}] if blend else tokens
+    orders = {}
+    for steps in (50, 70, 84, 90, 150, 175, 250):
+        config = small_config(tmp_path, data__packing=packing, data__train=train, training__steps=steps)
+        rows = build_datasets(config)[0]
+        orders[steps] = config, [tuple(rows[number]["tokens"].tolist()) for number in range(200)]
+    changed = []
+    for (before, old), (after, new) in product(orders.values(), repeat=2):
+        position = resumed(before, after, 50)
+        assert (position.in_order == 200) == (old == new) == (not position.changes)
+        changed += position.changes
+    assert bool(changed) == (packing == "concatenate")
+    if changed and not blend:
+        assert changed[0]["changed"] == {"epochs of data.train": ["1", "1 + 1"]}
 
 
 def stopped_after(config: Config, step: int | None) -> Config:

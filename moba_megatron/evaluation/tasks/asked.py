@@ -14,7 +14,7 @@ from moba_megatron.config import Config
 from moba_megatron.data.tokenizer import Tokenizer
 from moba_megatron.evaluation.subject import Subject
 from moba_megatron.evaluation.tasks.scoring import OpenedTaskModel, TaskModel
-from moba_megatron.generation.loading import load_model, load_tokenizer
+from moba_megatron.generation.loading import load_model, load_tokenizer, load_training_tokenizer, template_start
 from moba_megatron.hf import NAME, MoBASettings
 
 
@@ -29,7 +29,7 @@ class Asked:
         config: of its run, for the trackers.
         tokenizer: its own.
         window: tokens that it can take, and what says so.
-        template: tokens that it gets before every prompt (a token for the beginning of a text).
+        template: tokens that it gets before every prompt, as in generation (one for the beginning of a text, or none).
         attentions: how it shall attend, in this order.
         attend: the model, attending so from now on.
     """
@@ -46,28 +46,37 @@ class Asked:
     attend: Callable[[str], TaskModel]
 
 
+@dataclass(frozen=True)
+class WithTemplate:
+    """A model that gets the same ids before every prompt."""
+
+    model: TaskModel
+    before: list[int]
+
+    def last_logits(self, ids: list[int], last: int) -> Tensor:
+        return self.model.last_logits([*self.before, *ids], last)
+
+
 class HuggingFaceTaskModel:
-    """A causal language model of transformers.
+    """A causal language model of transformers."""
 
-    Args:
-        before: ids before every prompt.
-    """
-
-    def __init__(self, model: Any, before: list[int]):
-        self._model, self._before = model, before
+    def __init__(self, model: Any):
+        self._model = model
 
     @torch.no_grad()
     def last_logits(self, ids: list[int], last: int) -> Tensor:
-        tokens_1S = torch.tensor([[*self._before, *ids]], device=self._model.device)
+        tokens_1S = torch.tensor([ids], device=self._model.device)
         return self._model(tokens_1S, use_cache=False, logits_to_keep=last).logits[0].float()
 
 
 def from_subject(subject: Subject) -> Asked:
     """The model of a run or checkpoint folder. It takes what it was trained on: rows of `data.sequence_length`."""
+    tokenizer = Tokenizer(subject.config.data.tokenizer)
+    before = template_start(load_training_tokenizer(tokenizer.folder, tokenizer.eod_token))
 
     def attend(attention: str) -> TaskModel:
         subject.attend(attention)
-        return OpenedTaskModel(subject.opened)
+        return WithTemplate(OpenedTaskModel(subject.opened), before)
 
     return Asked(
         title=f"{subject.folder}, step {subject.step}",
@@ -75,9 +84,9 @@ def from_subject(subject: Subject) -> Asked:
         step=subject.step,
         tokens=subject.tokens,
         config=subject.config,
-        tokenizer=Tokenizer(subject.config.data.tokenizer),
+        tokenizer=tokenizer,
         window=(subject.config.data.sequence_length, "data.sequence_length"),
-        template=0,
+        template=len(before),
         attentions=subject.attentions,
         attend=attend,
     )
@@ -94,13 +103,11 @@ def from_huggingface(folder: Path, attention: str | None) -> Asked:
         OSError: no weights or no tokenizer.
     """
     model, _ = load_model(folder)
-    tokenizer = load_tokenizer(folder)
-    start = tokenizer("").input_ids[:1]
-    before = start if start == [tokenizer.bos_token_id] else []
+    before = template_start(load_tokenizer(folder))
 
     def attend(kind: str) -> TaskModel:
         model.set_attn_implementation(NAME if kind == "moba" else "sdpa")
-        return HuggingFaceTaskModel(model, before)
+        return WithTemplate(HuggingFaceTaskModel(model), before)
 
     return Asked(
         title=str(folder),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ class Cell:
 
 
 def evaluate_tasks(asked: Asked, options: TaskOptions, records: EvaluationRecords, console: Console) -> None:
-    """Scores under each attention that is asked for: a table, a record each, a heat map for each task with depths.
+    """Scores under each attention that is asked for: a table, a record each, a heat map for each task with depths. The
+    cells of other tasks that a record holds stay in it.
 
     Raises:
         ValueError: lengths that are over the model's window or too short for a task, or no such haystack. Nothing has
@@ -49,17 +51,25 @@ def evaluate_tasks(asked: Asked, options: TaskOptions, records: EvaluationRecord
     console.print(_table(asked.title, results))
     settings = {**asdict(options), "lengths": lengths, "haystack": haystack.name, "window": asked.window[0]}
     for attention, cells in results.items():
+        new = [{**asdict(cell), "haystack": haystack.name, "seed": options.seed} for cell in cells]
         path = records.write(
             "tasks",
             step=asked.step,
             tokens=asked.tokens,
             attention=attention,
-            values={**settings, "cells": [asdict(cell) for cell in cells]},
+            values={**settings, "cells": [*_other_cells(records, asked, attention, options.names), *new]},
             summary={"haystack": haystack.name, "samples": options.samples, **_summary(cells)},
         )
         console.print(f"  {path}")
     for picture in _plots(asked, results):
         console.print(f"  {picture}")
+
+
+def _other_cells(records: EvaluationRecords, asked: Asked, attention: str, names: list[str]) -> list[dict[str, Any]]:
+    """Cells of tasks with other names that this model's record holds."""
+    path = records.path_of("tasks", asked.step, attention)
+    cells = json.loads(path.read_text())["cells"] if path.is_file() else []
+    return [cell for cell in cells if cell["task"] not in names]
 
 
 def evaluate_folder_tasks(folder: Path, options: TaskOptions, console: Console, attention: str | None) -> None:

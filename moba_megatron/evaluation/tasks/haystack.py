@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moba_megatron.data.indexed import read_index
+from moba_megatron.data.indexed import load_index
 from moba_megatron.data.tokenizer import Tokenizer
 from moba_megatron.evaluation.tasks.words import NOISE
 
@@ -81,8 +81,14 @@ def _read(path: Path) -> str:
 
 
 def _decode(prefix: str, tokenizer: Tokenizer) -> str:
-    """Text of the first tokens of a dataset; documents are joined by an empty line."""
-    ids = np.fromfile(f"{prefix}.bin", read_index(prefix).dtype, _MOST_TOKENS)
+    """Text of the first documents of a dataset, which may be a view; they are joined by an empty line."""
+    index = load_index(prefix)
+    stored = np.memmap(f"{prefix}.bin", index.dtype, "r") if index.lengths.any() else np.empty(0, index.dtype)
+    before = np.cumsum(index.lengths, dtype=np.int64) - index.lengths
+    taken = before < _MOST_TOKENS
+    starts = index.offsets[taken] // index.dtype.itemsize
+    pieces = [stored[start : start + length] for start, length in zip(starts, index.lengths[taken], strict=True)]
+    ids = np.concatenate([stored[:0], *pieces])[:_MOST_TOKENS]
     if ids.size and ids.max() >= tokenizer.vocab_size:
         raise ValueError(f"haystack {prefix} holds id {ids.max()}, over the {tokenizer.vocab_size} of the tokenizer")
     ends = np.flatnonzero(ids == tokenizer.eod_id)

@@ -14,6 +14,8 @@ from typing import Annotated, Protocol
 
 import typer
 
+from moba_megatron.evaluation.plots import plain
+
 
 class Place(Protocol):
     """One square of a heat map."""
@@ -63,7 +65,7 @@ def plot_heat_maps(title: str, maps: Mapping[str, Sequence[Place]], path: Path) 
                 axes.text(column, row, f"{found[length, depth]:.2f}", ha="center", va="center", fontsize=7)
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-        axes.set(title=name, xlabel="length (tokens)")
+        axes.set(title=plain(name), xlabel="length (tokens)")
     axes_row[0].set_ylabel("depth of the statement")
     figure.suptitle(title)
     figure.colorbar(image, ax=list(axes_row), label="greedy match")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from moba_megatron.data.indexed import write_index
 from moba_megatron.data.tokenizer import Tokenizer, train_bpe
 from moba_megatron.evaluation.tasks import TASKS, Haystack, load_haystack, make_samples
 from moba_megatron.evaluation.tasks.corpus import make_tokenizer
@@ -103,6 +105,21 @@ def test_a_prepared_dataset_is_a_haystack(tmp_path):
     haystack = load_haystack(str(tokens / "validation"), tokenizer)
     assert haystack.words and haystack.name == str(tokens / "validation")
     assert set("".join(haystack.words[:3])) <= set("w0123456789 \n")
+
+
+def test_a_view_is_a_haystack_of_its_own_documents_only(tmp_path, bpe):
+    """Every second document of a dataset, in another order."""
+    documents = [[*bpe.encode_batch([text])[0], bpe.eod_id] for text in ("one", "two hidden", "three", "four hidden")]
+    ids = np.concatenate(documents).astype(np.uint16)
+    ids.tofile(tmp_path / "whole.bin")
+    lengths = np.array(list(map(len, documents)), np.int32)
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    write_index(tmp_path / "whole", ids.dtype, 4, lambda: [lengths])
+    (tmp_path / "view.bin").symlink_to("whole.bin")
+    kept = [2, 0]
+    write_index(tmp_path / "view", ids.dtype, 2, lambda: [lengths[kept]], lambda: [starts[kept] * 2])
+    assert "".join(load_haystack(str(tmp_path / "view"), bpe).words).split() == ["three", "one"]
+    assert "hidden" in "".join(load_haystack(str(tmp_path / "whole"), bpe).words)
 
 
 def test_statements_follow_the_ends_of_lines_or_sentences(bpe, source):
