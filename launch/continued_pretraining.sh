@@ -3,7 +3,8 @@
 # its weights.
 #   launch/continued_pretraining.sh MODEL GPUS WEIGHTS [sbatch options ...]
 #   launch/continued_pretraining.sh llama3.1_8b 64 models/Llama-3.1-8B --partition=gpu
-# MODEL: a folder of configs/continued_pretraining. GPUS: 64, 256 or 1024, eight a node. WEIGHTS: a Hugging Face folder.
+# MODEL: a folder of configs/continued_pretraining. GPUS: 64, 256 or 1024, eight a node. WEIGHTS: a Hugging Face folder,
+# which is the tokenizer of all stages too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -lt 3 ]; then
@@ -21,15 +22,24 @@ for stage in "${stages[@]}"; do
         exit 2
     fi
 done
-if [ ! -f "$weights/config.json" ]; then
-    echo "error: WEIGHTS = $weights is no Hugging Face folder: it has no config.json" >&2
-    exit 2
-fi
+for file in config.json tokenizer.json; do
+    if [ ! -f "$weights/$file" ]; then
+        echo "error: WEIGHTS = $weights is no Hugging Face folder: it has no $file" >&2
+        exit 2
+    fi
+done
+tokenizer=data.tokenizer=$weights
+# What the last job would trip over days from now is found here. The weights of later stages are not there yet: all from the first.
+for stage in "${stages[@]}"; do
+    config=configs/continued_pretraining/$model/$stage$suffix.yaml
+    .venv/bin/python train.py "$config" --dry-run model.init_from="$weights" "$tokenizer" >/dev/null
+    echo "checked $config"
+done
 after=()
 for stage in "${stages[@]}"; do
     config=configs/continued_pretraining/$model/$stage$suffix.yaml
     job=$(sbatch --parsable --nodes=$((gpus / 8)) --job-name="$model-$stage" "${after[@]}" "$@" \
-        launch/slurm.sbatch "$config" model.init_from="$weights")
+        launch/slurm.sbatch "$config" model.init_from="$weights" "$tokenizer")
     echo "job $job: $config from $weights"
     after=(--dependency="afterok:$job" --kill-on-invalid-dep=yes)
     weights=runs/continued_pretraining/$model/$stage

@@ -29,7 +29,8 @@ export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}    # kernels of TP start in the order asked for
 # With the store of the attempt before, gloo would not find its ranks again.
 [ "${RESTARTS:-0}" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-echo "node $node of $nodes: $address by $interface, head $head_address:${PORT:-29400}, $ranks ranks" >&2
+echo "node $node of $nodes: $address by $interface, head $head_address:${PORT:-29400}, $ranks ranks, RESTARTS=${RESTARTS:-0}," \
+    "$(env | grep -E '^(CUDA_DEVICE|GLOO|NCCL|OMP|TORCH)' | sort | tr '\n' ' ')" >&2
 # torchrun recognises the head by its name alone: told an address, each machine would wait for another one.
 export PATH="$PWD/.venv/bin:$PATH"
 exec torchrun \

@@ -9,7 +9,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 
 end=$((SECONDS + ${MINUTES:-50} * 60))
 moba-megatron prepare data/python_twins.yaml data/prepared/python_twins
-for name in ${@:-hybrid_stages granularity scaling_8k scaling_32k}; do
+for name in ${@:-hybrid_stages granularity selection_variants scaling_8k scaling_32k}; do
     left=$(((end - SECONDS) / 60))
     if ((left <= 0)); then
         echo "time is up: the same command goes on with $name"

@@ -7,6 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
 from moba_megatron.config import Config, config_from_dict
 
 TOKENS = Path(__file__).parent / "assets/tokens"
@@ -53,6 +56,16 @@ def small_values(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def small_config(folder: Path, **changes: Any) -> Config:
     return config_from_dict(small_values(folder, **changes))
+
+
+def begin_texts(tokenizer: Path, template: str = "w2 $A") -> None:
+    """Give a tokenizer of these tokens a template, as Llama's has for the beginning of a text; its ids stay."""
+    backend = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    words = [word for word in template.split() if word != "$A"]
+    special = [(word, backend.token_to_id(word)) for word in words]
+    backend.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    backend.save(str(tokenizer / "tokenizer.json"))
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({"bos_token": words[0]}))
 
 
 def train_here(config: Config, world_size: int = 1) -> tuple[str, int]:

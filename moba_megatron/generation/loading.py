@@ -1,6 +1,11 @@
 """A model that generates: from a Hugging Face folder, or from a checkpoint, whose weights move into the same model of
 transformers in memory. There is one decoding engine, so a checkpoint and its export generate the same text.
 
+There is one rule for what goes in and where it ends, too, that of transformers: a prompt gets what the tokenizer's
+template puts before a text (a token for its beginning, or nothing), and a text ends at the tokens that the generation
+settings name, or at the one that ended documents in training. A checkpoint has the tokenizer and the settings that its
+export would have.
+
 A folder with a `config.json` is a Hugging Face folder, any other a run folder or a checkpoint. Weights keep their
 dtype, and go to the GPU if there is one.
 """
@@ -8,18 +13,21 @@ dtype, and go to the GPU if there is one.
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from moba_megatron.convert.export_hf import Exported, open_exported
 from moba_megatron.convert.families import huggingface_config, moba_config
 from moba_megatron.convert.mapping import parameter_shapes, pieces
 from moba_megatron.convert.stored import StoredWeights
+from moba_megatron.convert.tokenizer_files import complete_tokenizer_config, copy_tokenizer_files
 from moba_megatron.hf import NAME, MoBASettings, check_attends
 
 
@@ -29,8 +37,8 @@ class Generator:
 
     Attributes:
         model: a causal language model of transformers.
-        encode: token ids of a prompt.
-        decode: text of token ids.
+        encode: token ids of a prompt, with what the tokenizer's template puts before it.
+        decode: text of token ids, without special tokens.
         stop_ids: tokens that end a text.
         attention: how the layers attend, in a line.
     """
@@ -93,23 +101,39 @@ def load_tokenizer(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
+def load_training_tokenizer(folder: Path, eod_token: str) -> Any:
+    """A tokenizer of training as transformers has it after an export.
+
+    Args:
+        eod_token: the token that ended documents.
+    """
+    with tempfile.TemporaryDirectory() as exported:
+        copy_tokenizer_files(folder, Path(exported))
+        complete_tokenizer_config(Path(exported), eod_token)
+        return load_tokenizer(Path(exported))
+
+
+def template_start(tokenizer: Any) -> list[int]:
+    """Ids that the template of a tokenizer of transformers puts before a text: mostly one for its beginning, or none.
+
+    What a template puts after a text is left out of prompts, which go on.
+    """
+    some = tokenizer("a", return_special_tokens_mask=True)
+    marked = zip(some.input_ids, some.special_tokens_mask, strict=True)
+    return [token for token, _ in takewhile(lambda pair: pair[1], marked)]
+
+
 def _from_huggingface(path: Path, decode: str | None) -> Generator:
     tokenizer = load_tokenizer(path)
     model, attention = load_model(path, decode)
-    stop = model.generation_config.eos_token_id
-    return Generator(
-        model=model,
-        encode=lambda text: tokenizer(text).input_ids,
-        decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
-        stop_ids=() if stop is None else stop if isinstance(stop, list) else [stop],
-        attention=attention,
-    )
+    return _generator(model, tokenizer, attention)
 
 
 def _from_checkpoint(exported: Exported, decode: str | None) -> Generator:
-    tokenizer = exported.tokenizer
-    if tokenizer is None:
+    if exported.tokenizer is None:
         raise ValueError(f"{exported.checkpoint} has no tokenizer: export it, and put a tokenizer into that folder")
+    folder = exported.tokenizer.folder
+    tokenizer = load_training_tokenizer(folder, exported.tokenizer.eod_token)
     stored = StoredWeights(exported.checkpoint)
     dtype = stored.dtype()
     values = huggingface_config(
@@ -117,19 +141,31 @@ def _from_checkpoint(exported: Exported, decode: str | None) -> Generator:
         length=exported.config.data.sequence_length,
         dtype=dtype,
         moba=moba_config(exported.layers, decode or "full"),
-        special_ids={"eos_token_id": tokenizer.eod_id},
+        special_ids={"eos_token_id": exported.tokenizer.eod_id},
     )
     config = AutoConfig.for_model(**values)
     attention, name = _set_attention(config, decode, str(exported.checkpoint))
     model = AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=dtype)
     _fill(model, stored, exported)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return _generator(_ready(model), tokenizer, attention)
+
+
+def _generator(model: Any, tokenizer: Any, attention: str) -> Generator:
+    start = template_start(tokenizer)
+    stop = {*_as_list(model.generation_config.eos_token_id), *_as_list(model.config.eos_token_id)}
     return Generator(
-        model=_ready(model),
-        encode=lambda text: tokenizer.encode_batch([text])[0],
-        decode=tokenizer.decode,
-        stop_ids=[tokenizer.eod_id],
+        model=model,
+        encode=lambda text: [*start, *tokenizer(text, add_special_tokens=False).input_ids],
+        decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
+        stop_ids=sorted(stop),
         attention=attention,
     )
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
 
 @torch.no_grad()

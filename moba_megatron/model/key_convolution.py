@@ -9,9 +9,10 @@ in which tokens of other documents, and those before the first one, count as zer
 differently, and a sum of them would mix positions into what is said. Attention gets the new keys, and all else is as
 before.
 
-The filters start at zero, where the convolution does nothing: a model with it starts as the model without it, and plain
-weights may be continued with it. They are parameters of their own, `self_attention.key_convolution.weight`, of every
-layer, full ones as well, so that a layer may change its attention from stage to stage.
+The filters start at zero, where the convolution does nothing: a model with it starts as the model without it, and
+`model.init_from` may name plain Hugging Face weights. A run or checkpoint without filters is refused there: export it,
+and start from the export. Filters are parameters of their own, `self_attention.key_convolution.weight`, of every layer,
+full ones as well, so that a layer may change its attention from stage to stage.
 
 Sums are in fp32 or wider. For the backward pass only the keys are kept: what is between them and the result is several
 times as large, and cheap to compute again.

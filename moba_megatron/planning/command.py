@@ -22,9 +22,11 @@ from moba_megatron.planning.bench_types import BenchSettings
 from moba_megatron.planning.tune import run_tune
 
 DEFAULTS = BenchSettings()
+_NOT_FOR_DECODE = ("dtypes", "modes", "backend", "full", "preset", "context_parallel", "tune", "model")
 
 
 def bench_command(
+    context: typer.Context,
     lengths: Annotated[str, typer.Option(help="Lengths in tokens, by commas; 32K means 32768.")] = "2K,4K,8K,16K,32K",
     blocks: Annotated[str, typer.Option(help="Pairs of block size and top-k: B:K, by commas.")] = "512:3",
     dtypes: Annotated[str, typer.Option(help="Out of fp32, bf16, fp16, fp64, by commas.")] = "fp32,bf16",
@@ -57,7 +59,9 @@ def bench_command(
     decode: Annotated[
         bool,
         typer.Option(
-            "--decode", help="Measure steps of generation and the prefill instead, fp32 on the CPU (decode.csv)."
+            "--decode",
+            help="Measure steps of generation and the prefill instead, fp32 on the CPU (decode.csv). Takes --lengths, "
+            "--blocks (one pair), --heads, --groups, --head-size, --runs, --threads and --output.",
         ),
     ] = False,
     output: Annotated[Path, typer.Option(help="Folder for bench.csv, bench.md and bench.png.")] = Path("bench"),
@@ -68,6 +72,8 @@ def bench_command(
     torchrun has started them. No speed is reported for settings under which a result is wrong.
     """
     console = Console(soft_wrap=True)
+    if decode:
+        _refuse_ignored(context)
     if model:
         run_model(output, console)
         return
@@ -104,6 +110,16 @@ def bench_command(
     _show(console, output, "bench")
     if result.refused:
         raise typer.Exit(1)
+
+
+def _refuse_ignored(context: typer.Context) -> None:
+    """Exit code 2 if options are given that --decode would ignore."""
+    source = context.get_parameter_source
+    given = [name for name in _NOT_FOR_DECODE if getattr(source(name), "name", "") == "COMMANDLINE"]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        typer.echo(f"error: --decode measures in fp32, and only steps and the prefill: leave out {options}", err=True)
+        raise typer.Exit(2)
 
 
 def _show(console: Console, output: Path, name: str) -> None:

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from moba_megatron.config import ConfigError
 from moba_megatron.scaling.laws import Laws, fit_sweep, left_out
-from moba_megatron.scaling.results import Result, read_results
-from moba_megatron.scaling.sweep import Sweep, load_sweep
+from moba_megatron.scaling.results import Result, read_result, read_results
+from moba_megatron.scaling.sweep import Point, Sweep, load_sweep
 from moba_megatron.scaling.tables import Rows, law_rows, markdown, plan_rows, result_rows
 
 scaling_app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -64,13 +64,11 @@ def run_command(
 
     with _errors():
         loaded = load_sweep(sweep)
-        points = [loaded.point(name) for name in only] if only else loaded.points
+        # Each run once, however often it is named.
+        chosen = {loaded.point(name).name for name in only} if only else {point.name for point in loaded.points}
+        points = [point for point in loaded.points if point.name in chosen]
         if slurm:
-            unfinished = [number for number, r in enumerate(read_results(loaded)) if r.state != "finished"]
-            array = ",".join(map(str, unfinished))
-            typer.echo(
-                f"sbatch --array={array} {slurm} {shlex.quote(str(sweep))}" if array else "all runs are finished"
-            )
+            typer.echo(_array_job(loaded, points, slurm))
             return
         cores = max(1, len(os.sched_getaffinity(0)) // processes)
         try:
@@ -129,6 +127,17 @@ def table_command(sweep: SweepArgument, output: OutputOption = None) -> None:
         typer.echo(text)
         if output:
             (_folder(loaded, output) / "table.md").write_text(text + "\n")
+
+
+def _array_job(sweep: Sweep, points: list[Point], script: str) -> str:
+    """The command that submits what is not finished among some runs; one that does nothing where all is."""
+    if not Path(script).is_file():
+        raise ConfigError([f"--slurm {script}: no such file (launch/sweep.sbatch is meant for it)"])
+    unfinished = [sweep.points.index(point) for point in points if read_result(point).state != "finished"]
+    if not unfinished:
+        typer.echo("all of them are finished", err=True)
+        return "true"
+    return f"sbatch --array={','.join(map(str, unfinished))} {shlex.quote(script)} {shlex.quote(str(sweep.path))}"
 
 
 def _all_laws(sweep: Sweep, results: list[Result]) -> list[Laws]:

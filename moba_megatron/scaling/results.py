@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ LOG = "sweep.log"
 ENDED = "ended with code "
 """How the last line of that log begins."""
 
-_FREE = ("attention.backend", "attention.full_backend", "data.validation")
+_FREE = ("attention.backend", "attention.full_backend", "evaluation.every")
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,13 @@ def _state(point: Point, status: dict[str, Any]) -> State:
         return "finished"
     if status["state"] == "failed":
         return "failed"
-    if status["state"] == "running" and Path(f"/proc/{status.get('pid')}").exists():
-        return "running"
-    return "cut"
+    return "running" if status["state"] == "running" and _alive(status) else "cut"
+
+
+def _alive(status: dict[str, Any]) -> bool:
+    """Whether the process that wrote this status still runs on this machine, and is no other one of its number."""
+    words = Path(f"/proc/{status.get('pid')}/cmdline")
+    return status.get("host") == socket.gethostname() and words.is_file() and b"train" in words.read_bytes()
 
 
 def _check_settings(point: Point) -> None:
@@ -154,7 +159,8 @@ def _check_settings(point: Point) -> None:
 def _shaping(config: Config) -> dict[str, Any]:
     """The settings that shape a run's numbers, by key."""
     tree = config.model_dump(mode="json")
-    keys = [(section, key) for section in ("model", "attention", "data", "optimizer") for key in tree[section]]
+    sections = ("model", "attention", "data", "optimizer", "evaluation")
+    keys = [(section, key) for section in sections for key in tree[section]]
     keys += [("training", key) for key in ("steps", "global_batch_size", "precision")] + [("run", "seed")]
     return {f"{a}.{b}": tree[a][b] for a, b in keys if f"{a}.{b}" not in _FREE}
 

@@ -29,7 +29,7 @@ from moba_megatron.scaling.sweep import Point, Sweep
 _POLL_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """A running point."""
 
@@ -92,11 +92,22 @@ class _Starter:
 
     def __init__(self, base: Path, threads: int, processes: int, minutes: float | None):
         self.base, self.threads, self.processes = base, threads, processes
+        self._asked: set[Job] = set()
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
 
     @property
     def late(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def stop(self, jobs: list[Job]) -> None:
+        """Ask trainings to save and end. Of several ranks each is asked, again and again, because one that is starting
+        does not listen yet; torchrun would kill them half a minute after a SIGTERM."""
+        for job in jobs:
+            if job.process.poll() is None and self.processes > 1:
+                os.killpg(job.process.pid, signal.SIGUSR1)
+            elif job.process.poll() is None and job not in self._asked:
+                job.process.send_signal(signal.SIGTERM)
+        self._asked.update(jobs)
 
     def __call__(self, point: Point) -> subprocess.Popen[bytes]:
         point.folder.mkdir(parents=True, exist_ok=True)
@@ -116,8 +127,16 @@ class _Starter:
                 stderr=log,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=partial(die_with_parent, signal.SIGTERM),
+                preexec_fn=partial(_prepare_child, self.processes),
             )
+
+
+def _prepare_child(processes: int) -> None:
+    """Between fork and exec of a training."""
+    die_with_parent(signal.SIGTERM)
+    if processes > 1:
+        # torchrun must outlive the signal that its ranks take as a request to stop.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _run_all(todo: list[Point], start: _Starter, jobs: int, console: Console) -> None:
@@ -134,14 +153,15 @@ def _run_all(todo: list[Point], start: _Starter, jobs: int, console: Console) ->
                 if not stopping and start.late:
                     stopping = True
                     console.print("time is up: the runs save and stop; the same command goes on with them")
-                    _signal_all(running)
+                if stopping:
+                    start.stop(running)
                 running = [job for job in running if not _ended(job, progress, console)]
         except KeyboardInterrupt:
             console.print("stopping: the runs save; the same command goes on with them")
-            _signal_all(running)
-            for job in running:
-                job.process.wait()
-                _ended(job, progress, console)
+            while running:
+                start.stop(running)
+                time.sleep(_POLL_SECONDS)
+                running = [job for job in running if not _ended(job, progress, console)]
             raise
 
 
@@ -170,12 +190,6 @@ def describe(result: Result) -> str:
     if result.state == "cut":
         return f"saved after step {result.step} of {result.point.config.training.steps}"
     return result.state
-
-
-def _signal_all(jobs: list[Job]) -> None:
-    for job in jobs:
-        if job.process.poll() is None:
-            job.process.send_signal(signal.SIGTERM)
 
 
 def _evaluate(sweep: Sweep, result: Result, console: Console) -> None:

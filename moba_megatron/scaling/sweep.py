@@ -136,13 +136,16 @@ class Sweep:
         return Path(self.file.dir)
 
     def point(self, name: str) -> Point:
-        """A point by its name, or by its number in the order of `plan` (from 0, as in a Slurm array).
+        """A point by its number in the order of `plan` (from 0, as in a Slurm array) or by its name; digits alone are
+        a number.
 
         Raises:
             ConfigError: there is none.
         """
-        for number, point in enumerate(self.points):
-            if name in (point.name, str(number)):
+        if name.isdecimal() and int(name) < len(self.points):
+            return self.points[int(name)]
+        for point in self.points:
+            if name == point.name and not name.isdecimal():
                 return point
         raise ConfigError([f"{self.path} has no run {name!r}: give a number below {len(self.points)} or one of "
                            + ", ".join(point.name for point in self.points)])  # fmt: skip
@@ -170,6 +173,12 @@ def load_sweep(path: str | Path) -> Sweep:
             problems += [f"run {name}: {line}" for line in getattr(error, "problems", [str(error)])]
     if not points and not problems:
         problems.append(f"{path}: skip leaves no run")
+    names = [point.name for point in points]
+    problems += [
+        f"two runs would be named {name}: name the options apart"
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    ]
     if problems:
         raise ConfigError(problems)
     return Sweep(path, file, base, points)

@@ -13,8 +13,9 @@ def plan_rows(sweep: Sweep, results: list[Result]) -> Rows:
     """What would run and how it stands."""
     headings = ["run", "parameters", "tokens", "steps", "lr", "6 N D", "true FLOPs", "state"]
     rows = []
-    for number, result in enumerate(results):
+    for result in results:
         point = result.point
+        number = sweep.points.index(point)
         done = f"{result.state} ({result.step} steps)" if result.state == "cut" else result.state
         rows.append([
             f"{number} {point.name}", f"{point.parameters:,}", f"{point.tokens:,}", f"{point.config.training.steps:,}",

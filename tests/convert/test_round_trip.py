@@ -21,7 +21,7 @@ from moba_megatron.config.huggingface import model_section, read_huggingface_con
 from moba_megatron.convert.export_hf import export_huggingface, open_exported
 from moba_megatron.convert.import_hf import import_huggingface
 from moba_megatron.convert.tokenizer_files import complete_tokenizer_config, tokenizer_class
-from moba_megatron.convert.verify import verify
+from moba_megatron.convert.verify import Comparison, verify
 from moba_megatron.data.tokenizer import Tokenizer
 
 
@@ -94,7 +94,7 @@ def test_a_trained_checkpoint_is_the_same_model_in_transformers(trained, tmp_pat
         "random tokens",
         "real tokens",
         "past the original length",
-        "under MoBA",
+        "under MoBA (median token)",
     ]
     assert all(text.relative < 1e-5 and text.tokens > 10 for text in found), found
     moba = json.loads((tmp_path / "out/config.json").read_text())["moba_config"]
@@ -120,6 +120,24 @@ def test_the_gate_notices_what_weights_cannot_show(trained, tmp_path):
 
     assert gate(rms_norm_eps=1e-6) > 1e-5
     assert gate(rope_scaling=None, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}) > 1e-5
+
+
+def test_the_gate_reads_more_than_moba_covers(trained, tmp_path, monkeypatch):
+    """Up to 48 tokens this MoBA is full attention, whatever its sizes, so a shorter text would prove nothing."""
+    monkeypatch.setattr("moba_megatron.convert.verify._LONGEST", 40)
+    exported = open_exported(trained)
+    export_huggingface(exported, tmp_path / "out")
+    path = tmp_path / "out/config.json"
+    values = json.loads(path.read_text())
+
+    def gate(top_k: int) -> Comparison:
+        path.write_text(json.dumps({**values, "moba_config": {**values["moba_config"], "top_k": top_k}}))
+        (found,) = run_ranks(1, verify, exported, tmp_path / "out")
+        assert [text.tokens <= 40 for text in found] == [False, True, True, False]
+        return found[-1]
+
+    assert gate(3).relative < 1e-5 < gate(4).relative
+    assert gate(3).tokens == 48 + 128
 
 
 def test_an_export_brings_tokenizer_generation_settings_and_card(trained, tmp_path):
@@ -185,7 +203,7 @@ def test_layers_of_several_sizes_are_exported_and_come_back(tmp_path):
     moba = json.loads((tmp_path / "out/config.json").read_text())["moba_config"]
     assert (moba["block_size"], moba["layer_sizes"]) == (16, {"0": {"block_size": 8, "top_k": 5}})
     (found,) = run_ranks(1, verify, exported, tmp_path / "out")
-    assert found[-1].name == "under MoBA" and found[-1].relative < 1e-5
+    assert found[-1].name == "under MoBA (median token)" and found[-1].relative < 1e-5
     card = (tmp_path / "out/README.md").read_text()
     assert "2 past blocks of 16 tokens whose mean key fits it best (layer 1: 4 of 8)" in card
     assert "Up to 40 tokens" in card

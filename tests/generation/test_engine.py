@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run_ranks
-from small_run import small_config, train_here
+from small_run import begin_texts, copy_tokens, small_config, train_here
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from moba_megatron.convert.export_hf import export_huggingface, open_exported
 from moba_megatron.generation.engine import continue_prompt
-from moba_megatron.generation.loading import load_generator
+from moba_megatron.generation.loading import load_generator, load_tokenizer, template_start
 from moba_megatron.generation.sampling import generate
 
 PROMPT = [3 + 7 * i * i % 29 for i in range(100)]
@@ -136,6 +137,40 @@ def test_prompts_get_the_ids_that_training_had(tmp_path, bias):
     assert [x.encode("w5 w6 w7") for x in both] == [[5, 6, 7]] * 2
     assert [list(x.stop_ids) for x in both] == [[0]] * 2
     assert [x.decode([5, 6]) for x in both] == ["w5w6"] * 2
+
+
+def test_prompts_and_stops_are_those_of_transformers(tmp_path):
+    """With a template for the beginning of a text, and generation settings that name several ends."""
+    tokenizer = copy_tokens(tmp_path) / "tokenizer"
+    begin_texts(tokenizer)
+    config = small_config(tmp_path, training__steps=3, model__init_method_std=0.3)
+    run_ranks(1, train_here, config)
+    trained, out = Path(config.run.dir), tmp_path / "out"
+    free = load_generator(trained, "moba")
+    text = list(continue_prompt(free.model, free.encode("w5 w6 w7"), **SETTINGS))
+    want, end = text[:2], text[2]
+    assert not {0, end} & set(want) and end != 0
+    (tokenizer / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, end], "do_sample": False}))
+    export_huggingface(open_exported(trained), out, decode="moba")
+
+    prompt = AutoTokenizer.from_pretrained(out)("w5 w6 w7", return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    theirs = model.generate(**prompt, max_new_tokens=40)[0].tolist()
+    assert theirs == [2, 5, 6, 7, *want, end]
+    for source in (trained, out):
+        found = load_generator(source, "moba")
+        assert found.encode("w5 w6 w7") == [2, 5, 6, 7] and found.encode("") == [2]
+        assert list(found.stop_ids) == [0, end]
+        assert found.decode([2, 5, 6]) == "w5w6"
+        settings = {**SETTINGS, "stop_ids": found.stop_ids}
+        assert list(continue_prompt(found.model, found.encode("w5 w6 w7"), **settings)) == want
+
+
+def test_a_prompt_stays_open_where_a_template_ends_texts(tmp_path):
+    tokenizer = copy_tokens(tmp_path) / "tokenizer"
+    begin_texts(tokenizer, "w2 $A w3")
+    assert load_tokenizer(tokenizer)("w5").input_ids == [2, 5, 3]
+    assert template_start(load_tokenizer(tokenizer)) == [2]
 
 
 def test_the_command_streams_the_same_text_from_both(run, exported):

@@ -45,5 +45,6 @@ def test_ranks_start_again_after_one_was_killed(tmp_path):
             time.sleep(0.02)
         rank_one(path).send_signal(signal.SIGKILL)
         assert launcher.wait(timeout=250) == 0, (tmp_path / "log").read_text()
-    assert "resuming from" in (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert "2 ranks, RESTARTS=1, CUDA_DEVICE_MAX_CONNECTIONS=1" in said and "resuming from" in said
     assert numbers_of(read_metrics(run)) == numbers_of(read_metrics(Path(whole.run.dir)))

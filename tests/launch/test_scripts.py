@@ -12,6 +12,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from small_run import small_config
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -49,11 +50,47 @@ def test_scripts_use_their_arguments_as_given():
         (["continued_pretraining.sh", "llama3.1_8b", "128", "models/x"], "GPUS = 128"),
         (["continued_pretraining.sh", "gpt2", "64", "models/x"], "MODEL = gpt2"),
         (["continued_pretraining.sh", "qwen2.5_7b", "1024", "models/missing"], "WEIGHTS = models/missing"),
+        (["finished.sh"], "usage: launch/finished.sh CONFIG.yaml"),
+        (["finished.sh", "missing.yaml"], "missing.yaml"),
+        (["pod.sh"], "usage: launch/pod.sh CONFIG.yaml"),
     ],
 )
 def test_mistakes_end_with_two_and_say_what_is_wrong(command, words):
     result = subprocess.run([LAUNCH / command[0], *command[1:]], capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and words in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [(None, "it has no tokenizer.json"), ({"model_type": "gpt2"}, "error: the configuration cannot be used")],
+)
+def test_weights_that_no_stage_can_use_submit_nothing(tmp_path, config, words):
+    (tmp_path / "config.json").write_text(json.dumps(config or {}))
+    if config:
+        (tmp_path / "tokenizer.json").touch()
+    command = [LAUNCH / "continued_pretraining.sh", "llama3.1_8b", "64", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and words in result.stderr and "job" not in result.stdout
+
+
+def test_a_run_is_finished_when_it_has_made_all_its_steps(tmp_path):
+    config = small_config(tmp_path, training__steps=40)
+    path, status = tmp_path / "config.yaml", Path(config.run.dir) / "status.json"
+    path.write_text(config.to_yaml())
+    status.parent.mkdir()
+
+    def finished(*overrides: str) -> tuple[int, str]:
+        result = subprocess.run([LAUNCH / "finished.sh", path, *overrides], capture_output=True, text=True, timeout=60)
+        return result.returncode, result.stderr.removeprefix(config.run.dir).strip()
+
+    assert finished() == (1, ": not started at step 0 of 40")
+    status.write_text('{"state": "stopped", "step": 6, "signal": "SIGUSR1"}')
+    assert finished() == (1, ": stopped at step 6 of 40")
+    status.write_text('{"state": "failed", "step": null}')
+    assert finished() == (1, ": failed at step None of 40")
+    status.write_text('{"state": "finished", "step": 40}')
+    assert finished() == (0, ": finished at step 40 of 40")
+    assert finished("training.steps=50") == (1, ": finished at step 40 of 50")
 
 
 def test_the_manifest_fits_the_operators_schema():
@@ -67,10 +104,8 @@ def test_the_manifest_fits_the_operators_schema():
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     values = {variable["name"]: variable["value"] for variable in container["env"]}
     assert int(values["RANKS"]) == container["resources"]["limits"]["nvidia.com/gpu"]
-    (script,) = container["args"]
-    assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
-    (config,) = re.findall(r"configs/\S+\.yaml", script)
-    assert (ROOT / config).is_file() and "launch/multi_node.sh" in script
+    (script,), (config,) = container["command"], container["args"]
+    assert os.access(ROOT / script, os.X_OK) and (ROOT / config).is_file()
 
 
 def change(path: str, value: object) -> dict:

@@ -74,15 +74,38 @@ def test_a_requeued_job_has_the_losses_of_an_uninterrupted_one(cluster, tmp_path
     assert numbers_of(read_metrics(cut)) == numbers_of(read_metrics(whole)) and steps_of(cut) == STEPS
 
 
+def test_a_job_that_is_stopped_and_not_requeued_fails(cluster, tmp_path, monkeypatch):
+    """The signal reaches the ranks past the batch shell, which knows of no reason to requeue."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run, log = tmp_path / "run", tmp_path / "job.log"
+    options = ["--gpus-per-node=2", "--cpus-per-task=1", "--overcommit", f"--output={log}"]
+    command = ["launch/slurm.sbatch", QUICKSTART, *overrides(tmp_path, "run")]
+    job = cluster.call("sbatch", "--parsable", *options, *command, cwd=ROOT).strip()
+    wait_for(lambda: steps_of(run) >= 2, "two steps", log)
+    cluster.call("scancel", "--signal=USR1", job)
+    wait_for(lambda: cluster.state(job) not in ("RUNNING", "COMPLETING"), "ended", log)
+    assert cluster.state(job) == "FAILED", log.read_text()
+    assert "the ranks ended with 0" in log.read_text() and "not finished, and not requeued" in log.read_text()
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+
+
 def test_continued_pretraining_is_a_chain_of_jobs(cluster, tmp_path):
-    (tmp_path / "config.json").touch()
+    shape = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    more = {"intermediate_size": 14336, "vocab_size": 128256, "rope_theta": 500000.0, "rms_norm_eps": 1e-5}
+    architecture = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps({**architecture, **shape, **more}))
+    (tmp_path / "tokenizer.json").touch()
     options = ["--hold", "--nodes=1", "--gpus-per-node=2", "--cpus-per-task=1"]
     script = ROOT / "launch/continued_pretraining.sh"
     lines = cluster.call(script, "llama3.1_8b", "64", tmp_path, *options).splitlines()
+    assert [line.startswith("checked ") for line in lines] == [True] * 5 + [False] * 5
+    lines = lines[5:]
     jobs = [line.split()[1].rstrip(":") for line in lines]
     assert len(jobs) == 5 and lines[0].endswith(f"128k.yaml from {tmp_path}")
     assert lines[4].endswith("1m_moba.yaml from runs/continued_pretraining/llama3.1_8b/1m")
     for before, job in zip(jobs, jobs[1:], strict=False):
         shown = cluster.call("scontrol", "show", "job", job)
         assert f"Dependency=afterok:{before}" in shown
+        assert f"data.tokenizer={tmp_path}" in shown
     cluster.call("scancel", *jobs)

@@ -41,6 +41,12 @@ def test_the_command_writes_what_it_prints(tmp_path):
         (["--blocks", "16:3,32:3"], "one pair of block size and top-k"),
         (["--device", "cuda"], "CPU alone"),
         (["--heads", "3", "--groups", "2"], "3 query heads are no multiple of 2 key heads"),
+        (["--dtypes", "bf16"], "leave out --dtypes"),
+        (["--preset", "targets", "--modes", "fwd"], "leave out --modes, --preset"),
+        (["--backend", "gathered", "--full", "torch"], "leave out --backend, --full"),
+        (["--context-parallel", "2"], "leave out --context-parallel"),
+        (["--model"], "leave out --model"),
+        (["--tune"], "leave out --tune"),
     ],
 )
 def test_what_it_cannot_measure_is_refused(tmp_path, options, message):

@@ -26,7 +26,12 @@ FOLDERS = (
     *("paper", "scaling_8k", "scaling_32k", "granularity", "sparse_then_full", "layer_hybrid"),
     "continued_pretraining",
 )
-FULL_SIZE = [path for folder in FOLDERS for path in sorted((CONFIGS / folder).rglob("*.yaml")) if path.stem != "base"]
+FULL_SIZE = [
+    path
+    for folder in FOLDERS
+    for path in sorted((CONFIGS / folder).rglob("*.yaml"))
+    if path.stem not in ("base", "sweep")
+]
 MOBA_1M = CONFIGS / "continued_pretraining/llama3.1_8b/1m_moba.yaml"
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -21,6 +22,7 @@ from moba_megatron.scaling.results import read_results
 from moba_megatron.scaling.runner import run_sweep
 from moba_megatron.scaling.sweep import load_sweep
 
+ARRAY = Path(__file__).parents[2] / "launch/sweep.sbatch"
 FIGURES = [{"kind": "scaling"}, {"kind": "options", "axis": "size"}, {"kind": "positions"}, {"kind": "curves"}]
 AXES = {
     "size": {
@@ -61,8 +63,10 @@ def _show(path, sweep):
         assert command == "plot" or "broken" in done.output and "failed" in done.output
     assert len(list(sweep.folder.glob("*.png"))) == len(FIGURES)
     assert "broken_moba: failed" in json.loads((sweep.folder / "laws.json").read_text())["left_out"][0]
-    array = CliRunner().invoke(scaling_app, ["run", str(path), "--slurm", "launch/sweep.sbatch"]).output
-    assert "--array=2 launch/sweep.sbatch" in array
+    array = CliRunner().invoke(scaling_app, ["run", str(path), "--slurm", str(ARRAY)]).output
+    assert f"--array=2 {ARRAY} {path}" in array.replace("\n", " ")
+    only = CliRunner().invoke(scaling_app, ["run", str(path), "--only", "0", "--slurm", str(ARRAY)]).output
+    assert only.split()[-1] == "true"
 
 
 def _other_settings_are_refused(path, sweep):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from scaling.sweep_examples import write_sweep
 
-from moba_megatron.config import ConfigError
+from moba_megatron.config import ConfigError, load_config
 from moba_megatron.ops.pairs import attended_pairs
 from moba_megatron.scaling.sweep import load_sweep
 
@@ -63,6 +63,14 @@ def test_an_option_may_set_keys_of_the_sweep(tmp_path):
     assert {point.config.training.steps for point in sweep.points} == {8}
 
 
+def test_digits_are_the_number_of_a_run(tmp_path):
+    axes = {"seed": {"1": {"run.seed": 1}, "2": {"run.seed": 2}}}
+    sweep = load_sweep(write_sweep(tmp_path, axes=axes, figures=[]))
+    assert [sweep.point(str(number)).name for number in range(2)] == ["1", "2"]
+    with pytest.raises(ConfigError, match="has no run '2'"):
+        sweep.point("2")
+
+
 def test_skipped_combinations(tmp_path):
     sweep = load_sweep(write_sweep(tmp_path, skip=[{"size": "large", "attention": "full"}]))
     assert [point.name for point in sweep.points] == ["small_moba", "small_full", "large_moba"]
@@ -79,6 +87,7 @@ def test_skipped_combinations(tmp_path):
         ({"tokens": 1.0, "tokens_per_parameter": 1.0}, "not both"),
         ({"bases": 1}, "bases: Extra inputs"),
         ({"skip": [{"attention": "moba"}, {"attention": "full"}]}, "skip leaves no run"),
+        ({"axes": {"x": {"a b": {}, "a-b": {"run.seed": 2}}}, "figures": []}, "two runs would be named a-b"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, changes, words):
@@ -86,11 +95,19 @@ def test_what_is_wrong_is_named(tmp_path, changes, words):
         load_sweep(write_sweep(tmp_path, **changes))
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_shipped_sweep_loads(path):
     sweep = load_sweep(path)
     assert len({point.folder for point in sweep.points}) == len(sweep.points) > 1
     assert len({point.config.model_dump_json() for point in sweep.points}) == len(sweep.points)
+
+
+@pytest.mark.parametrize("folder", ["scaling_8k", "scaling_32k", "granularity", "sparse_then_full"])
+def test_full_size_sweeps_are_the_single_configurations(folder):
+    points = load_sweep(CONFIGS / folder / "sweep.yaml").points
+    single = {path.stem: load_config(path) for path in (CONFIGS / folder).glob("*.yaml")
+              if path.stem not in ("base", "sweep")}  # fmt: skip
+    assert {point.name: point.config for point in points} == single
 
 
 def test_an_unknown_run(tmp_path):
