@@ -28,10 +28,12 @@ STREAMING = {
     "block_means": (4096, "BLOCK_N", 4),
     "add_pieces": (4096, "BLOCK_N", 16),
     "attend_cached": (4096, "BLOCK_N", 8),
-    "merge_rows": (4096, "BLOCK_M", 8),
+    "merge_rows": (2048, "BLOCK_M", 2),
     "add_dq": (4096, "BLOCK_M", 8),
     "output_delta_rows": (4096, "BLOCK_M", 4),
 }
+# Warps where a head has more than 128 columns, if not as above: with as few there, or as many here, registers spill.
+WIDE_WARPS = {"merge_rows": 4}
 # Members of a tile, warps.
 INDEX_TILES = {"count_entries": (1024, 4), "scatter_entries": (64, 4)}
 
@@ -125,6 +127,7 @@ def tiles(
     settings = {"HEAD_SIZE": head_size, "WIDTH": width}
     if kernel in STREAMING:
         elements, side, warps = STREAMING[kernel]
+        warps = WIDE_WARPS.get(kernel, warps) if width > 128 else warps
         return settings | {side: max(16, elements // width), "num_warps": warps}
     tile = _tile(kernel, dtype, head_size, architecture, longest)
     keys = min(tile.keys, max(16, triton.next_power_of_2(longest)))
