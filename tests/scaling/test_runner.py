@@ -89,9 +89,12 @@ def test_a_run_that_was_cut_goes_on(tmp_path):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell's background job starts with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         run_sweep(sweep, sweep.points, jobs=1)
+    signal.signal(signal.SIGINT, before)
     (result,) = read_results(sweep)
     assert result.state == "cut" and 5 < result.step < 100 and result.loss is None
     lines = read_metrics(metrics.parent)
