@@ -23,11 +23,13 @@ from moba_megatron.config import Config
 from moba_megatron.convert.export_hf import open_exported
 from moba_megatron.convert.run_exports import export_in_run, run_folder
 from moba_megatron.data.tokenizer import Tokenizer
+from moba_megatron.evaluation.attention_choice import chosen_attentions
 from moba_megatron.evaluation.lm_eval_tasks import RULER, RulerSettings, write_tasks
 from moba_megatron.evaluation.records import EvaluationRecords
 from moba_megatron.evaluation.tasks.options import parse_lengths
 from moba_megatron.generation.loading import load_model, load_tokenizer
 from moba_megatron.hf import NAME, MoBASettings, check_attends
+from moba_megatron.hf.probe import has_moba_layers
 
 KIND = "lm_eval"
 
@@ -118,7 +120,7 @@ def evaluate_with_harness(
     console.print(f"attention of the model: {line}", markup=False)
     files, results = [], {}
     with EvaluationRecords(found.folder, found.config) as records:
-        for kind in _attentions(attention, model):
+        for kind in chosen_attentions(attention, has_moba_layers(model), unasked="moba"):
             results[kind] = _run(model, kind, tokenizer, manager, names, settings, console)
             files.append(_record(records, found, kind, results[kind], settings.limit))
     _print(console, results)
@@ -183,17 +185,6 @@ def _task_manager(names: list[str], folders: list[Path]) -> Any:
     except OSError as error:
         raise ValueError(f"the data of {', '.join(names)} cannot be loaded: {error}") from error
     return manager
-
-
-def _attentions(asked: str | None, model: Any) -> list[str]:
-    has_moba = model.config._attn_implementation == NAME and _covered(model) is not None
-    if asked is None:
-        return ["moba" if has_moba else "full"]
-    if asked not in ("moba", "full", "both"):
-        raise ValueError(f"--attention {asked}: moba, full or both")
-    if not has_moba and asked != "full":
-        raise ValueError(f"--attention {asked}: no layer of this model attends by MoBA; use full")
-    return ["moba", "full"] if asked == "both" else [asked]
 
 
 def _covered(model: Any) -> int | None:

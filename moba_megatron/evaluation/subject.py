@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from moba_megatron.checkpoint.manifest import Manifest
 from moba_megatron.checkpoint.opened import OpenedModel, find_checkpoint, open_model, saved_config
@@ -18,11 +17,10 @@ from moba_megatron.config import Config
 from moba_megatron.data.datasets import ValidationSummary, build_validation, check_validation
 from moba_megatron.data.feed import rank_batches
 from moba_megatron.data.tokenizer import Tokenizer
+from moba_megatron.evaluation.attention_choice import Attention, chosen_attentions
 from moba_megatron.model.core_attention import set_attention_stage
 from moba_megatron.model.forward import Batch
 from moba_megatron.model.schedule import FULL, AttentionSchedule, LayerAttention
-
-Attention = Literal["moba", "full"]
 
 
 @dataclass
@@ -117,7 +115,7 @@ def open_subject(
     config = _asked_for(saved_config(find_checkpoint(target)), validation, samples, trailing_tokens)
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
     has_moba = any(layer.kind == "moba" for stage in schedule.stages for layer in stage)
-    attentions = _attentions(attention, has_moba)
+    attentions = chosen_attentions(attention, has_moba)
     if on_validation:
         if config.data.validation is None:
             raise ValueError(f"{target} has no data.validation: name data with --validation")
@@ -152,16 +150,6 @@ def _asked_for(config: Config, validation: str | None, samples: int | None, trai
     data = config.data.model_copy(update={"validation": validation or config.data.validation})
     training = config.training.model_copy(update={"micro_batch_size": 1})
     return config.model_copy(update={"data": data, "evaluation": evaluation, "training": training})
-
-
-def _attentions(asked: str | None, has_moba: bool) -> list[Attention]:
-    if asked not in (None, "moba", "full", "both"):
-        raise ValueError(f"--attention {asked}: moba, full or both")
-    if not has_moba:
-        if asked in ("moba", "both"):
-            raise ValueError(f"--attention {asked}: the model attends fully in every layer and stage; use full")
-        return ["full"]
-    return ["moba", "full"] if asked in (None, "both") else [asked]
 
 
 def _own_stage(opened: OpenedModel) -> int:

@@ -8,7 +8,12 @@ import torch
 from transformers import AttentionInterface
 
 from moba_megatron.hf.attention import moba_attention_forward
-from moba_megatron.hf.settings import NAME
+from moba_megatron.hf.settings import NAME, MoBASettings
+
+
+def has_moba_layers(model: Any) -> bool:
+    """Whether any layer of a transformers model attends by MoBA, as it is set now."""
+    return model.config._attn_implementation == NAME and MoBASettings.from_config(model.config).covered is not None
 
 
 @torch.no_grad()

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from moba_megatron.config import Config
 from moba_megatron.data.tokenizer import Tokenizer
+from moba_megatron.evaluation.attention_choice import chosen_attentions
 from moba_megatron.evaluation.subject import Subject
 from moba_megatron.evaluation.tasks.scoring import OpenedTaskModel, TaskModel
 from moba_megatron.generation.loading import load_model, load_tokenizer, load_training_tokenizer, template_start
-from moba_megatron.hf import NAME, MoBASettings
+from moba_megatron.hf import NAME
+from moba_megatron.hf.probe import has_moba_layers
 
 
 @dataclass(frozen=True)
@@ -118,15 +120,6 @@ def from_huggingface(folder: Path, attention: str | None) -> Asked:
         tokenizer=Tokenizer(folder),
         window=(model.config.max_position_embeddings, "max_position_embeddings"),
         template=len(before),
-        attentions=_attentions(attention, model),
+        attentions=chosen_attentions(attention, has_moba_layers(model)),
         attend=attend,
     )
-
-
-def _attentions(asked: str | None, model: Any) -> list[str]:
-    if asked not in (None, "moba", "full", "both"):
-        raise ValueError(f"--attention {asked}: moba, full or both")
-    has_moba = model.config._attn_implementation == NAME and MoBASettings.from_config(model.config).covered is not None
-    if not has_moba and asked not in (None, "full"):
-        raise ValueError(f"--attention {asked}: no layer of this model attends by MoBA; use full")
-    return ["full"] if not has_moba else ["moba", "full"] if asked in (None, "both") else [asked]
