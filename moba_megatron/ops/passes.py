@@ -1,14 +1,16 @@
 """The two kinds of work in portable PyTorch: triangles (stretches of tokens that attend themselves) and units (keys
 that gathered query rows attend entirely), for one key head and some of its query heads at a time (a *pass*).
 
-Keys and values of the pass's one key head lie dense; tiles are cut so that their scores stay in a core's cache.
+Keys and values of the pass's one key head lie dense; tiles are cut so that their scores stay in a core's cache. Units
+with few keys and few rows share tiles: one by one, calls would cost more than the products in them.
 
-Legend: T query tokens, N query heads, S key rows, D head size, t tokens of a range, E entries of a list. A query *row*
-is token * N + head.
+Legend: T query tokens, N query heads, S key rows, D head size, t tokens of a range, E entries of a list, b batches of a
+tile with n rows against m keys each. A query *row* is token * N + head.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,6 +23,8 @@ from moba_megatron.ops.fragments import Fragment, Keys
 from moba_megatron.ops.precision import score_dtype
 
 ROWS_OF_TRIANGLE = 128
+# Query rows of a batch where short units share a tile: fewer leave less room unused, more make products longer.
+ROWS_OF_BATCH = 64
 # Scores of one tile per thread: 1 MiB in fp32, half of a current core's second cache. An accelerator wants larger
 # tiles.
 SCORES_PER_THREAD = 2**18
@@ -128,23 +132,92 @@ def triangles_backward(
             dv[:, :end] += dv_part
 
 
-def _unit_tiles(work: Pass, entries: Entries, fused: bool) -> Iterator[tuple[slice, int, int]]:
-    """Tiles of units: (key rows, first entry, one past the last entry)."""
+@dataclass(frozen=True)
+class _Tile:
+    """Entries first to last - 1 as b batches of n rows, each batch against m key rows.
+
+    Attributes:
+        shape: (b, n).
+        place_E: int64 [last - first], where each entry lies among the b * n rows; None where they lie in order, with
+            room left at the end.
+        keys: the m key rows that all batches share, or int64 [b * m], those of one batch after the other.
+    """
+
+    first: int
+    last: int
+    shape: tuple[int, int]
+    place_E: Tensor | None
+    keys: slice | Tensor
+
+    def gather(self, source: Tensor, row_E: Tensor) -> Tensor:
+        """[b, n, ...]: the entries' query rows of a [T, N, ...], filled up with zeros."""
+        tile = source.new_empty(self.shape[0] * self.shape[1], *source.shape[2:])
+        source, rows = source.flatten(0, 1), row_E[self.first : self.last]
+        if self.place_E is None:
+            torch.index_select(source, 0, rows, out=tile[: rows.numel()])
+            tile[rows.numel() :] = 0
+        else:
+            tile.zero_().index_copy_(0, self.place_E, source.index_select(0, rows))
+        return tile.unflatten(0, self.shape)
+
+    def entries_of(self, tile: Tensor) -> Tensor:
+        """[last - first, ...]: what a [b, n, ...] holds of the entries, in their order."""
+        rows = tile.flatten(0, 1)
+        return rows[: self.last - self.first] if self.place_E is None else rows.index_select(0, self.place_E)
+
+    def keys_of(self, source: Tensor) -> Tensor:
+        """[b, m, D]: key rows of an [S, D]."""
+        if isinstance(self.keys, slice):
+            return source[self.keys].expand(self.shape[0], -1, -1)
+        return source.index_select(0, self.keys).unflatten(0, (self.shape[0], -1))
+
+    def add_to_keys(self, total_SD: Tensor, tile: Tensor) -> None:
+        """Add a [b, m, D] to the tile's key rows of an [S, D], batch after batch."""
+        if isinstance(self.keys, slice):
+            for part in tile:
+                total_SD[self.keys] += part
+        else:
+            total_SD.index_add_(0, self.keys, tile.flatten(0, 1).to(total_SD.dtype))
+
+
+def _unit_tiles(work: Pass, entries: Entries, fused: bool, split: int) -> Iterator[_Tile]:
+    """Tiles of units. A unit with much to compute has tiles of its own, cut in `split` batches to run side by side;
+    adjacent equally long units with little are cut into batches of equal size and share tiles."""
     # The fused kernel keeps no scores and is at its best with longer tiles.
     budget = work.scores_budget * (2 if fused else 1)
-    for start, end, first, last in entries.units:
-        rows = max(64, budget // (end - start))
-        for low in range(first, last, rows):
-            yield slice(start, end), low, min(low + rows, last)
+    for length, units in itertools.groupby(entries.units, key=lambda unit: unit[1] - unit[0]):
+        units = list(units)
+        count = units[-1][3] - units[0][2]
+        if len(units) > 1 and 2 * count * length < budget * len(units):
+            yield from _shared_tiles(units, length, budget, entries.row_E.device)
+            continue
+        rows = max(64, budget // length)
+        for start, end, first, last in units:
+            for low in range(first, last, rows):
+                high = min(low + rows, last)
+                yield _Tile(low, high, (split, -(-(high - low) // split)), None, slice(start, end))
 
 
-def _gather(source: Tensor, rows: Tensor, split: int) -> Tensor:
-    """Query rows [n, ...] of [T, N, ...] as a tile [split, ceil(n / split), ...], filled up with zeros."""
-    each = -(-rows.numel() // split)
-    tile = source.new_empty(each * split, *source.shape[2:])
-    torch.index_select(source.flatten(0, 1), 0, rows, out=tile[: rows.numel()])
-    tile[rows.numel() :] = 0
-    return tile.view(split, each, *source.shape[2:])
+def _shared_tiles(
+    units: list[tuple[int, int, int, int]], length: int, budget: int, device: torch.device
+) -> Iterator[_Tile]:
+    """Tiles of adjacent units of `length` keys, in batches of ROWS_OF_BATCH rows."""
+    start_U, _, first_U, last_U = torch.tensor(units, device=device).unbind(1)
+    batches_U = -((first_U - last_U) // ROWS_OF_BATCH)
+    unit_b = torch.repeat_interleave(batches_U)
+    number_b = torch.arange(unit_b.numel(), device=device)
+    first_b = first_U[unit_b] + (number_b - (batches_U.cumsum(0) - batches_U)[unit_b]) * ROWS_OF_BATCH
+    last_b = torch.minimum(first_b + ROWS_OF_BATCH, last_U[unit_b])
+    keys_bm = start_U[unit_b].unsqueeze(1) + torch.arange(length, device=device)
+    shift_E = torch.repeat_interleave(number_b * ROWS_OF_BATCH - first_b, last_b - first_b)
+    begin = units[0][2]
+    place_E = shift_E + torch.arange(begin, units[-1][3], device=device)
+    step = max(1, budget // (ROWS_OF_BATCH * length))
+    bounds = [*first_b[::step].tolist(), units[-1][3]]
+    for tile, (low, high) in enumerate(itertools.pairwise(bounds)):
+        keys = keys_bm[tile * step : (tile + 1) * step]
+        place = place_E[low - begin : high - begin] - tile * step * ROWS_OF_BATCH
+        yield _Tile(low, high, (keys.shape[0], ROWS_OF_BATCH), place, keys.flatten())
 
 
 def units_forward(work: Pass, entries: Entries, part_ED: Tensor, part_lse_E: Tensor) -> None:
@@ -152,16 +225,14 @@ def units_forward(work: Pass, entries: Entries, part_ED: Tensor, part_lse_E: Ten
     part_ED[entries.count :] = 0
     part_lse_E[entries.count :] = -torch.inf
     fused = tiles.uses_fused_kernel(work.q)
-    split = 1 if fused else work.split
-    for span, low, high in _unit_tiles(work, entries, fused):
-        q = _gather(work.q, entries.row_E[low:high], split)
+    for tile in _unit_tiles(work, entries, fused, split=1 if fused else work.split):
+        inputs = (tile.gather(work.q, entries.row_E), tile.keys_of(work.k), tile.keys_of(work.v))
         if fused:
-            out, lse = tiles.fused_forward(q, work.k[None, span], work.v[None, span], work.scale)
+            out, lse = tiles.fused_forward(*inputs, work.scale)
         else:
-            k, v = (x[span].to(work.dtype).expand(split, -1, -1) for x in (work.k, work.v))
-            out, lse = tiles.matmul_forward(q.to(work.dtype), k, v, work.scale)
-        part_ED[low:high] = out.flatten(0, 1)[: high - low]
-        part_lse_E[low:high] = lse.flatten()[: high - low]
+            out, lse = tiles.matmul_forward(*(x.to(work.dtype) for x in inputs), work.scale)
+        part_ED[tile.first : tile.last] = tile.entries_of(out)
+        part_lse_E[tile.first : tile.last] = tile.entries_of(lse)
 
 
 def units_backward(
@@ -179,18 +250,15 @@ def units_backward(
     part_ED[entries.count :] = 0
     # The fused kernel makes delta from the output; without the output at hand, products do.
     fused = tiles.uses_fused_kernel(work.q) and out_TND is not None
-    for span, low, high in _unit_tiles(work, entries, fused):
-        rows = entries.row_E[low:high]
-        q, dout, lse = (_gather(x, rows, work.split) for x in (work.q, dout_TND, lse_TN))
-        k, v = (x[span].expand(work.split, -1, -1) for x in (work.k, work.v))
+    for tile in _unit_tiles(work, entries, fused, work.split):
+        rows = entries.row_E
+        q, dout, lse = (tile.gather(x, rows) for x in (work.q, dout_TND, lse_TN))
+        k, v = tile.keys_of(work.k), tile.keys_of(work.v)
         if fused:
-            out = _gather(out_TND, rows, work.split)
-            dq, dk, dv = tiles.fused_backward(dout, q, k, v, out, lse, work.scale)
+            dq, dk, dv = tiles.fused_backward(dout, q, k, v, tile.gather(out_TND, rows), lse, work.scale)
         else:
-            delta = _gather(delta_TN, rows, work.split)
             inputs = (x.to(work.dtype) for x in (dout, q, k, v))
-            dq, dk, dv = tiles.matmul_backward(*inputs, lse, delta, work.scale)
-        part_ED[low:high] = dq.flatten(0, 1)[: high - low]
-        for total, parts in ((dk_SD[span], dk), (dv_SD[span], dv)):
-            for part in parts:
-                total += part
+            dq, dk, dv = tiles.matmul_backward(*inputs, lse, tile.gather(delta_TN, rows), work.scale)
+        part_ED[tile.first : tile.last] = tile.entries_of(dq)
+        tile.add_to_keys(dk_SD, dk)
+        tile.add_to_keys(dv_SD, dv)

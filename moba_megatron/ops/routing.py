@@ -16,9 +16,10 @@ from moba_megatron.ops.precision import without_autocast
 from moba_megatron.ops.selectors import TOP_K, Selector
 from moba_megatron.ops.summaries import MEAN, Summary
 
-# Scores held at once. On a CPU they should stay in a core's own cache; an accelerator wants long launches.
-SCORES_ON_CPU = 2**19
-SCORES_ON_ACCELERATOR = 2**26
+# Scores held at once, and tokens. On a CPU scores should stay in a core's own cache, and few tokens see few blocks that
+# they may not choose; an accelerator wants long launches.
+SCORES_ON_CPU, TOKENS_ON_CPU = 2**19, 2**10
+SCORES_ON_ACCELERATOR, TOKENS_ON_ACCELERATOR = 2**26, 2**12
 
 
 @torch.no_grad()
@@ -66,8 +67,9 @@ def select_past(
     group_size = num_heads // num_groups
     first_T, own_T = layout.first_block_T, layout.pack_block_T
     on_cpu = q_TND.device.type == "cpu"
+    most = TOKENS_ON_CPU if on_cpu else TOKENS_ON_ACCELERATOR
     budget = SCORES_ON_CPU if on_cpu else SCORES_ON_ACCELERATOR
-    step = max(1, min(num_tokens, 4096, budget // max(1, layout.num_blocks * group_size)))
+    step = max(1, min(num_tokens, most, budget // max(1, layout.num_blocks * group_size)))
     planes_GDM = summaries_MGD.permute(1, 2, 0)
     for start in range(0, num_tokens, step):
         end = min(start + step, num_tokens)

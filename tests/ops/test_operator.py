@@ -289,6 +289,24 @@ def test_token_ranges_do_not_show():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_units_in_shared_tiles_and_in_their_own(monkeypatch, dtype):
+    """Short units that share tiles, in whatever batches, compute what a tile for each of them does."""
+    q, k, v, dout = inputs(203, 4, 2, dtype=dtype)
+    bounds = cu([0, 37, 60, 203])
+
+    def run(scores: int, rows: int):
+        monkeypatch.setattr("moba_megatron.ops.passes.SCORES_PER_THREAD", scores)
+        monkeypatch.setattr("moba_megatron.ops.passes.ROWS_OF_BATCH", rows)
+        return results(lambda *x: moba_attention(*x, bounds, block_size=8, top_k=4, backend="gathered"), q, k, v, dout)
+
+    own = run(1, 64)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for scores, rows in ((2**18, 64), (2**18, 5), (2**10, 16)):
+        for got, want in zip(run(scores, rows), own, strict=True):
+            torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
 def test_selection_order_does_not_need_the_reference():
     q, k, v, _ = inputs(100, 2, 1)
     ids = reference_select(q, k, None, 8, 2)
