@@ -133,6 +133,10 @@ def _array_job(sweep: Sweep, points: list[Point], script: str) -> str:
     """The command that submits what is not finished among some runs; one that does nothing where all is."""
     if not Path(script).is_file():
         raise ConfigError([f"--slurm {script}: no such file (launch/sweep.sbatch is meant for it)"])
+    chained = [point.name for point in points if point.start_from]
+    if chained:
+        raise ConfigError([f"--slurm: {', '.join(chained)} start from other runs, tasks of an array wait for nothing: "
+                           "see launch/continued_pretraining.sh for a chain of jobs"])  # fmt: skip
     unfinished = [sweep.points.index(point) for point in points if read_result(point).state != "finished"]
     if not unfinished:
         typer.echo("all of them are finished", err=True)

@@ -1,9 +1,10 @@
 """Running the points of a sweep as ordinary trainings, several at once, in pieces if need be.
 
 Each point is `python train.py BASE key=value ...` in a process of its own. What is finished is skipped; what was cut
-continues from its newest checkpoint, because that is what `train.py` does in a run folder. A run that fails leaves its
-words in RUN/sweep.log, the others go on, and the sweep ends with an error that lists it. After `minutes`, or on Ctrl-C,
-runs are sent SIGTERM: they save and end, and the same command goes on later.
+continues from its newest checkpoint, because that is what `train.py` does in a run folder; what starts from another run
+waits for it. A run that fails leaves its words in RUN/sweep.log, the others go on, and the sweep ends with an error
+that lists it. After `minutes`, or on Ctrl-C, runs are sent SIGTERM: they save and end, and the same command goes on
+later.
 """
 
 from __future__ import annotations
@@ -75,6 +76,10 @@ def run_sweep(
     if busy:
         raise ConfigError([f"{folder} is being trained at this moment: wait for it, or stop it" for folder in busy])
     todo = [point for point in points if before[point.name].state != "finished"]
+    alone = [point for point in todo if point.start_from not in todo and not _may_start(point)]
+    if alone:
+        raise ConfigError([f"{p.name} starts from {p.start_from.name}, which has not finished: run that one too"
+                           for p in alone])  # fmt: skip
     if len(todo) < len(points):
         console.print(f"{len(points) - len(todo)} of {len(points)} runs are finished already")
     threads = max(1, len(os.sched_getaffinity(0)) // (jobs * processes))
@@ -139,14 +144,22 @@ def _prepare_child(processes: int) -> None:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
+def _may_start(point: Point) -> bool:
+    """Whether the run that this one starts from, if any, has finished."""
+    return point.start_from is None or read_result(point.start_from).state == "finished"
+
+
 def _run_all(todo: list[Point], start: _Starter, jobs: int, console: Console) -> None:
     waiting, running, stopping = list(todo), [], False
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         try:
-            while running or (waiting and not stopping):
-                while waiting and len(running) < jobs and not stopping and not start.late:
-                    point = waiting.pop(0)
+            while running or (any(map(_may_start, waiting)) and not stopping):
+                while len(running) < jobs and not stopping and not start.late:
+                    point = next((point for point in waiting if _may_start(point)), None)
+                    if point is None:
+                        break
+                    waiting.remove(point)
                     row = progress.add_task(point.name, total=point.config.training.steps)
                     running.append(Job(point, start(point), row))
                 time.sleep(_POLL_SECONDS)
@@ -156,6 +169,8 @@ def _run_all(todo: list[Point], start: _Starter, jobs: int, console: Console) ->
                 if stopping:
                     start.stop(running)
                 running = [job for job in running if not _ended(job, progress, console)]
+            for point in waiting if not stopping else []:
+                console.print(f"{point.name}: not started, {point.start_from.name} has not finished", markup=False)
         except KeyboardInterrupt:
             console.print("stopping: the runs save; the same command goes on with them")
             while running:

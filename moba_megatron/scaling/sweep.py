@@ -13,7 +13,8 @@
 
 stands for four runs, `small_moba` to `large_full`, in `runs/scaling/small_moba` and so on: one point for every choice
 of one option from each axis. An option is a mapping of overrides, `key.path: value`; `tokens_per_parameter`, `tokens`
-and `learning_rate` are keys of the sweep that an option may set too.
+and `learning_rate` are keys of the sweep that an option may set too. `start_from: NAME` makes a run begin with the
+weights of another run of the sweep, once that has finished.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from moba_megatron.planning.flops import matrix_parameters, training_flops_per_t
 PFLOP_S_DAY = 1e15 * 86400
 """Operations that a machine of 1 PFLOP/s does in a day: the unit of the report's figure 3."""
 
-_OWN_KEYS = ("tokens_per_parameter", "tokens", "learning_rate")
+_OWN_KEYS = ("tokens_per_parameter", "tokens", "learning_rate", "start_from")
 
 
 class LearningRateRule(Section):
@@ -100,6 +101,7 @@ class Point:
     Attributes:
         options: the option of each axis.
         overrides: what `train.py` is called with after the base.
+        start_from: the run whose weights it begins with, None for none.
         parameters: without embeddings and norms.
         flops_true: forward and backward operations of the whole training with attention counted by its pairs.
     """
@@ -111,6 +113,7 @@ class Point:
     parameters: int
     tokens: int
     flops_true: float
+    start_from: Point | None = None
 
     @property
     def folder(self) -> Path:
@@ -167,7 +170,8 @@ def load_sweep(path: str | Path) -> Sweep:
         if any(all(options.get(axis) == option for axis, option in rule.items()) for rule in file.skip):
             continue
         try:
-            points.append(_point(file, base, options, {k: v for _, values in choice for k, v in values.items()}))
+            values = {key: value for _, values in choice for key, value in values.items()}
+            points.append(_point(file, base, options, values, points))
         except (ConfigError, ValueError) as error:
             name = point_name(options)
             problems += [f"run {name}: {line}" for line in getattr(error, "problems", [str(error)])]
@@ -224,8 +228,9 @@ def _axis_problems(file: SweepFile) -> list[str]:
     return problems
 
 
-def _point(file: SweepFile, base: Path, options: dict[str, str], values: dict[str, Any]) -> Point:
+def _point(file: SweepFile, base: Path, options: dict[str, str], values: dict[str, Any], before: list[Point]) -> Point:
     own = {key: values.pop(key) for key in _OWN_KEYS if key in values}
+    start_from = _run_to_start_from(own.pop("start_from", None), before)
     file = file.model_copy(update=_own_values(own))
     name = point_name(options)
     overrides = [f"run.dir={Path(file.dir) / name}"]
@@ -234,8 +239,22 @@ def _point(file: SweepFile, base: Path, options: dict[str, str], values: dict[st
     parameters = matrix_parameters(first.model, vocab_size=0)
     overrides += _derived(file, first, parameters)
     config = load_config(base, overrides)
+    if start_from is not None:
+        # That run may not be there yet, so that its model cannot complete this one's: the base says all of it.
+        init_from = str(start_from.folder)
+        overrides.append(f"model.init_from={init_from}")
+        config = config.model_copy(update={"model": config.model.model_copy(update={"init_from": init_from})})
     tokens = config.training.steps * config.tokens_per_step
-    return Point(name, options, overrides, config, parameters, tokens, _true_flops(config))
+    return Point(name, options, overrides, config, parameters, tokens, _true_flops(config), start_from)
+
+
+def _run_to_start_from(name: str | None, before: list[Point]) -> Point | None:
+    if name is None:
+        return None
+    for point in before:
+        if point.name == name:
+            return point
+    raise ValueError(f"start_from = {name}: give a run before it ({', '.join(p.name for p in before) or 'none'})")
 
 
 def _own_values(own: dict[str, Any]) -> dict[str, Any]:

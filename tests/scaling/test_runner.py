@@ -101,3 +101,16 @@ def test_a_run_that_was_cut_goes_on(tmp_path):
     (later,) = run_sweep(sweep, sweep.points, jobs=1)
     assert later.state == "finished" and later.step == 100
     assert read_metrics(metrics.parent)[: len(lines)] == lines
+
+
+def test_a_run_waits_for_the_one_it_starts_from(tmp_path):
+    axes = {"stage": {"short": {}, "long": {"start_from": "short", "data.sequence_length": 256}}}
+    path = write_sweep(tmp_path, axes=axes, figures=[{"kind": "curves"}])
+    sweep = load_sweep(path)
+    with pytest.raises(ConfigError, match="long starts from short, which has not finished"):
+        run_sweep(sweep, sweep.points[1:], jobs=1)
+    array = CliRunner().invoke(scaling_app, ["run", str(path), "--slurm", str(ARRAY)])
+    assert array.exit_code == 2 and "tasks of an array wait for nothing" in array.output
+    assert [result.state for result in run_sweep(sweep, sweep.points, jobs=2)] == ["finished"] * 2
+    short, long = (read_metrics(point.folder) for point in sweep.points)
+    assert long[0]["loss"] < (short[0]["loss"] + short[-1]["loss"]) / 2

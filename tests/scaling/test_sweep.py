@@ -87,6 +87,10 @@ def test_skipped_combinations(tmp_path):
         ({"tokens": 1.0, "tokens_per_parameter": 1.0}, "not both"),
         ({"bases": 1}, "bases: Extra inputs"),
         ({"skip": [{"attention": "moba"}, {"attention": "full"}]}, "skip leaves no run"),
+        (
+            {"axes": {"x": {"a": {"start_from": "b"}, "b": {}}}, "figures": []},
+            "run a: start_from = b: give a run before",
+        ),
         ({"axes": {"x": {"a b": {}, "a-b": {"run.seed": 2}}}, "figures": []}, "two runs would be named a-b"),
     ],
 )
