@@ -50,7 +50,8 @@ def left_out(results: list[Result], metric: str) -> list[str]:
             why = f": {result.why}" if result.why else f" at step {result.step}" if result.step else ""
             lines.append(f"{result.point.name}: {result.state}{why}")
         elif result.metric(metric) is None:
-            lines.append(f"{result.point.name}: no {metric}: no validation document fills the window")
+            why = "no validation document fills the window" if metric == "trailing_loss" else "no evaluation gave it"
+            lines.append(f"{result.point.name}: no {metric}: {why}")
     return lines
 
 

@@ -15,7 +15,7 @@ from moba_megatron.scaling.sweep import PFLOP_S_DAY, Figure, Sweep
 
 _COLOURS = [f"C{number}" for number in range(10)]
 _MARKERS = "osD^v"
-_NAMES = {"loss": "validation loss", "trailing_loss": "trailing loss"}
+_NAMES = {"loss": "validation loss (nats per token)", "trailing_loss": "trailing loss (nats per token)"}
 
 
 def draw(sweep: Sweep, results: list[Result], figure: Figure, path: Path) -> Path:
@@ -32,6 +32,10 @@ def draw(sweep: Sweep, results: list[Result], figure: Figure, path: Path) -> Pat
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path)
     return path
+
+
+def _name(metric: str) -> str:
+    return _NAMES.get(metric, metric.replace("_", " "))
 
 
 def _new_figure(rows: int) -> Any:
@@ -67,7 +71,7 @@ def _scaling(drawing: Any, sweep: Sweep, results: list[Result], figure: Figure) 
         if law.by_6nd:
             line = np.geomspace(compute.min() / 1.5, compute.max() * 1.5, 50)
             above.plot(line, law.by_6nd(line), color=colour, linestyle="--", linewidth=1)
-    above.set(xscale="log", yscale="log", ylabel=f"{_NAMES[figure.metric]} (nats per token)")
+    above.set(xscale="log", yscale="log", ylabel=_name(figure.metric))
     _plain_ticks(above)
     above.legend(fontsize=8)
     for number, (option, gaps) in enumerate(gaps_by_option(sweep, chosen, axis, figure.metric).items()):
@@ -110,7 +114,7 @@ def _options(drawing: Any, sweep: Sweep, results: list[Result], figure: Figure) 
         shown = [name for name in names if name in values]
         axes.plot([names.index(name) for name in shown], [values[name] for name in shown], marker="o", label=label)
     axes.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 8 else 0)
-    axes.set(xlabel=axis, ylabel=f"{_NAMES[figure.metric]} (nats per token)")
+    axes.set(xlabel=axis, ylabel=_name(figure.metric))
     if len(lines) > 1:
         axes.legend(fontsize=8)
 

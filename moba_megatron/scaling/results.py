@@ -49,8 +49,13 @@ class Result:
     tasks: list[dict[str, Any]] = field(default_factory=list)
 
     def metric(self, name: str) -> float | None:
-        """`loss` or `trailing_loss`."""
-        return {"loss": self.loss, "trailing_loss": self.trailing_loss}[name]
+        """`loss`, `trailing_loss`, or a number of a further evaluation, under the attention of the training if it was
+        evaluated under several."""
+        known = {"loss": self.loss, "trailing_loss": self.trailing_loss}
+        if name in known:
+            return known[name]
+        values = {record["attention"]: record[name] for record in self.tasks if name in record}
+        return values.get(self.point.config.attention.kind, next(iter(values.values()), None))
 
 
 def read_results(sweep: Sweep) -> list[Result]:
@@ -87,13 +92,15 @@ def read_result(point: Point) -> Result:
 
 
 def best(results: list[Result], axes: list[str], metric: str = "loss") -> list[Result]:
-    """Of finished runs that differ only along these axes, the one of least loss."""
+    """Of finished runs that have this metric and differ only along these axes, the one of least loss: of trailing loss
+    where that is the metric."""
+    judge = metric if metric == "trailing_loss" else "loss"
     found: dict[tuple[str, ...], Result] = {}
     for result in results:
         if result.metric(metric) is None:
             continue
         key = tuple(option for axis, option in result.point.options.items() if axis not in axes)
-        if key not in found or result.metric(metric) < found[key].metric(metric):
+        if key not in found or result.metric(judge) < found[key].metric(judge):
             found[key] = result
     return list(found.values())
 

@@ -13,8 +13,8 @@
 
 stands for four runs, `small_moba` to `large_full`, in `runs/scaling/small_moba` and so on: one point for every choice
 of one option from each axis. An option is a mapping of overrides, `key.path: value`; `tokens_per_parameter`, `tokens`
-and `learning_rate` are keys of the sweep that an option may set too. `start_from: NAME` makes a run begin with the
-weights of another run of the sweep, once that has finished.
+and `learning_rate` are keys of the sweep that an option may set too. `start_from` makes a run begin with the weights of
+another run of the sweep, by its name, once that has finished; or with those of a folder, by its path.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Figure(Section):
     kind: Literal["scaling", "options", "positions", "curves"]
     """`scaling`: loss against compute with power laws, and the gap below it (the report's figure 3). `options`: loss
     for each option of an axis. `positions`: loss by position of every run. `curves`: training loss by tokens."""
-    metric: Literal["loss", "trailing_loss"] = "loss"
-    """Validation loss or trailing loss."""
+    metric: str = "loss"
+    """`loss` on validation, `trailing_loss`, or a number that `evaluate` adds, such as `needle_512_greedy_match`."""
     axis: str | None = None
     """`options`: the axis along the bottom. `scaling`: the axis whose options are compared (default `attention`)."""
     title: str = ""
@@ -90,6 +90,8 @@ class SweepFile(Section):
     others."""
     evaluate: list[str] = []
     """Arguments of `moba-megatron evaluate RUN ...` to run after each training, one string a call."""
+    columns: list[str] = ["*"]
+    """Which of the numbers that these add `table` shows, by names with `*` and `?`."""
     figures: list[Figure] = [Figure(kind="scaling")]
     """What `plot` draws."""
 
@@ -101,7 +103,7 @@ class Point:
     Attributes:
         options: the option of each axis.
         overrides: what `train.py` is called with after the base.
-        start_from: the run whose weights it begins with, None for none.
+        start_from: the run of the sweep whose weights it begins with, None for none.
         parameters: without embeddings and norms.
         flops_true: forward and backward operations of the whole training with attention counted by its pairs.
     """
@@ -223,6 +225,8 @@ def _axis_problems(file: SweepFile) -> list[str]:
         axis = figure.axis or ("attention" if figure.kind == "scaling" else None)
         if figure.kind in ("scaling", "options") and axis not in file.axes:
             problems.append(f"a figure of kind {figure.kind} needs axis, one of {', '.join(file.axes)}, not {axis!r}")
+        if figure.kind == "scaling" and figure.metric not in ("loss", "trailing_loss"):
+            problems.append(f"a figure of kind scaling shows loss or trailing_loss, not {figure.metric!r}")
     if file.tokens is not None and file.tokens_per_parameter is not None:
         problems.append("give tokens or tokens_per_parameter, not both")
     return problems
@@ -230,7 +234,8 @@ def _axis_problems(file: SweepFile) -> list[str]:
 
 def _point(file: SweepFile, base: Path, options: dict[str, str], values: dict[str, Any], before: list[Point]) -> Point:
     own = {key: values.pop(key) for key in _OWN_KEYS if key in values}
-    start_from = _run_to_start_from(own.pop("start_from", None), before)
+    source = own.pop("start_from", None)
+    start_from = next((point for point in before if point.name == source), None)
     file = file.model_copy(update=_own_values(own))
     name = point_name(options)
     overrides = [f"run.dir={Path(file.dir) / name}"]
@@ -239,22 +244,16 @@ def _point(file: SweepFile, base: Path, options: dict[str, str], values: dict[st
     parameters = matrix_parameters(first.model, vocab_size=0)
     overrides += _derived(file, first, parameters)
     config = load_config(base, overrides)
-    if start_from is not None:
-        # That run may not be there yet, so that its model cannot complete this one's: the base says all of it.
-        init_from = str(start_from.folder)
+    if source is not None:
+        if start_from is None and "/" not in source:
+            names = ", ".join(point.name for point in before) or "none"
+            raise ValueError(f"start_from = {source}: give a run before it ({names}) or the path of a folder")
+        # What is there may come later, so that its model cannot complete this one's: the base says all of it.
+        init_from = source if start_from is None else str(start_from.folder)
         overrides.append(f"model.init_from={init_from}")
         config = config.model_copy(update={"model": config.model.model_copy(update={"init_from": init_from})})
     tokens = config.training.steps * config.tokens_per_step
     return Point(name, options, overrides, config, parameters, tokens, _true_flops(config), start_from)
-
-
-def _run_to_start_from(name: str | None, before: list[Point]) -> Point | None:
-    if name is None:
-        return None
-    for point in before:
-        if point.name == name:
-            return point
-    raise ValueError(f"start_from = {name}: give a run before it ({', '.join(p.name for p in before) or 'none'})")
 
 
 def _own_values(own: dict[str, Any]) -> dict[str, Any]:

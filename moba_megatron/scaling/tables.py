@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 from moba_megatron.scaling.laws import Laws
 from moba_megatron.scaling.results import Result
 from moba_megatron.scaling.sweep import PFLOP_S_DAY, Sweep
@@ -27,7 +29,7 @@ def plan_rows(sweep: Sweep, results: list[Result]) -> Rows:
 def result_rows(sweep: Sweep, results: list[Result]) -> Rows:
     """The result of every run; a run without one says why. Figures of further evaluations follow as columns."""
     trailing = any(result.trailing_loss is not None for result in results)
-    extra = _extra_columns(results)
+    extra = _extra_columns(sweep, results)
     headings = [*sweep.file.axes, "parameters", "tokens", "PFLOP/s-days (6 N D)", "validation loss"]
     headings += (["trailing loss"] if trailing else []) + extra + ["minutes"]
     rows = []
@@ -41,7 +43,7 @@ def result_rows(sweep: Sweep, results: list[Result]) -> Rows:
             cells.append(f"{result.loss:.4f}")
         if trailing:
             cells.append("" if result.trailing_loss is None else f"{result.trailing_loss:.4f}")
-        values = _scalars(result)
+        values = _scalars(sweep, result)
         cells += [values.get(name, "") for name in extra]
         rows.append([*cells, f"{result.seconds / 60:.1f}"])
     return headings, rows
@@ -70,15 +72,15 @@ def markdown(rows: Rows) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in table)
 
 
-def _scalars(result: Result) -> dict[str, str]:
-    """Numbers at the top of further evaluation records, named by their kind."""
+def _scalars(sweep: Sweep, result: Result) -> dict[str, str]:
+    """Numbers at the top of further evaluation records that the sweep wants to see, named by their attention."""
     found = {}
     for record in result.tasks:
         for key, value in record.items():
-            if isinstance(value, float):
-                found[f"{key} ({record['kind']}, {record['attention']})"] = f"{value:.4f}"
+            if isinstance(value, float) and any(fnmatchcase(key, wanted) for wanted in sweep.file.columns):
+                found[f"{key.replace('_', ' ')}, {record['attention']}"] = f"{value:.4f}"
     return found
 
 
-def _extra_columns(results: list[Result]) -> list[str]:
-    return list(dict.fromkeys(name for result in results for name in _scalars(result)))
+def _extra_columns(sweep: Sweep, results: list[Result]) -> list[str]:
+    return list(dict.fromkeys(name for result in results for name in _scalars(sweep, result)))

@@ -9,7 +9,10 @@ from scaling.sweep_examples import write_sweep
 
 from moba_megatron.config import ConfigError, load_config
 from moba_megatron.ops.pairs import attended_pairs
+from moba_megatron.scaling.laws import left_out
+from moba_megatron.scaling.results import Result
 from moba_megatron.scaling.sweep import load_sweep
+from moba_megatron.scaling.tables import result_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = [path for path in sorted(CONFIGS.rglob("*.yaml")) if "\naxes:" in path.read_text()]
@@ -84,6 +87,7 @@ def test_skipped_combinations(tmp_path):
         ({"best_of": ["seed"]}, "best_of names 'seed'"),
         ({"skip": [{"size": "huge"}]}, "skip names size: huge"),
         ({"figures": [{"kind": "options", "axis": "depth"}]}, "needs axis, one of size, attention, not 'depth'"),
+        ({"figures": [{"kind": "scaling", "metric": "needle"}]}, "shows loss or trailing_loss, not 'needle'"),
         ({"tokens": 1.0, "tokens_per_parameter": 1.0}, "not both"),
         ({"bases": 1}, "bases: Extra inputs"),
         ({"skip": [{"attention": "moba"}, {"attention": "full"}]}, "skip leaves no run"),
@@ -117,3 +121,26 @@ def test_full_size_sweeps_are_the_single_configurations(folder):
 def test_an_unknown_run(tmp_path):
     with pytest.raises(ConfigError, match="has no run 'tiny'"):
         load_sweep(write_sweep(tmp_path)).point("tiny")
+
+
+def test_weights_to_start_from_need_not_be_there_yet(tmp_path):
+    axes = {"stage": {"short": {"start_from": "models/tiny"}, "long": {"start_from": "short"}}}
+    short, long = load_sweep(write_sweep(tmp_path, axes=axes, figures=[])).points
+    assert short.start_from is None and short.overrides[-1] == "model.init_from=models/tiny"
+    assert long.start_from is short and long.config.model.init_from == str(short.folder)
+
+
+def test_further_evaluations_are_columns_and_metrics(tmp_path):
+    sweep = load_sweep(write_sweep(tmp_path, columns=["needle_*_greedy_match"]))
+    moba = {"kind": "tasks", "attention": "moba", "needle_128_greedy_match": 0.5, "needle_128_answer_nats": 1.5}
+    full = moba | {"attention": "full", "needle_128_greedy_match": 0.75}
+    tasks = [moba, full]
+    results = [Result(point, "finished", loss=1.0, tasks=tasks) for point in sweep.points]
+    assert [r.metric("needle_128_greedy_match") for r in results] == [0.5, 0.75] * 2
+    assert results[0].metric("needle_64_greedy_match") is None
+    headings, rows = result_rows(sweep, results)
+    assert headings[-3:] == ["needle 128 greedy match, moba", "needle 128 greedy match, full", "minutes"]
+    assert rows[0][-3:-1] == ["0.5000", "0.7500"]
+    assert left_out(results, "needle_64_greedy_match")[0] == (
+        "small_moba: no needle_64_greedy_match: no evaluation gave it"
+    )
