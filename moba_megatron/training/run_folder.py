@@ -5,15 +5,19 @@ RUN/metrics.jsonl        one line a step
 RUN/evaluations.jsonl    one line an evaluation
 RUN/checkpoints/step_N/  see the checkpoint package
 RUN/status.json          how the last process ended, for launchers that cannot trust exit codes
+RUN/lock                 held by the process that trains here
 RUN/plots/, RUN/tensorboard/, RUN/wandb/, RUN/profile/
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import socket
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from moba_megatron.checkpoint import CheckpointError, find_latest
 from moba_megatron.checkpoint.manifest import NAME, Manifest
@@ -65,6 +69,37 @@ class RunFolder:
     def write_status(self, state: State, step: int | None, **more: Any) -> None:
         """Say how the run stands: `state`, `step`, and whatever explains it."""
         _write_whole(self.status, json.dumps({"state": state, "step": step, **more}) + "\n")
+
+
+# Open for as long as this process lives: a lock ends with the file that holds it.
+_claimed: dict[Path, IO[str]] = {}
+
+
+def claim(path: str | Path) -> None:
+    """Make a run folder this process's own until the process ends, however that ends; children do not inherit it.
+
+    Raises:
+        ConfigError: another process trains there.
+    """
+    path = Path(path).resolve()
+    if path in _claimed:
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    file = open(path / "lock", "a+")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return file.close()  # a file system without locks
+        file.seek(0)
+        raise ConfigError([
+            f"run.dir = {path} is being trained by {file.read().strip() or 'another process'}: "
+            "wait for it, stop it, or give run.dir another name"
+        ]) from error  # fmt: skip
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _claimed[path] = file
 
 
 def find_resume(config: Config, schedule: AttentionSchedule, data: dict[str, str]) -> Path | None:

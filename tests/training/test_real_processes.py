@@ -35,6 +35,11 @@ def test_a_signal_saves_ends_with_code_0_and_loses_nothing(unbroken, tmp_path, n
     config = small_config(tmp_path, training__steps=60, checkpoint__every=50)
     process = start(config)
     wait_for_step(config, 3, process)
+    if number == signal.SIGTERM:
+        process.send_signal(signal.SIGSTOP)
+        output = finish(start(config), code=2)
+        assert f"{config.run.dir} is being trained by process {process.pid} on" in output
+        process.send_signal(signal.SIGCONT)
     process.send_signal(number)
     output = finish(process)
     status = json.loads((Path(config.run.dir) / "status.json").read_text())
