@@ -110,11 +110,15 @@ def test_every_shipped_sweep_loads(path):
     assert len({point.config.model_dump_json() for point in sweep.points}) == len(sweep.points)
 
 
-@pytest.mark.parametrize("folder", ["scaling_8k", "scaling_32k", "granularity", "sparse_then_full"])
+@pytest.mark.parametrize("folder", ["scaling_8k", "scaling_32k", "granularity", "sparse_then_full", "layer_hybrid"])
 def test_full_size_sweeps_are_the_single_configurations(folder):
     points = load_sweep(CONFIGS / folder / "sweep.yaml").points
     single = {path.stem: load_config(path) for path in (CONFIGS / folder).glob("*.yaml")
               if path.stem not in ("base", "sweep")}  # fmt: skip
+    if folder == "layer_hybrid":
+        start = {"init_from": "runs/sparse_then_full/moba_then_full"}
+        single = {name: config.model_copy(update={"model": config.model.model_copy(update=start)})
+                  for name, config in single.items()}  # fmt: skip
     assert {point.name: point.config for point in points} == single
 
 
