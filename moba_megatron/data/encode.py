@@ -15,6 +15,7 @@ import signal
 import socket
 import threading
 from dataclasses import dataclass, field
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -41,6 +42,9 @@ from moba_megatron.data.tokenizer import Encoder, Tokenizer
 
 _BATCH_BYTES = 4 * MIB
 _BATCH_DOCUMENTS = 4096
+
+# What this process has read and encoded, for the progress bar of the one that shows it.
+_text_bytes: Synchronized[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,8 @@ def choose_split(recipe: Recipe, source: SourceBase, document: Document) -> str 
     return "validation" if document.split_hash < recipe.split.validation * 2**64 else "train"
 
 
-def encode_part(job: Job, number: int, part: Part) -> int:
+def encode_part(job: Job, number: int, part: Part) -> None:
     """Read, encode and write one part, in place of what there is of it.
-
-    Returns:
-        UTF-8 bytes of the text that was taken.
 
     Raises:
         EngineMismatch: gigatoken and `tokenizers` differ on the sample.
@@ -106,7 +107,6 @@ def encode_part(job: Job, number: int, part: Part) -> int:
         folder.rename(final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return stats.text_bytes
 
 
 class _Shard:
@@ -186,6 +186,9 @@ class _Shard:
         self.stats.filtered += kept.size - records.size - (self.stats.skipped_total - skipped)
         if self.records is not None:
             write(self.records, records.tobytes())
+        if _text_bytes is not None:
+            with _text_bytes.get_lock():
+                _text_bytes.value += batch.bytes
 
     def _encode(self, documents: list[Document], writer: SplitWriter, check: bool) -> np.ndarray:
         """Encode and write documents of one split; return which of them the tokenizer and the filters by tokens
@@ -242,9 +245,16 @@ def _template(job: Job) -> ChatTemplate:
     return ChatTemplate(job.work / "tokenizer", _encoder(job).tokenizer.eod_token)
 
 
-def start_worker() -> None:
+def count_text(text_bytes: Synchronized[int]) -> None:
+    """From now on, add the UTF-8 bytes of text that this process has read and encoded."""
+    global _text_bytes
+    _text_bytes = text_bytes
+
+
+def start_worker(text_bytes: Synchronized[int]) -> None:
     """First thing in a worker process: one core each, no reaction to Ctrl-C (the parent decides), no life without a
     parent."""
+    count_text(text_bytes)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

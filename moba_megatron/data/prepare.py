@@ -33,7 +33,7 @@ from pathlib import Path
 from rich.console import Console
 
 from moba_megatron.data.documents import MIB, CorpusError, Document, Incomplete, Part, Skipped
-from moba_megatron.data.encode import Job, choose_split, encode_part, start_worker
+from moba_megatron.data.encode import Job, choose_split, count_text, encode_part, start_worker
 from moba_megatron.data.finish import check_columns, merge_shards
 from moba_megatron.data.manifest import Manifest, load_manifest
 from moba_megatron.data.plan import Plan, make_plan
@@ -249,16 +249,20 @@ def _make_shards(plan: Plan, job: Job, own: list[int], workers: int, console: Co
     if len(todo) < len(own):
         console.print(f"continuing: {len(own) - len(todo)} of {len(own)} parts are there already")
     sizes = [plan.parts[n].size for n in own]
-    with encoding_progress(console, sizes, [part.size for _, part in todo]) as advance:
+    spawn = multiprocessing.get_context("spawn")
+    text_bytes = spawn.Value("q", 0)
+    with encoding_progress(console, sizes, [part.size for _, part in todo], text_bytes) as advance:
         if workers == 1 or len(todo) <= 1:
+            count_text(text_bytes)
             for number, part in todo:
-                advance(part.size, encode_part(job, number, part))
+                encode_part(job, number, part)
+                advance(part.size)
             return
-        spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=spawn, initializer=start_worker)
+        pool = ProcessPoolExecutor(min(workers, len(todo)), spawn, start_worker, (text_bytes,))
         try:
             futures = {pool.submit(encode_part, job, number, part): part for number, part in todo}
             for future in as_completed(futures):
-                advance(futures[future].size, future.result())
+                future.result()
+                advance(futures[future].size)
         finally:
             pool.shutdown(cancel_futures=True)
