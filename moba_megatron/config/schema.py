@@ -117,11 +117,6 @@ class AttentionConfig(Section):
         """Whether blocks are chosen as in the MoBA report, everywhere."""
         return self.selectors == {"top_k"} and self.summary == "mean"
 
-    @property
-    def plain_moba(self) -> bool:
-        """Whether this is the MoBA report's attention: what `hf` and other packages compute."""
-        return self.top_k_of_means and self.key_convolution is None
-
 
 class BlendEntry(Section):
     path: str

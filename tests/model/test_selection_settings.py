@@ -82,12 +82,6 @@ def test_settings_that_do_not_go_together_are_refused(attention, named):
         config(**attention)
 
 
-def test_plain_moba_is_known_as_such():
-    assert config().attention.plain_moba
-    for attention in ({"selector": "recent"}, {"summary": "min_max"}, {"layers": {1: {"selector": "sink_recent"}}}):
-        assert not config(**attention).attention.plain_moba
-
-
 def test_an_export_refuses_what_transformers_would_compute_otherwise():
     assert moba_config((LayerAttention("moba", 8, 2), FULL), "full")["top_k"] == 2
     with pytest.raises(ConfigError, match="blocks chosen by recent .* knows top_k of mean only"):
