@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from moba_megatron.config import ConfigError, check_world, config_from_dict, load_config
 from moba_megatron.config.reference import reference
@@ -205,6 +206,9 @@ def test_an_exchange_is_one_word_or_one_for_each_kind(tmp_path):
         assert (exchange.moba, exchange.full) == expected
         assert load_config(path, ["parallel.exchange=p2p"]).parallel.exchange.full == "p2p"
         assert load_config(path, ["parallel.exchange.full=all_gather"]).parallel.exchange.full == "all_gather"
+    path.write_text(yaml.safe_dump({**SMALL, "parallel": {"exchange": "a2a"}}))
+    exchange = load_config(path, ["parallel.exchange.moba=dispatch"]).parallel.exchange
+    assert (exchange.moba, exchange.full) == ("dispatch", "a2a")
 
 
 def test_all_problems_come_at_once():
