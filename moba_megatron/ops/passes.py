@@ -208,16 +208,15 @@ def _shared_tiles(
     number_b = torch.arange(unit_b.numel(), device=device)
     first_b = first_U[unit_b] + (number_b - (batches_U.cumsum(0) - batches_U)[unit_b]) * ROWS_OF_BATCH
     last_b = torch.minimum(first_b + ROWS_OF_BATCH, last_U[unit_b])
-    keys_bm = start_U[unit_b].unsqueeze(1) + torch.arange(length, device=device)
-    shift_E = torch.repeat_interleave(number_b * ROWS_OF_BATCH - first_b, last_b - first_b)
-    begin = units[0][2]
-    place_E = shift_E + torch.arange(begin, units[-1][3], device=device)
     step = max(1, budget // (ROWS_OF_BATCH * length))
-    bounds = [*first_b[::step].tolist(), units[-1][3]]
-    for tile, (low, high) in enumerate(itertools.pairwise(bounds)):
-        keys = keys_bm[tile * step : (tile + 1) * step]
-        place = place_E[low - begin : high - begin] - tile * step * ROWS_OF_BATCH
-        yield _Tile(low, high, (keys.shape[0], ROWS_OF_BATCH), place, keys.flatten())
+    lows = [*first_b[::step].tolist(), units[-1][3]]
+    for number, (low, high) in enumerate(itertools.pairwise(lows)):
+        batches = slice(number * step, (number + 1) * step)
+        first, rows = first_b[batches], (last_b - first_b)[batches]
+        shift = number_b[: first.numel()] * ROWS_OF_BATCH - first
+        place = torch.arange(low, high, device=device) + torch.repeat_interleave(shift, rows)
+        keys = start_U[unit_b[batches]].unsqueeze(1) + torch.arange(length, device=device)
+        yield _Tile(low, high, (first.numel(), ROWS_OF_BATCH), place, keys.flatten())
 
 
 def units_forward(work: Pass, entries: Entries, part_ED: Tensor, part_lse_E: Tensor) -> None:
