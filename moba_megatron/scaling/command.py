@@ -19,7 +19,7 @@ from moba_megatron.config import ConfigError
 from moba_megatron.scaling.laws import Laws, fit_sweep, left_out
 from moba_megatron.scaling.results import Result, read_result, read_results
 from moba_megatron.scaling.sweep import Point, Sweep, load_sweep
-from moba_megatron.scaling.tables import Rows, law_rows, markdown, plan_rows, result_rows
+from moba_megatron.scaling.tables import Rows, gap_rows, law_rows, markdown, plan_rows, result_rows
 
 scaling_app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -115,11 +115,14 @@ def plot_command(sweep: SweepArgument, output: OutputOption = None) -> None:
 
 @scaling_app.command("table")
 def table_command(sweep: SweepArgument, output: OutputOption = None) -> None:
-    """Print results and laws as Markdown; with --output also into FOLDER/table.md."""
+    """Print results, gaps and laws as Markdown; with --output also into FOLDER/table.md."""
     with _errors():
         loaded = load_sweep(sweep)
         results = read_results(loaded)
         text = markdown(result_rows(loaded, results))
+        for figure in loaded.file.figures:
+            if figure.kind == "scaling":
+                text += "\n" + markdown(gap_rows(loaded, results, figure.axis or "attention", figure.metric))
         laws = _all_laws(loaded, results)
         if any(law.by_6nd or law.three_terms for law in laws):
             text += "\n" + markdown(law_rows(laws))

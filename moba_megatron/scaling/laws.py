@@ -42,6 +42,32 @@ def fit_sweep(sweep: Sweep, results: list[Result], axis: str, metric: str) -> li
     ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Gap:
+    """Loss of the first option of an axis minus that of another, between two runs that agree in all other axes."""
+
+    first: Result
+    option: str
+    value: float
+
+
+def gaps_to_first(sweep: Sweep, results: list[Result], axis: str, metric: str) -> list[Gap]:
+    """The gaps of an axis, in the order of the runs."""
+    first, ignored = next(iter(sweep.file.axes[axis])), {axis, *sweep.file.best_of}
+
+    def rest(result: Result) -> tuple[str, ...]:
+        return tuple(option for name, option in result.point.options.items() if name not in ignored)
+
+    known = best(results, sweep.file.best_of, metric)
+    base = {rest(result): result for result in known if result.point.options[axis] == first}
+    pairs = [(base.get(rest(result)), result) for result in known if result.point.options[axis] != first]
+    return [
+        Gap(one, other.point.options[axis], one.metric(metric) - other.metric(metric))
+        for one, other in pairs
+        if one is not None
+    ]
+
+
 def left_out(results: list[Result], metric: str) -> list[str]:
     """The runs that a fit of this metric cannot use, with the reason: never dropped in silence."""
     lines = []

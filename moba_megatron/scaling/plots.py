@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moba_megatron.evaluation.records import read_json_lines
-from moba_megatron.scaling.laws import fit_sweep, left_out
+from moba_megatron.scaling.laws import fit_sweep, gaps_to_first, left_out
 from moba_megatron.scaling.results import Result, best
 from moba_megatron.scaling.sweep import PFLOP_S_DAY, Figure, Sweep
 
@@ -74,32 +74,16 @@ def _scaling(drawing: Any, sweep: Sweep, results: list[Result], figure: Figure) 
     above.set(xscale="log", yscale="log", ylabel=_name(figure.metric))
     _plain_ticks(above)
     above.legend(fontsize=8)
-    for number, (option, gaps) in enumerate(gaps_by_option(sweep, chosen, axis, figure.metric).items()):
-        below.plot(*zip(*gaps, strict=True), marker="o", color=_COLOURS[number + 1], label=option)
-    first = next(iter(sweep.file.axes[axis]))
+    first, *others = sweep.file.axes[axis]
+    gaps = gaps_to_first(sweep, chosen, axis, figure.metric)
+    for number, option in enumerate(others, start=1):
+        points = [(gap.first.point.flops_6nd / PFLOP_S_DAY, gap.value) for gap in gaps if gap.option == option]
+        if points:
+            below.plot(*zip(*points, strict=True), marker="o", color=_COLOURS[number], label=option)
     below.axhline(0, color="grey", linewidth=0.8)
     below.set(xlabel="PFLOP/s-days (6 N D)", ylabel=f"{first} minus it")
-    if len(sweep.file.axes[axis]) > 1:
+    if gaps:
         below.legend(fontsize=8)
-
-
-def gaps_by_option(sweep: Sweep, results: list[Result], axis: str, metric: str) -> dict[str, list[tuple[float, float]]]:
-    """For each option but the first: (compute in PFLOP/s-days, loss of the first option minus its loss) for each pair
-    of runs that agree in all other axes."""
-    first, *others = sweep.file.axes[axis]
-
-    def rest(result: Result) -> tuple[str, ...]:
-        ignored = {axis, *sweep.file.best_of}
-        return tuple(option for name, option in result.point.options.items() if name not in ignored)
-
-    base = {rest(r): r for r in results if r.point.options[axis] == first}
-    found: dict[str, list[tuple[float, float]]] = {}
-    for result in results:
-        option, partner = result.point.options[axis], base.get(rest(result))
-        if option in others and partner is not None:
-            gap = partner.metric(metric) - result.metric(metric)
-            found.setdefault(option, []).append((result.point.flops_6nd / PFLOP_S_DAY, gap))
-    return found
 
 
 def _options(drawing: Any, sweep: Sweep, results: list[Result], figure: Figure) -> None:

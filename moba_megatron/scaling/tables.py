@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from moba_megatron.scaling.laws import Laws
+from moba_megatron.scaling.laws import Laws, gaps_to_first
 from moba_megatron.scaling.results import Result
 from moba_megatron.scaling.sweep import PFLOP_S_DAY, Sweep
 
@@ -47,6 +47,18 @@ def result_rows(sweep: Sweep, results: list[Result]) -> Rows:
         cells += [values.get(name, "") for name in extra]
         rows.append([*cells, f"{result.seconds / 60:.1f}"])
     return headings, rows
+
+
+def gap_rows(sweep: Sweep, results: list[Result], axis: str, metric: str) -> Rows:
+    """By how much the first option of an axis is above each other one, run by run."""
+    first, *others = sweep.file.axes[axis]
+    rest = [name for name in sweep.file.axes if name not in (axis, *sweep.file.best_of)]
+    rows: dict[str, list[str]] = {}
+    for gap in gaps_to_first(sweep, results, axis, metric):
+        options = [gap.first.point.options[name] for name in rest]
+        row = rows.setdefault(gap.first.point.name, [*options, *[""] * len(others)])
+        row[len(rest) + others.index(gap.option)] = f"{gap.value:+.4f}"
+    return [*rest, *(f"{metric.replace('_', ' ')}, {first} minus {other}" for other in others)], list(rows.values())
 
 
 def law_rows(laws: list[Laws]) -> Rows:

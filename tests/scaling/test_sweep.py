@@ -12,7 +12,7 @@ from moba_megatron.ops.pairs import attended_pairs
 from moba_megatron.scaling.laws import left_out
 from moba_megatron.scaling.results import Result
 from moba_megatron.scaling.sweep import load_sweep
-from moba_megatron.scaling.tables import result_rows
+from moba_megatron.scaling.tables import gap_rows, result_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = [path for path in sorted(CONFIGS.rglob("*.yaml")) if "\naxes:" in path.read_text()]
@@ -147,4 +147,18 @@ def test_further_evaluations_are_columns_and_metrics(tmp_path):
     assert rows[0][-3:-1] == ["0.5000", "0.7500"]
     assert left_out(results, "needle_64_greedy_match")[0] == (
         "small_moba: no needle_64_greedy_match: no evaluation gave it"
+    )
+
+
+def test_gaps_are_between_runs_that_agree_in_the_other_axes(tmp_path):
+    sweep = load_sweep(write_sweep(tmp_path))
+    losses = {"small_moba": 3.0, "small_full": 3.25, "large_full": 2.0}  # large_moba has not finished
+    results = [
+        Result(point, "finished", loss=losses[point.name]) if point.name in losses else Result(point, "cut")
+        for point in sweep.points
+    ]
+    assert gap_rows(sweep, results, "attention", "loss") == (["size", "loss, moba minus full"], [["small", "-0.2500"]])
+    assert gap_rows(sweep, results, "size", "loss") == (
+        ["attention", "loss, small minus large"],
+        [["full", "+1.2500"]],
     )
