@@ -181,15 +181,18 @@ class _Tile:
 
 
 def _unit_tiles(work: Pass, entries: Entries, fused: bool, split: int) -> Iterator[_Tile]:
-    """Tiles of units. A unit with much to compute has tiles of its own, cut in `split` batches to run side by side;
-    adjacent equally long units with little are cut into batches of equal size and share tiles."""
+    """Tiles of units. A unit with much to compute has tiles of its own, cut in `split` batches to run side by side.
+
+    On a CPU adjacent equally long units with little are cut into batches of equal size and share tiles; the large tiles
+    of an accelerator would copy too many keys for that.
+    """
     # The fused kernel keeps no scores and is at its best with longer tiles.
     budget = work.scores_budget * (2 if fused else 1)
     for length, units in itertools.groupby(entries.units, key=lambda unit: unit[1] - unit[0]):
         units = list(units)
         count = units[-1][3] - units[0][2]
-        if len(units) > 1 and 2 * count * length < budget * len(units):
-            yield from _shared_tiles(units, length, budget, entries.row_E.device)
+        if work.q.device.type == "cpu" and len(units) > 1 and 2 * count * length < budget * len(units):
+            yield from _shared_tiles(units, length, budget)
             continue
         rows = max(64, budget // length)
         for start, end, first, last in units:
@@ -198,14 +201,12 @@ def _unit_tiles(work: Pass, entries: Entries, fused: bool, split: int) -> Iterat
                 yield _Tile(low, high, (split, -(-(high - low) // split)), None, slice(start, end))
 
 
-def _shared_tiles(
-    units: list[tuple[int, int, int, int]], length: int, budget: int, device: torch.device
-) -> Iterator[_Tile]:
+def _shared_tiles(units: list[tuple[int, int, int, int]], length: int, budget: int) -> Iterator[_Tile]:
     """Tiles of adjacent units of `length` keys, in batches of ROWS_OF_BATCH rows."""
-    start_U, _, first_U, last_U = torch.tensor(units, device=device).unbind(1)
+    start_U, _, first_U, last_U = torch.tensor(units).unbind(1)
     batches_U = -((first_U - last_U) // ROWS_OF_BATCH)
     unit_b = torch.repeat_interleave(batches_U)
-    number_b = torch.arange(unit_b.numel(), device=device)
+    number_b = torch.arange(unit_b.numel())
     first_b = first_U[unit_b] + (number_b - (batches_U.cumsum(0) - batches_U)[unit_b]) * ROWS_OF_BATCH
     last_b = torch.minimum(first_b + ROWS_OF_BATCH, last_U[unit_b])
     step = max(1, budget // (ROWS_OF_BATCH * length))
@@ -214,8 +215,8 @@ def _shared_tiles(
         batches = slice(number * step, (number + 1) * step)
         first, rows = first_b[batches], (last_b - first_b)[batches]
         shift = number_b[: first.numel()] * ROWS_OF_BATCH - first
-        place = torch.arange(low, high, device=device) + torch.repeat_interleave(shift, rows)
-        keys = start_U[unit_b[batches]].unsqueeze(1) + torch.arange(length, device=device)
+        place = torch.arange(low, high) + torch.repeat_interleave(shift, rows)
+        keys = start_U[unit_b[batches]].unsqueeze(1) + torch.arange(length)
         yield _Tile(low, high, (first.numel(), ROWS_OF_BATCH), place, keys.flatten())
 
 

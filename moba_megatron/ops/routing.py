@@ -58,7 +58,7 @@ def select_past(
     """
     num_tokens, num_heads, head_size = q_TND.shape
     ids_TNK = torch.full((num_tokens, num_heads, num_past), -1, dtype=torch.int32, device=q_TND.device)
-    if num_past == 0:
+    if num_past == 0 or num_tokens == 0:
         return ids_TNK
     if not selector.uses_scores:
         return ids_TNK.copy_(selector.choose(None, layout.block_T, num_past).unsqueeze(1))
@@ -67,9 +67,11 @@ def select_past(
     group_size = num_heads // num_groups
     first_T, own_T = layout.first_block_T, layout.pack_block_T
     on_cpu = q_TND.device.type == "cpu"
-    most = TOKENS_ON_CPU if on_cpu else TOKENS_ON_ACCELERATOR
+    most = min(num_tokens, TOKENS_ON_CPU if on_cpu else TOKENS_ON_ACCELERATOR)
     budget = SCORES_ON_CPU if on_cpu else SCORES_ON_ACCELERATOR
-    step = max(1, min(num_tokens, most, budget // max(1, layout.num_blocks * group_size)))
+    # The most blocks that `most` tokens in a row may choose from.
+    seen = int((own_T[most - 1 :] - first_T[: num_tokens - most + 1]).max()) if on_cpu else layout.num_blocks
+    step = max(1, min(most, budget // max(1, seen * group_size)))
     planes_GDM = summaries_MGD.permute(1, 2, 0)
     for start in range(0, num_tokens, step):
         end = min(start + step, num_tokens)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -49,7 +50,9 @@ def run_command(
     only: Annotated[
         list[str] | None, typer.Option(help="Names or numbers (from 0) of runs. Several times, or all.")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Trainings at once. Default: one for each core.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Trainings at once. Default: one for each core; one where there is a GPU.")
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Ranks of each training, on this machine.")] = 1,
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Save and stop after so long; the same command goes on.")
@@ -70,9 +73,10 @@ def run_command(
         if slurm:
             typer.echo(_array_job(loaded, points, slurm))
             return
-        cores = max(1, len(os.sched_getaffinity(0)) // processes)
         try:
-            results = run_sweep(loaded, points, jobs=jobs or cores, processes=processes, minutes=minutes)
+            results = run_sweep(
+                loaded, points, jobs=jobs or _default_jobs(processes), processes=processes, minutes=minutes
+            )
         except KeyboardInterrupt as error:
             raise typer.Exit(130) from error
         _print(plan_rows(loaded, results), f"{sweep}: runs in {loaded.folder}")
@@ -93,7 +97,7 @@ def fit_command(sweep: SweepArgument, output: OutputOption = None) -> None:
         for line in _notes(laws, results):
             typer.echo(line)
         folder = _folder(loaded, output)
-        record = {"laws": [law.to_dict() for law in laws], "left_out": left_out(results, laws[0].metric)}
+        record = {"laws": [law.to_dict() for law in laws], "left_out": _left_out(laws, results)}
         (folder / "laws.json").write_text(json.dumps(record, indent=1) + "\n")
         typer.echo(folder / "laws.json")
 
@@ -132,6 +136,11 @@ def table_command(sweep: SweepArgument, output: OutputOption = None) -> None:
             (_folder(loaded, output) / "table.md").write_text(text + "\n")
 
 
+def _default_jobs(processes: int) -> int:
+    """Trainings share no GPU unless asked to."""
+    return 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)) // processes)
+
+
 def _array_job(sweep: Sweep, points: list[Point], script: str) -> str:
     """The command that submits what is not finished among some runs; one that does nothing where all is."""
     if not Path(script).is_file():
@@ -154,8 +163,14 @@ def _all_laws(sweep: Sweep, results: list[Result]) -> list[Laws]:
 
 def _notes(laws: list[Laws], results: list[Result]) -> list[str]:
     """What is missing, and why: runs without a result and fits that cannot be made."""
-    missing = [f"left out: {line}" for line in left_out(results, laws[0].metric if laws else "loss")]
-    return missing + [f"not fitted: {problem}" for law in laws for problem in law.problems]
+    missing = [f"left out: {line}" for line in _left_out(laws, results)]
+    return missing + [f"not fitted: {problem}" for problem in dict.fromkeys(p for law in laws for p in law.problems)]
+
+
+def _left_out(laws: list[Laws], results: list[Result]) -> list[str]:
+    """Runs without one of the metrics that are fitted, or without any result."""
+    metrics = dict.fromkeys([law.metric for law in laws] or ["loss"])
+    return list(dict.fromkeys(line for metric in metrics for line in left_out(results, metric)))
 
 
 def _folder(sweep: Sweep, output: Path | None) -> Path:

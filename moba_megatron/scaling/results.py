@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,9 @@ LOG = "sweep.log"
 
 ENDED = "ended with code "
 """How the last line of that log begins."""
+
+# By SIGTERM, SIGKILL (a job's end, too little memory) and Ctrl-C: as `Popen` and as a shell tell it.
+_ASKED_TO_STOP = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT, 143, 137, 130)
 
 _FREE = ("attention.backend", "attention.full_backend", "evaluation.every")
 
@@ -78,7 +82,8 @@ def read_result(point: Point) -> Result:
     state, step = _state(point, status), int(steps[-1]["step"]) if steps else 0
     seconds = sum(line["step_seconds"] for line in steps)
     if state != "finished":
-        why = str(status.get("error") or last_line(point.folder / LOG)) if state == "failed" else ""
+        error = status.get("error") if status["state"] == "failed" else None
+        why = str(error or last_line(point.folder / LOG)) if state == "failed" else ""
         return Result(point, state, step, why, seconds=seconds)
     at_end = [line for line in evaluations if line["step"] == point.config.training.steps]
     losses = training_records(at_end)
@@ -128,17 +133,26 @@ def _before_first_step(point: Point) -> Result:
     log = point.folder / LOG
     if not log.is_file():
         return Result(point, "missing")
-    code = re.search(rf"^{ENDED}(-?\d+)$", log.read_text(errors="replace"), re.MULTILINE)
-    failed = code is not None and int(code.group(1)) > 0
-    return Result(point, "failed", why=last_line(log)) if failed else Result(point, "cut")
+    return Result(point, "failed", why=last_line(log)) if _ended_badly(log) else Result(point, "cut")
+
+
+def _ended_badly(log: Path) -> bool:
+    """Whether the last process of a run ended by a failure, and not because it was asked to stop."""
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    codes = re.findall(rf"^{ENDED}(-?\d+)$", text, re.MULTILINE)
+    # A run that has started since has not said how it ended.
+    if not codes or not text.rstrip().endswith(f"{ENDED}{codes[-1]}"):
+        return False
+    return int(codes[-1]) not in (0, *_ASKED_TO_STOP)
 
 
 def _state(point: Point, status: dict[str, Any]) -> State:
     if status["state"] == "finished" and status["step"] >= point.config.training.steps:
         return "finished"
-    if status["state"] == "failed":
-        return "failed"
-    return "running" if status["state"] == "running" and _alive(status) else "cut"
+    if status["state"] == "running" and _alive(status):
+        return "running"
+    # What fails before its first step leaves the status of the process before it.
+    return "failed" if status["state"] == "failed" or _ended_badly(point.folder / LOG) else "cut"
 
 
 def _alive(status: dict[str, Any]) -> bool:
@@ -153,8 +167,12 @@ def _check_settings(point: Point) -> None:
     if not path.is_file():
         return
     there, wanted = _shaping(load_config(path)), _shaping(point.config)
+    # What the sweep leaves open is as in the weights that the run starts from.
+    left_open = {k for k, v in wanted.items() if v is None and k.startswith("model.") and point.config.model.init_from}
     changed = [
-        f"{key} = {value!r} (the run has {there[key]!r})" for key, value in wanted.items() if there[key] != value
+        f"{key} = {value!r} (the run has {there[key]!r})"
+        for key, value in wanted.items()
+        if there[key] != value and key not in left_open
     ]
     if changed:
         raise ConfigError([

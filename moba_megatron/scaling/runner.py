@@ -82,13 +82,15 @@ def run_sweep(
                            for p in alone])  # fmt: skip
     if len(todo) < len(points):
         console.print(f"{len(points) - len(todo)} of {len(points)} runs are finished already")
-    threads = max(1, len(os.sched_getaffinity(0)) // (jobs * processes))
+    threads = max(1, len(os.sched_getaffinity(0)) // (max(1, min(jobs, len(todo))) * processes))
     start = _Starter(sweep.base.resolve(), threads, processes, minutes)
     _run_all(todo, start, jobs, console)
-    results = [read_result(point) for point in points]
-    for result in results:
-        if result.state == "finished":
-            _evaluate(sweep, result, console)
+    problems: list[str] = []
+    for point in points:
+        if read_result(point).state == "finished" and not start.late:
+            problems += _evaluate(sweep, point, console)
+    if problems:
+        raise ConfigError(problems)
     return [read_result(point) for point in points]
 
 
@@ -121,7 +123,7 @@ class _Starter:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
         command = [*launcher, str(train_script()), str(self.base), *point.overrides, f"run.threads={self.threads}"]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        with open(point.folder / LOG, "wb") as log:
+        with open(point.folder / LOG, "ab") as log:
             log.write((" ".join(command) + "\n").encode())
             log.flush()
             # A session of its own: Ctrl-C in the terminal reaches the sweep alone, which then stops its runs. If the
@@ -207,19 +209,22 @@ def describe(result: Result) -> str:
     return result.state
 
 
-def _evaluate(sweep: Sweep, result: Result, console: Console) -> None:
-    """Run the sweep's evaluations of a finished run that are not done yet; `evaluated.txt` lists those that are."""
-    done_file = result.point.folder / "evaluated.txt"
+def _evaluate(sweep: Sweep, point: Point, console: Console) -> list[str]:
+    """Run the sweep's evaluations of a finished run that are not done yet; `evaluated.txt` lists those that are.
+    Returns what failed."""
+    done_file, log_file = point.folder / "evaluated.txt", point.folder / "evaluate.log"
     done = done_file.read_text().splitlines() if done_file.is_file() else []
+    problems = []
     for arguments in sweep.file.evaluate:
         if arguments in done:
             continue
-        command = [sys.executable, "-m", "moba_megatron.cli", "evaluate", str(result.point.folder), *arguments.split()]
-        with open(result.point.folder / LOG, "ab") as log:
+        command = [sys.executable, "-m", "moba_megatron.cli", "evaluate", str(point.folder), *arguments.split()]
+        with open(log_file, "wb") as log:
             code = subprocess.run(command, stdout=log, stderr=log).returncode
         if code:
-            why = last_line(result.point.folder / LOG)
-            raise ConfigError([f"evaluating {result.point.name} ({arguments}) failed: {why}"])
+            problems.append(f"evaluating {point.name} ({arguments}) failed: {last_line(log_file)} (see {log_file})")
+            continue
         with open(done_file, "a") as file:
             file.write(arguments + "\n")
-        console.print(f"{result.point.name}: evaluated ({arguments})", markup=False)
+        console.print(f"{point.name}: evaluated ({arguments})", markup=False)
+    return problems

@@ -37,8 +37,6 @@ from moba_megatron.planning.flops import matrix_parameters, training_flops_per_t
 PFLOP_S_DAY = 1e15 * 86400
 """Operations that a machine of 1 PFLOP/s does in a day: the unit of the report's figure 3."""
 
-_OWN_KEYS = ("tokens_per_parameter", "tokens", "learning_rate", "start_from")
-
 
 class LearningRateRule(Section):
     """The learning rate of a model by its size: value x (N / parameters) ^ exponent, whatever its attention."""
@@ -51,6 +49,16 @@ class LearningRateRule(Section):
     """How it changes with size; 0: the same for all."""
     final_share: float = Field(default=0.1, ge=0, le=1)
     """`optimizer.min_lr` over `optimizer.lr`."""
+
+
+class OptionKeys(Section):
+    """Keys of the sweep that an option may set for its runs."""
+
+    tokens_per_parameter: float | None = Field(default=None, gt=0)
+    tokens: float | None = Field(default=None, gt=0)
+    learning_rate: LearningRateRule | float | None = None
+    start_from: str | None = None
+    """Weights to begin with: an earlier run of the sweep, by its name, or a folder, by its path."""
 
 
 class Figure(Section):
@@ -73,6 +81,8 @@ class SweepFile(Section):
     """Training configuration, relative to this file."""
     dir: str
     """Folder of the runs."""
+    overrides: dict[str, Any] = {}
+    """What all runs change of the base; an option may change it again."""
     axes: dict[str, dict[str, dict[str, Any]]] = Field(min_length=1)
     """For each axis its options, and for each option its overrides."""
     skip: list[dict[str, str]] = []
@@ -172,11 +182,9 @@ def load_sweep(path: str | Path) -> Sweep:
         if any(all(options.get(axis) == option for axis, option in rule.items()) for rule in file.skip):
             continue
         try:
-            values = {key: value for _, values in choice for key, value in values.items()}
-            points.append(_point(file, base, options, values, points))
-        except (ConfigError, ValueError) as error:
-            name = point_name(options)
-            problems += [f"run {name}: {line}" for line in getattr(error, "problems", [str(error)])]
+            points.append(_point(file, base, options, file.overrides | _joined(choice), points))
+        except ConfigError as error:
+            problems += [f"run {point_name(options)}: {line}" for line in error.problems]
     if not points and not problems:
         problems.append(f"{path}: skip leaves no run")
     names = [point.name for point in points]
@@ -203,13 +211,17 @@ def _read(path: Path) -> SweepFile:
     if not path.is_file():
         raise ConfigError([f"no such sweep: {path}"])
     try:
-        return SweepFile.model_validate(yaml.safe_load(path.read_text()))
+        return SweepFile.model_validate(yaml.safe_load(path.read_text()) or {})
     except yaml.YAMLError as error:
         raise ConfigError([f"{path} is not valid YAML: {error}"]) from error
     except ValidationError as error:
-        raise ConfigError([
-            f"{path}: {'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()
-        ]) from error  # fmt: skip
+        raise ConfigError([f"{path}: {line}" for line in _explain(error)]) from error
+
+
+def _explain(error: ValidationError) -> list[str]:
+    return [
+        ": ".join(filter(None, [".".join(map(str, item["loc"])), item["msg"]])) for item in error.errors()
+    ]  # fmt: skip
 
 
 def _axis_problems(file: SweepFile) -> list[str]:
@@ -232,51 +244,77 @@ def _axis_problems(file: SweepFile) -> list[str]:
     return problems
 
 
+def _joined(choice: tuple[tuple[str, dict[str, Any]], ...]) -> dict[str, Any]:
+    """The overrides of the chosen options; those of two axes must not meet."""
+    joined: dict[str, Any] = {}
+    for option, values in choice:
+        twice = sorted(joined.keys() & values.keys())
+        if twice:
+            raise ConfigError([f"{', '.join(twice)}: set by {option} and by an option of another axis"])
+        joined |= values
+    return joined
+
+
 def _point(file: SweepFile, base: Path, options: dict[str, str], values: dict[str, Any], before: list[Point]) -> Point:
-    own = {key: values.pop(key) for key in _OWN_KEYS if key in values}
-    source = own.pop("start_from", None)
-    start_from = next((point for point in before if point.name == source), None)
+    try:
+        own = OptionKeys.model_validate({key: value for key, value in values.items() if "." not in key})
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+    values = {key: value for key, value in values.items() if "." in key}
+    if "run.dir" in values:
+        raise ConfigError(["run.dir: the folder of a run is the sweep's dir and the run's name"])
     file = file.model_copy(update=_own_values(own))
     name = point_name(options)
     overrides = [f"run.dir={Path(file.dir) / name}"]
     overrides += [f"{key}={json.dumps(value)}" for key, value in values.items()]
     first = load_config(base, overrides)
     parameters = matrix_parameters(first.model, vocab_size=0)
-    overrides += _derived(file, first, parameters)
+    derived = _derived(file, first, parameters)
+    twice = sorted(derived.keys() & values.keys())
+    if twice:
+        raise ConfigError([f"{', '.join(twice)}: set by an option and by the sweep's tokens, learning_rate or "
+                           "warmup_share: let options set those"])  # fmt: skip
+    overrides += [f"{key}={value}" for key, value in derived.items()]
     config = load_config(base, overrides)
-    if source is not None:
-        if start_from is None and "/" not in source:
+    start_from = next((point for point in before if point.name == own.start_from), None)
+    if own.start_from is not None:
+        if start_from is None and "/" not in own.start_from:
             names = ", ".join(point.name for point in before) or "none"
-            raise ValueError(f"start_from = {source}: give a run before it ({names}) or the path of a folder")
+            raise ConfigError(
+                [f"start_from = {own.start_from}: give a run before it ({names}) or the path of a folder"]
+            )
         # What is there may come later, so that its model cannot complete this one's: the base says all of it.
-        init_from = source if start_from is None else str(start_from.folder)
+        init_from = own.start_from if start_from is None else str(start_from.folder)
         overrides.append(f"model.init_from={init_from}")
         config = config.model_copy(update={"model": config.model.model_copy(update={"init_from": init_from})})
     tokens = config.training.steps * config.tokens_per_step
     return Point(name, options, overrides, config, parameters, tokens, _true_flops(config), start_from)
 
 
-def _own_values(own: dict[str, Any]) -> dict[str, Any]:
+def _own_values(own: OptionKeys) -> dict[str, Any]:
     """Settings of the sweep that an option sets; one way of giving the tokens replaces the other."""
-    if "learning_rate" in own:
-        rate = own["learning_rate"]
-        own["learning_rate"] = LearningRateRule.model_validate(rate if isinstance(rate, dict) else {"value": rate})
-    if "tokens" in own:
-        return {"tokens_per_parameter": None, **own}
-    return {"tokens": None, **own} if "tokens_per_parameter" in own else own
+    values: dict[str, Any] = {}
+    if own.learning_rate is not None:
+        rate = own.learning_rate
+        values["learning_rate"] = rate if isinstance(rate, LearningRateRule) else LearningRateRule(value=rate)
+    if own.tokens is not None:
+        values |= {"tokens_per_parameter": None, "tokens": own.tokens}
+    if own.tokens_per_parameter is not None:
+        values |= {"tokens": None, "tokens_per_parameter": own.tokens_per_parameter}
+    return values
 
 
-def _derived(file: SweepFile, config: Config, parameters: int) -> list[str]:
+def _derived(file: SweepFile, config: Config, parameters: int) -> dict[str, Any]:
     """The overrides that follow from the size of the model."""
     tokens = file.tokens or (file.tokens_per_parameter or 0) * parameters
     steps = max(1, round(tokens / config.tokens_per_step)) if tokens else config.training.steps
-    found = [f"training.steps={steps}"] if tokens else []
+    found: dict[str, Any] = {"training.steps": steps} if tokens else {}
     if file.learning_rate:
         rule = file.learning_rate
         lr = rule.value * (parameters / rule.parameters) ** rule.exponent
-        found += [f"optimizer.lr={lr:.4g}", f"optimizer.min_lr={lr * rule.final_share:.4g}"]
+        found |= {"optimizer.lr": f"{lr:.4g}", "optimizer.min_lr": f"{lr * rule.final_share:.4g}"}
     if file.warmup_share is not None:
-        found.append(f"optimizer.warmup_steps={round(steps * file.warmup_share)}")
+        found["optimizer.warmup_steps"] = round(steps * file.warmup_share)
     return found
 
 

@@ -74,7 +74,7 @@ def law_rows(laws: list[Laws]) -> Rows:
             values = f"E = {terms.e}, A = {terms.a}, alpha = {terms.alpha}, B = {terms.b}, beta = {terms.beta}"
             rows.append([law.option, law.metric, "E + A/N^alpha + B/D^beta", values, f"{terms.residual:.2%}",
                          str(terms.runs)])  # fmt: skip
-    return ["runs of", "metric", "form", "values [95% of the bootstrap]", "largest residual", "runs"], rows
+    return ["runs of", "metric", "form", "values [2.5% to 97.5% of runs drawn anew]", "largest residual", "runs"], rows
 
 
 def markdown(rows: Rows) -> str:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from moba_megatron.config import ConfigError
 from moba_megatron.scaling.command import scaling_app
 from moba_megatron.scaling.laws import fit_sweep, left_out
-from moba_megatron.scaling.results import read_results
+from moba_megatron.scaling.results import ENDED, LOG, read_results
 from moba_megatron.scaling.runner import run_sweep
 from moba_megatron.scaling.sweep import load_sweep
 
@@ -98,9 +98,23 @@ def test_a_run_that_was_cut_goes_on(tmp_path):
     (result,) = read_results(sweep)
     assert result.state == "cut" and 5 < result.step < 100 and result.loss is None
     lines = read_metrics(metrics.parent)
+    _a_refused_continuation_has_failed(sweep)
     (later,) = run_sweep(sweep, sweep.points, jobs=1)
     assert later.state == "finished" and later.step == 100
     assert read_metrics(metrics.parent)[: len(lines)] == lines
+
+
+def _a_refused_continuation_has_failed(sweep):
+    """A process that ends before its first step leaves the status of the one before; its last words count."""
+    log = sweep.points[0].folder / LOG
+    before = log.read_text()
+    for code, state in ((2, "failed"), (-11, "failed"), (-15, "cut"), (137, "cut"), (0, "cut")):
+        log.write_text(f"{before}error: the data moved\n\n{ENDED}{code}\n")
+        (result,) = read_results(sweep)
+        assert (result.state, result.why) == (state, "error: the data moved" if state == "failed" else "")
+    log.write_text(f"{before}\n{ENDED}2\ntrain.py again\n")
+    assert read_results(sweep)[0].state == "cut"
+    log.write_text(before)
 
 
 def test_a_run_waits_for_the_one_it_starts_from(tmp_path):
