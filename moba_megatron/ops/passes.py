@@ -25,6 +25,8 @@ from moba_megatron.ops.precision import score_dtype
 ROWS_OF_TRIANGLE = 128
 # Query rows of a batch where short units share a tile: fewer leave less room unused, more make products longer.
 ROWS_OF_BATCH = 64
+# Units share a tile where it would hold at least so many of them: with larger ones copying costs more than calls.
+SMALL_UNITS = 16
 # Scores of one tile per thread: 1 MiB in fp32, half of a current core's second cache. An accelerator wants larger
 # tiles.
 SCORES_PER_THREAD = 2**18
@@ -191,7 +193,7 @@ def _unit_tiles(work: Pass, entries: Entries, fused: bool, split: int) -> Iterat
     for length, units in itertools.groupby(entries.units, key=lambda unit: unit[1] - unit[0]):
         units = list(units)
         count = units[-1][3] - units[0][2]
-        if work.q.device.type == "cpu" and len(units) > 1 and 2 * count * length < budget * len(units):
+        if work.q.device.type == "cpu" and len(units) > 1 and SMALL_UNITS * count * length < budget * len(units):
             yield from _shared_tiles(units, length, budget)
             continue
         rows = max(64, budget // length)

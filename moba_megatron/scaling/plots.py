@@ -97,7 +97,8 @@ def _options(drawing: Any, sweep: Sweep, results: list[Result], figure: Figure) 
     for label, values in lines.items():
         shown = [name for name in names if name in values]
         axes.plot([names.index(name) for name in shown], [values[name] for name in shown], marker="o", label=label)
-    axes.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 8 else 0)
+    long = {"rotation": 30, "ha": "right"} if max(map(len, names)) > 8 else {}
+    axes.set_xticks(range(len(names)), names, **long)
     axes.set(xlabel=axis, ylabel=_name(figure.metric))
     if len(lines) > 1:
         axes.legend(fontsize=8)

@@ -298,6 +298,7 @@ def test_units_in_shared_tiles_and_in_their_own(monkeypatch, dtype):
     def run(scores: int, rows: int):
         monkeypatch.setattr("moba_megatron.ops.passes.SCORES_PER_THREAD", scores)
         monkeypatch.setattr("moba_megatron.ops.passes.ROWS_OF_BATCH", rows)
+        monkeypatch.setattr("moba_megatron.ops.passes.SMALL_UNITS", 2)
         return results(lambda *x: moba_attention(*x, bounds, block_size=8, top_k=4, backend="gathered"), q, k, v, dout)
 
     own = run(1, 64)
