@@ -39,7 +39,7 @@ def main(
             return print_dry_run(loaded, world_size)
         from moba_megatron.training.preflight import preflight
 
-        ready = preflight(loaded, world_size, rank=int(os.environ.get("RANK", "0")))
+        ready = preflight(loaded, world_size)
         from moba_megatron.training.faults import leave_after_failure
         from moba_megatron.training.run import train
     except ConfigError as error:

@@ -17,7 +17,7 @@ import torch
 from moba_megatron.checkpoint import CheckpointError
 from moba_megatron.config import ConfigError
 from moba_megatron.platform.processes import end_job, failure_report
-from moba_megatron.training.run_folder import RunFolder
+from moba_megatron.training.run_folder import RunFolder, RunFolderInUse
 from moba_megatron.training.step import TrainingDiverged
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -65,7 +65,8 @@ def leave_after_failure(error: BaseException, run_dir: str) -> NoReturn:
 
     def record() -> None:
         folder = RunFolder(run_dir)
-        if folder.path.is_dir():
+        # A folder in use is another process's to write to.
+        if folder.path.is_dir() and not isinstance(error, RunFolderInUse):
             folder.write_status("failed", None, rank=rank, error=words)
 
     code = 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ConfigError) else 1

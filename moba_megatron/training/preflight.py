@@ -18,7 +18,7 @@ from moba_megatron.model.specs import choose_implementation
 from moba_megatron.ops.backends import resolve_backend, resolve_full_backend
 from moba_megatron.platform import current_device, optional_libraries
 from moba_megatron.training.data_position import DataPosition, resumed_position
-from moba_megatron.training.run_folder import claim, find_resume
+from moba_megatron.training.run_folder import find_resume
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -38,12 +38,11 @@ class Preflight:
     """What every `auto` became, and why: one line each."""
 
 
-def preflight(config: Config, world_size: int, rank: int | None = None) -> Preflight:
-    """Check everything that can be checked by one process. Rank 0 then makes the run folder its own, until it ends.
+def preflight(config: Config, world_size: int) -> Preflight:
+    """Check everything that can be checked by one process.
 
     Raises:
-        ConfigError: sizes that do not fit the processes, data or checkpoint that cannot be used, a missing library, a
-            run folder in which another process trains.
+        ConfigError: sizes that do not fit the processes, data or checkpoint that cannot be used, a missing library.
     """
     data_parallel = check_world(config, world_size)
     schedule = checked_schedule(config)
@@ -56,9 +55,6 @@ def preflight(config: Config, world_size: int, rank: int | None = None) -> Prefl
     # A resumed run has its weights already; their source may be gone.
     initial = [] if resume else check_initial_weights(config, data.vocab_size)
     position = resumed_position(Manifest.read(resume), config, data.identity) if resume else DataPosition()
-    choices = [*run_choices(config, schedule), *initial, *position.lines()]
-    if rank == 0:
-        claim(config.run.dir)
     return Preflight(
         world_size=world_size,
         data_parallel=data_parallel,
@@ -67,7 +63,7 @@ def preflight(config: Config, world_size: int, rank: int | None = None) -> Prefl
         vocab_size=config.model.vocab_size or data.vocab_size,
         resume=resume,
         position=position,
-        choices=choices,
+        choices=[*run_choices(config, schedule), *initial, *position.lines()],
     )
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from moba_megatron.training.optimizer import build_optimizer, build_scheduler, w
 from moba_megatron.training.plots import plot_run
 from moba_megatron.training.preflight import Preflight
 from moba_megatron.training.progress import ProgressView
-from moba_megatron.training.run_folder import RunFolder
+from moba_megatron.training.run_folder import RunFolder, claimed
 from moba_megatron.training.step import TrainStep
 
 
@@ -54,8 +55,13 @@ def train(config: Config, ready: Preflight) -> Outcome:
     levels = resolve_exchange(config).levels
     device = start_rank(config.parallel, seed=config.run.seed, threads=config.run.threads, context_levels=levels)
     rank = torch.distributed.get_rank()
-    folder = RunFolder(config.run.dir)
     _agree_on_resume(ready)
+    with claimed(config.run.dir) if rank == 0 else nullcontext():
+        return _train(config, ready, device, rank)
+
+
+def _train(config: Config, ready: Preflight, device: torch.device, rank: int) -> Outcome:
+    folder = RunFolder(config.run.dir)
     state, wrapped = _build(config, ready)
     if ready.resume:
         load_training(ready.resume, state, config.parallel.model_dump(), check_files=config.checkpoint.verify)

@@ -16,8 +16,10 @@ import fcntl
 import json
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from moba_megatron.checkpoint import CheckpointError, find_latest
 from moba_megatron.checkpoint.manifest import NAME, Manifest
@@ -71,35 +73,35 @@ class RunFolder:
         _write_whole(self.status, json.dumps({"state": state, "step": step, **more}) + "\n")
 
 
-# Open for as long as this process lives: a lock ends with the file that holds it.
-_claimed: dict[Path, IO[str]] = {}
+class RunFolderInUse(ConfigError):
+    """Another process trains in the run folder."""
 
 
-def claim(path: str | Path) -> None:
-    """Make a run folder this process's own until the process ends, however that ends; children do not inherit it.
+@contextmanager
+def claimed(path: str | Path) -> Iterator[None]:
+    """Make a run folder this process's own meanwhile. However the process ends, the claim ends with it; children do not
+    inherit it.
 
     Raises:
-        ConfigError: another process trains there.
+        RunFolderInUse: another process has claimed it.
     """
-    path = Path(path).resolve()
-    if path in _claimed:
-        return
+    path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    file = open(path / "lock", "a+")  # noqa: SIM115
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return file.close()  # a file system without locks
-        file.seek(0)
-        raise ConfigError([
-            f"run.dir = {path} is being trained by {file.read().strip() or 'another process'}: "
-            "wait for it, stop it, or give run.dir another name"
-        ]) from error  # fmt: skip
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    _claimed[path] = file
+    with open(path / "lock", "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Any other error: a file system without locks.
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise RunFolderInUse([
+                    f"run.dir = {path} is being trained by {file.read().strip() or 'another process'}: "
+                    "wait for it, stop it, or give run.dir another name"
+                ]) from error  # fmt: skip
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def find_resume(config: Config, schedule: AttentionSchedule, data: dict[str, str]) -> Path | None:
