@@ -10,7 +10,7 @@ from scaling.sweep_examples import write_sweep
 from moba_megatron.config import ConfigError, load_config
 from moba_megatron.ops.pairs import attended_pairs
 from moba_megatron.scaling.laws import left_out
-from moba_megatron.scaling.results import Result
+from moba_megatron.scaling.results import Result, read_result
 from moba_megatron.scaling.sweep import load_sweep
 from moba_megatron.scaling.tables import gap_rows, result_rows
 
@@ -172,3 +172,17 @@ def test_gaps_are_between_runs_that_agree_in_the_other_axes(tmp_path):
         ["attention", "loss, small minus large"],
         [["full", "+1.2500"]],
     )
+
+
+def test_what_a_sweep_leaves_open_is_as_in_the_weights_it_starts_from(tmp_path):
+    axes = {"stage": {"short": {"start_from": "models/tiny", "model.num_query_groups": None}}}
+    (point,) = load_sweep(write_sweep(tmp_path, axes=axes, figures=[])).points
+    point.folder.mkdir(parents=True)
+    (point.folder / "status.json").write_text('{"state": "stopped", "step": 1}')
+    model = point.config.model.model_copy(update={"num_query_groups": 2, "kv_channels": 8})
+    (point.folder / "config.yaml").write_text(point.config.model_copy(update={"model": model}).to_yaml())
+    assert read_result(point).state == "cut"
+    other = model.model_copy(update={"num_layers": 7})
+    (point.folder / "config.yaml").write_text(point.config.model_copy(update={"model": other}).to_yaml())
+    with pytest.raises(ConfigError, match=r"model.num_layers = 4 \(the run has 7\)"):
+        read_result(point)
