@@ -183,8 +183,9 @@ def load_sweep(path: str | Path) -> Sweep:
             continue
         try:
             points.append(_point(file, base, options, file.overrides | _joined(choice), points))
-        except ConfigError as error:
-            problems += [f"run {point_name(options)}: {line}" for line in error.problems]
+        except ValueError as error:  # of a configuration, or of its attention schedule
+            name = point_name(options)
+            problems += [f"run {name}: {line}" for line in getattr(error, "problems", [str(error)])]
     if not points and not problems:
         problems.append(f"{path}: skip leaves no run")
     names = [point.name for point in points]
@@ -219,9 +220,7 @@ def _read(path: Path) -> SweepFile:
 
 
 def _explain(error: ValidationError) -> list[str]:
-    return [
-        ": ".join(filter(None, [".".join(map(str, item["loc"])), item["msg"]])) for item in error.errors()
-    ]  # fmt: skip
+    return [": ".join(filter(None, [".".join(map(str, item["loc"])), item["msg"]])) for item in error.errors()]
 
 
 def _axis_problems(file: SweepFile) -> list[str]:

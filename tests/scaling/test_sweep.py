@@ -88,6 +88,10 @@ def test_skipped_combinations(tmp_path):
         ({"skip": [{"size": "huge"}]}, "skip names size: huge"),
         ({"figures": [{"kind": "options", "axis": "depth"}]}, "needs axis, one of size, attention, not 'depth'"),
         ({"figures": [{"kind": "scaling", "metric": "needle"}]}, "shows loss or trailing_loss, not 'needle'"),
+        (
+            {"axes": {"x": {"a": {"attention.layers": {1: {"kind": "full", "block_size": 8}}}}}, "figures": []},
+            "run a: attention.layers gives layer 1 a block_size",
+        ),
         ({"axes": {"x": {"a": {"run.dir": "b"}}}, "figures": []}, "run a: run.dir: the folder of a run is"),
         ({"axes": {"x": {"a": {"tokens": "1e6", "start_from": 3}}}, "figures": []}, "start_from: Input should be"),
         ({"axes": {"x": {"a": {"tokens": -1}}}, "figures": []}, "tokens: Input should be greater than 0"),
