@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +18,7 @@ from moba_megatron.config import ConfigError
 from moba_megatron.scaling.laws import Laws, fit_sweep, left_out
 from moba_megatron.scaling.results import Result, read_result, read_results
 from moba_megatron.scaling.sweep import Point, Sweep, load_sweep
-from moba_megatron.scaling.tables import Rows, gap_rows, law_rows, markdown, plan_rows, result_rows
+from moba_megatron.scaling.tables import Rows, gap_rows, law_rows, markdown, plan_rows, provenance, result_rows
 
 scaling_app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -51,7 +49,7 @@ def run_command(
         list[str] | None, typer.Option(help="Names or numbers (from 0) of runs. Several times, or all.")
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Trainings at once. Default: one for each core; one where there is a GPU.")
+        int | None, typer.Option(min=1, help="Trainings at once. Default: as many as there are GPUs, else cores, for.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Ranks of each training, on this machine.")] = 1,
     minutes: Annotated[
@@ -62,8 +60,9 @@ def run_command(
         typer.Option(metavar="SCRIPT", help="Print the sbatch line of an array job that runs SCRIPT for each run."),
     ] = None,
 ) -> None:
-    """Train what is not finished: skip what is done, continue what was cut. Ends with 1 if a run failed."""
-    from moba_megatron.scaling.runner import run_sweep
+    """Train what is not finished: skip what is done, continue what was cut. Ends with 1 if a run failed, with 3 if the
+    time was up before all had finished."""
+    from moba_megatron.scaling.runner import default_jobs, run_sweep
 
     with _errors():
         loaded = load_sweep(sweep)
@@ -75,13 +74,15 @@ def run_command(
             return
         try:
             results = run_sweep(
-                loaded, points, jobs=jobs or _default_jobs(processes), processes=processes, minutes=minutes
+                loaded, points, jobs=jobs or default_jobs(processes), processes=processes, minutes=minutes
             )
         except KeyboardInterrupt as error:
             raise typer.Exit(130) from error
         _print(plan_rows(loaded, results), f"{sweep}: runs in {loaded.folder}")
         if any(result.state == "failed" for result in results):
             raise typer.Exit(1)
+        if any(result.state != "finished" for result in results):
+            raise typer.Exit(3)
 
 
 @scaling_app.command("fit")
@@ -115,11 +116,13 @@ def plot_command(sweep: SweepArgument, output: OutputOption = None) -> None:
         for number, figure in enumerate(loaded.file.figures, start=1):
             name = "_".join(filter(None, [str(number), figure.kind, figure.axis, figure.metric]))
             typer.echo(draw(loaded, results, figure, _folder(loaded, output) / f"{name}.png"))
+            for line in left_out(results, figure.metric):
+                typer.echo(f"  without {line}")
 
 
 @scaling_app.command("table")
 def table_command(sweep: SweepArgument, output: OutputOption = None) -> None:
-    """Print results, gaps and laws as Markdown; with --output also into FOLDER/table.md."""
+    """Print results, gaps, laws and what the runs were made on as Markdown; with --output also into FOLDER/table.md."""
     with _errors():
         loaded = load_sweep(sweep)
         results = read_results(loaded)
@@ -130,15 +133,10 @@ def table_command(sweep: SweepArgument, output: OutputOption = None) -> None:
         laws = _all_laws(loaded, results)
         if any(law.by_6nd or law.three_terms for law in laws):
             text += "\n" + markdown(law_rows(laws))
-        text += "".join(f"\n- {line}" for line in _notes(laws, results))
+        text += "".join(f"\n- {line}" for line in [*_notes(laws, results), *provenance(results)])
         typer.echo(text)
         if output:
             (_folder(loaded, output) / "table.md").write_text(text + "\n")
-
-
-def _default_jobs(processes: int) -> int:
-    """Trainings share no GPU unless asked to."""
-    return 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 def _array_job(sweep: Sweep, points: list[Point], script: str) -> str:

@@ -40,6 +40,7 @@ class Result:
         by_position: the last evaluation's ranges of positions.
         seconds: time in steps so far, over all pieces.
         tasks: lines that `moba-megatron evaluate` added for this checkpoint, other than losses.
+        made_on: commit, PyTorch and hardware of the training's last start, in words; empty before its first.
     """
 
     point: Point
@@ -51,6 +52,7 @@ class Result:
     by_position: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     tasks: list[dict[str, Any]] = field(default_factory=list)
+    made_on: str = ""
 
     def metric(self, name: str) -> float | None:
         """`loss`, `trailing_loss`, or a number of a further evaluation, under the attention of the training if it was
@@ -84,7 +86,7 @@ def read_result(point: Point) -> Result:
     if state != "finished":
         error = status.get("error") if status["state"] == "failed" else None
         why = str(error or last_line(point.folder / LOG)) if state == "failed" else ""
-        return Result(point, state, step, why, seconds=seconds)
+        return Result(point, state, step, why, seconds=seconds, made_on=_made_on(point.folder))
     at_end = [line for line in evaluations if line["step"] == point.config.training.steps]
     losses = training_records(at_end)
     if not losses:
@@ -92,7 +94,8 @@ def read_result(point: Point) -> Result:
     last = losses[-1]
     tasks = [line for line in at_end if line.get("kind", "losses") != "losses"]
     return Result(
-        point, "finished", step, "", last["loss"], last["trailing_loss"], last["by_position"], seconds, tasks
+        point, "finished", step, "", last["loss"], last["trailing_loss"], last["by_position"], seconds, tasks,
+        _made_on(point.folder),
     )  # fmt: skip
 
 
@@ -159,6 +162,16 @@ def _alive(status: dict[str, Any]) -> bool:
     """Whether the process that wrote this status still runs on this machine, and is no other one of its number."""
     words = Path(f"/proc/{status.get('pid')}/cmdline")
     return status.get("host") == socket.gethostname() and words.is_file() and b"train" in words.read_bytes()
+
+
+def _made_on(folder: Path) -> str:
+    facts = _read_json(folder / "environment.json") or {}
+    parts = {
+        "commit": facts.get("commit"),
+        "PyTorch": facts.get("torch"),
+        "": facts.get("GPUs of the first node") or facts.get("processor"),
+    }
+    return ", ".join(f"{name} {value}".strip() for name, value in parts.items() if value)
 
 
 def _check_settings(point: Point) -> None:

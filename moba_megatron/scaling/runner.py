@@ -9,6 +9,7 @@ later.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -28,6 +30,8 @@ from moba_megatron.scaling.results import ENDED, LOG, Result, last_line, last_re
 from moba_megatron.scaling.sweep import Point, Sweep
 
 _POLL_SECONDS = 1.0
+# In a run folder: the evaluations of the sweep that it has had, a line each.
+_EVALUATED = "evaluated.txt"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +41,8 @@ class Job:
     point: Point
     process: subprocess.Popen[bytes]
     row: int
+    slot: int
+    """Which of the trainings that run at once it is, from 0: it says which GPUs are its own."""
 
 
 def train_script() -> Path:
@@ -51,6 +57,27 @@ def train_script() -> Path:
     return script
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; none on a machine without."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+
+
+def default_jobs(processes: int) -> int:
+    """Trainings at once if nobody says: each has GPUs, or without any cores, of its own."""
+    return max(1, (len(visible_gpus()) or len(os.sched_getaffinity(0))) // processes)
+
+
+def gpus_of(slot: int, processes: int, gpus: list[str]) -> list[str]:
+    """The GPUs of a training, one for each of its ranks; where there are too few, trainings share them.
+
+    >>> gpus_of(1, 2, ["0", "1", "2", "3"]), gpus_of(1, 2, ["0", "1"])
+    (['2', '3'], ['0', '1'])
+    """
+    return [gpus[(slot * processes + rank) % len(gpus)] for rank in range(processes)]
+
+
 def run_sweep(
     sweep: Sweep,
     points: list[Point],
@@ -63,12 +90,14 @@ def run_sweep(
     """Run what is not finished among some points; returns how they all stand afterwards.
 
     Args:
-        jobs: trainings at once; each gets its share of the cores.
+        jobs: trainings at once; each gets its share of the cores, or its own `run.threads` if that is less, and GPUs of
+            its own as far as they go.
         processes: ranks of each training (torchrun on this machine).
         minutes: stop after so long, with checkpoints. None: run to the end.
 
     Raises:
-        ConfigError: a run of the sweep is running already, or its folder holds another run.
+        ConfigError: a run of the sweep is running already, its folder holds another run, the run that it starts from
+            has not finished, or there are fewer GPUs than ranks of a training.
     """
     console = console or Console(stderr=True)
     before = {point.name: read_result(point) for point in points}
@@ -80,15 +109,20 @@ def run_sweep(
     if alone:
         raise ConfigError([f"{p.name} starts from {p.start_from.name}, which has not finished: run that one too"
                            for p in alone])  # fmt: skip
+    _check_sources([point for point in todo if before[point.name].step == 0])
+    gpus = visible_gpus()
+    if gpus and processes > len(gpus):
+        raise ConfigError([f"{processes} ranks of a training need as many GPUs, this machine has {len(gpus)}"])
     if len(todo) < len(points):
         console.print(f"{len(points) - len(todo)} of {len(points)} runs are finished already")
     threads = max(1, len(os.sched_getaffinity(0)) // (max(1, min(jobs, len(todo))) * processes))
-    start = _Starter(sweep.base.resolve(), threads, processes, minutes)
+    start = _Starter(sweep.base.resolve(), threads, processes, gpus, minutes)
     _run_all(todo, start, jobs, console)
-    problems: list[str] = []
-    for point in points:
-        if read_result(point).state == "finished" and not start.late:
-            problems += _evaluate(sweep, point, console)
+    finished = [point for point in points if read_result(point).state == "finished"]
+    left = [point.name for point in finished if _evaluations_left(sweep, point)]
+    if left and start.late:
+        console.print(f"not evaluated yet: {', '.join(left)}; the same command does it", markup=False)
+    problems = [line for point in finished if not start.late for line in _evaluate(sweep, point, console)]
     if problems:
         raise ConfigError(problems)
     return [read_result(point) for point in points]
@@ -97,8 +131,8 @@ def run_sweep(
 class _Starter:
     """Starts trainings until the time is up, and says when they must stop."""
 
-    def __init__(self, base: Path, threads: int, processes: int, minutes: float | None):
-        self.base, self.threads, self.processes = base, threads, processes
+    def __init__(self, base: Path, threads: int, processes: int, gpus: list[str], minutes: float | None):
+        self.base, self.threads, self.processes, self.gpus = base, threads, processes, gpus
         self._asked: set[Job] = set()
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
 
@@ -116,13 +150,16 @@ class _Starter:
                 job.process.send_signal(signal.SIGTERM)
         self._asked.update(jobs)
 
-    def __call__(self, point: Point) -> subprocess.Popen[bytes]:
+    def __call__(self, point: Point, slot: int) -> subprocess.Popen[bytes]:
         point.folder.mkdir(parents=True, exist_ok=True)
         launcher = [sys.executable]
         if self.processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
-        command = [*launcher, str(train_script()), str(self.base), *point.overrides, f"run.threads={self.threads}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        threads = min(self.threads, point.config.run.threads or self.threads)
+        command = [*launcher, str(train_script()), str(self.base), *point.overrides, f"run.threads={threads}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        if self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus_of(slot, self.processes, self.gpus))
         with open(point.folder / LOG, "ab") as log:
             log.write((" ".join(command) + "\n").encode())
             log.flush()
@@ -151,6 +188,23 @@ def _may_start(point: Point) -> bool:
     return point.start_from is None or read_result(point.start_from).state == "finished"
 
 
+def _check_sources(points: list[Point]) -> None:
+    """Raise if a run would start from the weights of a run elsewhere that has not finished: it would take what is
+    there."""
+    problems = []
+    for point in points:
+        source = Path(point.config.model.init_from or "")
+        if point.start_from is None and (source / "status.json").is_file():
+            status = json.loads((source / "status.json").read_text())
+            if status["state"] != "finished":
+                problems.append(
+                    f"{point.name} starts from {source}, which is {status['state']} at step {status['step']}: finish "
+                    "that run, or name one of its checkpoints/step_N"
+                )
+    if problems:
+        raise ConfigError(problems)
+
+
 def _run_all(todo: list[Point], start: _Starter, jobs: int, console: Console) -> None:
     waiting, running, stopping = list(todo), [], False
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -163,7 +217,8 @@ def _run_all(todo: list[Point], start: _Starter, jobs: int, console: Console) ->
                         break
                     waiting.remove(point)
                     row = progress.add_task(point.name, total=point.config.training.steps)
-                    running.append(Job(point, start(point), row))
+                    slot = min(set(range(jobs)) - {job.slot for job in running})
+                    running.append(Job(point, start(point, slot), row, slot))
                 time.sleep(_POLL_SECONDS)
                 if not stopping and start.late:
                     stopping = True
@@ -209,22 +264,25 @@ def describe(result: Result) -> str:
     return result.state
 
 
-def _evaluate(sweep: Sweep, point: Point, console: Console) -> list[str]:
-    """Run the sweep's evaluations of a finished run that are not done yet; `evaluated.txt` lists those that are.
-    Returns what failed."""
-    done_file, log_file = point.folder / "evaluated.txt", point.folder / "evaluate.log"
+def _evaluations_left(sweep: Sweep, point: Point) -> list[str]:
+    """The sweep's evaluations that a finished run has not had."""
+    done_file = point.folder / _EVALUATED
     done = done_file.read_text().splitlines() if done_file.is_file() else []
+    return [arguments for arguments in sweep.file.evaluate if arguments not in done]
+
+
+def _evaluate(sweep: Sweep, point: Point, console: Console) -> list[str]:
+    """Run the sweep's evaluations of a finished run that are not done yet. Returns what failed."""
+    log_file = point.folder / "evaluate.log"
     problems = []
-    for arguments in sweep.file.evaluate:
-        if arguments in done:
-            continue
+    for arguments in _evaluations_left(sweep, point):
         command = [sys.executable, "-m", "moba_megatron.cli", "evaluate", str(point.folder), *arguments.split()]
         with open(log_file, "wb") as log:
             code = subprocess.run(command, stdout=log, stderr=log).returncode
         if code:
             problems.append(f"evaluating {point.name} ({arguments}) failed: {last_line(log_file)} (see {log_file})")
             continue
-        with open(done_file, "a") as file:
+        with open(point.folder / _EVALUATED, "a") as file:
             file.write(arguments + "\n")
         console.print(f"{point.name}: evaluated ({arguments})", markup=False)
     return problems

@@ -159,11 +159,16 @@ class Sweep:
         """
         if name.isdecimal() and int(name) < len(self.points):
             return self.points[int(name)]
-        for point in self.points:
-            if name == point.name and not name.isdecimal():
+        for number, point in enumerate(self.points):
+            if name == point.name and name.isdecimal():
+                raise ConfigError([f"digits are the number of a run, from 0: {name} has number {number}"])
+            if name == point.name:
                 return point
-        raise ConfigError([f"{self.path} has no run {name!r}: give a number below {len(self.points)} or one of "
-                           + ", ".join(point.name for point in self.points)])  # fmt: skip
+        names = [point.name for point in self.points if not point.name.isdecimal()]
+        raise ConfigError([
+            f"{self.path} has no run {name!r}: give " + " or one of ".join(
+                filter(None, [f"a number below {len(self.points)}", ", ".join(names)]))
+        ])  # fmt: skip
 
 
 def load_sweep(path: str | Path) -> Sweep:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections import Counter
 from fnmatch import fnmatchcase
 
 from moba_megatron.scaling.laws import Laws, gaps_to_first
@@ -50,15 +53,33 @@ def result_rows(sweep: Sweep, results: list[Result]) -> Rows:
 
 
 def gap_rows(sweep: Sweep, results: list[Result], axis: str, metric: str) -> Rows:
-    """By how much the first option of an axis is above each other one, run by run."""
+    """By how much the first option of an axis is above each other one, run by run; below, where there are three runs
+    or more, the mean with its standard error."""
     first, *others = sweep.file.axes[axis]
     rest = [name for name in sweep.file.axes if name not in (axis, *sweep.file.best_of)]
     rows: dict[str, list[str]] = {}
-    for gap in gaps_to_first(sweep, results, axis, metric):
+    gaps = gaps_to_first(sweep, results, axis, metric)
+    for gap in gaps:
         options = [gap.first.point.options[name] for name in rest]
         row = rows.setdefault(gap.first.point.name, [*options, *[""] * len(others)])
         row[len(rest) + others.index(gap.option)] = f"{gap.value:+.4f}"
+    means = [_mean([gap.value for gap in gaps if gap.option == other]) for other in others]
+    if rest and any(means):
+        rows["mean"] = ["mean", *[""] * (len(rest) - 1), *means]
     return [*rest, *(f"{metric.replace('_', ' ')}, {first} minus {other}" for other in others)], list(rows.values())
+
+
+def _mean(values: list[float]) -> str:
+    """Mean and standard error; nothing for fewer than three values."""
+    if len(values) < 3:
+        return ""
+    return f"{statistics.mean(values):+.4f} ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}"
+
+
+def provenance(results: list[Result]) -> list[str]:
+    """On what the runs were made, one line for each commit and machine."""
+    counts = Counter(result.made_on for result in results if result.made_on)
+    return [f"{count} of {len(results)} runs: {made_on}" for made_on, count in counts.items()]
 
 
 def law_rows(laws: list[Laws]) -> Rows:

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform as machine
+import subprocess
 from pathlib import Path
 
 import torch
@@ -23,6 +24,9 @@ def write_environment(folder: Path) -> None:
 def environment_facts() -> dict[str, str | int]:
     """Versions of what decides the numbers, and the hardware of this process."""
     found: dict[str, str | int] = {"moba-megatron": __version__, "python": machine.python_version()}
+    commit = _commit()
+    if commit:
+        found["commit"] = commit
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -39,6 +43,19 @@ def environment_facts() -> dict[str, str | int]:
         "cores that rank 0 may use": len(os.sched_getaffinity(0)),
         "ranks": ranks,
     }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code runs from, with `-dirty` where files differ from it; None outside of
+    one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _processor() -> str:

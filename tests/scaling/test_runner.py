@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from scaling.sweep_examples import write_sweep
 from small_run import read_metrics
 from typer.testing import CliRunner
 
-from moba_megatron.config import ConfigError
+from moba_megatron.config import ConfigError, load_config
 from moba_megatron.scaling.command import scaling_app
 from moba_megatron.scaling.laws import fit_sweep, left_out
 from moba_megatron.scaling.results import ENDED, LOG, read_results
@@ -60,7 +62,7 @@ def _show(path, sweep):
     for command in ("plan", "table", "fit", "plot"):
         done = CliRunner().invoke(scaling_app, [command, str(path)])
         assert done.exit_code == 0, done.output
-        assert command == "plot" or "broken" in done.output and "failed" in done.output
+        assert "broken" in done.output and "failed" in done.output
     assert len(list(sweep.folder.glob("*.png"))) == len(FIGURES)
     assert "broken_moba: failed" in json.loads((sweep.folder / "laws.json").read_text())["left_out"][0]
     array = CliRunner().invoke(scaling_app, ["run", str(path), "--slurm", str(ARRAY)]).output
@@ -102,6 +104,15 @@ def test_a_run_that_was_cut_goes_on(tmp_path):
     (later,) = run_sweep(sweep, sweep.points, jobs=1)
     assert later.state == "finished" and later.step == 100
     assert read_metrics(metrics.parent)[: len(lines)] == lines
+    assert load_config(metrics.parent / "config.yaml").run.threads == 1, "the base's, not all cores"
+    _evaluations_without_time_are_named(tmp_path, axes)
+
+
+def _evaluations_without_time_are_named(folder, axes):
+    sweep = load_sweep(write_sweep(folder, axes=axes, figures=[{"kind": "curves"}], evaluate=["--routing"]))
+    said = io.StringIO()
+    run_sweep(sweep, sweep.points, jobs=1, minutes=0, console=Console(file=said, width=200))
+    assert "not evaluated yet: moba; the same command does it" in said.getvalue()
 
 
 def _a_refused_continuation_has_failed(sweep):

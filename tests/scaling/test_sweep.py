@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from scaling.sweep_examples import write_sweep
 
 from moba_megatron.config import ConfigError, load_config
 from moba_megatron.ops.pairs import attended_pairs
 from moba_megatron.scaling.laws import left_out
 from moba_megatron.scaling.results import Result, read_result
+from moba_megatron.scaling.runner import default_jobs, gpus_of, run_sweep, visible_gpus
 from moba_megatron.scaling.sweep import load_sweep
-from moba_megatron.scaling.tables import gap_rows, result_rows
+from moba_megatron.scaling.tables import gap_rows, provenance, result_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = [path for path in sorted(CONFIGS.rglob("*.yaml")) if "\naxes:" in path.read_text()]
@@ -70,8 +72,10 @@ def test_digits_are_the_number_of_a_run(tmp_path):
     axes = {"seed": {"1": {"run.seed": 1}, "2": {"run.seed": 2}}}
     sweep = load_sweep(write_sweep(tmp_path, axes=axes, figures=[]))
     assert [sweep.point(str(number)).name for number in range(2)] == ["1", "2"]
-    with pytest.raises(ConfigError, match="has no run '2'"):
+    with pytest.raises(ConfigError, match="from 0: 2 has number 1"):
         sweep.point("2")
+    with pytest.raises(ConfigError, match="has no run '3': give a number below 2$"):
+        sweep.point("3")
 
 
 def test_skipped_combinations(tmp_path):
@@ -176,6 +180,45 @@ def test_gaps_are_between_runs_that_agree_in_the_other_axes(tmp_path):
         ["attention", "loss, small minus large"],
         [["full", "+1.2500"]],
     )
+
+
+def test_gaps_of_seeds_have_a_mean(tmp_path):
+    axes = {
+        "seed": {f"seed {n}": {"run.seed": n} for n in range(4)},
+        "attention": {"moba": {}, "full": {"attention.kind": "full"}},
+    }
+    sweep = load_sweep(write_sweep(tmp_path, axes=axes))
+    gaps = {"seed-0": 0.1, "seed-1": 0.2, "seed-2": 0.6, "seed-3": None}
+    results = [
+        Result(point, "finished", loss=3.0 if kind == "full" else 3.0 + gaps[seed], made_on="commit abc, one machine")
+        for point in sweep.points
+        for seed, kind in [point.name.split("_")]
+        if kind == "full" or gaps[seed] is not None
+    ]
+    _, rows = gap_rows(sweep, results, "attention", "loss")
+    assert [row[0] for row in rows] == ["seed 0", "seed 1", "seed 2", "mean"]
+    # stdev([0.1, 0.2, 0.6]) = 0.2646, over the root of 3.
+    assert rows[-1][1] == "+0.3000 ± 0.1528"
+    assert provenance(results) == ["7 of 7 runs: commit abc, one machine"]
+
+
+def test_a_run_of_another_sweep_must_have_finished(tmp_path):
+    source = tmp_path / "before"
+    axes = {"stage": {"next": {"start_from": str(source)}}}
+    sweep = load_sweep(write_sweep(tmp_path, axes=axes, figures=[]))
+    source.mkdir()
+    (source / "status.json").write_text('{"state": "stopped", "step": 6}')
+    with pytest.raises(ConfigError, match="next starts from .*before, which is stopped at step 6: finish that run"):
+        run_sweep(sweep, sweep.points, jobs=1)
+
+
+def test_trainings_have_gpus_of_their_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,6,7")
+    assert visible_gpus() == ["2", "3", "6", "7"]
+    assert [default_jobs(processes) for processes in (1, 2, 4, 8)] == [4, 2, 1, 1]
+    assert gpus_of(1, 2, visible_gpus()) == ["6", "7"]
+    assert [gpus_of(slot, 1, ["0", "1"]) for slot in range(3)] == [["0"], ["1"], ["0"]]
 
 
 def test_what_a_sweep_leaves_open_is_as_in_the_weights_it_starts_from(tmp_path):
