@@ -18,18 +18,20 @@ from moba_megatron.config import ConfigError, load_config
 from moba_megatron.ops import resolve_backend, resolve_full_backend
 from moba_megatron.ops.backends import BACKENDS, FULL_BACKENDS, Backend
 from moba_megatron.platform import current_device, optional_libraries
-from moba_megatron.training.preflight import checked_schedule, run_choices
+from moba_megatron.training.preflight import checked_schedule, preflight, run_choices
 
 PACKAGES = ("torch", "megatron-core", "triton", "transformers", "tokenizers", "datasets", "gigatoken", "wandb")
 
 
 def doctor_command(
     config: Annotated[
-        Path | None, typer.Argument(help="A configuration: also say what a run of it would choose.")
+        Path | None,
+        typer.Argument(help="A configuration: also say what a run of it would choose, and check its data and weights."),
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value")] = None,
 ) -> None:
-    """Print versions, devices, optional libraries and attention backends, and why those that cannot run cannot."""
+    """Print versions, devices, optional libraries and attention backends, and why those that cannot run cannot. With a
+    configuration, end with 2 if a run of it would not start: for its settings, data, first weights or run folder."""
     console = Console(highlight=False, soft_wrap=True)
     _print_versions(console)
     _print_libraries(console)
@@ -38,12 +40,28 @@ def doctor_command(
     _print_backends(console, device, "full attention", FULL_BACKENDS, resolve_full_backend("auto", device))
     if config is not None:
         try:
-            loaded = load_config(config, overrides)
-            lines = run_choices(loaded, checked_schedule(loaded))
+            _print_run(console, config, overrides)
         except ConfigError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from error
-        console.print("\n".join([f"a run of {config} would use", *(f"  {line}" for line in lines)]), markup=False)
+
+
+def _print_run(console: Console, path: Path, overrides: list[str] | None) -> None:
+    """What a run of a configuration would use and what it would read.
+
+    Raises:
+        ConfigError: it would not start.
+    """
+    config = load_config(path, overrides)
+    lines = run_choices(config, checked_schedule(config))
+    console.print("\n".join([f"a run of {path} would use", *(f"  {line}" for line in lines)]), markup=False)
+    ready = preflight(config, config.parallel.model_ranks)
+    console.print(
+        f"  data: {ready.data.train_tokens:,} tokens to train on, {ready.data.epochs:.3g} epochs of them; "
+        f"{ready.data.validation_tokens:,} to validate on\n"
+        f"  starting from {ready.resume or config.model.init_from or 'drawn weights'}",
+        markup=False,
+    )
 
 
 def _print_versions(console: Console) -> None:

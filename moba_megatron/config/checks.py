@@ -23,7 +23,7 @@ def check_world(config: Config, world_size: int) -> int:
         ConfigError: naming both numbers and what would fit.
     """
     parallel, training = config.parallel, config.training
-    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    model_ranks = parallel.model_ranks
     if world_size % model_ranks:
         sizes = f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
         raise ConfigError([

@@ -57,3 +57,8 @@ class ParallelConfig(Section):
     them; their product is `context`. Default: as many on the first level as the heads allow."""
     distributed_optimizer: bool = False
     """Split optimizer state over the data-parallel and context-parallel ranks. A checkpoint is bound to this choice."""
+
+    @property
+    def model_ranks(self) -> int:
+        """Processes that hold one copy of the model and one microbatch: the fewest that can train."""
+        return self.tensor * self.pipeline * self.context

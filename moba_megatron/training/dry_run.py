@@ -21,10 +21,10 @@ def print_dry_run(config: Config, world_size: int) -> None:
     """Print the resolved configuration, sizes, the attention schedule, and estimates of the memory of a rank
     and of GPU hours.
 
-    Without a launcher (`world_size` 1) the smallest number of processes that the parallel sizes allow is assumed.
+    Without a launcher (`world_size` 1) the smallest number of processes that the parallel sizes allow is assumed; the
+    variable WORLD_SIZE, which launchers set, stands for any other.
     """
-    parallel = config.parallel
-    world_size = max(world_size, parallel.tensor * parallel.pipeline * parallel.context)
+    world_size = max(world_size, config.parallel.model_ranks)
     data_parallel = check_world(config, world_size)
     vocab_size = config.model.vocab_size or _tokenizer_size(config)
     schedule = checked_schedule(config)
@@ -77,11 +77,15 @@ def _print_hours(
     """GPU hours of the whole run on each kind of GPU, where there is a model of its times."""
     if config.training.precision != "bf16":
         return
+    fitting = True
     for gpu in GPUS.values():
         plan = make_plan(config, schedule, vocab_size, Cluster(gpu, world_size))
         fits = "" if plan.fits else f"; does not fit its {gpu.memory / 1e9:.0f} GB"
+        fitting &= plan.fits
         console.print(
             f"{world_size} x {gpu.name} (estimate): {plan.tokens_per_second:,.0f} tokens/s, {plan.hours:,.1f} hours, "
             f"{plan.gpu_hours:,.1f} GPU hours{fits}"
         )
-    console.print("moba-megatron plan tells where the time goes, and suggests layouts")
+    if not fitting and config.parallel.distributed_optimizer:
+        console.print("optimizer state is spread over all GPUs: for another number of them set WORLD_SIZE=N")
+    console.print("moba-megatron plan CONFIG --gpus N tells where the time goes, and suggests layouts")
