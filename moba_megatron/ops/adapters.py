@@ -66,7 +66,7 @@ def _package(name: str) -> ModuleType:
 def _boundaries(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[Tensor, int]:
     """int32 boundaries on q's device, and a bound on the longest document that is known without reading them."""
     if cu_seqlens is None:
-        return torch.tensor([0, q.shape[0]], dtype=torch.int32, device=q.device), q.shape[0]
+        return torch.arange(2, dtype=torch.int32, device=q.device) * q.shape[0], q.shape[0]
     longest = q.shape[0] if max_seqlen is None else min(max_seqlen, q.shape[0])
     return cu_seqlens.to(torch.int32).contiguous(), longest
 

@@ -88,6 +88,8 @@ def _one_document(
 ) -> Tensor:
     if q.shape[0] == 0:
         return torch.zeros_like(q)
+    if q.shape[0] == 1:  # attends itself alone, which cuDNN refuses to compute
+        return (v + 0 * k).repeat_interleave(q.shape[1] // v.shape[1], dim=1) + 0 * q
     heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     with sdpa_kernel(kernels):
         out = F.scaled_dot_product_attention(

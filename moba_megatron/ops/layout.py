@@ -68,9 +68,7 @@ class BlockLayout(TokenBlocks):
 
     def block_lengths(self) -> Tensor:
         """int64 [num_blocks], tokens of every block; 0 for the unused numbers of an upper bound."""
-        starts = self.block_starts()
-        ends = torch.cat([starts[1:], starts.new_tensor([self.num_tokens])])
-        return ends - starts
+        return self.block_ends() - self.block_starts()
 
     def block_rows(self) -> list[tuple[int, int]]:
         """(first token, one past the last) of every block. Reads the layout on the host, once."""
@@ -83,10 +81,20 @@ class BlockLayout(TokenBlocks):
 
     def block_starts(self) -> Tensor:
         """int64 [num_blocks], first token of every block; T for the unused numbers of an upper bound."""
+        return self._block_bounds[0]
+
+    def block_ends(self) -> Tensor:
+        """int64 [num_blocks], one past the last token of every block; T for the unused numbers of an upper bound."""
+        return self._block_bounds[1]
+
+    @functools.cached_property
+    def _block_bounds(self) -> tuple[Tensor, Tensor]:
+        # Blocks follow each other without a gap.
         blocks = torch.arange(self.num_blocks, device=self.cu_seqlens.device)
         document = torch.searchsorted(self.first_block[1:], blocks, right=True).clamp_(max=self.cu_seqlens.numel() - 2)
         starts = self.cu_seqlens[document] + (blocks - self.first_block[document]) * self.block_size
-        return torch.where(blocks < self.first_block[-1], starts, self.num_tokens)
+        starts = torch.where(blocks < self.first_block[-1], starts, self.num_tokens)
+        return starts, torch.cat([starts[1:], starts.new_full((1,), self.num_tokens)])
 
     def runs(self) -> list[tuple[int, int, int]]:
         """Stretches of equally long adjacent blocks as (first token, blocks, tokens per block), in order of tokens.
@@ -137,7 +145,8 @@ def block_layout(
     [(0, 2, 2), (4, 1, 1), (5, 1, 2)]
     """
     if cu_seqlens is None:
-        cu_seqlens = torch.tensor([0, num_tokens], device=device)
+        # Made on the device: copying numbers there would make the host wait.
+        cu_seqlens = torch.arange(2, device=device) * num_tokens
         longest = num_tokens
         num_blocks = -(-num_tokens // block_size)
     cu = cu_seqlens.to(torch.int64)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moba_megatron.ops import moba_attention, select_blocks
+from moba_megatron.ops import gathered, moba_attention, select_blocks
+from moba_megatron.ops.decode import block_means
+from moba_megatron.ops.fragments import Fragment, Keys
 from moba_megatron.ops.reference import reference_attend, reference_select
 
 # Rows whose last chosen and first refused block score closer than this may choose either.
@@ -167,14 +169,16 @@ def check_poisoned(shape: Shape, device: str, dtype: torch.dtype, backend: str) 
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def check_last_document(shape: Shape, device: str, dtype: torch.dtype, backend: str) -> None:
+def check_last_document(
+    shape: Shape, device: str, dtype: torch.dtype, backend: str, workspace_bytes: int | None = None
+) -> None:
     """The last document of a pack, whose rows have the largest addresses, equals the same document alone."""
     tensors = inputs(shape, device, dtype)
     start, end = shape.bounds[-2:]
     alone = Shape((0, end - start), shape.block_size, shape.top_k, shape.heads, shape.groups, shape.size)
     want = results(operator(alone, device, backend), *(x[start:end] for x in tensors))
     leaves = [x.requires_grad_() for x in tensors[:3]]
-    out = operator(shape, device, backend)(*leaves)
+    out = operator(shape, device, backend, workspace_bytes)(*leaves)
     got = [out.detach(), *torch.autograd.grad(out, leaves, tensors[3])]
     for a, b in zip(got, want, strict=True):
         difference = (a[start:end].float() - b.float()).abs().max()
@@ -210,3 +214,75 @@ def forward_backward_peaks(
     torch.cuda.synchronize()
     backward = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in gradients)
     return forward, backward
+
+
+def check_decoding(kernels, shape: Shape, device: str, dtype: torch.dtype) -> None:
+    """The newest token of two texts in caches equals the last row of a pass over the whole text. The summary that it
+    may complete is written by the kernels, the others are given.
+
+    Args:
+        kernels: `moba_megatron.ops.triton`, imported where its kernels run.
+        shape: of one document, the longer text.
+    """
+    q, k, v, _ = inputs(shape, device, dtype)
+    block, room = shape.block_size, shape.tokens + 5
+    lengths = [shape.tokens, shape.tokens // block * block]
+    caches = torch.full((2, 2, room, shape.groups, shape.size), torch.nan, dtype=dtype, device=device)
+    means = torch.full((2, room // block, shape.groups, shape.size), torch.nan, device=device)
+    want = []
+    for number, length in enumerate(lengths):
+        caches[0, number, :length], caches[1, number, :length] = k[:length], v[:length]
+        whole = block_means(k[: length - 1].float(), block)
+        means[number, : whole.shape[0]] = whole
+        want.append(moba_attention(q[:length], k[:length], v[:length], backend="gathered", **shape.settings)[-1])
+    now = torch.tensor(lengths, device=device)
+    kernels.complete_summaries(caches[0], means, now, block)
+    newest = torch.stack([q[length - 1] for length in lengths])
+    scale = 1 / math.sqrt(shape.size)
+    got = kernels.decode(newest, *caches, means, now, softmax_scale=scale, **shape.settings)
+    assert got.dtype == dtype
+    difference = float((got.float() - torch.stack(want).float()).abs().max())
+    allowed = 8 * torch.finfo(dtype).eps * max(1.0, float(torch.stack(want).abs().max()))
+    assert difference <= allowed, f"{difference:.2e} > {allowed:.2e}"
+
+
+def check_fragments(kernels, device: str, dtype: torch.dtype, top_k: int) -> None:
+    """Keys that come in two fragments, as a context-parallel rank sees them: output, log-sum-exp and gradients are
+    those of the portable backend.
+
+    The queries are the last 40 of 120 tokens in blocks of 32. The first fragment holds their own rows, in triangles and
+    as a part of the third block; the second all rows before them, with the other part of that block, which is also what
+    its own tokens see of it.
+    """
+    shape = Shape((0, 120), 32, top_k, size=64)
+    q, k, v, dout = inputs(shape, device, dtype)
+    scale, group = 1 / math.sqrt(shape.size), shape.heads // shape.groups
+    ids = reference_select(q.float(), k.float(), shape.cu_seqlens(device), 32, top_k - 1)[80:]
+    first_block = torch.zeros(40, dtype=torch.int64, device=device)
+    own_unit = torch.where(torch.arange(80, 120, device=device) < 96, 2, -1).to(torch.int32)
+    near_units, far_units = torch.tensor([[-1, -1, 0, -1], [0, 1, 2, -1]], dtype=torch.int32, device=device)
+    near = Fragment([(0, 16)], [(0, 1, 16), (16, 1, 24)], first_block, near_units)
+    far = Fragment([(0, 32), (32, 64), (64, 80)], [], first_block, far_units, own_unit)
+    tasks = [(Keys(k[80:], v[80:], group), ids, near), (Keys(k[:80], v[:80], group), ids, far)]
+
+    def all_of(ops) -> list[Tensor]:
+        rows, slopes = q[80:].contiguous(), dout[80:].contiguous()
+        out = torch.zeros(rows.shape, device=device)
+        lse = torch.full(rows.shape[:2], -torch.inf, device=device)
+        for keys, chosen, fragment in tasks:
+            ops.accumulate(rows, keys, chosen, fragment, scale, out, lse)
+        dq, delta, shares = torch.zeros(rows.shape, device=device), ops.output_delta(slopes, out.to(dtype)), []
+        for keys, chosen, fragment in tasks:
+            dk, dv = torch.full((2, *keys.k.shape), torch.nan, dtype=dtype, device=device)
+            ops.accumulate_backward(
+                slopes, rows, keys, chosen, fragment, scale, out.to(dtype), lse, delta, dq, dk, dv
+            )  # fmt: skip
+            shares += [dk, dv]
+        return [out, lse, dq, *shares]
+
+    expected = all_of(gathered)
+    whole = moba_attention(q, k, v, backend="gathered", **shape.settings)[80:].float()
+    assert float((expected[0] - whole).abs().max()) <= 8 * torch.finfo(dtype).eps * float(whole.abs().max())
+    for got, want in zip(all_of(kernels), expected, strict=True):
+        difference, largest = float((got - want).abs().max()), float(want.abs().max())
+        assert difference <= 16 * torch.finfo(dtype).eps * max(largest, 1.0), f"{difference:.2e} of {largest:.2e}"

@@ -1,5 +1,7 @@
 """The operator on a GPU: `pytest -m gpu`."""
 
+import importlib
+
 import gpu_checks as checks
 import pytest
 import torch
@@ -64,14 +66,49 @@ def test_nothing_unwritten_is_read(backend, name, dtype):
     checks.check_poisoned(SHAPES[name], "cuda", dtype, backend)
 
 
+@pytest.fixture
+def kernels():
+    resolve_backend("triton", "cuda")
+    return importlib.import_module("moba_megatron.ops.triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("block_size", "top_k"), [(64, 4), (512, 3), (100, 1)])
+def test_decoding_equals_one_pass(kernels, block_size, top_k, dtype):
+    checks.check_decoding(kernels, Shape((0, 3001), block_size, top_k, 8, 2, 128), "cuda", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("top_k", [2, 3])
+def test_fragments_equal_the_portable_backend(kernels, top_k, dtype):
+    checks.check_fragments(kernels, "cuda", dtype, top_k)
+
+
+@pytest.mark.parametrize("bounds", [(0, 4096), (0, 1000, 1001, 4096)])
+def test_the_host_never_waits(kernels, bounds):
+    """Once compiled: nothing is read from the device or copied to it, forward and backward."""
+    shape = Shape(bounds, 128, 4, 8, 2, 128)
+    attend = checks.operator(shape, "cuda", "triton")
+    if len(bounds) == 2:
+        attend = lambda *x: moba_attention(*x, backend="triton", **shape.settings)  # noqa: E731
+    arguments = checks.inputs(shape, "cuda", torch.bfloat16)
+    checks.results(attend, *arguments)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        checks.results(attend, *arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_addresses_beyond_32_bits():
-    """Queries, keys and values of more than 2^31 elements each."""
+    """Queries, keys and values of more than 2^31 elements each, and partial outputs likewise."""
     if torch.cuda.get_device_properties(0).total_memory < 100e9:
         pytest.skip("needs 100 GB")
     resolve_backend("triton", "cuda")
     shape = Shape((0, 2**19, 2**19 + 3001), 512, 3, 32, 32, 128)
     assert shape.tokens * shape.groups * shape.size > 2**31
-    checks.check_last_document(shape, "cuda", torch.bfloat16, "triton")
+    checks.check_last_document(shape, "cuda", torch.bfloat16, "triton", workspace_bytes=2**33)
 
 
 def test_workspace_stays_within_its_bound():
@@ -90,8 +127,9 @@ def test_workspace_stays_within_its_bound():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["packed", "large top-k", "large blocks"])
 def test_a_small_workspace_does_not_show(backend, name, dtype):
-    """Passes of single key heads, and of ranges of tokens."""
-    for workspace_bytes in (2**20, 2**16):
+    """Passes of single key heads, and of ranges of tokens; for the portable backend, which runs each unit of each pass
+    by itself, of few."""
+    for workspace_bytes in (2**20, 2**16) if backend == "triton" else (2**20,):
         checks.check_workspace(SHAPES[name], "cuda", dtype, backend, workspace_bytes)
 
 

@@ -51,25 +51,36 @@ SMALLEST_WORKSPACE = 2**28
 
 
 def default_workspace(q_TND: Tensor) -> int:
-    """Bytes of workspace where the caller names none: half of q's size, at least 256 MiB."""
-    return max(SMALLEST_WORKSPACE, q_TND.nbytes // 2)
+    """Bytes of workspace where the caller names none: q's size, at least 256 MiB."""
+    return max(SMALLEST_WORKSPACE, q_TND.nbytes)
 
 
 def passes(
     q_TND: Tensor, keys: Keys, num_past: int, fragment: DeviceFragment, entry_bytes: int, workspace_bytes: int | None
 ) -> Iterator[Pass]:
-    """Cut a call into passes whose entries fit the workspace: key head by key head, then by tokens."""
+    """Cut a call into passes whose entries fit the workspace, all of about one size: key head by key head, then by
+    tokens."""
     budget = default_workspace(q_TND) if workspace_bytes is None else workspace_bytes
     tokens, groups, slots = q_TND.shape[0], keys.k.shape[1], fragment.per_query(num_past)
     per_token = keys.group_size * max(1, slots)
     most = max(per_token, min(budget // entry_bytes, MOST_ENTRIES))
-    groups_at_once = groups if slots == 0 else max(1, min(groups, most // max(1, tokens * per_token)))
-    tokens_at_once = max(1, tokens if slots == 0 else min(tokens, most // per_token))
+    groups_at_once = groups if slots == 0 else even_step(groups, most // max(1, tokens * per_token))
+    tokens_at_once = max(1, tokens) if slots == 0 else even_step(tokens, most // per_token)
     for group in range(0, groups, groups_at_once):
         some = slice(group, min(group + groups_at_once, groups))
         for token in range(0, tokens, tokens_at_once):
             end = min(token + tokens_at_once, tokens)
             yield Pass(some, slice(token, end), keys.group_size, keys.first + group, slots)
+
+
+def even_step(count: int, most: int) -> int:
+    """The step, at most `most` but at least 1, that cuts `count` into as few and equal parts as it allows.
+
+    >>> even_step(10, 9), even_step(8, 100), even_step(0, 5)
+    (5, 8, 1)
+    """
+    parts = -(-count // max(1, most))
+    return max(1, -(-count // max(1, parts)))
 
 
 def forward_entry_bytes(q_TND: Tensor) -> int:
@@ -283,6 +294,8 @@ class _Attend(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, lse, ids)
         ctx.settings = (layout, softmax_scale, workspace_bytes)
         ctx.mark_non_differentiable(lse)
+        # No zeros for the log-sum-exp's gradient that there is not.
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod

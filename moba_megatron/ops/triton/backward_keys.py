@@ -91,6 +91,7 @@ def units_dkdv(
     num_lists,
     num_units,
     slots,
+    pieces,
     piece_size,
     first_token,
     num_tokens,
@@ -103,8 +104,11 @@ def units_dkdv(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program per (piece of a list, key tile of its unit)."""
-    piece, key_tile = tl.program_id(0), second_id()
+    """One program per (key tile of a unit, piece of its list). Those of a piece run side by side: its rows are read
+    from memory once and then from cache."""
+    key_tile, piece = tl.program_id(0), second_id()
+    if piece >= pieces:
+        return
     this = tl.load(list_of + piece)
     if this >= num_lists:
         return
@@ -260,11 +264,11 @@ def units_keys_backward(
     dk_sums, dv_sums = torch.empty(2, rows, size, dtype=torch.float32, device=known.q.device)
     key_tiles = triton.cdiv(units.longest, tiles["BLOCK_N"])
     first, bounds = work.groups.start, (units.start, units.end)
-    units_dkdv[(pieces.pieces, *config.spread(key_tiles))](
+    units_dkdv[(key_tiles, *config.spread(pieces.pieces))](
         known.q, keys.k[:, first:], keys.v[:, first:], *known.tensors, *bounds,
         index.order, index.list_first, pieces.list_of, pieces.first, sum_first, dk_sums, dv_sums,
         dk_sums if part_ED is None else part_ED, softmax_scale, keys.k.stride(0), keys.k.stride(1),
-        index.num_lists, index.num_units, work.slots, pieces.size,
+        index.num_lists, index.num_units, work.slots, pieces.pieces, pieces.size,
         work.tokens.start, work.num_tokens, work.first_head_group, known.q.shape[1], work.group_size,
         WRITE_DQ=part_ED is not None, **tiles,
     )  # fmt: skip

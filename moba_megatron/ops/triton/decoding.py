@@ -169,7 +169,7 @@ def choose_cached(q_bND: Tensor, summaries_bMGD: Tensor, lengths_b: Tensor, bloc
     group_size = heads // groups
     tiles = config.route_tiles(torch.float32, size, num_past, group_size, config.architecture_of(q_bND))
     select_blocks[(sequences, groups, parts)](
-        q_bND.float(), summaries_bMGD.float().contiguous(), first, own, ids, scores,
+        q_bND.float(), summaries_bMGD.float().contiguous(), first, own.to(torch.int64), ids, scores,
         sequences * group_size, heads, sequences * most, num_past, 1.0, group_size, group_size, part_blocks,
         SPLIT=True, **tiles,
     )  # fmt: skip

@@ -61,10 +61,8 @@ class DeviceFragment:
 
 def whole_pack(layout: BlockLayout) -> DeviceFragment:
     """All keys of a pack: a unit is a block, and every block attends itself causally. Reads nothing on the host."""
-    starts = layout.block_starts()
-    blocks = Stretches(
-        starts, starts + layout.block_lengths(), min(layout.block_size, layout.num_tokens), layout.num_tokens
-    )
+    longest = min(layout.block_size, layout.num_tokens)
+    blocks = Stretches(layout.block_starts(), layout.block_ends(), longest, layout.num_tokens)
     return DeviceFragment(blocks, blocks, first_block_T=layout.first_block_T)
 
 
@@ -98,4 +96,5 @@ def _device_form(fragment: Fragment, device: torch.device) -> DeviceFragment:
 def _stretches(bounds: list[tuple[int, int]], device: torch.device) -> Stretches:
     lengths = [end - start for start, end in bounds]
     start, end = torch.tensor(bounds, dtype=torch.int64).view(-1, 2).to(device, non_blocking=True).unbind(1)
-    return Stretches(start.contiguous(), end.contiguous(), max(lengths, default=0), sum(lengths))
+    # Copies, also of a single pair: kernels are compiled for addresses that are multiples of 16 bytes.
+    return Stretches(start.clone(), end.clone(), max(lengths, default=0), sum(lengths))

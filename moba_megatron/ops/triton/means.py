@@ -60,8 +60,7 @@ def summarize(k_TGD: Tensor, layout: BlockLayout) -> Tensor:
     Raises:
         ValueError: fp64 keys, which only the portable backends sum in fp64.
     """
-    starts = layout.block_starts()
-    return mean_rows(k_TGD, starts, starts + layout.block_lengths())
+    return mean_rows(k_TGD, layout.block_starts(), layout.block_ends())
 
 
 @torch.no_grad()
