@@ -230,6 +230,9 @@ def _measure_all(
     """Add rows and refusals to the result; yields every row as it is there."""
     gate = _Gate(settings, result, console)
     for case in cases:
+        if case.block_size * case.top_k >= case.length:
+            result.refused.append(f"{case}: top_k blocks cover the document, MoBA is full attention there")
+            continue
         if not gate.passes(settings.backend, case):
             continue
         console.print(

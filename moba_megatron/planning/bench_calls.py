@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 MODES = ("fwd", "fwd+bwd")
 
 Call = Callable[[], None]
+# Seconds that a timed run on a GPU takes at least.
+_SHORTEST_RUN = 0.02
 
 
 def random_inputs(
@@ -50,7 +53,7 @@ def clear_inputs(
 
 def full_call(tensors: list[Tensor], mode: str, backend: str) -> Call:
     """Full causal attention by a backend, on tensors laid out as it likes them."""
-    if backend == "flash_attn":
+    if backend in ("flash_attn", "torch_flash"):
         return call_of(lambda *x: full_attention(*x, backend=backend), tensors, torch.ones_like(tensors[0]), mode)
     heads_first = [x.transpose(0, 1).contiguous() for x in tensors]
     upstream = torch.ones_like(heads_first[0]).transpose(0, 1)
@@ -75,8 +78,8 @@ def call_of(operator: Callable[..., Tensor], tensors: list[Tensor], upstream: Te
     return forward if mode == "fwd" else both
 
 
-def seconds_of(call: Call, device: str) -> float:
-    """Time of one call; on a GPU between two events of its stream."""
+def seconds_of(call: Call, device: str, calls: int = 1) -> float:
+    """Time of one call; on a GPU that of so many in a row between two events of its stream, over their number."""
     if device == "cpu":
         start = time.perf_counter()
         call()
@@ -84,24 +87,39 @@ def seconds_of(call: Call, device: str) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
-    call()
+    for _ in range(calls):
+        call()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3 / calls
+
+
+def calls_in(shortest: float, seconds: float) -> int:
+    """How many calls of so many seconds make a run of at least `shortest` seconds; no more than 20.
+
+    >>> calls_in(0.02, 0.003), calls_in(0.02, 1.0), calls_in(0.02, 1e-6)
+    (7, 1, 20)
+    """
+    return max(1, min(20, math.ceil(shortest / seconds)))
 
 
 def median_seconds(calls: dict[str, Call], runs: int, device: str, limit: float | None) -> dict[str, float]:
     """Medians of `runs` runs of each call in turn, after a warm-up of each.
 
-    Once `limit` seconds are spent there are no further runs; if the warm-up took that long, it counts itself.
+    A run of a short call on a GPU is several in a row, as in training: the host prepares the next while one runs. Once
+    `limit` seconds are spent there are no further runs; if the warm-up took that long, it counts itself.
     """
     started = time.perf_counter()
     times = {name: [seconds_of(call, device)] for name, call in calls.items()}
+    in_a_row = dict.fromkeys(calls, 1)
+    if device != "cpu" and runs:
+        # The first call compiles.
+        in_a_row = {name: calls_in(_SHORTEST_RUN, seconds_of(call, device)) for name, call in calls.items()}
     for run in range(runs):
         if limit is not None and time.perf_counter() - started > limit:
             break
         for name, call in calls.items():
-            seconds = seconds_of(call, device)
+            seconds = seconds_of(call, device, in_a_row[name])
             times[name] = [*times[name], seconds] if run else [seconds]
     return {name: statistics.median(values) for name, values in times.items()}
 

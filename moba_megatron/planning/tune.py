@@ -3,10 +3,11 @@
 For each block size, dtype and kernel in turn the tile that this case takes is replaced by every candidate (query rows,
 keys where the kernel streams them, warps, stages), and the whole call is timed: forward for the kernels of the forward
 pass, forward and backward for the others. A candidate that does not compile or does not fit the chip is passed over;
-one stays if it is clearly faster. In the end the tuned operator is held against the definition, and the table of all
-architectures is written out, with this one's changes, as a file to take the place of `ops/triton/tile_table.py`.
-Whether the winners spill registers is for the compile tests to say. Most of the time is spent compiling: some minutes
-for each block size.
+the fastest stays if it is clearly faster, timed again beside the present one, and the operator still agrees with the
+definition. A place of the table that several block sizes share is tuned for the first of them. After each block size
+the table of all architectures is written out, with this one's changes, as a file to take the place of
+`ops/triton/tile_table.py`. Whether the winners spill registers is for the compile tests to say. Most of the time is
+spent compiling: some minutes for each block size.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def improve(choice: list[Tile], place: int, tiles: Iterator[Tile], seconds: Call
     Returns:
         The share of the time that is gained; None if the present tile cannot run.
     """
-    best, before = choice[place], seconds()
+    best = present = choice[place]
+    before = seconds()
     if before is None:
         return None
     shortest = before
@@ -75,8 +77,17 @@ def improve(choice: list[Tile], place: int, tiles: Iterator[Tile], seconds: Call
         now = seconds()
         if now is not None and now < shortest and now < before * (1 - GAIN):
             best, shortest = tile, now
-    choice[place] = best
-    return 1 - shortest / before
+    if best == present:
+        choice[place] = present
+        return 0.0
+    # The least of many times is partly luck.
+    again = {}
+    for tile in (present, best):
+        choice[place] = tile
+        again[tile] = seconds()
+    gain = 1 - again[best] / again[present]
+    choice[place] = best if gain > GAIN else present
+    return gain if gain > GAIN else 0.0
 
 
 def table_text(source: str, tiles: dict[int, Choices], fp32: Choices) -> str:
@@ -102,7 +113,7 @@ def run_tune(settings: BenchSettings, output: Path, console: Console) -> Path:
     """Tune for every dtype and block of the settings at their longest length; returns the written table's path.
 
     Raises:
-        ValueError: without a CUDA device that the kernels run on, or for fp64; or if the tuned operator is wrong.
+        ValueError: without a CUDA device that the kernels run on, or for fp64.
     """
     if settings.device != "cuda":
         raise ValueError(f"bench: --tune needs a CUDA device, not {settings.device}")
@@ -110,6 +121,8 @@ def run_tune(settings: BenchSettings, output: Path, console: Console) -> Path:
     from moba_megatron.ops.triton import config, tile_table
 
     architecture = config.table_of(config.architecture_of(torch.empty(0, device=settings.device)))
+    output.mkdir(parents=True, exist_ok=True)
+    path, tuned = output / "tile_table.py", set()
     for dtype in settings.dtypes:
         element = DTYPES[dtype]
         for block_size, top_k in settings.blocks:
@@ -118,18 +131,19 @@ def run_tune(settings: BenchSettings, output: Path, console: Console) -> Path:
             for kernel, mode in kernels_of(*holds):
                 choice = config.choices(kernel, element, settings.head_size, architecture)
                 place = place_of(choice, 0 if kernel == "select_blocks" else block_size)
+                if (dtype, kernel, place) in tuned:
+                    continue
+                tuned.add((dtype, kernel, place))
                 before = choice[place]
                 gain = improve(
                     choice, place, candidates(kernel, choice, place), _timer(settings, dtype, block_size, top_k, mode)
                 )
                 result = "cannot run" if gain is None else f"{before} -> {choice[place]}, {gain:.1%} of {mode}"
+                wrong = disagreement(settings, dtype, block_size, top_k) if choice[place] != before else None
+                if wrong:
+                    result, choice[place] = f"{before} stays: {choice[place]} gives wrong results, {wrong}", before
                 console.print(f"{dtype} ({block_size}, {top_k}) {kernel}: {result}")
-            wrong = disagreement(settings, dtype, block_size, top_k)
-            if wrong:
-                raise ValueError(f"bench: the tuned kernels are wrong for {dtype} ({block_size}, {top_k}): {wrong}")
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / "tile_table.py"
-    path.write_text(table_text(Path(tile_table.__file__).read_text(), tile_table.TILES, tile_table.FP32_TILES))
+            path.write_text(table_text(Path(tile_table.__file__).read_text(), tile_table.TILES, tile_table.FP32_TILES))
     console.print(f"  {path}: copy it to {tile_table.__file__} and run the compile tests")
     return path
 
