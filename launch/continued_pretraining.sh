@@ -4,7 +4,8 @@
 #   launch/continued_pretraining.sh MODEL GPUS WEIGHTS [sbatch options ...]
 #   launch/continued_pretraining.sh llama3.1_8b 64 models/Llama-3.1-8B --partition=gpu
 # MODEL: a folder of configs/continued_pretraining. GPUS: 64, 256 or 1024, eight a node. WEIGHTS: a Hugging Face folder,
-# which is the tokenizer of all stages too.
+# which is the tokenizer of all stages too. From the environment: DATA, the folder that data/long_documents.yaml was prepared
+# into (data/prepared/long_documents).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -lt 3 ]; then
@@ -28,18 +29,20 @@ for file in config.json tokenizer.json; do
         exit 2
     fi
 done
-tokenizer=data.tokenizer=$weights
-# What the last job would trip over days from now is found here. The weights of later stages are not there yet: all from the first.
+data=${DATA:-data/prepared/long_documents}
+common=(data.tokenizer="$weights" data.train="$data/train" data.validation="$data/validation")
+# What the last job would trip over days from now is found here: settings, enough data of this tokenizer, weights of this shape.
+# The weights of later stages are not there yet: all from the first.
 for stage in "${stages[@]}"; do
     config=configs/continued_pretraining/$model/$stage$suffix.yaml
-    .venv/bin/python train.py "$config" --dry-run model.init_from="$weights" "$tokenizer" >/dev/null
+    .venv/bin/moba-megatron doctor "$config" model.init_from="$weights" "${common[@]}" >/dev/null
     echo "checked $config"
 done
 after=()
 for stage in "${stages[@]}"; do
     config=configs/continued_pretraining/$model/$stage$suffix.yaml
     job=$(sbatch --parsable --nodes=$((gpus / 8)) --job-name="$model-$stage" "${after[@]}" "$@" \
-        launch/slurm.sbatch "$config" model.init_from="$weights" "$tokenizer")
+        launch/slurm.sbatch "$config" model.init_from="$weights" "${common[@]}")
     echo "job $job: $config from $weights"
     after=(--dependency="afterok:$job" --kill-on-invalid-dep=yes)
     weights=runs/continued_pretraining/$model/$stage

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The small experiments of configs/twins, on two CPU cores: hours in all, in pieces. Each call works for at most MINUTES (50),
-# saves, and ends; the same call goes on. Finished sweeps are skipped; tables and figures go to docs/results/NAME/.
+# saves, and ends; the same call goes on. Finished sweeps are skipped; tables and figures go to docs/results/NAME/. A run that
+# failed is named there, and the call ends with 1.
 #   launch/twins.sh                       all of them
 #   launch/twins.sh granularity           one
 set -euo pipefail
@@ -25,20 +26,27 @@ transformers.LlamaForCausalLM(config).save_pretrained(sys.argv[1])
 PYTHON
 }
 
-end=$((SECONDS + ${MINUTES:-50} * 60))
+end=$((SECONDS + ${MINUTES:-50} * 60)) failed=0
 moba-megatron prepare data/python_twins.yaml data/prepared/python_twins
 for name in ${@:-hybrid_stages scaling_8k granularity selection_variants needle_variants layer_hybrid continued_pretraining scaling_32k}; do
     left=$(((end - SECONDS) / 60))
     if ((left <= 0)); then
         echo "time is up: the same command goes on with $name"
-        exit 0
+        exit "$failed"
     fi
     case $name in
         needle_variants) samples needle 64,128,256,512 4200000 ;;
-        layer_hybrid) samples needle_256 64,128,256 2600000 ;;
+        layer_hybrid) samples needle_256 64,128,256 3400000 ;;
         continued_pretraining) tiny_llama models/tiny_llama ;;
     esac
-    moba-megatron scaling run "configs/twins/$name.yaml" --minutes "$left"
+    moba-megatron scaling run "configs/twins/$name.yaml" --minutes "$left" && code=0 || code=$?
+    case $code in
+        0) ;;
+        1) failed=1 ;;  # shown as failed below
+        3) echo "time is up: the same command goes on with $name"; exit "$failed" ;;
+        *) exit "$code" ;;
+    esac
     moba-megatron scaling plot "configs/twins/$name.yaml" --output "docs/results/$name"
     moba-megatron scaling table "configs/twins/$name.yaml" --output "docs/results/$name"
 done
+exit "$failed"
