@@ -128,8 +128,10 @@ def table_command(sweep: SweepArgument, output: OutputOption = None) -> None:
         results = read_results(loaded)
         text = markdown(result_rows(loaded, results))
         for figure in loaded.file.figures:
-            if figure.kind == "scaling":
-                text += "\n" + markdown(gap_rows(loaded, results, figure.axis or "attention", figure.metric))
+            if figure.kind in ("scaling", "options"):
+                gaps = gap_rows(loaded, results, figure.axis or "attention", figure.metric)
+                # Of one run for each option the first table says it all.
+                text += "\n" + markdown(gaps) if figure.kind == "scaling" or len(gaps[1]) > 1 else ""
         laws = _all_laws(loaded, results)
         if any(law.by_6nd or law.three_terms for law in laws):
             text += "\n" + markdown(law_rows(laws))

@@ -95,6 +95,10 @@ def run_loop(parts: LoopParts, first_step: int) -> LoopEnd:
                 if evaluate:
                     _evaluate(parts, number)
                 break
+        if first_step > config.training.steps and parts.evaluate:
+            # Nothing is left but the evaluation before which the run was killed.
+            parts.set_stage(parts.stage_at(number))
+            _evaluate(parts, number)
         parts.checkpoints.wait()
     assert saved == number, "the last state is on disk"
     return LoopEnd(number, signal)

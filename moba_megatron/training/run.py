@@ -76,7 +76,7 @@ def _train(config: Config, ready: Preflight, device: torch.device, rank: int) ->
         process = {"pid": os.getpid(), "host": socket.gethostname()}
         folder.write_status("running", first_step - 1, **process, **_data_changes(ready))
         _introduce(progress, config, ready, wrapped, packing)
-    if first_step > config.training.steps:
+    if first_step > config.training.steps and not _evaluation_is_missing(config, folder):
         return _conclude(config, ready, folder, progress, LoopEnd(config.training.steps, None), rank)
     writer = MetricsWriter(folder.path, config, first_step - 1) if rank == 0 else None
     parts = _loop_parts(config, ready, folder, state, wrapped, datasets, progress, writer, device)
@@ -84,6 +84,13 @@ def _train(config: Config, ready: Preflight, device: torch.device, rank: int) ->
     if writer:
         writer.close()
     return _conclude(config, ready, folder, progress, end, rank)
+
+
+def _evaluation_is_missing(config: Config, folder: RunFolder) -> bool:
+    """Whether a run that has made all its steps was killed before the last evaluation, as rank 0 sees it."""
+    missing = [config.data.validation is not None and not folder.evaluated(config.training.steps)]
+    torch.distributed.broadcast_object_list(missing, src=0)
+    return missing[0]
 
 
 def _agree_on_resume(ready: Preflight) -> None:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from moba_megatron.checkpoint import CheckpointError, find_latest
 from moba_megatron.checkpoint.manifest import NAME, Manifest
 from moba_megatron.config import Config, ConfigError
+from moba_megatron.evaluation.records import read_json_lines, training_records
 from moba_megatron.model.schedule import AttentionSchedule
 
 State = Literal["running", "paused", "stopped", "finished", "failed"]
@@ -58,6 +59,11 @@ class RunFolder:
         self.plots = self.path / "plots"
         self.profile = self.path / "profile"
         self.status = self.path / "status.json"
+
+    def evaluated(self, step: int) -> bool:
+        """Whether training has evaluated itself after this step."""
+        lines = read_json_lines(self.evaluations)
+        return any(line["step"] == step for line in training_records(lines))
 
     def write_config(self, config: Config, resumed_step: int, choices: list[str]) -> None:
         """Write the resolved configuration, headed by what every `auto` became; keep a different previous one under

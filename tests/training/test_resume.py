@@ -90,6 +90,18 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(tmp_path):
     assert (Path(config.run.dir) / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_last_evaluation_is_made_up_for(tmp_path, ranks):
+    """Killed after the last checkpoint and before the evaluation that follows it."""
+    config = small_config(tmp_path, training__steps=3, **HALVES)
+    run_ranks(ranks, train_here, config, ranks)
+    path, steps = Path(config.run.dir) / "evaluations.jsonl", Path(config.run.dir) / "metrics.jsonl"
+    before, metrics = path.read_bytes(), steps.read_bytes()
+    path.unlink()
+    assert run_ranks(ranks, train_here, config, ranks) == [("finished", 3)] * ranks
+    assert (path.read_bytes(), steps.read_bytes()) == (before, metrics)
+
+
 @pytest.fixture(scope="module")
 def paused(tmp_path_factory):
     """A folder with a run paused after step 2, and its configuration's changes."""
