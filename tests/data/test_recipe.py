@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,14 @@ def test_the_shipped_recipe_loads_and_takes_overrides():
     assert recipe.sources[0].pattern == "*.py"
     assert "test" in recipe.sources[0].exclude
     assert recipe.split.validation == 0.1
+
+
+def test_every_configuration_finds_the_recipe_of_its_data():
+    made = {path.stem for path in (REPOSITORY / "data").glob("*.yaml") if path.stem != "long_mix" and load_recipe(path)}
+    made |= {"needle", "needle_256"}  # samples that a launch script writes
+    configurations = "".join(path.read_text() for path in (REPOSITORY / "configs").rglob("*.yaml"))
+    named = set(re.findall(r"data/prepared/(\w+)/(?:train|validation|tokenizer)", configurations))
+    assert {"paper", "long_documents", "instructions"} <= named <= made
 
 
 def test_the_recipes_of_the_long_mix_load_and_fit_each_other():
