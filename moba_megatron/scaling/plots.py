@@ -11,7 +11,7 @@ import numpy as np
 from moba_megatron.evaluation.records import read_json_lines
 from moba_megatron.scaling.laws import fit_sweep, gaps_to_first, left_out
 from moba_megatron.scaling.results import Result, best
-from moba_megatron.scaling.sweep import PFLOP_S_DAY, Figure, Sweep
+from moba_megatron.scaling.sweep import PFLOP_S_DAY, Figure, Point, Sweep
 
 _COLOURS = [f"C{number}" for number in range(10)]
 _MARKERS = "osD^v"
@@ -115,7 +115,8 @@ def _positions(drawing: Any, sweep: Sweep, results: list[Result], figure: Figure
 
 
 def _curves(drawing: Any, sweep: Sweep, results: list[Result], figure: Figure) -> None:
-    """Training loss by tokens, averaged over a fiftieth of the run; dotted lines where the attention changes."""
+    """Training loss by tokens, averaged over a fiftieth of the run; dotted lines where the attention changes. A run
+    that starts from another of the sweep goes on where that one ends."""
     axes = drawing.axes[0]
     for number, result in enumerate(results):
         lines = read_json_lines(result.point.folder / "metrics.jsonl")
@@ -124,13 +125,19 @@ def _curves(drawing: Any, sweep: Sweep, results: list[Result], figure: Figure) -
         colour = _COLOURS[number % len(_COLOURS)]
         window = max(1, len(lines) // 50)
         loss = np.convolve([line["loss"] for line in lines], np.ones(window) / window, mode="valid")
-        axes.plot([line["tokens"] for line in lines[window - 1 :]], loss, color=colour, label=result.point.name)
+        first = _tokens_before(result.point)
+        axes.plot([first + line["tokens"] for line in lines[window - 1 :]], loss, color=colour, label=result.point.name)
         for before, after in zip(lines, lines[1:], strict=False):
             if before["stage"] != after["stage"]:
-                axes.axvline(before["tokens"], color=colour, linestyle=":")
+                axes.axvline(first + before["tokens"], color=colour, linestyle=":")
     axes.set(xlabel="tokens", ylabel="training loss (nats per token)", yscale="log")
     _plain_ticks(axes)
     axes.legend(fontsize=8)
+
+
+def _tokens_before(point: Point) -> int:
+    """Tokens of the runs that a run starts from."""
+    return 0 if point.start_from is None else point.start_from.tokens + _tokens_before(point.start_from)
 
 
 def _plain_ticks(axes: Any) -> None:
