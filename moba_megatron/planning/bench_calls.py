@@ -112,8 +112,8 @@ def median_seconds(calls: dict[str, Call], runs: int, device: str, limit: float 
     started = time.perf_counter()
     times = {name: [seconds_of(call, device)] for name, call in calls.items()}
     in_a_row = dict.fromkeys(calls, 1)
-    if device != "cpu" and runs:
-        # The first call compiles.
+    if device != "cpu" and (limit is None or time.perf_counter() - started < limit):
+        # A first call may compile.
         in_a_row = {name: calls_in(_SHORTEST_RUN, seconds_of(call, device)) for name, call in calls.items()}
     for run in range(runs):
         if limit is not None and time.perf_counter() - started > limit:

@@ -77,17 +77,15 @@ def improve(choice: list[Tile], place: int, tiles: Iterator[Tile], seconds: Call
         now = seconds()
         if now is not None and now < shortest and now < before * (1 - GAIN):
             best, shortest = tile, now
-    if best == present:
-        choice[place] = present
+    # The least of many times is partly luck: both once more.
+    choice[place] = best
+    now = seconds() if best != present else None
+    choice[place] = present
+    before = seconds() if now is not None else None
+    if now is None or before is None or now >= before * (1 - GAIN):
         return 0.0
-    # The least of many times is partly luck.
-    again = {}
-    for tile in (present, best):
-        choice[place] = tile
-        again[tile] = seconds()
-    gain = 1 - again[best] / again[present]
-    choice[place] = best if gain > GAIN else present
-    return gain if gain > GAIN else 0.0
+    choice[place] = best
+    return 1 - now / before
 
 
 def table_text(source: str, tiles: dict[int, Choices], fp32: Choices) -> str:

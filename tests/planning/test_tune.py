@@ -54,3 +54,14 @@ def test_the_written_table_is_the_file():
 def test_without_a_gpu_it_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--tune needs a CUDA device, not cpu"):
         run_tune(BenchSettings(), tmp_path, Console())
+
+
+def test_luck_does_not_stay():
+    choice, seen = list(CHOICE), set()
+
+    def seconds():
+        first = choice[2] not in seen
+        seen.add(choice[2])
+        return 0.5 if first and choice[2] == (32, 64, 4, 1) else 1.0
+
+    assert improve(choice, 2, candidates("attend_own", CHOICE, 2), seconds) == 0 and choice == CHOICE
