@@ -66,7 +66,8 @@ class Packing:
 
 @dataclass(frozen=True)
 class PackingSummary:
-    """What a packing does to a dataset. `documents_cut` is the expected number where documents are concatenated."""
+    """What a packing does to a dataset. `documents_cut` and `rows_of_one_document` are expected numbers where documents
+    are concatenated. The latter are what trailing losses are made of where documents do not see each other."""
 
     kind: str
     row_length: int
@@ -74,6 +75,7 @@ class PackingSummary:
     tokens: int
     documents: int
     documents_cut: float
+    rows_of_one_document: float
     documents_left_out: int
     tokens_left_out: int
 
@@ -84,7 +86,8 @@ class PackingSummary:
 
     def __str__(self) -> str:
         cut = f"{self.documents_cut / max(self.documents, 1):.1%} of {self.documents:,} documents cut"
-        text = f"{self.kind}, {self.rows:,} rows of {self.row_length:,} tokens, {self.fill:.2%} full, {cut}"
+        rows = f"{self.rows:,} rows of {self.row_length:,} tokens ({self.rows_of_one_document:,.0f} of one document)"
+        text = f"{self.kind}, {rows}, {self.fill:.2%} full, {cut}"
         if not self.tokens_left_out:
             return text
         share = self.tokens_left_out / (self.tokens + self.tokens_left_out)
@@ -189,6 +192,7 @@ def summarise_packing(lengths: np.ndarray, packing: Packing, rules: PackingRules
         tokens=tokens,
         documents=len(used),
         documents_cut=int(np.count_nonzero(lengths[used] > rules.row_length)),
+        rows_of_one_document=int(np.count_nonzero(packing.pieces[:, 2] == rules.row_length)),
         documents_left_out=len(lengths) - len(used),
         tokens_left_out=int(lengths.sum(dtype=np.int64)) - tokens,
     )
@@ -204,6 +208,7 @@ def summarise_concatenation(lengths: np.ndarray, row_length: int) -> PackingSumm
         tokens=rows * row_length,
         documents=len(lengths),
         documents_cut=float(np.minimum((lengths - 1) / row_length, 1.0).sum()),
+        rows_of_one_document=float(np.maximum(lengths.astype(np.int64) - row_length + 1, 0).sum() / row_length),
         documents_left_out=0,
         tokens_left_out=0,
     )

@@ -141,9 +141,10 @@ def _tokens_before(point: Point) -> int:
 
 
 def _plain_ticks(axes: Any) -> None:
-    """Losses span less than a decade: numbers, not powers of ten."""
-    from matplotlib.ticker import LogLocator, ScalarFormatter
+    """Losses span a decade or little more: numbers, not powers of ten, and where they span little more of them."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    low, high = axes.get_ylim()
+    axes.yaxis.set_minor_formatter(ScalarFormatter() if high < 4 * low else NullFormatter())

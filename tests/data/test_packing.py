@@ -89,6 +89,7 @@ def test_the_expected_number_of_cut_documents_is_what_a_cut_stream_has():
     ends = np.cumsum(np.random.default_rng(3).permutation(lengths))
     cut = np.count_nonzero((ends - 1) // 128 > np.append(0, ends[:-1]) // 128)
     assert summarise_concatenation(lengths, 128).documents_cut == pytest.approx(cut, rel=0.03)
+    assert summarise_concatenation(np.array([100, 128, 191, 256]), 128).rows_of_one_document == (1 + 64 + 129) / 128
 
 
 def test_three_hundred_thousand_documents_take_about_a_second():
@@ -128,8 +129,8 @@ def test_a_summary_in_words():
     rules = PackingRules("document", 8, 6)
     text = str(summarise_packing(np.array([6, 20, 3, 1]), pack_documents(np.array([6, 20, 3, 1]), rules, 0), rules))
     assert text == (
-        "document, 3 rows of 8 tokens, 91.67% full, 50.0% of 2 documents cut, 26.67% of the tokens left out (2 whole "
-        "documents)"
+        "document, 3 rows of 8 tokens (2 of one document), 91.67% full, 50.0% of 2 documents cut, "
+        "26.67% of the tokens left out (2 whole documents)"
     )
 
 
