@@ -49,7 +49,8 @@ def run_command(
         list[str] | None, typer.Option(help="Names or numbers (from 0) of runs. Several times, or all.")
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Trainings at once. Default: as many as there are GPUs, else cores, for.")
+        int | None,
+        typer.Option(min=1, help="Trainings at once. Default: as many as the GPUs, else the cores, suffice for."),
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Ranks of each training, on this machine.")] = 1,
     minutes: Annotated[

@@ -40,7 +40,6 @@ class Result:
         by_position: the last evaluation's ranges of positions.
         seconds: time in steps so far, over all pieces.
         tasks: lines that `moba-megatron evaluate` added for this checkpoint, other than losses.
-        made_on: commit, PyTorch and hardware of the training's last start, in words; empty before its first.
     """
 
     point: Point
@@ -52,7 +51,17 @@ class Result:
     by_position: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     tasks: list[dict[str, Any]] = field(default_factory=list)
-    made_on: str = ""
+
+    @property
+    def made_on(self) -> str:
+        """Commit, PyTorch and hardware of the training's last start, in words; empty before its first."""
+        facts = read_json(self.point.folder / "environment.json") or {}
+        parts = {
+            "commit": facts.get("commit"),
+            "PyTorch": facts.get("torch"),
+            "": facts.get("GPUs of the first node") or facts.get("processor"),
+        }
+        return ", ".join(f"{name} {value}".strip() for name, value in parts.items() if value)
 
     def metric(self, name: str) -> float | None:
         """`loss`, `trailing_loss`, or a number of a further evaluation, under the attention of the training if it was
@@ -75,7 +84,7 @@ def read_results(sweep: Sweep) -> list[Result]:
 
 def read_result(point: Point) -> Result:
     """One run. See `read_results`."""
-    status = _read_json(point.folder / "status.json")
+    status = read_json(point.folder / "status.json")
     if status is None:
         return _before_first_step(point)
     _check_settings(point)
@@ -86,7 +95,7 @@ def read_result(point: Point) -> Result:
     if state != "finished":
         error = status.get("error") if status["state"] == "failed" else None
         why = str(error or last_line(point.folder / LOG)) if state == "failed" else ""
-        return Result(point, state, step, why, seconds=seconds, made_on=_made_on(point.folder))
+        return Result(point, state, step, why, seconds=seconds)
     at_end = [line for line in evaluations if line["step"] == point.config.training.steps]
     losses = training_records(at_end)
     if not losses:
@@ -94,8 +103,7 @@ def read_result(point: Point) -> Result:
     last = losses[-1]
     tasks = [line for line in at_end if line.get("kind", "losses") != "losses"]
     return Result(
-        point, "finished", step, "", last["loss"], last["trailing_loss"], last["by_position"], seconds, tasks,
-        _made_on(point.folder),
+        point, "finished", step, "", last["loss"], last["trailing_loss"], last["by_position"], seconds, tasks
     )  # fmt: skip
 
 
@@ -164,16 +172,6 @@ def _alive(status: dict[str, Any]) -> bool:
     return status.get("host") == socket.gethostname() and words.is_file() and b"train" in words.read_bytes()
 
 
-def _made_on(folder: Path) -> str:
-    facts = _read_json(folder / "environment.json") or {}
-    parts = {
-        "commit": facts.get("commit"),
-        "PyTorch": facts.get("torch"),
-        "": facts.get("GPUs of the first node") or facts.get("processor"),
-    }
-    return ", ".join(f"{name} {value}".strip() for name, value in parts.items() if value)
-
-
 def _check_settings(point: Point) -> None:
     """Raise if the run folder's configuration is not the point's, in anything that shapes its numbers."""
     path = point.folder / "config.yaml"
@@ -203,5 +201,6 @@ def _shaping(config: Config) -> dict[str, Any]:
     return {f"{a}.{b}": tree[a][b] for a, b in keys if f"{a}.{b}" not in _FREE}
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object of a JSON file; None if there is no file."""
     return json.loads(path.read_text()) if path.is_file() else None

@@ -9,7 +9,6 @@ later.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -26,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import moba_megatron
 from moba_megatron.config import ConfigError
 from moba_megatron.platform.processes import die_with_parent
-from moba_megatron.scaling.results import ENDED, LOG, Result, last_line, last_record, read_result
+from moba_megatron.scaling.results import ENDED, LOG, Result, last_line, last_record, read_json, read_result
 from moba_megatron.scaling.sweep import Point, Sweep
 
 _POLL_SECONDS = 1.0
@@ -194,13 +193,12 @@ def _check_sources(points: list[Point]) -> None:
     problems = []
     for point in points:
         source = Path(point.config.model.init_from or "")
-        if point.start_from is None and (source / "status.json").is_file():
-            status = json.loads((source / "status.json").read_text())
-            if status["state"] != "finished":
-                problems.append(
-                    f"{point.name} starts from {source}, which is {status['state']} at step {status['step']}: finish "
-                    "that run, or name one of its checkpoints/step_N"
-                )
+        status = read_json(source / "status.json") if point.start_from is None else None
+        if status is not None and status["state"] != "finished":
+            problems.append(
+                f"{point.name} starts from {source}, which is {status['state']} at step {status['step']}: finish "
+                "that run, or name one of its checkpoints/step_N"
+            )
     if problems:
         raise ConfigError(problems)
 

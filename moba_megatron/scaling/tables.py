@@ -78,7 +78,7 @@ def _mean(values: list[float]) -> str:
 
 def provenance(results: list[Result]) -> list[str]:
     """On what the runs were made, one line for each commit and machine."""
-    counts = Counter(result.made_on for result in results if result.made_on)
+    counts = Counter(filter(None, (result.made_on for result in results)))
     return [f"{count} of {len(results)} runs: {made_on}" for made_on, count in counts.items()]
 
 

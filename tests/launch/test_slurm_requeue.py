@@ -152,6 +152,7 @@ def test_continued_pretraining_is_a_chain_of_jobs(cluster, tmp_path, monkeypatch
         shown = cluster.call("scontrol", "show", "job", job)
         assert f"Dependency=afterok:{before}" in shown
         assert f"data.tokenizer={tmp_path}" in shown and f"data.train={data}/train" in shown
+    cluster.call("scancel", *jobs)
 
 
 def test_a_sweep_is_an_array_of_jobs(cluster, tmp_path, monkeypatch):

@@ -190,7 +190,7 @@ def test_gaps_of_seeds_have_a_mean(tmp_path):
     sweep = load_sweep(write_sweep(tmp_path, axes=axes))
     gaps = {"seed-0": 0.1, "seed-1": 0.2, "seed-2": 0.6, "seed-3": None}
     results = [
-        Result(point, "finished", loss=3.0 if kind == "full" else 3.0 + gaps[seed], made_on="commit abc, one machine")
+        Result(point, "finished", loss=3.0 if kind == "full" else 3.0 + gaps[seed])
         for point in sweep.points
         for seed, kind in [point.name.split("_")]
         if kind == "full" or gaps[seed] is not None
@@ -199,6 +199,9 @@ def test_gaps_of_seeds_have_a_mean(tmp_path):
     assert [row[0] for row in rows] == ["seed 0", "seed 1", "seed 2", "mean"]
     # stdev([0.1, 0.2, 0.6]) = 0.2646, over the root of 3.
     assert rows[-1][1] == "+0.3000 ± 0.1528"
+    for result in results:
+        result.point.folder.mkdir(parents=True)
+        (result.point.folder / "environment.json").write_text('{"commit": "abc", "processor": "one machine"}')
     assert provenance(results) == ["7 of 7 runs: commit abc, one machine"]
 
 
