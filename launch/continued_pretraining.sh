@@ -5,7 +5,7 @@
 #   launch/continued_pretraining.sh llama3.1_8b 64 models/Llama-3.1-8B --partition=gpu
 # MODEL: a folder of configs/continued_pretraining. GPUS: 64, 256 or 1024, eight a node. WEIGHTS: a Hugging Face folder,
 # which is the tokenizer of all stages too. From the environment: DATA, the folder that data/long_documents.yaml was prepared
-# into (data/prepared/long_documents).
+# into (data/prepared/long_documents). After a stage that failed, run it again: stages that are finished end at once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -lt 3 ]; then
@@ -32,10 +32,11 @@ done
 data=${DATA:-data/prepared/long_documents}
 common=(data.tokenizer="$weights" data.train="$data/train" data.validation="$data/validation")
 # What the last job would trip over days from now is found here: settings, enough data of this tokenizer, weights of this shape.
-# The weights of later stages are not there yet: all from the first.
+# The weights of later stages are not there yet: all from the first, also where a stage has begun with others.
 for stage in "${stages[@]}"; do
     config=configs/continued_pretraining/$model/$stage$suffix.yaml
-    .venv/bin/moba-megatron doctor "$config" model.init_from="$weights" "${common[@]}" >/dev/null
+    .venv/bin/moba-megatron doctor "$config" model.init_from="$weights" "${common[@]}" \
+        'checkpoint.allow_changed=["model.init_from"]' >/dev/null
     echo "checked $config"
 done
 after=()

@@ -47,7 +47,9 @@ class LazyCommands(TyperGroup):
         module, function = COMMANDS[cmd_name].split(":")
         found = getattr(import_module(module), function)
         if isinstance(found, typer.Typer):
-            return typer.main.get_group(found)
+            group = typer.main.get_group(found)
+            group.name = cmd_name  # else `--help` lists it without one
+            return group
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         single.command(cmd_name)(found)
         return typer.main.get_command(single)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -93,5 +94,6 @@ def test_trackers_and_profiler_wrote_their_files(run):
 
 def test_help_lists_every_command():
     output = call("--help")
-    for name in ("prepare", "evaluate", "generate", "bench", "doctor"):
-        assert name in output
+    for name in ("prepare", "evaluate", "generate", "bench", "doctor", "scaling"):
+        # The name stands at the start of its line.
+        assert re.search(rf"^\W*{name} ", output, re.MULTILINE), name

@@ -16,9 +16,9 @@ from moba_megatron.config.schema import AttentionStage, BlendEntry, Config, Laye
 HEAD = """# Configuration reference
 
 Made from the schema by `python -m moba_megatron.config.reference`; do not edit. A configuration is a YAML file with
-these sections;
-`base: other.yaml` takes over another file first, and `section.key=value` on the command line wins over all files. Sizes
-are in tokens unless said otherwise.
+these sections. `base: other.yaml`, or a list of files of which later ones win, is taken over first;
+`section.key=value` on the command line wins over all files, its value being YAML (`key=null`, `'key=[a,b]'`). A base is
+relative to the file it stands in, all other paths to the working directory. Sizes are in tokens unless said otherwise.
 """
 
 

@@ -156,7 +156,8 @@ def most_remote_owners(sizes: Sizes, context_size: int) -> int:
 
 def choose_exchange(sizes: Sizes, context_size: int, levels: tuple[int, int] | None = None) -> Choice:
     """What `auto` means for these sizes: `a2a` where the heads allow it, otherwise the fewest bytes in a forward and a
-    backward pass (all_gather brings what p2p brings, and is left to those who ask for it).
+    backward pass among the others but `all_gather`, which holds a whole key head of all ranks in memory and is left to
+    those who ask for it.
 
     Args:
         levels: for `a2a+p2p`, if they are given.

@@ -39,7 +39,8 @@ class Result:
         loss, trailing_loss: nats per token on validation at the end; None until finished, or where there is none.
         by_position: the last evaluation's ranges of positions.
         seconds: time in steps so far, over all pieces.
-        tasks: lines that `moba-megatron evaluate` added for this checkpoint, other than losses.
+        tasks: lines that `moba-megatron evaluate` added for this checkpoint, other than losses, and than those
+            of `--routing-choice`.
     """
 
     point: Point
@@ -101,7 +102,8 @@ def read_result(point: Point) -> Result:
     if not losses:
         return Result(point, "failed", step, "finished without an evaluation: set data.validation", seconds=seconds)
     last = losses[-1]
-    tasks = [line for line in at_end if line.get("kind", "losses") != "losses"]
+    # Lines with a choice of blocks that is not the model's own ("choice") say nothing of the run.
+    tasks = [line for line in at_end if line.get("kind", "losses") != "losses" and "choice" not in line]
     return Result(
         point, "finished", step, "", last["loss"], last["trailing_loss"], last["by_position"], seconds, tasks
     )  # fmt: skip

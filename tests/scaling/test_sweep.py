@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,19 @@ def test_further_evaluations_are_columns_and_metrics(tmp_path):
     assert left_out(results, "needle_64_greedy_match")[0] == (
         "small_moba: no needle_64_greedy_match: no evaluation gave it"
     )
+
+
+def test_routing_by_another_choice_is_no_result_of_the_run(tmp_path):
+    (point, *_) = load_sweep(write_sweep(tmp_path)).points
+    point.folder.mkdir(parents=True)
+    steps = point.config.training.steps
+    (point.folder / "status.json").write_text(json.dumps({"state": "finished", "step": steps}))
+    own = {"step": steps, "kind": "routing", "attention": "moba", "mass_held": 0.6}
+    losses = {"step": steps, "loss": 1.0, "trailing_loss": 0.9, "by_position": []}
+    lines = [losses, own, {**own, "mass_held": 0.7, "choice": "B = 8, K = 12"}]
+    (point.folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = read_result(point)
+    assert (result.state, result.loss, result.tasks) == ("finished", 1.0, [own])
 
 
 def test_gaps_are_between_runs_that_agree_in_the_other_axes(tmp_path):
