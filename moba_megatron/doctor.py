@@ -15,10 +15,11 @@ from rich.table import Column, Table
 
 from moba_megatron import __version__
 from moba_megatron.config import ConfigError, load_config
+from moba_megatron.model.schedule import checked_schedule
 from moba_megatron.ops import resolve_backend, resolve_full_backend
 from moba_megatron.ops.backends import BACKENDS, FULL_BACKENDS, Backend
 from moba_megatron.platform import current_device, optional_libraries
-from moba_megatron.training.preflight import checked_schedule, preflight, run_choices
+from moba_megatron.training.preflight import preflight, run_choices
 
 PACKAGES = ("torch", "megatron-core", "triton", "transformers", "tokenizers", "datasets", "gigatoken", "wandb")
 

@@ -19,12 +19,12 @@ ALLOWED = {
     "planning": {"config", "data", "hf", "model", "ops", "parallel"},
     "convert": {"hf", "checkpoint", "model", "data", "config", "platform"},
     "generation": {"convert", "hf", "checkpoint", "config"},
-    "evaluation": {"generation", "convert", "hf", "model", "data", "checkpoint", "ops", "config"},
+    "evaluation": {"generation", "convert", "hf", "model", "data", "checkpoint", "ops", "platform", "config"},
     "training": {
         *("parallel", "model", "data", "checkpoint", "convert", "evaluation", "planning", "ops", "config", "platform")
     },
     "scaling": {"evaluation", "planning", "model", "platform", "config"},
-    "doctor": {"config", "ops", "platform", "training"},
+    "doctor": {"config", "model", "ops", "platform", "training"},
     "cli": {"convert", "data", "evaluation", "generation", "planning", "scaling", "doctor", "platform"},
 }
 

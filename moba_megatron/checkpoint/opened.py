@@ -13,7 +13,7 @@ from moba_megatron.config import Config, ParallelConfig, config_from_dict
 from moba_megatron.model.builder import build_model
 from moba_megatron.model.core_attention import set_attention_stage
 from moba_megatron.model.schedule import AttentionSchedule
-from moba_megatron.platform.start import start_rank
+from moba_megatron.platform.start import start_single_rank
 
 
 @dataclass
@@ -29,9 +29,14 @@ class OpenedModel:
 
     @property
     def folder(self) -> Path:
-        """The run folder of the checkpoint, wherever it was moved; the checkpoint's own folder if it stands alone."""
-        parent = self.checkpoint.parent
-        return parent.parent if parent.name == "checkpoints" else parent
+        """As `run_folder`."""
+        return run_folder(self.checkpoint)
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The run folder of a checkpoint, wherever it was moved; the folder beside it if it stands alone."""
+    parent = checkpoint.parent
+    return parent.parent if parent.name == "checkpoints" else parent
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -48,19 +53,22 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def saved_config(checkpoint: Path) -> Config:
-    """The configuration a checkpoint was trained with, on one rank (any layout loads at any other)."""
+    """The configuration a checkpoint was trained with, on one rank (any layout loads at any other) and with the
+    backends that `auto` takes: those of training may not be here."""
     values = Manifest.read(checkpoint).config
-    return config_from_dict({**values, "parallel": ParallelConfig().model_dump()})
+    attention = {**values["attention"], "backend": "auto", "full_backend": "auto"}
+    return config_from_dict({**values, "attention": attention, "parallel": ParallelConfig().model_dump()})
 
 
 def open_model(path: str | Path, tokenizer_fingerprint: str, vocab_size: int) -> OpenedModel:
-    """Start this process as a single rank and load a model into it.
+    """Start this process as a single rank, whatever launcher's variables are around, and load a model into it.
 
     Args:
         tokenizer_fingerprint: of the tokenizer that is at hand.
         vocab_size: size of that tokenizer, used where the configuration leaves `model.vocab_size` to it.
 
     Raises:
+        ValueError: torchrun started several of these.
         CheckpointError: no complete checkpoint there, a damaged one, or one that was trained with another tokenizer.
     """
     checkpoint = find_checkpoint(path)
@@ -71,7 +79,7 @@ def open_model(path: str | Path, tokenizer_fingerprint: str, vocab_size: int) ->
             f"{checkpoint} was trained with the tokenizer of fingerprint {trained_with}, but data.tokenizer = "
             f"{config.data.tokenizer} has {tokenizer_fingerprint}: put the old one back"
         )
-    device = start_rank(config.parallel, seed=config.run.seed)
+    device = start_single_rank(config.run.seed)
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
     model = build_model(config, config.model.vocab_size or vocab_size, schedule)
     step = load_model(checkpoint, model, check_files=config.checkpoint.verify).step

@@ -68,5 +68,5 @@ def _verify_together(folder: Path, manifest: Manifest) -> None:
     if problems:
         raise CheckpointError(
             f"{folder} is damaged: {'; '.join(problems)}. Remove the folder to continue from the checkpoint before it, "
-            "or name one by checkpoint.resume=PATH"
+            "or go on from another one in another run.dir (checkpoint.resume=PATH)"
         )

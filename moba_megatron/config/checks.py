@@ -40,7 +40,7 @@ def check_world(config: Config, world_size: int) -> int:
         ])  # fmt: skip
     for key, samples in [
         ("training.global_batch_size", training.global_batch_size),
-        ("evaluation.samples", config.evaluation.samples),
+        ("evaluation.samples", config.evaluation.samples if config.data.validation else 0),
     ]:
         microbatches = -(-samples // per_pass)
         if parallel.virtual_pipeline and microbatches % parallel.pipeline:

@@ -19,7 +19,7 @@ import torch
 from moba_megatron import __version__
 from moba_megatron.checkpoint import CheckpointWriter, Manifest
 from moba_megatron.checkpoint.state import sharded_model
-from moba_megatron.config import Config, ConfigError, ParallelConfig, config_from_dict
+from moba_megatron.config import Config, ConfigError, config_from_dict
 from moba_megatron.config.huggingface import model_section, read_huggingface_config
 from moba_megatron.convert.publish import check_unused, new_folder
 from moba_megatron.convert.safetensors_folder import SafetensorsFolder
@@ -28,7 +28,7 @@ from moba_megatron.convert.weights import open_weights, read_weights
 from moba_megatron.data.tokenizer import Tokenizer
 from moba_megatron.model.builder import build_model
 from moba_megatron.model.schedule import AttentionSchedule
-from moba_megatron.platform.start import start_rank
+from moba_megatron.platform.start import start_single_rank
 
 NO_TOKENIZER = "none"
 _HEAD = """# A start for training from {source}.
@@ -71,7 +71,7 @@ def _write_checkpoint(
     folder: Path, config: Config, weights: SafetensorsFolder, fingerprint: str, advance: Callable[[int, int], None]
 ) -> None:
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
-    start_rank(ParallelConfig(), seed=config.run.seed)
+    start_single_rank(config.run.seed)
     chunks = build_model(config, config.model.vocab_size, schedule)
     read_weights(chunks, weights, config.model, advance=advance)
     libraries = ("torch", "megatron-core")

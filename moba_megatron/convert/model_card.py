@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moba_megatron.checkpoint.opened import run_folder
 from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.platform.files import read_json_lines
 
 if TYPE_CHECKING:
     from moba_megatron.convert.export_hf import Exported
@@ -90,11 +91,10 @@ def _attention(name: str, values: dict[str, Any]) -> str:
 
 def _training(exported: Exported) -> str:
     manifest, config = exported.manifest, exported.config
-    tokens = manifest.consumed_samples * config.data.sequence_length
     schedule = AttentionSchedule.from_dict(manifest.schedule)
     facts = {
         "optimizer steps": f"{manifest.step:,} of {config.training.steps:,}",
-        "tokens": f"{tokens:,}",
+        "tokens": f"{manifest.tokens:,}",
         "tokens per sequence": f"{config.data.sequence_length:,}",
         "sequences per step": f"{config.training.global_batch_size:,}",
         "precision": config.training.precision,
@@ -110,9 +110,8 @@ def _training(exported: Exported) -> str:
 
 def _losses(exported: Exported) -> dict[str, str]:
     """What the run folder recorded of this step's evaluation."""
-    path = exported.checkpoint.parent.parent / "evaluations.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    for values in map(json.loads, lines):
+    lines = read_json_lines(run_folder(exported.checkpoint) / "evaluations.jsonl")
+    for values in reversed(lines):
         # The lines of `moba-megatron evaluate` name their kind; those of training do not.
         if values["step"] == exported.manifest.step and "kind" not in values:
             return {"validation loss (nats per token)": f"{values['loss']:.4f}"}

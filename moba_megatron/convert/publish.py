@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moba_megatron.config import ConfigError
+from moba_megatron.platform.files import Held, hold
 
 
 @contextmanager
@@ -15,17 +16,26 @@ def new_folder(out: Path) -> Iterator[Path]:
     """A folder to write into, beside `out`; it gets the name `out` in the end, and is removed if writing fails.
 
     Raises:
-        ConfigError: there is something at `out` already.
+        ConfigError: there is something at `out` already, or another process is writing it.
     """
     check_unused(out)
-    unfinished = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    unfinished, lock = (out.with_name(f".{out.name}.{ending}") for ending in ("partial", "lock"))
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield unfinished
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with hold(lock):
+            # What another one has finished meanwhile stays.
+            check_unused(out)
+            # Left by a process that was killed.
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            try:
+                yield unfinished
+                unfinished.rename(out)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+    except Held as held:
+        raise ConfigError([f"{out} is being written by {held.holder}: wait for it, or choose another folder"]) from held
 
 
 def check_unused(out: Path) -> None:

@@ -8,13 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moba_megatron.checkpoint import CheckpointError
+from moba_megatron.checkpoint.opened import run_folder
 from moba_megatron.convert.export_hf import SOURCE, Exported, export_huggingface, source_of
-
-
-def run_folder(checkpoint: Path) -> Path:
-    """The run folder of a checkpoint; the folder beside it if it stands alone."""
-    parent = checkpoint.parent
-    return parent.parent if parent.name == "checkpoints" else parent
 
 
 def export_in_run(exported: Exported, advance: Callable[[int, int], None] = lambda done, total: None) -> Path:

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moba_megatron.config import ParallelConfig
 from moba_megatron.convert.export_hf import Exported
 from moba_megatron.convert.stored import StoredWeights
 from moba_megatron.convert.tokenizer_files import TEXT
@@ -24,7 +23,7 @@ from moba_megatron.convert.weights import canonical_parameters
 from moba_megatron.model.builder import build_model
 from moba_megatron.model.core_attention import set_attention_stage
 from moba_megatron.model.schedule import FULL, AttentionSchedule
-from moba_megatron.platform.start import start_rank
+from moba_megatron.platform.start import start_single_rank
 
 TOLERANCE = 1e-5
 _COMPARED = 128
@@ -92,7 +91,7 @@ def _texts(exported: Exported) -> list[Text]:
 @torch.no_grad()
 def _our_logits(exported: Exported, texts: list[Text]) -> list[Tensor]:
     """Logits [compared, vocabulary] of each text's last tokens."""
-    device = start_rank(ParallelConfig(), seed=exported.config.run.seed)
+    device = start_single_rank(exported.config.run.seed)
     training = exported.config.training.model_copy(update={"precision": "fp32", "recompute": "none"})
     config = exported.config.model_copy(update={"model": exported.model, "training": training})
     own = AttentionSchedule((exported.layers,))

@@ -34,7 +34,10 @@ SPLIT_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _CONFIG_FILE = "tokenizer_config.json"
-_FILES = ("tokenizer.json", _CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_FILES = (
+    *("tokenizer.json", _CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    "generation_config.json",  # names further ids that end a text, for the export of what is trained
+)
 _EOD_KEY = "end_of_document"
 _SAMPLE_TEXTS = 16
 _SAMPLE_CHARACTERS = 2048

@@ -88,6 +88,8 @@ def evaluate_command(
             options = task_options(tasks, lengths=lengths, depths=depths, samples=task_samples, haystack=haystack)
         elif lengths is not None:
             raise ValueError(f"--lengths {lengths} without --tasks: name the tasks to run")
+        elif haystack is not None and ruler is None:
+            raise ValueError(f"--haystack {haystack} without --tasks or --ruler: name what it goes around")
         if any(option is not None for option in (lm_eval, ruler, lm_eval_tasks, lm_eval_limit)):
             from moba_megatron.evaluation.lm_eval import evaluate_with_harness, harness_settings
 
@@ -104,6 +106,10 @@ def evaluate_command(
             if not losses and not routing and not options:
                 return
         wants_losses = losses or (losses is None and not routing and not options)
+        of_losses = {"--samples": samples, "--trailing": trailing, "--validation": None if routing else validation}
+        unused = [name for name, value in of_losses.items() if value is not None]
+        if unused and not wants_losses:
+            raise ValueError(f"{', '.join(unused)} without the losses: add --losses")
         if options and not wants_losses and not routing and (target / "config.json").is_file():
             from moba_megatron.evaluation.tasks.evaluate import evaluate_folder_tasks
 

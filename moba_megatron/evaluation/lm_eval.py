@@ -19,9 +19,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moba_megatron.checkpoint.opened import run_folder
 from moba_megatron.config import Config
 from moba_megatron.convert.export_hf import open_exported
-from moba_megatron.convert.run_exports import export_in_run, run_folder
+from moba_megatron.convert.run_exports import export_in_run
 from moba_megatron.data.tokenizer import Tokenizer
 from moba_megatron.evaluation.attention_choice import chosen_attentions
 from moba_megatron.evaluation.lm_eval_tasks import RULER, RulerSettings, write_tasks

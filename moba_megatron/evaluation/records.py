@@ -13,6 +13,7 @@ from typing import Any
 
 from moba_megatron.config import Config
 from moba_megatron.evaluation.trackers import Trackers, check_trackers
+from moba_megatron.platform.files import append_json_line, write_whole
 
 EVALUATIONS = "evaluations.jsonl"
 
@@ -76,7 +77,7 @@ class EvaluationRecords:
         head = {"step": step, "tokens": tokens, "kind": kind, "attention": attention}
         path = self.path_of(kind, step, attention, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**head, **values}, indent=1, default=str) + "\n")
+        write_whole(path, json.dumps({**head, **values}, indent=1, default=str) + "\n")
         append_json_line(self.folder / EVALUATIONS, {**head, "file": path.name, **summary})
         if self.config and step is not None:
             self._open_trackers(self.config).track(summary, f"{kind}/{attention}", step)
@@ -91,26 +92,6 @@ class EvaluationRecords:
             settings = config.model_dump(mode="json")
             self._trackers = Trackers(self.folder, config.logging, settings, evaluation=True)
         return self._trackers
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file, oldest first; empty if there is no file."""
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    complete = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in complete.splitlines()]
-
-
-def append_json_line(path: Path, values: dict[str, Any]) -> None:
-    """Add a line to a file, made if missing. What a killed writer left of its last line goes first."""
-    with path.open("ab+") as stream:
-        end = stream.seek(0, 2)
-        stream.seek(0)
-        complete = stream.read().rfind(b"\n") + 1
-        if complete < end:
-            stream.truncate(complete)
-        stream.write((json.dumps(values, default=str) + "\n").encode())
 
 
 def training_records(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

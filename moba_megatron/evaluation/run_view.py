@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from moba_megatron.checkpoint.manifest import CheckpointError, Manifest, find_latest
-from moba_megatron.evaluation.records import EVALUATIONS, read_json_lines, training_records
+from moba_megatron.evaluation.records import EVALUATIONS, training_records
+from moba_megatron.platform.files import read_json_lines
 
 # Of one run's steps; more make no difference to a picture and a lot to its size.
 MOST_POINTS = 2000

@@ -95,7 +95,7 @@ class KeyConvolution(MegatronModule):
             return key, previous_in_pack(key.shape[0], boundaries, reach, key.device)
         size, rank = cp_group.size(), cp_group.rank()
         whole = (0, key.shape[0] * size) if boundaries is None else host_boundaries(boundaries)
-        edges = key.index_select(0, edge_rows(whole, size, rank, reach).to(key.device))
+        edges = key.index_select(0, edge_rows(whole, size, reach).to(key.device))
         edges = gather_from_sequence_parallel_region(edges, group=cp_group)
         return torch.cat([key, edges]), previous_rows(whole, size, rank, reach).to(key.device)
 

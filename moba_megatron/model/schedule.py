@@ -24,7 +24,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from moba_megatron.config import AttentionConfig, AttentionKind, AttentionStage
+from moba_megatron.config import AttentionConfig, AttentionKind, AttentionStage, Config, ConfigError
 from moba_megatron.ops.selection import MOBA, Selection
 
 
@@ -181,6 +181,29 @@ class AttentionSchedule:
             for number, (mine, theirs) in enumerate(zip(ours, others, strict=True), start=1)
             if mine != theirs
         ]
+
+
+def checked_schedule(config: Config) -> AttentionSchedule:
+    """The attention schedule of a configuration.
+
+    Raises:
+        ConfigError: settings without effect, or blocks longer than the sequence, in any layer of any stage.
+    """
+    try:
+        schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    length = config.data.sequence_length
+    problems = [
+        f"attention: layer {number} of stage {stage} has block_size = {layer.block_size}, over data.sequence_length = "
+        f"{length}: use at most that"
+        for stage, layers in enumerate(schedule.stages, start=1)
+        for number, layer in enumerate(layers, start=1)
+        if layer.block_size is not None and layer.block_size > length
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return schedule
 
 
 def _to_list(layer: LayerAttention) -> list[Any]:

@@ -89,18 +89,19 @@ def full_backend_names() -> list[str]:
     return ["auto", *FULL_BACKENDS]
 
 
-def resolve_backend(name: str, device: torch.device | str) -> tuple[str, str]:
+def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype | None = None) -> tuple[str, str]:
     """Decide which backend computes MoBA.
 
     Args:
         name: `auto` or a backend's name.
         device: where the tensors live.
+        dtype: of the tensors; None where it is not known yet.
 
     Returns:
         The backend's name, and the reason for the choice in a few words.
 
     Raises:
-        ValueError: an unknown name, or a backend that cannot run on this device.
+        ValueError: an unknown name, or a backend that cannot run on this device or with this dtype.
 
     >>> resolve_backend("auto", "cpu")
     ('gathered', 'auto: the sparse backend that runs on cpu')
@@ -110,14 +111,11 @@ def resolve_backend(name: str, device: torch.device | str) -> tuple[str, str]:
         if device.type == "cuda" and BACKENDS["triton"].unavailable(device) is None:
             return "triton", "auto: the GPU kernels"
         return "gathered", f"auto: the sparse backend that runs on {device.type}"
-    return _by_name(BACKENDS, name, device, None, "backend")
+    return _by_name(BACKENDS, name, device, dtype, "backend")
 
 
 def resolve_full_backend(name: str, device: torch.device | str, dtype: torch.dtype | None = None) -> tuple[str, str]:
     """Decide what computes full attention; as `resolve_backend`.
-
-    Args:
-        dtype: of the tensors; None where it is not known yet.
 
     >>> resolve_full_backend("auto", "cpu")
     ('torch', "auto: PyTorch's fused kernels; flash_attn is not available: it needs a CUDA device, not cpu")

@@ -41,13 +41,13 @@ def previous_in_pack(num_tokens: int, cu_seqlens: Tensor | None, reach: int, dev
 
 
 @functools.lru_cache(maxsize=8)
-def edge_rows(boundaries: tuple[int, ...], context_size: int, rank: int, reach: int) -> Tensor:
-    """Rows of a rank's edges among its own tokens, int64, rising; as many on every rank.
+def edge_rows(boundaries: tuple[int, ...], context_size: int, reach: int) -> Tensor:
+    """Rows of a rank's edges among its own tokens, int64, rising; the same on every rank.
 
     Args:
         boundaries: padded boundaries of the documents of the whole pack.
 
-    >>> edge_rows((0, 12), 2, 0, 2).tolist()
+    >>> edge_rows((0, 12), 2, 2).tolist()
     [1, 2, 4, 5]
     """
     chunks = torch.tensor(boundaries).diff() // (2 * context_size)

@@ -84,6 +84,7 @@ def run_context_bench(settings: BenchSettings, context_size: int, output: Path, 
     if "RANK" in os.environ:
         if int(os.environ["WORLD_SIZE"]) != context_size:
             raise ValueError(f"bench: {os.environ['WORLD_SIZE']} processes, but --context-parallel {context_size}")
+        _prepare_rank(settings, int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(_backend(settings))
         rows = _measure_all(settings, context_size)
     else:
@@ -101,10 +102,14 @@ def _backend(settings: BenchSettings) -> str:
     return "nccl" if settings.device == "cuda" else "gloo"
 
 
-def _rank_main(rank: int, settings: BenchSettings, context_size: int, folder: str) -> None:
-    torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // context_size))
+def _prepare_rank(settings: BenchSettings, local_ranks: int, local_rank: int) -> None:
+    torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
     if settings.device == "cuda":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(local_rank)
+
+
+def _rank_main(rank: int, settings: BenchSettings, context_size: int, folder: str) -> None:
+    _prepare_rank(settings, context_size, rank)
     dist.init_process_group(_backend(settings), init_method=f"file://{folder}/meet", rank=rank, world_size=context_size)
     rows = _measure_all(settings, context_size)
     if rank == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moba_megatron.config import Config, ConfigError, check_world
+from moba_megatron.data.tokenizer import Tokenizer
 from moba_megatron.model.schedule import FULL, AttentionSchedule
 from moba_megatron.planning.flops import training_flops_per_token
 from moba_megatron.planning.memory import MemoryEstimate, estimate_memory, fullest
@@ -63,6 +64,22 @@ class Plan:
     @property
     def gpu_hours(self) -> float:
         return self.hours * self.cluster.count
+
+
+def vocabulary_size(config: Config) -> int:
+    """Entries of the vocabulary, without padding: as configured, else of the tokenizer.
+
+    Raises:
+        ConfigError: neither is to be had.
+    """
+    if config.model.vocab_size:
+        return config.model.vocab_size
+    try:
+        return Tokenizer(config.data.tokenizer).vocab_size
+    except (OSError, ValueError) as error:
+        raise ConfigError([
+            f"model.vocab_size is not set and data.tokenizer = {config.data.tokenizer} cannot be read: {error}"
+        ]) from error  # fmt: skip
 
 
 def make_plan(config: Config, schedule: AttentionSchedule, vocab_size: int, cluster: Cluster) -> Plan:

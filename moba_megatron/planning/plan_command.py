@@ -10,9 +10,8 @@ import typer
 from rich.console import Console
 
 from moba_megatron.config import Config, ConfigError, check_world, load_config
-from moba_megatron.data.tokenizer import Tokenizer
-from moba_megatron.model.schedule import AttentionSchedule
-from moba_megatron.planning.plan import Plan, check_precision, make_plan
+from moba_megatron.model.schedule import AttentionSchedule, checked_schedule
+from moba_megatron.planning.plan import Plan, check_precision, make_plan, vocabulary_size
 from moba_megatron.planning.plan_layouts import Layout, suggest_layouts
 from moba_megatron.planning.plan_machines import GPUS, Cluster
 from moba_megatron.planning.plan_report import assumptions, print_cost, print_layouts, print_plan, to_json
@@ -38,8 +37,8 @@ def plan_command(
     try:
         loaded = load_config(config, overrides)
         cluster = _cluster(gpu, gpus, per_node)
-        schedule = _schedule(loaded)
-        vocab_size = loaded.model.vocab_size or _tokenizer_size(loaded)
+        schedule = checked_schedule(loaded)
+        vocab_size = vocabulary_size(loaded)
         plan, problem = _own_layout(loaded, schedule, vocab_size, cluster)
         suggested = suggest_layouts(loaded, schedule, vocab_size, cluster, layouts) if layouts else []
     except ConfigError as error:
@@ -90,19 +89,3 @@ def _cluster(gpu: str, count: int, per_node: int) -> Cluster:
     if gpu.lower() not in GPUS:
         raise ConfigError([f"--gpu {gpu}: choose one of {', '.join(GPUS)}"])
     return Cluster(GPUS[gpu.lower()], count, per_node)
-
-
-def _schedule(config: Config) -> AttentionSchedule:
-    try:
-        return AttentionSchedule.from_config(config.attention, config.model.num_layers)
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
-
-
-def _tokenizer_size(config: Config) -> int:
-    try:
-        return Tokenizer(config.data.tokenizer).vocab_size
-    except (OSError, ValueError) as error:
-        raise ConfigError([
-            f"model.vocab_size is not set and data.tokenizer = {config.data.tokenizer} cannot be read: {error}"
-        ]) from error  # fmt: skip

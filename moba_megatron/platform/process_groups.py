@@ -22,6 +22,7 @@ def start_process_group(
     rank: int | None = None,
     world_size: int | None = None,
     timeout_seconds: float = 1800.0,
+    alone: bool = False,
 ) -> torch.device:
     """Join the default process group: nccl on GPU, gloo on CPU. Returns the device of this process.
 
@@ -30,6 +31,7 @@ def start_process_group(
             environment if `RANK` is set, otherwise a world of one process.
         rank, world_size: needed with `init_method`.
         timeout_seconds: after this long without progress a collective fails.
+        alone: a world of one process, whatever the environment says.
 
     Raises:
         ValueError: if `init_method` comes without rank and world size.
@@ -43,7 +45,7 @@ def start_process_group(
         if rank is None or world_size is None:
             raise ValueError(f"init_method {init_method!r} needs rank and world_size, not {rank} and {world_size}")
         dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
-    elif "RANK" in os.environ:
+    elif "RANK" in os.environ and not alone:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

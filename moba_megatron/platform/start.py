@@ -30,3 +30,17 @@ def start_rank(
     start_model_parallel(parallel, context_levels)
     seed_all(seed)
     return device
+
+
+def start_single_rank(seed: int) -> torch.device:
+    """Make this process a world of its own and return its device: for commands that are one process, also in a shell
+    beside a job, which has a launcher's variables around.
+
+    Raises:
+        ValueError: torchrun started several.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"this command is one process, but torchrun started {os.environ['WORLD_SIZE']}: call it alone")
+    if not torch.distributed.is_initialized():
+        start_process_group(alone=True)
+    return start_rank(ParallelConfig(), seed=seed)

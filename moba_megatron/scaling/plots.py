@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moba_megatron.evaluation.records import read_json_lines
+from moba_megatron.platform.files import read_json_lines
 from moba_megatron.scaling.laws import fit_sweep, gaps_to_first, left_out
 from moba_megatron.scaling.results import Result, best
 from moba_megatron.scaling.sweep import PFLOP_S_DAY, Figure, Point, Sweep

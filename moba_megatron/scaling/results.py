@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moba_megatron.config import Config, ConfigError, load_config
-from moba_megatron.evaluation.records import read_json_lines, training_records
+from moba_megatron.evaluation.records import training_records
+from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.platform.files import read_json_lines
 from moba_megatron.scaling.sweep import Point, Sweep
 
 State = Literal["missing", "cut", "running", "failed", "finished"]
@@ -65,13 +67,16 @@ class Result:
         return ", ".join(f"{name} {value}".strip() for name, value in parts.items() if value)
 
     def metric(self, name: str) -> float | None:
-        """`loss`, `trailing_loss`, or a number of a further evaluation, under the attention of the training if it was
-        evaluated under several."""
+        """`loss`, `trailing_loss`, or a number of a further evaluation; if it was made under several attentions, under
+        that of the last step of training."""
         known = {"loss": self.loss, "trailing_loss": self.trailing_loss}
         if name in known:
             return known[name]
         values = {record["attention"]: record[name] for record in self.tasks if name in record}
-        return values.get(self.point.config.attention.kind, next(iter(values.values()), None))
+        config = self.point.config
+        last = AttentionSchedule.from_config(config.attention, config.model.num_layers).stages[-1]
+        own = "moba" if any(layer.kind == "moba" for layer in last) else "full"
+        return values.get(own, next(iter(values.values()), None))
 
 
 def read_results(sweep: Sweep) -> list[Result]:

@@ -10,14 +10,17 @@ later.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -144,7 +147,7 @@ class _Starter:
         does not listen yet; torchrun would kill them half a minute after a SIGTERM."""
         for job in jobs:
             if job.process.poll() is None and self.processes > 1:
-                os.killpg(job.process.pid, signal.SIGUSR1)
+                _signal_ranks(job.process.pid)
             elif job.process.poll() is None and job not in self._asked:
                 job.process.send_signal(signal.SIGTERM)
         self._asked.update(jobs)
@@ -178,8 +181,15 @@ def _prepare_child(processes: int) -> None:
     """Between fork and exec of a training."""
     die_with_parent(signal.SIGTERM)
     if processes > 1:
-        # torchrun must outlive the signal that its ranks take as a request to stop.
+        # The ranks inherit it through torchrun: one that is still starting must outlive the request to stop.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _signal_ranks(launcher: int) -> None:
+    """Ask the ranks of a torchrun to save and end. They have sessions of their own."""
+    with suppress(psutil.NoSuchProcess):
+        for rank in psutil.Process(launcher).children():
+            rank.send_signal(signal.SIGUSR1)
 
 
 def _may_start(point: Point) -> bool:
@@ -274,8 +284,8 @@ def _evaluate(sweep: Sweep, point: Point, console: Console) -> list[str]:
     log_file = point.folder / "evaluate.log"
     problems = []
     for arguments in _evaluations_left(sweep, point):
-        command = [sys.executable, "-m", "moba_megatron.cli", "evaluate", str(point.folder), *arguments.split()]
-        with open(log_file, "wb") as log:
+        command = [sys.executable, "-m", "moba_megatron.cli", "evaluate", str(point.folder), *shlex.split(arguments)]
+        with open(log_file, "ab") as log:
             code = subprocess.run(command, stdout=log, stderr=log).returncode
         if code:
             problems.append(f"evaluating {point.name} ({arguments}) failed: {last_line(log_file)} (see {log_file})")

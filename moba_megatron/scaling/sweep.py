@@ -287,7 +287,11 @@ def _point(file: SweepFile, base: Path, options: dict[str, str], values: dict[st
             raise ConfigError(
                 [f"start_from = {own.start_from}: give a run before it ({names}) or the path of a folder"]
             )
-        # What is there may come later, so that its model cannot complete this one's: the base says all of it.
+        # What is there may come later, so that its model cannot complete this one's. What the base leaves out is said
+        # to train.py, which would take it from there.
+        model = config.model
+        unsaid = {key: value for key, value in model.model_dump().items() if key not in model.model_fields_set}
+        overrides += [f"model.{key}={json.dumps(value)}" for key, value in unsaid.items() if value is not None]
         init_from = own.start_from if start_from is None else str(start_from.folder)
         overrides.append(f"model.init_from={init_from}")
         config = config.model_copy(update={"model": config.model.model_copy(update={"init_from": init_from})})

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from moba_megatron.config import Config, ConfigError, check_world
+from moba_megatron.config import Config, check_world
 from moba_megatron.data.packing_report import expected_packing_lines
-from moba_megatron.data.tokenizer import Tokenizer
 from moba_megatron.model.builder import count_parameters
-from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.model.schedule import AttentionSchedule, checked_schedule
 from moba_megatron.planning.flops import attended_pairs, training_flops_per_token
 from moba_megatron.planning.memory import estimate_memory, fullest
-from moba_megatron.planning.plan import make_plan
+from moba_megatron.planning.plan import make_plan, vocabulary_size
 from moba_megatron.planning.plan_machines import GPUS, Cluster
 from moba_megatron.planning.plan_report import memory_table
-from moba_megatron.training.preflight import checked_schedule, run_choices
+from moba_megatron.training.preflight import run_choices
 
 
 def print_dry_run(config: Config, world_size: int) -> None:
@@ -26,7 +25,7 @@ def print_dry_run(config: Config, world_size: int) -> None:
     """
     world_size = max(world_size, config.parallel.model_ranks)
     data_parallel = check_world(config, world_size)
-    vocab_size = config.model.vocab_size or _tokenizer_size(config)
+    vocab_size = vocabulary_size(config)
     schedule = checked_schedule(config)
     choices = [*run_choices(config, schedule), *expected_packing_lines(config)]
     counts = count_parameters(config, vocab_size)
@@ -40,13 +39,6 @@ def print_dry_run(config: Config, world_size: int) -> None:
     _print_flops(console, config, schedule, vocab_size)
     _print_memory(console, config, schedule, vocab_size, data_parallel)
     _print_hours(console, config, schedule, vocab_size, world_size)
-
-
-def _tokenizer_size(config: Config) -> int:
-    try:
-        return Tokenizer(config.data.tokenizer).vocab_size
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"model.vocab_size is not set and data.tokenizer cannot be read: {error}"]) from error
 
 
 def _print_flops(console: Console, config: Config, schedule: AttentionSchedule, vocab_size: int) -> None:

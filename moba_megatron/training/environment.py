@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 
 from moba_megatron import __version__
+from moba_megatron.platform.files import write_whole
 
 PACKAGES = ("torch", "megatron-core", "triton", "transformer-engine", "flash-attn", "numpy")
 
 
 def write_environment(folder: Path) -> None:
     """Record versions and hardware as rank 0 sees them. A start on another machine replaces the record."""
-    (folder / "environment.json").write_text(json.dumps(environment_facts(), indent=1) + "\n")
+    write_whole(folder / "environment.json", json.dumps(environment_facts(), indent=1) + "\n")
 
 
 def environment_facts() -> dict[str, str | int]:

@@ -63,14 +63,22 @@ class LoopEnd:
     signal: str | None
 
 
-def run_loop(parts: LoopParts, first_step: int) -> LoopEnd:
-    """Train from `first_step` (from 1) to the horizon or `training.stop_after`. The last state is always saved."""
+def run_loop(parts: LoopParts, first_step: int, evaluate_first: bool = False) -> LoopEnd:
+    """Train from `first_step` (from 1) to the horizon or `training.stop_after`. The last state is always saved.
+
+    Args:
+        evaluate_first: evaluate the step before `first_step`.
+    """
     config = parts.config
     last_step = min(config.training.steps, config.training.stop_after or config.training.steps)
     stage, saved, signal = -1, first_step - 1, None
     seconds: list[float] = []
     number = first_step - 1
     with StopRequest() as stop, parts.progress, _profiler(parts, first_step) as profiler:
+        if evaluate_first:
+            stage = parts.stage_at(number)
+            parts.set_stage(stage)
+            _evaluate(parts, number)
         for number in range(first_step, last_step + 1):
             started = time.perf_counter()
             if parts.stage_at(number) != stage:
@@ -81,7 +89,7 @@ def run_loop(parts: LoopParts, first_step: int) -> LoopEnd:
             _record(parts, number, stage, result, seconds, last_step)
             profiler.step()
             signal = stop.agreed(parts.device)
-            evaluate = parts.evaluate and (_due(config.evaluation.every, number) or number == config.training.steps)
+            evaluate = parts.evaluate and evaluation_is_due(config, number)
             if evaluate and signal is None:
                 _evaluate(parts, number)
             if signal is not None or number == last_step or _due(config.checkpoint.every, number):
@@ -95,13 +103,14 @@ def run_loop(parts: LoopParts, first_step: int) -> LoopEnd:
                 if evaluate:
                     _evaluate(parts, number)
                 break
-        if first_step > config.training.steps and parts.evaluate:
-            # Nothing is left but the evaluation before which the run was killed.
-            parts.set_stage(parts.stage_at(number))
-            _evaluate(parts, number)
         parts.checkpoints.wait()
     assert saved == number, "the last state is on disk"
     return LoopEnd(number, signal)
+
+
+def evaluation_is_due(config: Config, step: int) -> bool:
+    """Whether a run that has validation data evaluates itself after this step."""
+    return _due(config.evaluation.every, step) or step == config.training.steps
 
 
 def _due(every: int | None, number: int) -> bool:

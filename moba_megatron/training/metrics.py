@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from moba_megatron.config import Config
-from moba_megatron.evaluation.records import EVALUATIONS, read_json_lines
+from moba_megatron.evaluation.records import EVALUATIONS
 from moba_megatron.evaluation.trackers import Trackers
+from moba_megatron.platform.files import read_json_lines
 from moba_megatron.training.environment import write_environment
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from moba_megatron.evaluation.curves import draw_losses
 from moba_megatron.evaluation.plots import new_figure, plot_positions
-from moba_megatron.evaluation.records import read_json_lines, training_records
+from moba_megatron.evaluation.records import training_records
+from moba_megatron.platform.files import read_json_lines
 from moba_megatron.training.run_folder import RunFolder
 
 

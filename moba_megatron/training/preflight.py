@@ -12,15 +12,14 @@ from moba_megatron.config import Config, ConfigError, check_world
 from moba_megatron.convert.initial import check_initial_weights
 from moba_megatron.data.datasets import DataSummary, check_data
 from moba_megatron.evaluation.trackers import check_trackers
+from moba_megatron.model.builder import DTYPES
 from moba_megatron.model.exchange import resolve_exchange
-from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.model.schedule import AttentionSchedule, checked_schedule
 from moba_megatron.model.specs import choose_implementation
 from moba_megatron.ops.backends import resolve_backend, resolve_full_backend
 from moba_megatron.platform import current_device, optional_libraries
 from moba_megatron.training.data_position import DataPosition, resumed_position
 from moba_megatron.training.run_folder import find_resume
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -67,29 +66,6 @@ def preflight(config: Config, world_size: int) -> Preflight:
     )
 
 
-def checked_schedule(config: Config) -> AttentionSchedule:
-    """The attention schedule of a configuration.
-
-    Raises:
-        ConfigError: settings without effect, or blocks longer than the sequence, in any layer of any stage.
-    """
-    try:
-        schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
-    length = config.data.sequence_length
-    problems = [
-        f"attention: layer {number} of stage {stage} has block_size = {layer.block_size}, over data.sequence_length = "
-        f"{length}: use at most that"
-        for stage, layers in enumerate(schedule.stages, start=1)
-        for number, layer in enumerate(layers, start=1)
-        if layer.block_size is not None and layer.block_size > length
-    ]
-    if problems:
-        raise ConfigError(problems)
-    return schedule
-
-
 def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:
     """What a run of this configuration uses on this machine, one line a choice with its reason.
 
@@ -101,7 +77,7 @@ def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     try:
-        backend, reason = resolve_backend(config.attention.backend, device)
+        backend, reason = resolve_backend(config.attention.backend, device, DTYPES[config.training.precision])
     except ValueError as error:
         raise ConfigError([f"attention.backend = {config.attention.backend}: {error}"]) from error
     full = _full_attention(config, schedule, device)

@@ -30,13 +30,13 @@ from moba_megatron.model.core_attention import set_attention_stage
 from moba_megatron.model.exchange import resolve_exchange
 from moba_megatron.planning.flops import peak_flops, training_flops_per_token
 from moba_megatron.platform.start import start_rank
-from moba_megatron.training.loop import LoopEnd, LoopParts, run_loop
+from moba_megatron.training.loop import LoopEnd, LoopParts, evaluation_is_due, run_loop
 from moba_megatron.training.metrics import MetricsWriter
 from moba_megatron.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from moba_megatron.training.plots import plot_run
 from moba_megatron.training.preflight import Preflight
 from moba_megatron.training.progress import ProgressView
-from moba_megatron.training.run_folder import RunFolder, claimed
+from moba_megatron.training.run_folder import RunFolder, check_shared, claimed
 from moba_megatron.training.step import TrainStep
 
 
@@ -57,6 +57,7 @@ def train(config: Config, ready: Preflight) -> Outcome:
     rank = torch.distributed.get_rank()
     _agree_on_resume(ready)
     with claimed(config.run.dir) if rank == 0 else nullcontext():
+        check_shared(config.run.dir)
         return _train(config, ready, device, rank)
 
 
@@ -76,21 +77,26 @@ def _train(config: Config, ready: Preflight, device: torch.device, rank: int) ->
         process = {"pid": os.getpid(), "host": socket.gethostname()}
         folder.write_status("running", first_step - 1, **process, **_data_changes(ready))
         _introduce(progress, config, ready, wrapped, packing)
-    if first_step > config.training.steps and not _evaluation_is_missing(config, folder):
+    missed = _evaluation_was_missed(config, folder, ready)
+    if first_step > config.training.steps and not missed:
         return _conclude(config, ready, folder, progress, LoopEnd(config.training.steps, None), rank)
     writer = MetricsWriter(folder.path, config, first_step - 1) if rank == 0 else None
     parts = _loop_parts(config, ready, folder, state, wrapped, datasets, progress, writer, device)
-    end = run_loop(parts, first_step)
+    end = run_loop(parts, first_step, evaluate_first=missed)
     if writer:
         writer.close()
     return _conclude(config, ready, folder, progress, end, rank)
 
 
-def _evaluation_is_missing(config: Config, folder: RunFolder) -> bool:
-    """Whether a run that has made all its steps was killed before the last evaluation, as rank 0 sees it."""
-    missing = [config.data.validation is not None and not folder.evaluated(config.training.steps)]
-    torch.distributed.broadcast_object_list(missing, src=0)
-    return missing[0]
+def _evaluation_was_missed(config: Config, folder: RunFolder, ready: Preflight) -> bool:
+    """Whether the run was killed between the checkpoint it resumes from and the evaluation after that step, as rank 0
+    sees it."""
+    step = ready.position.step
+    own = ready.resume is not None and ready.resume.parent.resolve() == folder.checkpoints.resolve()
+    wanted = own and config.data.validation is not None and evaluation_is_due(config, step)
+    missed = [wanted and not folder.evaluated(step)]
+    torch.distributed.broadcast_object_list(missed, src=0)
+    return missed[0]
 
 
 def _agree_on_resume(ready: Preflight) -> None:

@@ -11,21 +11,23 @@ RUN/plots/, RUN/tensorboard/, RUN/wandb/, RUN/profile/
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from pydantic import ValidationError
+
 from moba_megatron.checkpoint import CheckpointError, find_latest
 from moba_megatron.checkpoint.manifest import NAME, Manifest
 from moba_megatron.config import Config, ConfigError
-from moba_megatron.evaluation.records import read_json_lines, training_records
+from moba_megatron.evaluation.records import training_records
 from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.platform.files import Held, hold, read_json_lines, write_whole
 
 State = Literal["running", "paused", "stopped", "finished", "failed"]
 
@@ -45,6 +47,9 @@ FREE = (
     "logging",
     "data.validation",
 )
+
+
+LOCK = "lock"
 
 
 class RunFolder:
@@ -70,13 +75,18 @@ class RunFolder:
         another name."""
         self.plots.mkdir(parents=True, exist_ok=True)
         text = "".join(f"# {line}\n" for line in choices) + config.to_yaml()
-        if self.config.is_file() and self.config.read_text() != text:
-            self.config.rename(self.path / f"config.until_step_{resumed_step}.yaml")
-        _write_whole(self.config, text)
+        before = self.path / f"config.until_step_{resumed_step}.yaml"
+        # Where there is one, the configuration since has left no step that is still there.
+        if self.config.is_file() and self.config.read_text() != text and not before.exists():
+            self.config.rename(before)
+        write_whole(self.config, text)
 
     def write_status(self, state: State, step: int | None, **more: Any) -> None:
-        """Say how the run stands: `state`, `step`, and whatever explains it."""
-        _write_whole(self.status, json.dumps({"state": state, "step": step, **more}) + "\n")
+        """Say how the run stands: `state`, `step` (None: the last one on record), and whatever explains it."""
+        if step is None:
+            steps = read_json_lines(self.metrics)
+            step = steps[-1]["step"] if steps else 0
+        write_whole(self.status, json.dumps({"state": state, "step": step, **more}) + "\n")
 
 
 class RunFolderInUse(ConfigError):
@@ -93,21 +103,38 @@ def claimed(path: str | Path) -> Iterator[None]:
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    with open(path / "lock", "a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            # Any other error: a file system without locks.
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.seek(0)
-                raise RunFolderInUse([
-                    f"run.dir = {path} is being trained by {file.read().strip() or 'another process'}: "
-                    "wait for it, stop it, or give run.dir another name"
-                ]) from error  # fmt: skip
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+    try:
+        with hold(path / LOCK):
+            yield
+    except Held as held:
+        raise RunFolderInUse([
+            f"run.dir = {path} is being trained by {held.holder}: wait for it, stop it, or give run.dir another name"
+        ]) from held  # fmt: skip
+
+
+def check_shared(path: str | Path, patience: float = 60.0) -> None:
+    """Raise on all ranks if some of them do not see the run folder that rank 0 has claimed. Collective.
+
+    Args:
+        patience: seconds for which a network disk may lag.
+
+    Raises:
+        ConfigError: naming the machines.
+    """
+    lock = Path(path) / LOCK
+    claim = [lock.read_text() if torch.distributed.get_rank() == 0 else ""]
+    torch.distributed.broadcast_object_list(claim, src=0)
+    deadline = time.monotonic() + patience
+    while not (seen := lock.is_file() and lock.read_text() == claim[0]) and time.monotonic() < deadline:
+        time.sleep(1)
+    blind: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(blind, "" if seen else socket.gethostname())
+    machines = ", ".join(sorted(set(blind) - {""}))
+    if machines:
+        raise ConfigError([
+            f"run.dir = {path} (claimed by {claim[0].strip()}) is not seen on {machines}: give run.dir a folder on a "
+            "disk that all machines share"
+        ])  # fmt: skip
 
 
 def find_resume(config: Config, schedule: AttentionSchedule, data: dict[str, str]) -> Path | None:
@@ -160,7 +187,7 @@ def differences(manifest: Manifest, config: Config, schedule: AttentionSchedule,
     def free(key: str) -> bool:
         return any(key == name or key.startswith(name + ".") for name in allowed)
 
-    before, now = _flatten(manifest.config), _flatten(config.model_dump(mode="json"))
+    before, now = _flatten(_with_defaults(manifest.config)), _flatten(config.model_dump(mode="json"))
     changed = [
         (key, f"{key} = {now.get(key)!r}, but the run has {before.get(key)!r}")
         for key in sorted(before.keys() | now.keys())
@@ -184,15 +211,16 @@ def differences(manifest: Manifest, config: Config, schedule: AttentionSchedule,
     return problems
 
 
+def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's configuration with settings that are younger than it at their defaults; as it is where it cannot
+    be read today."""
+    try:
+        return Config.model_validate(values).model_dump(mode="json")
+    except ValidationError:
+        return values
+
+
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(tree, dict) and tree:
         return {k: v for name, part in tree.items() for k, v in _flatten(part, f"{prefix}.{name}".strip(".")).items()}
     return {prefix: tree}
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a file so that a reader sees the old text or the new one."""
-    # Several ranks may write at once when all of them fail.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)

@@ -246,6 +246,8 @@ def test_sizes_are_held_against_the_number_of_processes(changes, world_size, exp
 
 def test_the_data_parallel_size_is_what_is_left():
     assert check_world(config_from_dict(changed(parallel__tensor=2)), 4) == 2
+    interleaved = {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "evaluation__samples": 3}
+    assert check_world(config_from_dict(changed(**interleaved, data__validation=None)), 2) == 1
 
 
 def test_the_reference_in_docs_is_the_schema():

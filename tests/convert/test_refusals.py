@@ -157,6 +157,9 @@ def test_a_run_that_starts_from_weights_has_their_sizes_and_their_tokenizer(fold
     path.write_text(path.read_text().replace('"w5"', '"other"'))
     with pytest.raises(ConfigError, match="is not the tokenizer of model.init_from"):
         check_initial_weights(extended, VOCABULARY)
+    path.write_text(path.read_text().replace("<|endoftext|>", "<|end|>"))
+    with pytest.raises(ConfigError, match="is not the tokenizer of model.init_from"):
+        check_initial_weights(extended, VOCABULARY)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

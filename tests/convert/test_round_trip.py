@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,14 @@ from safetensors.torch import load_file
 from small_run import TOKENS, small_config, train_here
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from moba_megatron.checkpoint import CheckpointError
+from moba_megatron.checkpoint import CheckpointError, Manifest
+from moba_megatron.checkpoint.opened import find_checkpoint, saved_config
 from moba_megatron.config import ConfigError, load_config
 from moba_megatron.config.huggingface import model_section, read_huggingface_config
 from moba_megatron.convert.export_hf import export_huggingface, open_exported
 from moba_megatron.convert.import_hf import import_huggingface
+from moba_megatron.convert.model_card import model_card
+from moba_megatron.convert.publish import new_folder
 from moba_megatron.convert.tokenizer_files import complete_tokenizer_config, tokenizer_class
 from moba_megatron.convert.verify import Comparison, verify
 from moba_megatron.data.tokenizer import Tokenizer
@@ -210,6 +215,38 @@ def test_layers_of_several_sizes_are_exported_and_come_back(tmp_path):
     run_ranks(1, lambda: import_huggingface(tmp_path / "out", tmp_path / "back"))
     back = load_config(tmp_path / "back/config.yaml").attention
     assert (back.layers[1].block_size, back.layers[1].top_k, back.full_layers) == (8, 5, [4])
+
+
+def test_two_exports_to_one_place_do_not_meet(trained, tmp_path):
+    exported, out = open_exported(trained), tmp_path / "out"
+
+    def second() -> str:
+        with pytest.raises(ConfigError) as error:
+            export_huggingface(exported, out)
+        return str(error.value)
+
+    with new_folder(out) as unfinished:
+        (unfinished / "file").write_text("of the first")
+        (refused,) = run_ranks(1, second, prepare=False)
+    assert f"{out} is being written by process {os.getpid()} on" in refused
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and [path.name for path in out.iterdir()] == ["file"]
+
+
+def test_the_card_of_a_run_whose_length_changed_tells_the_tokens_it_read(trained):
+    exported = open_exported(trained)
+    manifest = replace(exported.manifest, consumed_tokens=999_000)
+    values = {"architectures": ["LlamaForCausalLM"]}
+    assert "| tokens | 999,000 |" in model_card("name", replace(exported, manifest=manifest), values, None)
+
+
+def test_a_checkpoint_opens_where_the_backends_of_its_training_are_not(trained, tmp_path):
+    checkpoint = Path(shutil.copytree(find_checkpoint(trained), tmp_path / "step_3"))
+    manifest = Manifest.read(checkpoint)
+    elsewhere = {**manifest.config["attention"], "backend": "triton", "full_backend": "cudnn"}
+    replace(manifest, config={**manifest.config, "attention": elsewhere}).write(checkpoint)
+    attention = saved_config(checkpoint).attention
+    assert (attention.backend, attention.full_backend) == ("auto", "auto")
+    assert attention.block_size == manifest.config["attention"]["block_size"]
 
 
 def test_a_damaged_checkpoint_is_not_exported(trained, tmp_path):

@@ -1,5 +1,6 @@
 """Process groups, seeds, devices and optional libraries."""
 
+import os
 import random
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from distributed import run_ranks
 
 from moba_megatron import platform
 from moba_megatron.config import ParallelConfig
+from moba_megatron.platform.start import start_single_rank
 
 
 def rank_sum() -> int:
@@ -63,6 +65,17 @@ def test_single_process_group_starts_and_stops(monkeypatch):
 def test_init_method_needs_rank_and_size():
     with pytest.raises(ValueError, match="needs rank and world_size, not None and 2"):
         platform.start_process_group(init_method="file:///nowhere", world_size=2)
+
+
+def test_a_command_of_one_process_joins_no_world_around_it():
+    def start(**environment: str) -> int:
+        os.environ.update(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1", **environment)
+        start_single_rank(1234)
+        return dist.get_world_size()
+
+    assert run_ranks(1, start, prepare=False) == [1]
+    with pytest.raises(AssertionError, match="this command is one process, but torchrun started 2"):
+        run_ranks(1, lambda: start(TORCHELASTIC_RUN_ID="1"), prepare=False)
 
 
 def test_model_parallel_groups_follow_the_configuration():

@@ -128,6 +128,15 @@ def _a_refused_continuation_has_failed(sweep):
     log.write_text(before)
 
 
+def test_a_run_of_several_ranks_saves_when_the_time_is_up(tmp_path):
+    axes = {"attention": {"moba": {"training.steps": 5000, "model.num_layers": 1, "attention.last_n_full": 0}}}
+    sweep = load_sweep(write_sweep(tmp_path, axes=axes, figures=[]))
+    (result,) = run_sweep(sweep, sweep.points, jobs=1, processes=2, minutes=1 / 60)
+    assert result.state == "cut" and 1 <= result.step < 5000
+    (checkpoint,) = (result.point.folder / "checkpoints").iterdir()
+    assert checkpoint.name == f"step_{result.step}"
+
+
 def test_a_run_waits_for_the_one_it_starts_from(tmp_path):
     axes = {"stage": {"short": {}, "long": {"start_from": "short", "data.sequence_length": 256}}}
     path = write_sweep(tmp_path, axes=axes, figures=[{"kind": "curves"}])

@@ -169,6 +169,14 @@ def test_further_evaluations_are_columns_and_metrics(tmp_path):
     )
 
 
+def test_a_metric_under_both_attentions_is_that_of_the_last_stage(tmp_path):
+    stages = [{"until": 0.5}, {"until": 1.0, "kind": "full"}]
+    axes = {"attention": {"staged": {"attention.stages": stages}, "one layer": {"attention.last_n_full": 3}}}
+    points = load_sweep(write_sweep(tmp_path, axes=axes, figures=[])).points
+    tasks = [{"kind": "tasks", "attention": attention, "x": x} for attention, x in (("moba", 0.1), ("full", 0.9))]
+    assert [Result(point, "finished", tasks=tasks).metric("x") for point in points] == [0.9, 0.1]
+
+
 def test_routing_by_another_choice_is_no_result_of_the_run(tmp_path):
     (point, *_) = load_sweep(write_sweep(tmp_path)).points
     point.folder.mkdir(parents=True)
@@ -246,6 +254,8 @@ def test_what_a_sweep_leaves_open_is_as_in_the_weights_it_starts_from(tmp_path):
     model = point.config.model.model_copy(update={"num_query_groups": 2, "kv_channels": 8})
     (point.folder / "config.yaml").write_text(point.config.model_copy(update={"model": model}).to_yaml())
     assert read_result(point).state == "cut"
+    # What the base does not say is not taken from the weights either: it stands in the command.
+    assert "model.layernorm_epsilon=1e-05" in point.overrides and "model.num_layers=4" not in point.overrides
     other = model.model_copy(update={"num_layers": 7})
     (point.folder / "config.yaml").write_text(point.config.model_copy(update={"model": other}).to_yaml())
     with pytest.raises(ConfigError, match=r"model.num_layers = 4 \(the run has 7\)"):

@@ -4,7 +4,8 @@ import pytest
 from small_run import small_config
 
 from moba_megatron.config import ConfigError
-from moba_megatron.training.preflight import checked_schedule, run_choices
+from moba_megatron.model.schedule import checked_schedule
+from moba_megatron.training.preflight import run_choices
 
 
 def choices(folder, **changes):
@@ -30,7 +31,11 @@ def test_the_full_attention_backend_is_told_with_its_reason(tmp_path):
             {"attention__full_backend": "cudnn", "training__precision": "bf16"},
             "full_backend = cudnn: .* needs a CUDA device, not cpu",
         ),
-        ({"attention__backend": "flash_moba"}, "attention.backend = flash_moba: .* needs a CUDA device, not cpu"),
+        ({"attention__backend": "flash_moba"}, "attention.backend = flash_moba: .* it takes .*, not torch.float32"),
+        (
+            {"attention__backend": "flash_moba", "training__precision": "bf16"},
+            "attention.backend = flash_moba: .* needs a CUDA device, not cpu",
+        ),
         (
             {"attention__full_backend": "torch", "parallel__context": 2},
             "full_backend = torch with parallel.context = 2: .* use auto",

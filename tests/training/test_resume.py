@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from distributed import run_ranks
 from small_run import numbers_of, read_metrics, small_config, train_here
 
 from moba_megatron.checkpoint import list_checkpoints
-from moba_megatron.config import ConfigError
+from moba_megatron.config import ConfigError, load_config
 from moba_megatron.training.preflight import preflight
-from moba_megatron.training.run_folder import RunFolder
+from moba_megatron.training.run_folder import RunFolder, check_shared, claimed
 
 HALVES = {"attention__stages": [{"until": 0.5}, {"until": 1.0, "kind": "full"}]}
 
@@ -91,15 +92,58 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_last_evaluation_is_made_up_for(tmp_path, ranks):
-    """Killed after the last checkpoint and before the evaluation that follows it."""
-    config = small_config(tmp_path, training__steps=3, **HALVES)
-    run_ranks(ranks, train_here, config, ranks)
+def test_an_evaluation_is_made_up_for(tmp_path, ranks):
+    """Killed between a checkpoint and the evaluation after the same step, in the middle and at the end."""
+    config = small_config(tmp_path, training__steps=3, evaluation__every=2, **HALVES)
     path, steps = Path(config.run.dir) / "evaluations.jsonl", Path(config.run.dir) / "metrics.jsonl"
-    before, metrics = path.read_bytes(), steps.read_bytes()
+    paused = config.model_copy(update={"training": config.training.model_copy(update={"stop_after": 2})})
+    run_ranks(ranks, train_here, paused, ranks)
+    first = path.read_bytes()
     path.unlink()
     assert run_ranks(ranks, train_here, config, ranks) == [("finished", 3)] * ranks
+    before, metrics = path.read_bytes(), steps.read_bytes()
+    assert before.startswith(first) and before.count(b"\n") == 2
+    path.write_bytes(first)
+    assert run_ranks(ranks, train_here, config, ranks) == [("finished", 3)] * ranks
     assert (path.read_bytes(), steps.read_bytes()) == (before, metrics)
+
+
+def test_a_setting_younger_than_the_checkpoint_is_at_its_default(paused, tmp_path):
+    shutil.copytree(paused / "run", tmp_path / "run")
+    manifest = tmp_path / "run/checkpoints/step_2/checkpoint.json"
+    values = json.loads(manifest.read_text())
+    del values["config"]["model"]["rotary_low_freq_factor"]
+    manifest.write_text(json.dumps(values))
+    run = {"run__dir": str(tmp_path / "run")}
+    assert preflight(small_config(paused, **run), 1).resume.name == "step_2"
+    with pytest.raises(ConfigError, match="rotary_low_freq_factor = 2.0, but the run has 1.0"):
+        preflight(small_config(paused, **run, model__rotary_low_freq_factor=2.0), 1)
+
+
+def test_a_configuration_that_left_no_step_hides_none_that_did(tmp_path):
+    folder = RunFolder(tmp_path)
+    first, second, third = (small_config(tmp_path, run__seed=seed) for seed in (1, 2, 3))
+    folder.write_config(first, 0, [])
+    for config in (second, third):
+        folder.write_config(config, 100, [])
+    kept = load_config(tmp_path / "config.until_step_100.yaml")
+    assert (kept.run.seed, load_config(folder.config).run.seed) == (1, 3)
+
+
+def test_ranks_that_do_not_see_the_run_folder_end_the_run_before_its_first_step(tmp_path):
+    def look() -> str:
+        own = torch.distributed.get_rank() == 0
+        try:
+            with claimed(tmp_path / "here") if own else nullcontext():
+                check_shared(tmp_path / "here", patience=1)
+                check_shared(tmp_path / ("here" if own else "there"), patience=0)
+        except ConfigError as error:
+            return str(error)
+        return "seen"
+
+    here, there = run_ranks(2, look)
+    assert here.replace("/here", "/there") == there and "here (claimed by process" in here
+    assert "is not seen on" in here and "a disk that all machines share" in here
 
 
 @pytest.fixture(scope="module")

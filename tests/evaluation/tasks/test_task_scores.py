@@ -220,8 +220,14 @@ def test_a_corpus_that_fails_leaves_nothing(tmp_path):
         (("--depths", "1.5"), "'1.5' is not a number from 0"),
         (("--haystack", "nowhere"), "neither a text file nor the prefix of a dataset"),
         (("--tasks", "needles"), "needles is no task; there are needle, multi_key"),
+        (("--samples", "2", "--trailing", "8"), "--samples, --trailing without the losses: add --losses"),
     ],
 )
 def test_mistakes_end_with_code_2_and_the_mend(run, arguments, message):
     [(code, output)] = run_ranks(1, _evaluate, run, "--tasks", "needle", *arguments, prepare=False)
     assert code == 2 and message in output
+
+
+def test_options_of_tasks_want_tasks(run):
+    [(code, output)] = run_ranks(1, _evaluate, run, "--haystack", "text.txt", prepare=False)
+    assert code == 2 and "--haystack text.txt without --tasks or --ruler" in output
