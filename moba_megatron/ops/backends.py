@@ -38,6 +38,10 @@ class Backend:
         return self.unavailable(device)
 
 
+# Not looked for within a call: torch.compile of PyTorch before 2.13 cannot see through that.
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 def _never(device: torch.device) -> str | None:
     return None
 
@@ -47,7 +51,7 @@ def _needs_cuda(device: torch.device) -> str | None:
 
 
 def _triton_unavailable(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_IS_INSTALLED:
         return "the package triton is not installed; install it, or use gathered"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

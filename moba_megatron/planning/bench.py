@@ -32,6 +32,7 @@ from moba_megatron.planning.bench_calls import (
     call_of,
     clear_inputs,
     full_call,
+    kernel_errors,
     median_seconds,
     peak_bytes,
     random_inputs,
@@ -231,17 +232,23 @@ def _measure_all(
     gate = _Gate(settings, result, console)
     for case in cases:
         if case.block_size * case.top_k >= case.length:
-            result.refused.append(f"{case}: top_k blocks cover the document, MoBA is full attention there")
+            result.full.append(f"{case}: top_k blocks cover the document, MoBA is full attention there")
             continue
-        if not gate.passes(settings.backend, case):
-            continue
-        console.print(
-            f"measuring {case.dtype} L = {case.length} ({case.block_size}, {case.top_k}) {case.mode}", style="dim"
-        )
         try:
+            if not gate.passes(settings.backend, case):
+                continue
+            console.print(
+                f"measuring {case.dtype} L = {case.length} ({case.block_size}, {case.top_k}) {case.mode}", style="dim"
+            )
             row = measure(settings, case, settings.device == "cuda" and gate.passes_flash_moba(case))
         except torch.OutOfMemoryError:
             result.refused.append(f"{case}: out of GPU memory")
+            continue
+        except kernel_errors() as error:
+            # The others may well compile and fit this chip.
+            words = next(iter(str(error).splitlines()), "")
+            result.refused.append(f"{case}: {type(error).__name__}: {words}")
+            console.print(f"no speed reported for {result.refused[-1]}", style="red", markup=False)
             continue
         result.rows.append(row)
         yield row

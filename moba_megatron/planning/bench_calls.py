@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import statistics
 import time
@@ -18,6 +19,15 @@ MODES = ("fwd", "fwd+bwd")
 Call = Callable[[], None]
 # Seconds that a timed run on a GPU takes at least.
 _SHORTEST_RUN = 0.02
+
+
+def kernel_errors() -> tuple[type[Exception], ...]:
+    """What is raised where kernels do not compile, do not fit the chip or its memory, or fail on it."""
+    if importlib.util.find_spec("triton") is None:
+        return (RuntimeError,)
+    from triton.errors import TritonError
+
+    return RuntimeError, TritonError
 
 
 def random_inputs(

@@ -128,7 +128,7 @@ def write_bench(result: BenchResult, folder: Path, only_csv: bool = False) -> No
     write_csv(folder / "bench.csv", BenchRow, result.rows)
     if only_csv:
         return
-    notes = [f"No speed reported for {reason}" for reason in result.refused]
+    notes = [f"No speed reported for {reason}" for reason in [*result.refused, *result.full]]
     write_markdown(folder / "bench.md", *_table(result.rows), notes=notes)
     _plot(result.rows, folder / "bench.png")
 

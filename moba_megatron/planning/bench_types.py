@@ -103,10 +103,12 @@ class BenchRow:
 
 @dataclass
 class BenchResult:
-    """All rows, the settings that were refused with the reason, and the length at which MoBA starts to win."""
+    """All rows, the settings that were refused with the reason, those at which MoBA is full attention, and the length
+    at which MoBA starts to win."""
 
     rows: list[BenchRow] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    full: list[str] = field(default_factory=list)
 
     def crossovers(self) -> dict[tuple[str, int, int, int, int, str], int | None]:
         """Per `BenchRow.curve` the shortest measured length from which on MoBA is always faster."""

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from moba_megatron.ops import moba_attention, resolve_backend
 from moba_megatron.planning.bench import disagreement
-from moba_megatron.planning.bench_calls import DTYPES, call_of, median_seconds, random_inputs
+from moba_megatron.planning.bench_calls import DTYPES, call_of, kernel_errors, median_seconds, random_inputs
 from moba_megatron.planning.bench_types import BenchSettings
 
 Tile = tuple[int, int, int, int]
@@ -148,8 +148,6 @@ def run_tune(settings: BenchSettings, output: Path, console: Console) -> Path:
 
 def _timer(settings: BenchSettings, dtype: str, block_size: int, top_k: int, mode: str) -> Callable[[], float | None]:
     """Time of a call, None where its kernels do not compile or do not fit."""
-    from triton.runtime.errors import TritonError
-
     tensors = random_inputs(
         max(settings.lengths), settings.num_heads, settings.num_groups, settings.head_size, dtype, settings.device,
         settings.seed,
@@ -163,7 +161,7 @@ def _timer(settings: BenchSettings, dtype: str, block_size: int, top_k: int, mod
         try:
             call()  # compiles
             return median_seconds({"moba": call}, settings.runs, settings.device, settings.limit)["moba"]
-        except (TritonError, RuntimeError):
+        except kernel_errors():
             return None
 
     return seconds

@@ -124,7 +124,8 @@ def check_against_definition(shape: Shape, device: str, dtype: torch.dtype, back
         if name == "out":
             a, b, c = a * clear, b * clear, c * clear
         assert a.dtype == dtype and a.isfinite().all()
-        rounding = 2 * torch.finfo(dtype).eps * float(b.abs().max())
+        # In fp32 the kernels' base-2 scores and rounded log-sum-exps tell as well.
+        rounding = (8 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps * float(b.abs().max())
         error, allowed = float((a - b).abs().max()), 2 * float((c - b).abs().max()) + rounding
         assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
 
@@ -186,13 +187,15 @@ def check_last_document(
 
 
 def check_workspace(shape: Shape, device: str, dtype: torch.dtype, backend: str, workspace_bytes: int) -> None:
-    """A small workspace gives the same output and gradients, up to the rounding of sums."""
+    """A small workspace gives the same output and gradients, up to the rounding of sums: in fp32 there are as many
+    roundings as passes, thousands in the smallest workspace; the narrow types are rounded once more in the end."""
     tensors = inputs(shape, device, dtype)
     want = results(operator(shape, device, backend), *tensors)
     got = results(operator(shape, device, backend, workspace_bytes), *tensors)
     for a, b in zip(got, want, strict=True):
         difference = (a.float() - b.float()).abs().max()
-        assert difference <= 4 * torch.finfo(dtype).eps * b.float().abs().max(), f"{difference:.2e}"
+        allowed = (64 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps * b.float().abs().max()
+        assert difference <= allowed, f"{difference:.2e} > {allowed:.2e}"
 
 
 def forward_backward_peaks(

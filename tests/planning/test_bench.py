@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from triton.errors import TritonError
 
 import moba_megatron.planning.bench as bench
 from moba_megatron.ops import adapters, select_blocks, tiles
@@ -47,6 +48,21 @@ def test_refuses_a_wrong_operator(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "moba_attention", wrong)
     result = run_bench(TINY, tmp_path, console=Console(file=io.StringIO()))
     assert result.rows == [] and "out differs" in result.refused[0]
+
+
+def test_a_kernel_that_fails_is_named_and_the_others_are_measured(tmp_path, monkeypatch):
+    def fails_at_first(*arguments):
+        monkeypatch.undo()
+        raise TritonError("shared memory is out of resource\nhint")
+
+    monkeypatch.setattr(bench, "measure", fails_at_first)
+    covered = replace(TINY, lengths=(32, *TINY.lengths))
+    result = run_bench(covered, tmp_path, console=Console(file=io.StringIO(), width=200))
+    (refused,) = result.refused
+    assert refused.endswith("TritonError: shared memory is out of resource") and result.rows
+    assert result.full and all("MoBA is full attention there" in line for line in result.full)
+    notes = (tmp_path / "bench.md").read_text()
+    assert refused in notes and result.full[0] in notes
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -31,6 +31,7 @@ from moba_megatron.ops.triton.common import (
     safe_lse,
     store_rows,
 )
+from moba_megatron.ops.triton.devices import on_its_device
 from moba_megatron.ops.triton.fragment import DeviceFragment
 from moba_megatron.ops.triton.index import Index, Pass, cut_entries, cut_stretches
 from moba_megatron.ops.triton.units import entry_rows, piece_members
@@ -220,6 +221,7 @@ def add_dq(
     store_rows(dq, at * HEAD_SIZE, inside, total, HEAD_SIZE, WIDTH)
 
 
+@on_its_device
 def output_delta(dout_TND: Tensor, out_TND: Tensor) -> Tensor:
     """fp32 [T, N]: inner products of the output and its gradient, both contiguous [T, N, D]."""
     tokens, heads, size = out_TND.shape
