@@ -1,8 +1,13 @@
-"""Which attentions of the same weights an evaluation runs: what `--attention` means, for every part of it."""
+"""Which attentions of the same weights an evaluation runs: what `--attention` and the choices mean, for every part of
+it."""
 
 from __future__ import annotations
 
+import re
 from typing import Literal
+
+from moba_megatron.model.schedule import LayerAttention
+from moba_megatron.ops.selection import SUMMARIES, Selection
 
 Attention = Literal["moba", "full"]
 
@@ -31,3 +36,33 @@ def chosen_attentions(
         return ["full"]
     choice = asked or unasked
     return ["moba", "full"] if choice == "both" else [choice]
+
+
+def parse_choice(option: str, text: str) -> LayerAttention:
+    """MoBA with sizes, and a selector or summary, that are not a model's own.
+
+    >>> str(parse_choice("--routing-choice", "128:4")), str(parse_choice("--losses-choice", "32:3:recent"))
+    ('moba B=128 K=4', 'moba B=32 K=3 recent')
+
+    Raises:
+        ValueError: not a block size and a top-k above 1, or a selection that needs more words.
+    """
+    match = re.fullmatch(r"(\d+):(\d+)(?::(\w+))?", text)
+    if not match or int(match[1]) < 1 or int(match[2]) < 2:
+        raise ValueError(f"{option} {text}: a block size and a top-k of at least 2, such as 512:3 or 512:3:recent")
+    word = match[3] or "top_k"
+    try:
+        selection = Selection(summary=word) if word in SUMMARIES else Selection(selector=word)
+    except ValueError as error:
+        raise ValueError(f"{option} {text}: {error}") from error
+    return LayerAttention("moba", int(match[1]), int(match[2]), selection)
+
+
+def file_name(choice: LayerAttention) -> str:
+    """A choice within the name of a file.
+
+    >>> file_name(parse_choice("--losses-choice", "32:3:recent"))
+    'B32_K3_recent'
+    """
+    words = f"B{choice.block_size}_K{choice.top_k}"
+    return words if choice.selection.is_plain else f"{words}_{str(choice.selection).replace(' ', '_')}"

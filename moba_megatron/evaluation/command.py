@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from moba_megatron.evaluation.attention_choice import parse_choice
 from moba_megatron.evaluation.records import EvaluationRecords
-from moba_megatron.evaluation.routing import evaluate_routing, parse_choice
+from moba_megatron.evaluation.routing import evaluate_routing
 from moba_megatron.evaluation.subject import open_subject
 from moba_megatron.evaluation.tasks.options import DEPTHS, task_options
 
@@ -32,6 +33,13 @@ def evaluate_command(
     ] = None,
     losses: Annotated[
         bool | None, typer.Option("--losses/--no-losses", help="The losses. Default: if nothing else is asked for.")
+    ] = None,
+    losses_choice: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="B:K, or B:K:SELECTOR: what the same weights lose under MoBA of these sizes in all layers; also on a "
+            "model that attends fully. Several times. Asks for the losses."
+        ),
     ] = None,
     routing: Annotated[
         bool, typer.Option("--routing", help="What the MoBA layers choose, and how much of full attention it holds.")
@@ -81,7 +89,9 @@ def evaluate_command(
     """
     console = Console(highlight=False, soft_wrap=True)
     try:
-        choice = parse_choice(routing_choice)
+        choice = parse_choice("--routing-choice", routing_choice) if routing_choice else None
+        choices = [parse_choice("--losses-choice", text) for text in losses_choice or []]
+        losses = True if choices else losses
         routing = routing or choice is not None
         options = None
         if tasks is not None:
@@ -127,7 +137,7 @@ def evaluate_command(
             if wants_losses:
                 from moba_megatron.evaluation.losses import evaluate_losses
 
-                evaluate_losses(subject, records, console)
+                evaluate_losses(subject, records, console, choices)
             if routing:
                 evaluate_routing(subject, records, console, samples=routing_samples, choice=choice)
             if options:

@@ -3,6 +3,7 @@ weights, beside the unigram baseline; loss by position, and the power law that i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,37 +14,55 @@ from rich.table import Column, Table
 
 from moba_megatron.config import Config
 from moba_megatron.data.manifest import load_manifest
+from moba_megatron.evaluation.attention_choice import file_name
 from moba_megatron.evaluation.plots import plot_positions
 from moba_megatron.evaluation.positions import doubling_bounds, position_totals, range_losses, summarise
 from moba_megatron.evaluation.power_law import fit_power_law
 from moba_megatron.evaluation.progress import shown
 from moba_megatron.evaluation.records import EvaluationRecords
 from moba_megatron.evaluation.subject import Attention, Subject
+from moba_megatron.model.schedule import LayerAttention
 
 PER_RANGE = 1024
 
 
-def evaluate_losses(subject: Subject, records: EvaluationRecords, console: Console) -> None:
-    """Losses under each attention of the subject: a table, a record each, one picture of loss by position."""
+def evaluate_losses(
+    subject: Subject, records: EvaluationRecords, console: Console, choices: Sequence[LayerAttention] = ()
+) -> None:
+    """Losses under each attention of the subject: a table, a record each, one picture of loss by position.
+
+    Args:
+        choices: further attentions, each for all layers: what the same weights would lose under them.
+
+    Raises:
+        ValueError: blocks longer than the samples.
+    """
+    length = subject.config.data.sequence_length
+    for choice in choices:
+        if choice.block_size > length:
+            raise ValueError(f"{choice}: blocks longer than data.sequence_length = {length}")
     unigram = unigram_baseline(subject.config)
-    results = {}
-    for attention in subject.attentions:
-        results[attention] = _losses(subject, attention, console)
+    ways: dict[str, Attention | LayerAttention] = {name: name for name in subject.attentions}
+    ways |= {str(choice): choice for choice in choices}
+    results = {name: _losses(subject, name, way, console) for name, way in ways.items()}
     console.print(f"{subject.folder}, step {subject.step}")
     console.print(_table(subject, results, unigram))
     for line in _below_the_table(subject, results):
         console.print(line)
     common = {"data": subject.config.data.validation, "samples": subject.config.evaluation.samples}
-    for attention, result in results.items():
-        own = attention == subject.own_attention
+    for name, way in ways.items():
+        choice = isinstance(way, LayerAttention)
+        # Says that these are not the model's own sizes.
+        result = {**common, **results[name], **({"choice": str(way).removeprefix("moba ")} if choice else {})}
+        own = name == subject.own_attention
         path = records.write(
             "losses",
             step=subject.step,
             tokens=subject.tokens,
-            attention=attention,
-            values={**common, "unigram_loss": unigram, **result},
-            summary={**common, **result},
-            name=f"step_{subject.step}" + ("" if own else f"_{attention}"),
+            attention="moba" if choice else way,
+            values={"unigram_loss": unigram, **result},
+            summary=result,
+            name=f"step_{subject.step}" + ("" if own else f"_{file_name(way) if choice else way}"),
         )
         console.print(f"  {path}")
     console.print(f"  {_plot(subject, results)}")
@@ -57,12 +76,12 @@ def unigram_baseline(config: Config) -> float | None:
     return manifest.unigram_loss if manifest else None
 
 
-def _losses(subject: Subject, attention: Attention, console: Console) -> dict[str, Any]:
+def _losses(subject: Subject, name: str, attention: Attention | LayerAttention, console: Console) -> dict[str, Any]:
     """All numbers of one attention, JSON-ready. One sample at a time; logits live in chunks only."""
     config = subject.config
     subject.attend(attention)
     samples = config.evaluation.samples
-    batches = shown(subject.batches(samples), samples, f"losses, {attention} attention", console)
+    batches = shown(subject.batches(samples), samples, f"losses, {name} attention", console)
     sums_4S = position_totals(subject.opened.model, [batches], config, samples)
     sums_2S = sums_4S[:2]
     result = summarise(sums_4S, config.trailing_tokens, config.evaluation.position_buckets).to_dict()
@@ -84,7 +103,7 @@ def _loss_of_position(sums_2S: torch.Tensor) -> tuple[list[float], list[float], 
     return [(p.start + p.end + 1) / 2 for p in known], [p.loss for p in known], [p.tokens for p in known]
 
 
-def _table(subject: Subject, results: dict[Attention, dict[str, Any]], unigram: float | None) -> Table:
+def _table(subject: Subject, results: dict[str, dict[str, Any]], unigram: float | None) -> Table:
     table = Table(Column("nats per token", no_wrap=True), *(f"{name} attention" for name in results))
     baseline = "not known" if unigram is None else f"{unigram:.4f}"
     table.add_row("unigram model", *[baseline] * len(results))
@@ -102,7 +121,7 @@ def _number(loss: float | None) -> str:
     return "no token there" if loss is None else f"{loss:.4f}"
 
 
-def _below_the_table(subject: Subject, results: dict[Attention, dict[str, Any]]) -> list[str]:
+def _below_the_table(subject: Subject, results: dict[str, dict[str, Any]]) -> list[str]:
     config = subject.config
     tokens = next(iter(results.values()))["evaluated_tokens"]
     lines = [f"over {tokens:,} tokens in {config.evaluation.samples} samples of {config.data.sequence_length:,}"]
@@ -112,7 +131,7 @@ def _below_the_table(subject: Subject, results: dict[Attention, dict[str, Any]])
     return lines
 
 
-def _plot(subject: Subject, results: dict[Attention, dict[str, Any]]) -> Path:
+def _plot(subject: Subject, results: dict[str, dict[str, Any]]) -> Path:
     picture = subject.folder / "plots" / f"loss_by_position_step_{subject.step}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     return plot_positions(results, picture)

@@ -80,7 +80,8 @@ class EvaluationRecords:
         write_whole(path, json.dumps({**head, **values}, indent=1, default=str) + "\n")
         append_json_line(self.folder / EVALUATIONS, {**head, "file": path.name, **summary})
         if self.config and step is not None:
-            self._open_trackers(self.config).track(summary, f"{kind}/{attention}", step)
+            curves = "/".join([kind, attention, *([summary["choice"]] if "choice" in summary else [])])
+            self._open_trackers(self.config).track(summary, curves, step)
         return path
 
     def path_of(self, kind: str, step: int | None, attention: str, name: str | None = None) -> Path:

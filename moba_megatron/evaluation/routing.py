@@ -8,13 +8,13 @@ some kilobytes for each layer, head and sample.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
+from moba_megatron.evaluation.attention_choice import file_name
 from moba_megatron.evaluation.capture import Captured, capture_attention
 from moba_megatron.evaluation.mass import Choice, Mass, attention_masses
 from moba_megatron.evaluation.progress import shown
@@ -73,7 +73,7 @@ def evaluate_routing(
     summary = {key: value for key, value in values.items() if key != "advice"}
     name = f"routing_step_{subject.step}_{attention}"
     if choice:
-        name += f"_B{choice.block_size}_K{choice.top_k}"
+        name += f"_{file_name(choice)}"
     path = records.write("routing", **own, values={**values, "layers": report}, summary=summary, name=name)
     console.print(f"  {path}")
     for record in routed(report):
@@ -135,23 +135,6 @@ def choices_of(attention: LayerAttention) -> list[Choice]:
         pairs.append((block_size * 2, top_k // 2))
     pairs.append((block_size, top_k * 2))
     return [Choice(block, number, selection) for block, number in [(block_size, top_k), *pairs]]
-
-
-def parse_choice(text: str | None) -> LayerAttention | None:
-    """What `--routing-choice` says.
-
-    >>> str(parse_choice("128:4"))
-    'moba B=128 K=4'
-
-    Raises:
-        ValueError: not a block size and a top-k above 1.
-    """
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if not match or int(match[1]) < 1 or int(match[2]) < 2:
-        raise ValueError(f"--routing-choice {text}: a block size and a top-k of at least 2, such as 512:3")
-    return LayerAttention("moba", int(match[1]), int(match[2]))
 
 
 def counted_tokens(batch: Batch) -> Tensor:

@@ -56,9 +56,12 @@ class Subject:
         """How the model attended at its last training step: `moba` if any layer did."""
         return _kind(_own_layers(self.opened))
 
-    def attend(self, attention: Attention) -> None:
-        """Let every layer attend so from now on; the parameters stay the same."""
-        layers = attention_layers(self.opened, attention)
+    def attend(self, attention: Attention | LayerAttention) -> None:
+        """Let every layer attend so from now on; the parameters stay the same. A `LayerAttention` is for all layers."""
+        if isinstance(attention, LayerAttention):
+            layers = (attention,) * self.opened.schedule.num_layers
+        else:
+            layers = attention_layers(self.opened, attention)
         assert layers is not None, "open_subject offers only attentions that there are"
         set_attention_stage(self.opened.model, AttentionSchedule((layers,)), 0)
 

@@ -20,12 +20,13 @@ from moba_megatron.cli import app
 from moba_megatron.evaluation.capture import capture_attention
 from moba_megatron.evaluation.command import evaluate_command
 from moba_megatron.evaluation.losses import evaluate_losses
-from moba_megatron.evaluation.records import EvaluationRecords, append_json_line, read_json_lines, training_records
+from moba_megatron.evaluation.records import EvaluationRecords, training_records
 from moba_megatron.evaluation.report import report_page
 from moba_megatron.evaluation.routing import evaluate_routing
 from moba_megatron.evaluation.run_view import view_run
 from moba_megatron.model.core_attention import MoBACoreAttention
 from moba_megatron.model.schedule import LayerAttention
+from moba_megatron.platform.files import append_json_line, read_json_lines
 
 # Imported here once: each command runs in a process that is forked from this one.
 COMMANDS = (evaluate_command, evaluate_losses, evaluate_routing)
@@ -122,9 +123,26 @@ def test_what_moba_would_hold_of_full_attention(run):
     assert 0.3 < record["mass_held"] <= record["mass_best"] < 1
 
 
+def test_losses_under_sizes_that_are_not_the_models_own(run):
+    choices = [part for text in ("16:3", "16:8", "16:3:recent") for part in ("--losses-choice", text)]
+    output = call("evaluate", run, "--attention", "full", "--samples", 2, *choices)
+    assert "full attention" in output and "moba B=16 K=8 attention" in output
+    names = ("step_8", "step_8_B16_K3", "step_8_B16_K8", "step_8_B16_K3_recent")
+    full, three, eight, nearest = (json.loads((run / f"evaluation/{name}.json").read_text()) for name in names)
+    assert [record.get("choice") for record in (full, three, eight)] == [None, "B=16 K=3", "B=16 K=8"]
+    # Eight blocks are all there is; three are less, and which ones matters. The last layer is MoBA here as well.
+    assert eight["loss"] == pytest.approx(full["loss"], rel=1e-6)
+    assert len({round(record["loss"], 5) for record in (full, three, nearest)}) == 3
+    first = slice(0, 2)  # positions up to 31, which three blocks hold
+    losses = [[part["loss"] for part in record["by_position_log"][first]] for record in (full, three)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--losses-choice", "16:3:best"], "choose one of top_k, recent"),
+        (["--losses-choice", "256:3"], "longer than data.sequence_length = 128"),
         (["--routing-choice", "8x6"], "such as 512:3"),
         (["--attention", "dense"], "moba, full or both"),
         (["--trailing", "129"], "sequence_length = 128"),
