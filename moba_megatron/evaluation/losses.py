@@ -46,9 +46,12 @@ def evaluate_losses(
     ways |= {str(choice): choice for choice in choices}
     results = {name: _losses(subject, name, way, console) for name, way in ways.items()}
     console.print(f"{subject.folder}, step {subject.step}")
-    console.print(_table(subject, results, unigram))
-    for line in _below_the_table(subject, results):
+    of_attentions = {name: results[name] for name in subject.attentions}
+    console.print(_table(subject, of_attentions, unigram))
+    for line in _below_the_table(subject, of_attentions):
         console.print(line)
+    if choices:
+        console.print(_table_of_choices(subject.attentions[-1], results))
     common = {"data": subject.config.data.validation, "samples": subject.config.evaluation.samples}
     for name, way in ways.items():
         choice = isinstance(way, LayerAttention)
@@ -114,6 +117,20 @@ def _table(subject: Subject, results: dict[str, dict[str, Any]], unigram: float 
     for place, part in enumerate(known):
         losses = [result["by_position_log"][place]["loss"] for result in results.values()]
         table.add_row(f"  positions {part['start']:,} to {part['end'] - 1:,}", *map(_number, losses))
+    return table
+
+
+def _table_of_choices(against: str, results: dict[str, dict[str, Any]]) -> Table:
+    """A row for each way to attend, and how far its losses are from those of one of them."""
+    name = Column("all layers attend by", no_wrap=True)
+    table = Table(name, "validation loss", "trailing loss", f"minus {against}", "trailing")
+    for name, result in results.items():
+        losses = [result[key] for key in ("loss", "trailing_loss")]
+        gaps = [
+            "" if loss is None or name == against else f"{loss - other:+.4f}"
+            for loss, other in zip(losses, (results[against][key] for key in ("loss", "trailing_loss")), strict=True)
+        ]
+        table.add_row(name, *map(_number, losses), *gaps)
     return table
 
 

@@ -126,7 +126,7 @@ def test_what_moba_would_hold_of_full_attention(run):
 def test_losses_under_sizes_that_are_not_the_models_own(run):
     choices = [part for text in ("16:3", "16:8", "16:3:recent") for part in ("--losses-choice", text)]
     output = call("evaluate", run, "--attention", "full", "--samples", 2, *choices)
-    assert "full attention" in output and "moba B=16 K=8 attention" in output
+    assert "full attention" in output and "moba B=16 K=3 recent" in output and "minus full" in output
     names = ("step_8", "step_8_B16_K3", "step_8_B16_K8", "step_8_B16_K3_recent")
     full, three, eight, nearest = (json.loads((run / f"evaluation/{name}.json").read_text()) for name in names)
     assert [record.get("choice") for record in (full, three, eight)] == [None, "B=16 K=3", "B=16 K=8"]
