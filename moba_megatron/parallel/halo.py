@@ -75,9 +75,8 @@ def previous_rows(boundaries: tuple[int, ...], context_size: int, rank: int, rea
     cu = torch.tensor(boundaries)
     positions = [shard_positions(cu, context_size, other) for other in range(context_size)]
     own = positions[rank]
-    edges = torch.cat(
-        [positions[other][edge_rows(boundaries, context_size, other, reach)] for other in range(context_size)]
-    )
+    rows = edge_rows(boundaries, context_size, reach)
+    edges = torch.cat([positions[other][rows] for other in range(context_size)])
     row_of = torch.full((boundaries[-1],), -1)
     row_of[edges] = own.numel() + torch.arange(edges.numel())
     row_of[own] = torch.arange(own.numel())

@@ -50,9 +50,10 @@ class Held(Exception):
 
 
 @contextmanager
-def hold(path: Path) -> Iterator[None]:
-    """Hold the lock of a file, made if missing, which then names this process. However the process ends, the lock ends
-    with it; children do not inherit it. A file system without locks lets everybody pass.
+def hold(path: Path) -> Iterator[str]:
+    """Hold the lock of a file, made if missing, which then names this process in the words that are yielded. However
+    the process ends, the lock ends with it; children do not inherit it. It also ends where this process opens the file
+    once more and closes it. A file system without locks lets everybody pass.
 
     Raises:
         Held: another process has it.
@@ -65,9 +66,10 @@ def hold(path: Path) -> Iterator[None]:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
                 raise Held(file.read().strip() or "another process") from error
+        claim = f"process {os.getpid()} on {socket.gethostname()}"
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.write(claim + "\n")
         file.flush()
         # So that other machines see it.
         os.fsync(file.fileno())
-        yield
+        yield claim

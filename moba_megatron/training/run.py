@@ -56,8 +56,8 @@ def train(config: Config, ready: Preflight) -> Outcome:
     device = start_rank(config.parallel, seed=config.run.seed, threads=config.run.threads, context_levels=levels)
     rank = torch.distributed.get_rank()
     _agree_on_resume(ready)
-    with claimed(config.run.dir) if rank == 0 else nullcontext():
-        check_shared(config.run.dir)
+    with claimed(config.run.dir) if rank == 0 else nullcontext() as claim:
+        check_shared(config.run.dir, claim)
         return _train(config, ready, device, rank)
 
 

@@ -94,9 +94,8 @@ class RunFolderInUse(ConfigError):
 
 
 @contextmanager
-def claimed(path: str | Path) -> Iterator[None]:
-    """Make a run folder this process's own meanwhile. However the process ends, the claim ends with it; children do not
-    inherit it.
+def claimed(path: str | Path) -> Iterator[str]:
+    """Make a run folder this process's own meanwhile, see `hold`.
 
     Raises:
         RunFolderInUse: another process has claimed it.
@@ -104,35 +103,40 @@ def claimed(path: str | Path) -> Iterator[None]:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     try:
-        with hold(path / LOCK):
-            yield
+        with hold(path / LOCK) as claim:
+            yield claim
     except Held as held:
         raise RunFolderInUse([
             f"run.dir = {path} is being trained by {held.holder}: wait for it, stop it, or give run.dir another name"
         ]) from held  # fmt: skip
 
 
-def check_shared(path: str | Path, patience: float = 60.0) -> None:
+def check_shared(path: str | Path, claim: str | None, patience: float = 60.0) -> None:
     """Raise on all ranks if some of them do not see the run folder that rank 0 has claimed. Collective.
 
     Args:
+        claim: on rank 0, what `claimed` yields.
         patience: seconds for which a network disk may lag.
 
     Raises:
         ConfigError: naming the machines.
     """
-    lock = Path(path) / LOCK
-    claim = [lock.read_text() if torch.distributed.get_rank() == 0 else ""]
-    torch.distributed.broadcast_object_list(claim, src=0)
-    deadline = time.monotonic() + patience
-    while not (seen := lock.is_file() and lock.read_text() == claim[0]) and time.monotonic() < deadline:
+    lock, deadline = Path(path) / LOCK, time.monotonic() + patience
+    words = [claim]
+    torch.distributed.broadcast_object_list(words, src=0)
+
+    def seen() -> bool:
+        # Rank 0 would give up its claim by reading it.
+        return claim is not None or (lock.is_file() and lock.read_text().strip() == words[0])
+
+    while not seen() and time.monotonic() < deadline:
         time.sleep(1)
     blind: list[str] = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(blind, "" if seen else socket.gethostname())
+    torch.distributed.all_gather_object(blind, "" if seen() else socket.gethostname())
     machines = ", ".join(sorted(set(blind) - {""}))
     if machines:
         raise ConfigError([
-            f"run.dir = {path} (claimed by {claim[0].strip()}) is not seen on {machines}: give run.dir a folder on a "
+            f"run.dir = {path} (claimed by {words[0]}) is not seen on {machines}: give run.dir a folder on a "
             "disk that all machines share"
         ])  # fmt: skip
 

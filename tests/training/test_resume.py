@@ -134,9 +134,9 @@ def test_ranks_that_do_not_see_the_run_folder_end_the_run_before_its_first_step(
     def look() -> str:
         own = torch.distributed.get_rank() == 0
         try:
-            with claimed(tmp_path / "here") if own else nullcontext():
-                check_shared(tmp_path / "here", patience=1)
-                check_shared(tmp_path / ("here" if own else "there"), patience=0)
+            with claimed(tmp_path / "here") if own else nullcontext() as claim:
+                check_shared(tmp_path / "here", claim, patience=1)
+                check_shared(tmp_path / ("here" if own else "there"), claim, patience=0)
         except ConfigError as error:
             return str(error)
         return "seen"
