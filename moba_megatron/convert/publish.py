@@ -23,12 +23,12 @@ def new_folder(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         with hold(lock):
-            # What another one has finished meanwhile stays.
-            check_unused(out)
-            # Left by a process that was killed.
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
             try:
+                # What another one has finished meanwhile stays.
+                check_unused(out)
+                # Left by a process that was killed.
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
                 yield unfinished
                 unfinished.rename(out)
             finally:

@@ -12,20 +12,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from moba_megatron.data.tokenizer import Tokenizer
+from moba_megatron.data.tokenizer import TOKENIZER_FILES, Tokenizer
 
 CONFIG = "tokenizer_config.json"
-FILES = (
-    "tokenizer.json",
-    CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
+# Beside what a dataset keeps: the forms of families that transformers reads without tokenizer.json.
+FILES = (*TOKENIZER_FILES, "tokenizer.model", "vocab.json", "merges.txt")
 TEXT = """Everyone has the right to freedom of opinion and expression; this right includes freedom to hold opinions
 without interference and to seek, receive and impart information and ideas through any media.
 

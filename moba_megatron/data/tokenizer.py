@@ -34,7 +34,7 @@ SPLIT_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _CONFIG_FILE = "tokenizer_config.json"
-_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer.json", _CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     "generation_config.json",  # names further ids that end a text, for the export of what is trained
 )
@@ -238,7 +238,7 @@ def copy_tokenizer(source: str | Path, folder: str | Path, end_of_document: str 
     """Copy a tokenizer folder; a named end-of-document token is written into the copy's `tokenizer_config.json`."""
     source, folder = Path(source), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _FILES:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if end_of_document is not None:

@@ -58,11 +58,19 @@ def parse_choice(option: str, text: str) -> LayerAttention:
     return LayerAttention("moba", int(match[1]), int(match[2]), selection)
 
 
+def words_of(choice: LayerAttention) -> str:
+    """A choice in records, as `choice`.
+
+    >>> words_of(parse_choice("--losses-choice", "32:3:recent"))
+    'B=32 K=3 recent'
+    """
+    return str(choice).removeprefix("moba ")
+
+
 def file_name(choice: LayerAttention) -> str:
     """A choice within the name of a file.
 
     >>> file_name(parse_choice("--losses-choice", "32:3:recent"))
     'B32_K3_recent'
     """
-    words = f"B{choice.block_size}_K{choice.top_k}"
-    return words if choice.selection.is_plain else f"{words}_{str(choice.selection).replace(' ', '_')}"
+    return words_of(choice).replace("=", "").replace(" ", "_")

@@ -100,7 +100,13 @@ def evaluate_command(
             raise ValueError(f"--lengths {lengths} without --tasks: name the tasks to run")
         elif haystack is not None and ruler is None:
             raise ValueError(f"--haystack {haystack} without --tasks or --ruler: name what it goes around")
-        if any(option is not None for option in (lm_eval, ruler, lm_eval_tasks, lm_eval_limit)):
+        harness = any(option is not None for option in (lm_eval, ruler, lm_eval_tasks, lm_eval_limit))
+        wants_losses = losses or (losses is None and not routing and not options and not harness)
+        of_losses = {"--samples": samples, "--trailing": trailing, "--validation": None if routing else validation}
+        unused = [name for name, value in of_losses.items() if value is not None]
+        if unused and not wants_losses:
+            raise ValueError(f"{', '.join(unused)} without the losses: add --losses")
+        if harness:
             from moba_megatron.evaluation.lm_eval import evaluate_with_harness, harness_settings
 
             settings = harness_settings(
@@ -113,13 +119,8 @@ def evaluate_command(
                 haystack=haystack,
             )
             evaluate_with_harness(target, settings, console, attention=attention)
-            if not losses and not routing and not options:
+            if not wants_losses and not routing and not options:
                 return
-        wants_losses = losses or (losses is None and not routing and not options)
-        of_losses = {"--samples": samples, "--trailing": trailing, "--validation": None if routing else validation}
-        unused = [name for name, value in of_losses.items() if value is not None]
-        if unused and not wants_losses:
-            raise ValueError(f"{', '.join(unused)} without the losses: add --losses")
         if options and not wants_losses and not routing and (target / "config.json").is_file():
             from moba_megatron.evaluation.tasks.evaluate import evaluate_folder_tasks
 

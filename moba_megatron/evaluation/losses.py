@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 from moba_megatron.config import Config
 from moba_megatron.data.manifest import load_manifest
-from moba_megatron.evaluation.attention_choice import file_name
+from moba_megatron.evaluation.attention_choice import file_name, words_of
 from moba_megatron.evaluation.plots import plot_positions
 from moba_megatron.evaluation.positions import doubling_bounds, position_totals, range_losses, summarise
 from moba_megatron.evaluation.power_law import fit_power_law
@@ -56,7 +56,7 @@ def evaluate_losses(
     for name, way in ways.items():
         choice = isinstance(way, LayerAttention)
         # Says that these are not the model's own sizes.
-        result = {**common, **results[name], **({"choice": str(way).removeprefix("moba ")} if choice else {})}
+        result = {**common, **results[name], **({"choice": words_of(way)} if choice else {})}
         own = name == subject.own_attention
         path = records.write(
             "losses",

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from moba_megatron.evaluation.attention_choice import file_name
+from moba_megatron.evaluation.attention_choice import file_name, words_of
 from moba_megatron.evaluation.capture import Captured, capture_attention
 from moba_megatron.evaluation.mass import Choice, Mass, attention_masses
 from moba_megatron.evaluation.progress import shown
@@ -63,7 +63,7 @@ def evaluate_routing(
     values = {"data": subject.config.data.validation, "samples": samples, **overall(report)}
     if choice:
         # Says that these are not the layers' own sizes.
-        values["choice"] = str(choices_of(choice)[0])
+        values["choice"] = words_of(choice)
     values["advice"] = advice(report)
     console.print(f"{subject.folder}, step {subject.step}: routing on {samples} samples of validation data")
     console.print(table(report))

@@ -20,7 +20,7 @@ from moba_megatron.data.tokenizer import Tokenizer
 from moba_megatron.evaluation.attention_choice import Attention, chosen_attentions
 from moba_megatron.model.core_attention import set_attention_stage
 from moba_megatron.model.forward import Batch
-from moba_megatron.model.schedule import FULL, AttentionSchedule, LayerAttention
+from moba_megatron.model.schedule import FULL, AttentionSchedule, LayerAttention, kind_of
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Subject:
     @property
     def own_attention(self) -> Attention:
         """How the model attended at its last training step: `moba` if any layer did."""
-        return _kind(_own_layers(self.opened))
+        return kind_of(_own_layers(self.opened))
 
     def attend(self, attention: Attention | LayerAttention) -> None:
         """Let every layer attend so from now on; the parameters stay the same. A `LayerAttention` is for all layers."""
@@ -117,7 +117,7 @@ def open_subject(
     """
     config = _asked_for(saved_config(find_checkpoint(target)), validation, samples, trailing_tokens)
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
-    has_moba = any(layer.kind == "moba" for stage in schedule.stages for layer in stage)
+    has_moba = "moba" in map(kind_of, schedule.stages)
     attentions = chosen_attentions(attention, has_moba)
     if on_validation:
         if config.data.validation is None:
@@ -141,7 +141,7 @@ def attention_layers(opened: OpenedModel, attention: Attention) -> tuple[LayerAt
         return (FULL,) * opened.schedule.num_layers
     stages, own = opened.schedule.stages, _own_stage(opened)
     nearest = [*reversed(stages[: own + 1]), *stages[own + 1 :]]
-    return next((layers for layers in nearest if _kind(layers) == "moba"), None)
+    return next((layers for layers in nearest if kind_of(layers) == "moba"), None)
 
 
 def _asked_for(config: Config, validation: str | None, samples: int | None, trailing_tokens: int | None) -> Config:
@@ -161,7 +161,3 @@ def _own_stage(opened: OpenedModel) -> int:
 
 def _own_layers(opened: OpenedModel) -> tuple[LayerAttention, ...]:
     return opened.schedule.stages[_own_stage(opened)]
-
-
-def _kind(layers: tuple[LayerAttention, ...]) -> Attention:
-    return "moba" if any(layer.kind == "moba" for layer in layers) else "full"

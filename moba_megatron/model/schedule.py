@@ -183,6 +183,11 @@ class AttentionSchedule:
         ]
 
 
+def kind_of(layers: tuple[LayerAttention, ...]) -> AttentionKind:
+    """How a stage attends: `moba` if any of its layers does, else `full`."""
+    return "moba" if any(layer.kind == "moba" for layer in layers) else "full"
+
+
 def checked_schedule(config: Config) -> AttentionSchedule:
     """The attention schedule of a configuration.
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from moba_megatron.config import Config, ConfigError, load_config
 from moba_megatron.evaluation.records import training_records
-from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.model.schedule import AttentionSchedule, kind_of
 from moba_megatron.platform.files import read_json_lines
 from moba_megatron.scaling.sweep import Point, Sweep
 
@@ -74,9 +74,8 @@ class Result:
             return known[name]
         values = {record["attention"]: record[name] for record in self.tasks if name in record}
         config = self.point.config
-        last = AttentionSchedule.from_config(config.attention, config.model.num_layers).stages[-1]
-        own = "moba" if any(layer.kind == "moba" for layer in last) else "full"
-        return values.get(own, next(iter(values.values()), None))
+        schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
+        return values.get(kind_of(schedule.stages[-1]), next(iter(values.values()), None))
 
 
 def read_results(sweep: Sweep) -> list[Result]:
