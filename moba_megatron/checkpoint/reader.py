@@ -21,8 +21,7 @@ def load_training(
 
     Args:
         parallel: the parallel section of the running configuration. Random states are restored only if tensor and
-        pipeline
-            sizes are those of the checkpoint; the optimizer's kind must be the same.
+            pipeline sizes are those of the checkpoint; the optimizer's kind must be the same.
 
     Raises:
         CheckpointError: damaged files, or a state that does not fit this model.

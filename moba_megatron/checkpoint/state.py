@@ -8,6 +8,8 @@ same layout.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +35,8 @@ class TrainingState:
     def sharded(self, *, loading: bool, with_random_state: bool = True) -> dict[str, Any]:
         """The sharded state dict that megatron-core saves or fills."""
         state = sharded_model(self.model)
-        state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=loading, metadata=SHARDING)
+        with _places_without_padding(self.optimizer):
+            state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=loading, metadata=SHARDING)
         state["scheduler"] = self.scheduler.state_dict()
         if with_random_state:
             state["random"] = _sharded_random_state()
@@ -47,6 +50,31 @@ class TrainingState:
         self.scheduler.load_state_dict(loaded["scheduler"])
         if "random" in loaded:
             _set_random_state(loaded["random"])
+
+
+@contextmanager
+def _places_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """The distributed optimizer of megatron-core 0.16 packs its state bucket by bucket without the padding at their
+    ends, and then looks parameters up at places that count it: from the second bucket on, what it saves belongs to
+    others. In here the places are right. (Mended after 0.16 by megatron-core's pull request 5077.)
+
+    There are several buckets where the reduction of gradients overlaps, and on the first and last pipeline stage with
+    tied embeddings; padding, where a bucket is no multiple of 128 and of the ranks that share it.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    buffers = [buffer for part in parts for buffer in getattr(part, "buffers", [])]
+    before = [buffer.param_index_map for buffer in buffers]
+    try:
+        for buffer in buffers:
+            padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+            buffer.param_index_map = {
+                parameter: (start - sum(padding[:bucket]), end - sum(padding[:bucket]), bucket)
+                for parameter, (start, end, bucket) in buffer.param_index_map.items()
+            }
+        yield
+    finally:
+        for buffer, places in zip(buffers, before, strict=True):
+            buffer.param_index_map = places
 
 
 def sharded_model(model: list[torch.nn.Module]) -> dict[str, Any]:

@@ -57,6 +57,8 @@ class ParallelConfig(Section):
     them; their product is `context`. Default: as many on the first level as the heads allow."""
     distributed_optimizer: bool = False
     """Split optimizer state over the data-parallel and context-parallel ranks. A checkpoint is bound to this choice."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over these ranks while the backward pass of the last microbatch still makes others."""
 
     @property
     def model_ranks(self) -> int:

@@ -39,7 +39,8 @@ def assumptions(cluster: Cluster) -> list[str]:
         f"{gpu.network_link / 1e9:.0f} GB/s between them, {LINK_SHARE:.0%} of it reached",
         f"memory: {MEMORY_SHARE:.0%} of {gpu.memory / 1e9:.0f} GB may be used; layers of Transformer Engine",
         "every sample is one document as long as the sequence: packs of short ones are faster",
-        "a ring hides behind attention, interleaved pipelines behind all; other transfers are waited for",
+        "a ring hides behind attention, interleaved pipelines behind all, gradients behind the last backward pass if "
+        "parallel.overlap_grad_reduce is set; other transfers are waited for",
         "checkpoints, evaluation, data and restarts cost nothing",
     ]
 

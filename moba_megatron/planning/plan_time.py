@@ -4,8 +4,8 @@ What a microbatch takes in a pipeline stage: the matrix products of its layers (
 the forward's, four with full recomputation), attention by `kernel_model` (one document as long as the sequence, split
 evenly over tensor- and context-parallel ranks; its forward part again under any recomputation), and what the exchanges
 make it wait (`plan_traffic`). m microbatches through p stages take m times the slowest stage; filling and draining (the
-*bubble*) take each other stage once, or 1/v of that with v interleaved chunks. Then gradients are reduced and the
-optimizer passes over its state.
+*bubble*) take each other stage once, or 1/v of that with v interleaved chunks. Then gradients are reduced, as far as
+that is not overlapped, and the optimizer passes over its state.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def step_time(
     times = [_stage_time(config, layers, stage, vocab_size, data_parallel, cluster, exchange) for stage in stages]
     slowest = max(range(len(stages)), key=lambda number: times[number].seconds)
     one, stage = times[slowest], stages[slowest]
-    gradients = data_moved(config, cluster, stage, data_parallel)
+    gradients = data_moved(config, cluster, stage, data_parallel, one.matrices + one.attention)
     replicas = data_parallel * parallel.context if parallel.distributed_optimizer else 1
     optimizer = stage.parameters * OPTIMIZER_BYTES / replicas / (cluster.gpu.machine.bandwidth * STREAM_SHARE)
     fill = (sum(time.seconds for time in times) - one.seconds) / (parallel.virtual_pipeline or 1)

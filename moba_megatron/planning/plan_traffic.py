@@ -109,11 +109,17 @@ def context_moved(
     return Moved(bytes_, waited + (2 + again) * (ranks - 1) * HOP_SECONDS)
 
 
-def data_moved(config: Config, cluster: Cluster, stage: Stage, data_parallel: int) -> Moved:
+def data_moved(
+    config: Config, cluster: Cluster, stage: Stage, data_parallel: int, microbatch_seconds: float
+) -> Moved:
     """DP of one step: gradients in fp32, and with the distributed optimizer weights. Context-parallel ranks hold the
-    same weights, so they are among the ranks."""
+    same weights, so they are among the ranks. Overlapped, gradients hide behind the backward pass of the last
+    microbatch, two thirds of its `microbatch_seconds`."""
     parallel = config.parallel
     ranks = data_parallel * parallel.context
     width = 2 if config.training.precision == "bf16" else 4
-    bytes_ = stage.parameters * (4 + width if parallel.distributed_optimizer else 8) * (ranks - 1) / ranks
-    return Moved(bytes_, cluster.reduce_seconds(bytes_, parallel.tensor, ranks))
+    others = stage.parameters * (ranks - 1) / ranks
+    gradients, weights = (4 * others, width * others) if parallel.distributed_optimizer else (8 * others, 0.0)
+    reduced, gathered = (cluster.reduce_seconds(bytes_, parallel.tensor, ranks) for bytes_ in (gradients, weights))
+    hidden = microbatch_seconds * 2 / 3 if parallel.overlap_grad_reduce else 0.0
+    return Moved(gradients + weights, max(0.0, reduced - hidden) + gathered)

@@ -14,11 +14,11 @@ from moba_megatron.config import Config
 def wrap_data_parallel(model: list[torch.nn.Module], config: Config) -> list[DistributedDataParallel]:
     """Wrap this rank's model chunks for data parallelism, with gradients accumulated and reduced in fp32.
 
-    Communication is not overlapped with computation here: with the distributed optimizer, overlapped parameter
-    gathering leaves stale parameters for saving and evaluation.
+    The gathering of parameters is not overlapped with computation: it would leave stale ones for saving and evaluation.
     """
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
     )
     transformer = model[0].config
@@ -27,6 +27,8 @@ def wrap_data_parallel(model: list[torch.nn.Module], config: Config) -> list[Dis
         for index, chunk in enumerate(model)
     ]
     transformer.finalize_model_grads_func = finalize_model_grads
+    # Gradients leave after the last microbatch of a step alone.
+    transformer.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return wrapped
 
 

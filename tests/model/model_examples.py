@@ -148,18 +148,6 @@ def rank_part(config: Config, batches: list[dict]) -> list[dict]:
     return [{**batch, "packed_seq_params": packed_seq_params(batch)} for batch in batches]
 
 
-def wrapped_for_data_parallel(chunks: list[torch.nn.Module], sharded: bool = False) -> list[torch.nn.Module]:
-    """The chunks in megatron-core's wrapper, their gradients reduced in fp32 when a global batch is done."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-
-    settings = chunks[0].config
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=sharded, grad_reduce_in_fp32=True)
-    wrapped = [DistributedDataParallel(settings, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
-    settings.finalize_model_grads_func = finalize_model_grads
-    settings.no_sync_func = [model.no_sync for model in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
-    return wrapped
-
-
 def loss_of_batch(
     config: Config, wrapped: list[torch.nn.Module], step: int, packs: list[list[int]] | None = None
 ) -> float:
@@ -205,6 +193,7 @@ def train(
     from moba_megatron.model.builder import build_model
     from moba_megatron.model.exchange import resolve_exchange
     from moba_megatron.model.schedule import AttentionSchedule
+    from moba_megatron.training.optimizer import wrap_data_parallel
 
     platform.start_model_parallel(config.parallel, resolve_exchange(config).levels)
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
@@ -213,7 +202,7 @@ def train(
         load_full_weights(chunks, whole, config)
     settings = chunks[0].config
     sharded = config.parallel.distributed_optimizer
-    wrapped = wrapped_for_data_parallel(chunks, sharded)
+    wrapped = wrap_data_parallel(chunks, config)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam", lr=config.optimizer.lr, weight_decay=0.1, clip_grad=1.0, bf16=settings.bf16,

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from distributed import run_ranks
-from model_examples import load_full_weights, loss_of_batch, tiny, wrapped_for_data_parallel
+from model_examples import load_full_weights, loss_of_batch, tiny
 from parallel.examples import smallest_margin
 
 VOCABULARY = 62
@@ -57,6 +57,7 @@ def one_step(settings, whole=None):
     from moba_megatron.model.builder import build_model
     from moba_megatron.model.exchange import resolve_exchange
     from moba_megatron.model.schedule import AttentionSchedule
+    from moba_megatron.training.optimizer import wrap_data_parallel
 
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
@@ -65,7 +66,7 @@ def one_step(settings, whole=None):
     chunks = build_model(settings, VOCABULARY, schedule)
     if whole is not None:
         load_full_weights(chunks, whole, settings)
-    return loss_of_batch(settings, wrapped_for_data_parallel(chunks), 0, PACKS), chunks
+    return loss_of_batch(settings, wrap_data_parallel(chunks, settings), 0, PACKS), chunks
 
 
 def one_process(kind: str):

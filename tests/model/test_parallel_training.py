@@ -1,9 +1,13 @@
 """A tiny model trains through megatron-core's schedules; every parallel layout gives the losses of one rank."""
 
+import functools
+
 import pytest
 import torch
 from distributed import run_ranks
 from model_examples import tiny, train, train_each
+
+from moba_megatron.training import optimizer
 
 VOCABULARY = 62
 STEPS = 3
@@ -53,12 +57,20 @@ def one_rank(request):
 
 INTERLEAVED = {"pipeline": 2, "virtual_pipeline": 2}
 SHARDED = {"tensor": 2, "sequence": True}
+OVERLAPPED = {"overlap_grad_reduce": True}
+
+
+@pytest.fixture(autouse=True)
+def small_buckets(monkeypatch):
+    """Several buckets in a tiny model, for what overlaps the reduction of gradients."""
+    small = functools.partial(optimizer.DistributedDataParallelConfig, bucket_size=2000)
+    monkeypatch.setattr(optimizer, "DistributedDataParallelConfig", small)
 
 
 @pytest.mark.parametrize(
     ("ranks", "layouts"),
     [
-        (2, [{}, {"distributed_optimizer": True}]),
+        (2, [{}, {"distributed_optimizer": True}, OVERLAPPED, {"distributed_optimizer": True, **OVERLAPPED}]),
         (2, [{"tensor": 2}, SHARDED]),
         (2, [{"pipeline": 2}, INTERLEAVED]),
         (4, [{**SHARDED, "pipeline": 2}]),
@@ -76,6 +88,7 @@ def test_uneven_pipelines_agree(one_rank):
     shape, weights, losses, norms = one_rank
     layouts = [{"pipeline": 2, "pipeline_layers": layers} for layers in ([3, 1], [1, 3], [4, 0], [0, 4])]
     layouts += [{**INTERLEAVED, "pipeline_layers": layers} for layers in ([1, 2, 1, 0], [2, 0, 1, 1])]
+    layouts += [{**layout, **OVERLAPPED} for layout in layouts[2:5]]
     assert_layouts_agree(2, layouts, shape, weights, (losses, norms))
 
 
@@ -104,7 +117,9 @@ def one_rank_packed():
                 {**SHARDED, "pipeline": 2},
                 {"context": 4, "exchange": "a2a+p2p"},
                 {"context": 2, "distributed_optimizer": True},
+                {"context": 2, "exchange": "dispatch", "distributed_optimizer": True, **OVERLAPPED},
                 {"context": 2, **INTERLEAVED},
+                {"context": 2, **INTERLEAVED, **OVERLAPPED},
             ],
         ),
     ],
@@ -113,6 +128,30 @@ def one_rank_packed():
 def test_layouts_agree_on_packed_documents(one_rank_packed, ranks, layouts):
     shape, weights, losses, norms = one_rank_packed
     assert_layouts_agree(ranks, layouts, shape, weights, (losses, norms), PACKS)
+
+
+def reductions_of_each_step(settings):
+    """How many buckets a rank had sent off when the backward pass of each step was over, and how many there are."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    sent, seen = [], []
+    groups, finalize = param_and_grad_buffer._ParamAndGradBucketGroup, optimizer.finalize_model_grads
+    start = groups.start_grad_sync
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "start_grad_sync", lambda self, **how: (sent.append(self), start(self, **how)))
+        patch.setattr(
+            optimizer, "finalize_model_grads", lambda *args, **how: (seen.append(len(sent)), finalize(*args, **how))
+        )
+        train(settings, VOCABULARY, STEPS)
+    return seen, len(set(sent))
+
+
+def test_gradients_leave_while_others_are_made():
+    for seen, groups in run_ranks(2, reductions_of_each_step, config(parallel=dict(OVERLAPPED))):
+        # megatron-core learns in the first step how often each gradient is added to.
+        assert groups > 4 and seen == [0, 2 * groups, 3 * groups]
+    for seen, groups in run_ranks(2, reductions_of_each_step, config()):
+        assert (seen, groups) == ([0, 1, 2], 1)
 
 
 def test_bf16_trains():

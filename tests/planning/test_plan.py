@@ -217,6 +217,18 @@ def test_bytes_of_tensor_and_data_parallelism(tmp_path):
     assert split.parts["optimizer"] == pytest.approx(data.parts["optimizer"] / 4)
 
 
+def test_overlapped_gradients_hide_behind_the_last_backward_pass(tmp_path):
+    def waited(**changes):
+        return times(tmp_path, gpus=4, **changes)[1].parts["data parallelism"]
+
+    for sharded, left in ((False, 0), (True, 1 / 3)):  # weights in bf16 are still gathered
+        one, other = (
+            waited(parallel__distributed_optimizer=sharded, parallel__overlap_grad_reduce=overlap)
+            for overlap in (False, True)
+        )
+        assert other == pytest.approx(left * one)
+
+
 def test_recomputation_takes_time(tmp_path):
     found = {
         recompute: times(tmp_path, training__recompute=recompute)[1] for recompute in ("none", "selective", "full")

@@ -63,7 +63,10 @@ def test_a_killed_run_continues_from_its_last_checkpoint(unbroken, tmp_path):
 
 @pytest.mark.parametrize(
     ("ranks", "parallel"),
-    [(2, {}), (4, {"context": 2, "exchange": "dispatch", "distributed_optimizer": True})],
+    [
+        (2, {}),
+        (4, {"context": 2, "exchange": "dispatch", "distributed_optimizer": True, "overlap_grad_reduce": True}),
+    ],
     ids=["dp2", "cp2-dp2"],
 )
 def test_ranks_under_torchrun_give_the_losses_of_one(unbroken, tmp_path, ranks, parallel):
