@@ -54,6 +54,7 @@ class Layout:
             "parallel.pipeline_layers": self.parallel.pipeline_layers,
             "parallel.virtual_pipeline": None,
             "parallel.distributed_optimizer": self.parallel.distributed_optimizer,
+            "parallel.overlap_grad_reduce": self.parallel.overlap_grad_reduce,
             "training.recompute": self.recompute,
         }
         # Without blanks, so that a shell takes each as one word.
@@ -82,12 +83,14 @@ def _sizes(config: Config, cluster: Cluster) -> Iterator[ParallelConfig]:
         for context in _powers(cluster.count // tensor):
             for pipeline in _powers(min(config.model.num_layers, cluster.count // (tensor * context))):
                 if cluster.count % (tensor * context * pipeline) == 0:
+                    shared = cluster.count > tensor * pipeline  # several ranks have the same weights
                     yield ParallelConfig(
                         tensor=tensor,
                         sequence=tensor > 1,
                         context=context,
                         pipeline=pipeline,
-                        distributed_optimizer=cluster.count > tensor * pipeline,
+                        distributed_optimizer=shared,
+                        overlap_grad_reduce=shared,
                     )
 
 

@@ -45,6 +45,7 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
                 "parallel__distributed_optimizer": True,
                 "parallel__overlap_grad_reduce": True,
                 "training__precision": "bf16",
+                **HALVES,
             },
         ),
         (
