@@ -17,6 +17,9 @@ def silence_missing_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module="megatron")
     warnings.filterwarnings("ignore", message=".*deprecating ShardedTensor", category=FutureWarning)
+    # The distributed optimizer: older names of collectives, and it looks at `grad` of views that have none.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*_tensor. is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", module="megatron")
 
 
 def configure_logging(level: str) -> None:
