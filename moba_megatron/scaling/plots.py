@@ -20,7 +20,8 @@ _NAMES = {"loss": "validation loss (nats per token)", "trailing_loss": "trailing
 
 def draw(sweep: Sweep, results: list[Result], figure: Figure, path: Path) -> Path:
     """Draw one figure of the sweep; a run that has no result is named under it."""
-    drawing = _new_figure(2 if figure.kind == "scaling" else 1)
+    compared = figure.kind == "scaling" and len(sweep.file.axes[figure.axis or "attention"]) > 1
+    drawing = _new_figure(2 if compared else 1)
     kinds: dict[str, Callable[..., None]] = {
         "scaling": _scaling, "options": _options, "positions": _positions, "curves": _curves,
     }  # fmt: skip
@@ -49,9 +50,9 @@ def _new_figure(rows: int) -> Any:
 
 
 def _scaling(drawing: Any, sweep: Sweep, results: list[Result], figure: Figure) -> None:
-    """Loss against compute for each option with its power law, and below the gap between the first option and each
-    other one, run by run."""
-    above, below = drawing.axes
+    """Loss against compute for each option with its power law, and where there are several, below, the gap between the
+    first option and each other one, run by run."""
+    above, below = drawing.axes[0], drawing.axes[1:]
     axis = figure.axis or "attention"
     chosen = best(results, sweep.file.best_of, figure.metric)
     for number, law in enumerate(fit_sweep(sweep, results, axis, figure.metric)):
@@ -74,16 +75,22 @@ def _scaling(drawing: Any, sweep: Sweep, results: list[Result], figure: Figure) 
     above.set(xscale="log", yscale="log", ylabel=_name(figure.metric))
     _plain_ticks(above)
     above.legend(fontsize=8)
+    drawing.axes[-1].set(xlabel="PFLOP/s-days (6 N D)")
+    for axes in below:
+        _gaps(axes, sweep, chosen, axis, figure.metric)
+
+
+def _gaps(axes: Any, sweep: Sweep, results: list[Result], axis: str, metric: str) -> None:
     first, *others = sweep.file.axes[axis]
-    gaps = gaps_to_first(sweep, chosen, axis, figure.metric)
+    gaps = gaps_to_first(sweep, results, axis, metric)
     for number, option in enumerate(others, start=1):
         points = [(gap.first.point.flops_6nd / PFLOP_S_DAY, gap.value) for gap in gaps if gap.option == option]
         if points:
-            below.plot(*zip(*points, strict=True), marker="o", color=_COLOURS[number], label=option)
-    below.axhline(0, color="grey", linewidth=0.8)
-    below.set(xlabel="PFLOP/s-days (6 N D)", ylabel=f"{first} minus it")
+            axes.plot(*zip(*points, strict=True), marker="o", color=_COLOURS[number], label=option)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set(ylabel=f"{first} minus it")
     if gaps:
-        below.legend(fontsize=8)
+        axes.legend(fontsize=8)
 
 
 def _options(drawing: Any, sweep: Sweep, results: list[Result], figure: Figure) -> None:

@@ -12,9 +12,10 @@ from scaling.sweep_examples import write_sweep
 from moba_megatron.config import ConfigError, load_config
 from moba_megatron.ops.pairs import attended_pairs
 from moba_megatron.scaling.laws import left_out
+from moba_megatron.scaling.plots import draw
 from moba_megatron.scaling.results import Result, read_result
 from moba_megatron.scaling.runner import default_jobs, gpus_of, run_sweep, visible_gpus
-from moba_megatron.scaling.sweep import load_sweep
+from moba_megatron.scaling.sweep import Figure, load_sweep
 from moba_megatron.scaling.tables import gap_rows, provenance, result_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -202,6 +203,7 @@ def test_gaps_are_between_runs_that_agree_in_the_other_axes(tmp_path):
         ["attention", "loss, small minus large"],
         [["full", "+1.2500"]],
     )
+    assert draw(sweep, results, Figure(kind="scaling"), tmp_path / "gaps.png").is_file()
 
 
 def test_gaps_of_seeds_have_a_mean(tmp_path):
