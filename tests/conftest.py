@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import pytest
@@ -18,3 +19,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # The tests start processes of their own; threads beside them only get in each other's way.
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several buckets of gradients in a tiny model, padded at their ends, where their reduction overlaps."""
+    from moba_megatron.training import optimizer
+
+    small = functools.partial(optimizer.DistributedDataParallelConfig, bucket_size=2000)
+    monkeypatch.setattr(optimizer, "DistributedDataParallelConfig", small)

@@ -10,7 +10,7 @@ import warnings
 
 
 def silence_missing_libraries() -> None:
-    """Filter megatron-core's warnings that Transformer Engine and apex are not installed, and of names that it itself
+    """Filter megatron-core's warnings that Transformer Engine and apex are not installed, and of lines that it itself
     will have to change. Call before importing it."""
     for message in (".*Apex (is|are) not installed", ".*dynamic_context", "full scope is deprecated"):
         warnings.filterwarnings("ignore", message=message, module="megatron")

@@ -130,7 +130,7 @@ def table_command(sweep: SweepArgument, output: OutputOption = None) -> None:
         text = markdown(result_rows(loaded, results))
         for figure in loaded.file.figures:
             if figure.kind in ("scaling", "options"):
-                gaps = gap_rows(loaded, results, figure.axis or "attention", figure.metric)
+                gaps = gap_rows(loaded, results, figure.compared_axis, figure.metric)
                 # Of one run for each option the first table says it all.
                 text += "\n" + markdown(gaps) if figure.kind == "scaling" or len(gaps[1]) > 1 else ""
         laws = _all_laws(loaded, results)
@@ -159,7 +159,7 @@ def _array_job(sweep: Sweep, points: list[Point], script: str) -> str:
 
 def _all_laws(sweep: Sweep, results: list[Result]) -> list[Laws]:
     figures = [figure for figure in sweep.file.figures if figure.kind == "scaling"]
-    return [law for f in figures for law in fit_sweep(sweep, results, f.axis or "attention", f.metric)]
+    return [law for f in figures for law in fit_sweep(sweep, results, f.compared_axis, f.metric)]
 
 
 def _notes(laws: list[Laws], results: list[Result]) -> list[str]:

@@ -20,7 +20,7 @@ _NAMES = {"loss": "validation loss (nats per token)", "trailing_loss": "trailing
 
 def draw(sweep: Sweep, results: list[Result], figure: Figure, path: Path) -> Path:
     """Draw one figure of the sweep; a run that has no result is named under it."""
-    compared = figure.kind == "scaling" and len(sweep.file.axes[figure.axis or "attention"]) > 1
+    compared = figure.kind == "scaling" and len(sweep.file.axes[figure.compared_axis]) > 1
     drawing = _new_figure(2 if compared else 1)
     kinds: dict[str, Callable[..., None]] = {
         "scaling": _scaling, "options": _options, "positions": _positions, "curves": _curves,
@@ -53,7 +53,7 @@ def _scaling(drawing: Any, sweep: Sweep, results: list[Result], figure: Figure) 
     """Loss against compute for each option with its power law, and where there are several, below, the gap between the
     first option and each other one, run by run."""
     above, below = drawing.axes[0], drawing.axes[1:]
-    axis = figure.axis or "attention"
+    axis = figure.compared_axis
     chosen = best(results, sweep.file.best_of, figure.metric)
     for number, law in enumerate(fit_sweep(sweep, results, axis, figure.metric)):
         mine = [r for r in chosen if r.point.options[axis] == law.option]

@@ -73,6 +73,11 @@ class Figure(Section):
     """`options`: the axis along the bottom. `scaling`: the axis whose options are compared (default `attention`)."""
     title: str = ""
 
+    @property
+    def compared_axis(self) -> str | None:
+        """`axis`, or its default."""
+        return self.axis or ("attention" if self.kind == "scaling" else None)
+
 
 class SweepFile(Section):
     """What a sweep's YAML may hold."""
@@ -238,7 +243,7 @@ def _axis_problems(file: SweepFile) -> list[str]:
             if option not in file.axes.get(axis, {})
         ]
     for figure in file.figures:
-        axis = figure.axis or ("attention" if figure.kind == "scaling" else None)
+        axis = figure.compared_axis
         if figure.kind in ("scaling", "options") and axis not in file.axes:
             problems.append(f"a figure of kind {figure.kind} needs axis, one of {', '.join(file.axes)}, not {axis!r}")
         if figure.kind == "scaling" and figure.metric not in ("loss", "trailing_loss"):

@@ -187,30 +187,19 @@ def train(
     Returns:
         (loss of each step, gradient norm of each step, weights at the end by name).
     """
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-
     from moba_megatron import platform
     from moba_megatron.model.builder import build_model
     from moba_megatron.model.exchange import resolve_exchange
     from moba_megatron.model.schedule import AttentionSchedule
-    from moba_megatron.training.optimizer import wrap_data_parallel
+    from moba_megatron.training.optimizer import build_optimizer, wrap_data_parallel
 
     platform.start_model_parallel(config.parallel, resolve_exchange(config).levels)
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
     chunks = build_model(config, vocabulary, schedule)
     if whole is not None:
         load_full_weights(chunks, whole, config)
-    settings = chunks[0].config
-    sharded = config.parallel.distributed_optimizer
     wrapped = wrap_data_parallel(chunks, config)
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam", lr=config.optimizer.lr, weight_decay=0.1, clip_grad=1.0, bf16=settings.bf16,
-            params_dtype=settings.params_dtype, use_distributed_optimizer=sharded,
-        ),
-        wrapped,
-    )  # fmt: skip
-    settings.grad_scale_func = optimizer.scale_loss
+    optimizer = build_optimizer(wrapped, config)
     losses, norms = [], []
     for step in range(steps):
         for model in wrapped:

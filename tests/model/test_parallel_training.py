@@ -1,7 +1,5 @@
 """A tiny model trains through megatron-core's schedules; every parallel layout gives the losses of one rank."""
 
-import functools
-
 import pytest
 import torch
 from distributed import run_ranks
@@ -9,6 +7,7 @@ from model_examples import tiny, train, train_each
 
 from moba_megatron.training import optimizer
 
+pytestmark = pytest.mark.usefixtures("small_buckets")
 VOCABULARY = 62
 STEPS = 3
 
@@ -58,13 +57,6 @@ def one_rank(request):
 INTERLEAVED = {"pipeline": 2, "virtual_pipeline": 2}
 SHARDED = {"tensor": 2, "sequence": True}
 OVERLAPPED = {"overlap_grad_reduce": True}
-
-
-@pytest.fixture(autouse=True)
-def small_buckets(monkeypatch):
-    """Several buckets in a tiny model, for what overlaps the reduction of gradients."""
-    small = functools.partial(optimizer.DistributedDataParallelConfig, bucket_size=2000)
-    monkeypatch.setattr(optimizer, "DistributedDataParallelConfig", small)
 
 
 @pytest.mark.parametrize(

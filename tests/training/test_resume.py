@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from contextlib import nullcontext
@@ -15,7 +14,6 @@ from small_run import numbers_of, read_metrics, small_config, train_here
 
 from moba_megatron.checkpoint import list_checkpoints
 from moba_megatron.config import ConfigError, load_config
-from moba_megatron.training import optimizer
 from moba_megatron.training.preflight import preflight
 from moba_megatron.training.run_folder import RunFolder, check_shared, claimed
 
@@ -61,10 +59,7 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     ],
     ids=["fp32-stages", "bf16-synchronous", "distributed-optimizer", "interleaved-pipeline", "tensor-sequence"],
 )
-def test_stopped_and_resumed_equals_unbroken(tmp_path, monkeypatch, ranks, changes):
-    # Where the reduction of gradients overlaps, several buckets, padded at their ends.
-    small = functools.partial(optimizer.DistributedDataParallelConfig, bucket_size=2000)
-    monkeypatch.setattr(optimizer, "DistributedDataParallelConfig", small)
+def test_stopped_and_resumed_equals_unbroken(tmp_path, small_buckets, ranks, changes):
     changes = {"checkpoint__every": 3, "evaluation__every": 3, **changes}
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
