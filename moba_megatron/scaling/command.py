@@ -132,7 +132,8 @@ def table_command(sweep: SweepArgument, output: OutputOption = None) -> None:
             if figure.kind in ("scaling", "options"):
                 gaps = gap_rows(loaded, results, figure.compared_axis, figure.metric)
                 # Of one run for each option the first table says it all.
-                text += "\n" + markdown(gaps) if figure.kind == "scaling" or len(gaps[1]) > 1 else ""
+                fewest = 1 if figure.kind == "scaling" else 2
+                text += "\n" + markdown(gaps) if len(gaps[1]) >= fewest else ""
         laws = _all_laws(loaded, results)
         if any(law.by_6nd or law.three_terms for law in laws):
             text += "\n" + markdown(law_rows(laws))
