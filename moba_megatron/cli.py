@@ -9,17 +9,17 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 COMMANDS = {
-    "prepare": "moba_megatron.data.command:prepare_command",
-    "prepare merge": "moba_megatron.data.subcommands:merge_command",
-    "prepare inspect": "moba_megatron.data.subcommands:inspect_command",
-    "prepare blend": "moba_megatron.data.subcommands:blend_command",
-    "evaluate": "moba_megatron.evaluation.command:evaluate_command",
-    "report": "moba_megatron.evaluation.report:report_command",
-    "generate": "moba_megatron.generation.command:generate_command",
-    "import-hf": "moba_megatron.convert.command:import_command",
-    "export-hf": "moba_megatron.convert.command:export_command",
-    "bench": "moba_megatron.planning.command:bench_command",
-    "scaling": "moba_megatron.scaling.command:scaling_app",
+    "prepare": "moba_megatron.corpus.prepare_command:prepare_command",
+    "prepare merge": "moba_megatron.corpus.prepare_command:merge_command",
+    "prepare inspect": "moba_megatron.corpus.prepare_command:inspect_command",
+    "prepare blend": "moba_megatron.corpus.prepare_command:blend_command",
+    "evaluate": "moba_megatron.evaluation.evaluate_command:evaluate_command",
+    "report": "moba_megatron.evaluation.report.report_command:report_command",
+    "generate": "moba_megatron.generation.generate_command:generate_command",
+    "import-hf": "moba_megatron.convert.hf_commands:import_command",
+    "export-hf": "moba_megatron.convert.hf_commands:export_command",
+    "bench": "moba_megatron.benchmark.bench_command:bench_command",
+    "scaling": "moba_megatron.scaling.scaling_command:scaling_app",
     "plan": "moba_megatron.planning.plan_command:plan_command",
     "doctor": "moba_megatron.doctor:doctor_command",
 }

@@ -13,8 +13,8 @@ import pytest
 from distributed import run_ranks
 from small_run import small_config, train_here
 
-from moba_megatron.evaluation.records import training_records
-from moba_megatron.platform.files import read_json_lines
+from moba_megatron.runs.files import read_json_lines
+from moba_megatron.runs.records import training_records
 
 FULL = "attention.full_backend = auto: torch (auto: PyTorch's fused kernels; flash_attn is not available: "
 COMMAND = Path(sys.executable).with_name("moba-megatron")

@@ -25,10 +25,11 @@ from moba_megatron.convert.publish import check_unused, new_folder
 from moba_megatron.convert.safetensors_folder import SafetensorsFolder
 from moba_megatron.convert.tokenizer_files import copy_tokenizer_files
 from moba_megatron.convert.weights import open_weights, read_weights
-from moba_megatron.data.tokenizer import Tokenizer
+from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.model.builder import build_model
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.platform.start import start_single_rank
+from moba_megatron.runs.folder import RunFolder
 
 NO_TOKENIZER = "none"
 _HEAD = """# A start for training from {source}.
@@ -59,11 +60,11 @@ def import_huggingface(
     weights = open_weights(source, config.model)
     with new_folder(out) as folder:
         fingerprint, notes = _copy_tokenizer(source, folder / "tokenizer", config.model.vocab_size)
-        _write_checkpoint(folder / "checkpoints", config, weights, fingerprint, advance)
+        _write_checkpoint(RunFolder(folder).checkpoints, config, weights, fingerprint, advance)
         model = config.model.model_copy(update={"init_from": str(out.resolve())})
         goes_on = config.model_copy(update={"model": model})
-        head = _HEAD.format(source=source, path=out / "config.yaml")
-        (folder / "config.yaml").write_text(head + goes_on.to_yaml())
+        head = _HEAD.format(source=source, path=RunFolder(out).config)
+        RunFolder(folder).config.write_text(head + goes_on.to_yaml())
     return goes_on, notes
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from moba_megatron.checkpoint import CheckpointError, Manifest, load_model
-from moba_megatron.checkpoint.opened import find_checkpoint, saved_config
+from moba_megatron.checkpoint.find import find_checkpoint, saved_config
 from moba_megatron.config import Config, ConfigError, ModelConfig
 from moba_megatron.config.pretrained import pretrained_model_section
 from moba_megatron.convert.weights import open_weights, read_weights
-from moba_megatron.data.tokenizer import Tokenizer
+from moba_megatron.corpus.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moba_megatron.checkpoint.opened import run_folder
+from moba_megatron.convert.exported import Exported
 from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.model.schedule import AttentionSchedule
-from moba_megatron.platform.files import read_json_lines
-
-if TYPE_CHECKING:
-    from moba_megatron.convert.export_hf import Exported
+from moba_megatron.runs.files import read_json_lines
+from moba_megatron.runs.folder import RunFolder, training_records
 
 _MOBA = """## Attention
 
@@ -110,9 +108,8 @@ def _training(exported: Exported) -> str:
 
 def _losses(exported: Exported) -> dict[str, str]:
     """What the run folder recorded of this step's evaluation."""
-    lines = read_json_lines(run_folder(exported.checkpoint) / "evaluations.jsonl")
+    lines = training_records(read_json_lines(RunFolder.of(exported.checkpoint).evaluations))
     for values in reversed(lines):
-        # The lines of `moba-megatron evaluate` name their kind; those of training do not.
-        if values["step"] == exported.manifest.step and "kind" not in values:
+        if values["step"] == exported.manifest.step:
             return {"validation loss (nats per token)": f"{values['loss']:.4f}"}
     return {}

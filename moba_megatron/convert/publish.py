@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moba_megatron.config import ConfigError
-from moba_megatron.platform.files import Held, hold
+from moba_megatron.runs.files import Held, hold
 
 
 @contextmanager

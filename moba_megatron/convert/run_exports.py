@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moba_megatron.checkpoint import CheckpointError
-from moba_megatron.checkpoint.opened import run_folder
-from moba_megatron.convert.export_hf import SOURCE, Exported, export_huggingface, source_of
+from moba_megatron.convert.export_hf import SOURCE, export_huggingface, source_of
+from moba_megatron.convert.exported import Exported
+from moba_megatron.runs.folder import RunFolder
 
 
 def export_in_run(exported: Exported, advance: Callable[[int, int], None] = lambda done, total: None) -> Path:
@@ -22,7 +23,7 @@ def export_in_run(exported: Exported, advance: Callable[[int, int], None] = lamb
         CheckpointError: the folder there is no export of this checkpoint as this version writes it.
         ConfigError, CheckpointError: as `export_huggingface`.
     """
-    folder = run_folder(exported.checkpoint) / "exports" / exported.checkpoint.name
+    folder = RunFolder.of(exported.checkpoint).exports / exported.checkpoint.name
     if not folder.exists():
         export_huggingface(exported, folder, advance=advance)
         return folder

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from moba_megatron.data.tokenizer import TOKENIZER_FILES, Tokenizer
+from moba_megatron.corpus.tokenizer import TOKENIZER_FILES, Tokenizer
 
 CONFIG = "tokenizer_config.json"
 # Beside what a dataset keeps: the forms of families that transformers reads without tokenizer.json.

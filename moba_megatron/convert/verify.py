@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moba_megatron.convert.export_hf import Exported
+from moba_megatron.convert.exported import Exported
 from moba_megatron.convert.stored import StoredWeights
 from moba_megatron.convert.tokenizer_files import TEXT
 from moba_megatron.convert.weights import canonical_parameters

@@ -27,10 +27,11 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
 from moba_megatron.config import BlendEntry, Config, ConfigError
-from moba_megatron.data.blend import blend_entries
-from moba_megatron.data.indexed import IndexSummary, read_index
-from moba_megatron.data.loss_mask import check_loss_mask, loss_mask_path
-from moba_megatron.data.manifest import load_manifest
+from moba_megatron.corpus.blend import blend_entries
+from moba_megatron.corpus.indexed import IndexSummary, read_index
+from moba_megatron.corpus.loss_mask import check_loss_mask, loss_mask_path
+from moba_megatron.corpus.manifest import load_manifest
+from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.data.packing import PackingRules, usable
 from moba_megatron.data.packing_datasets import (
     ConcatenatedRows,
@@ -40,7 +41,6 @@ from moba_megatron.data.packing_datasets import (
     check_targets,
     document_lengths,
 )
-from moba_megatron.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

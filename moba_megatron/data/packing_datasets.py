@@ -25,7 +25,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
 from moba_megatron.config import ConfigError
-from moba_megatron.data.loss_mask import open_loss_mask
+from moba_megatron.corpus.loss_mask import open_loss_mask
 from moba_megatron.data.packing import (
     Packing,
     PackingRules,

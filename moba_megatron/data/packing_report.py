@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from moba_megatron.config import Config
-from moba_megatron.data.blend import blend_entries
-from moba_megatron.data.indexed import read_index
+from moba_megatron.corpus.blend import blend_entries
+from moba_megatron.corpus.indexed import read_index
 from moba_megatron.data.packing import (
     PackingRules,
     PackingSummary,

@@ -11,16 +11,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from moba_megatron.checkpoint.find import find_checkpoint, saved_config
 from moba_megatron.checkpoint.manifest import Manifest
-from moba_megatron.checkpoint.opened import OpenedModel, find_checkpoint, open_model, saved_config
 from moba_megatron.config import Config
+from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.data.datasets import ValidationSummary, build_validation, check_validation
 from moba_megatron.data.feed import rank_batches
-from moba_megatron.data.tokenizer import Tokenizer
 from moba_megatron.evaluation.attention_choice import Attention, chosen_attentions
+from moba_megatron.generation.loading import OpenedModel, open_model
 from moba_megatron.model.core_attention import set_attention_stage
 from moba_megatron.model.forward import Batch
 from moba_megatron.model.schedule import FULL, AttentionSchedule, LayerAttention, kind_of
+from moba_megatron.runs.folder import RunFolder
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Subject:
         return Manifest.read(self.opened.checkpoint).tokens
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> RunFolder:
         """The run folder, where results go."""
         return self.opened.folder
 

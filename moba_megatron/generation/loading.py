@@ -1,5 +1,10 @@
-"""A model that generates: from a Hugging Face folder, or from a checkpoint, whose weights move into the same model of
-transformers in memory. There is one decoding engine, so a checkpoint and its export generate the same text.
+"""From a path to a model, in one of two forms.
+
+`open_model` gives a checkpoint's model as it trains, in megatron-core: for losses, routing and scores.
+
+`load_generator` gives a model that generates: from a Hugging Face folder, or from a checkpoint, whose weights move into
+the same model of transformers in memory. There is one decoding engine, so a checkpoint and its export generate the same
+text.
 
 There is one rule for what goes in and where it ends, too, that of transformers: a prompt gets what the tokenizer's
 template puts before a text (a token for its beginning, or nothing), and a text ends at the tokens that the generation
@@ -23,12 +28,38 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from moba_megatron.convert.export_hf import Exported, open_exported
+from moba_megatron.checkpoint import reader
+from moba_megatron.checkpoint.find import find_checkpoint, saved_config
+from moba_megatron.checkpoint.manifest import CheckpointError, Manifest
+from moba_megatron.config import Config
+from moba_megatron.convert.exported import Exported, open_exported
 from moba_megatron.convert.families import huggingface_config, moba_config
 from moba_megatron.convert.mapping import parameter_shapes, pieces
 from moba_megatron.convert.stored import StoredWeights
 from moba_megatron.convert.tokenizer_files import complete_tokenizer_config, copy_tokenizer_files
 from moba_megatron.hf import NAME, MoBASettings, check_attends
+from moba_megatron.model.builder import build_model
+from moba_megatron.model.core_attention import set_attention_stage
+from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.platform.start import start_single_rank
+from moba_megatron.runs.folder import RunFolder
+
+
+@dataclass
+class OpenedModel:
+    """A model in evaluation mode that attends as at its last training step, and where it came from."""
+
+    model: list[torch.nn.Module]
+    config: Config
+    schedule: AttentionSchedule
+    step: int
+    checkpoint: Path
+    device: torch.device
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run folder that the checkpoint lies in."""
+        return RunFolder.of(self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -48,6 +79,35 @@ class Generator:
     decode: Callable[[Sequence[int]], str]
     stop_ids: Collection[int]
     attention: str
+
+
+def open_model(path: str | Path, tokenizer_fingerprint: str, vocab_size: int) -> OpenedModel:
+    """Start this process as a single rank, whatever launcher's variables are around, and load a model into it.
+
+    Args:
+        tokenizer_fingerprint: of the tokenizer that is at hand.
+        vocab_size: size of that tokenizer, used where the configuration leaves `model.vocab_size` to it.
+
+    Raises:
+        ValueError: torchrun started several of these.
+        CheckpointError: no complete checkpoint there, a damaged one, or one that was trained with another tokenizer.
+    """
+    checkpoint = find_checkpoint(path)
+    config = saved_config(checkpoint)
+    trained_with = Manifest.read(checkpoint).data["tokenizer"]
+    if trained_with != tokenizer_fingerprint:
+        raise CheckpointError(
+            f"{checkpoint} was trained with the tokenizer of fingerprint {trained_with}, but data.tokenizer = "
+            f"{config.data.tokenizer} has {tokenizer_fingerprint}: put the old one back"
+        )
+    device = start_single_rank(config.run.seed)
+    schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
+    model = build_model(config, config.model.vocab_size or vocab_size, schedule)
+    step = reader.load_model(checkpoint, model, check_files=config.checkpoint.verify).step
+    set_attention_stage(model, schedule, schedule.stage_at(max(step, 1), config.training.steps))
+    for chunk in model:
+        chunk.eval()
+    return OpenedModel(model, config, schedule, step, checkpoint, device)
 
 
 def load_generator(path: Path, decode: str | None = None) -> Generator:

@@ -56,7 +56,7 @@ MACHINES = (
 
 
 @dataclass(frozen=True)
-class Sizes:
+class AttentionSizes:
     """One document and one setting; `element_bytes` of q, k, v and of partial outputs."""
 
     tokens: int
@@ -142,7 +142,7 @@ class Work:
         return max(times) + self.launches * LAUNCH_SECONDS
 
 
-def forward_work(sizes: Sizes) -> list[Work]:
+def forward_work(sizes: AttentionSizes) -> list[Work]:
     """The kernels of a forward pass, routing included, in the order in which they run."""
     size, entries = sizes.head_size, sizes.entries
     slots = sizes.tokens * sizes.heads * (sizes.top_k - 1)
@@ -172,7 +172,7 @@ def forward_work(sizes: Sizes) -> list[Work]:
     ]
 
 
-def backward_work(sizes: Sizes, fused: bool | None = None) -> list[Work]:
+def backward_work(sizes: AttentionSizes, fused: bool | None = None) -> list[Work]:
     """The kernels of a backward pass: five products for a pair where one kernel makes dk, dv and dq (`fused`, by
     default for short blocks), else seven."""
     size, entries, row = sizes.head_size, sizes.entries, sizes.row_bytes
@@ -201,7 +201,7 @@ def backward_work(sizes: Sizes, fused: bool | None = None) -> list[Work]:
     ]
 
 
-def expected_seconds(sizes: Sizes, machine: Machine, backward: bool) -> float:
+def expected_seconds(sizes: AttentionSizes, machine: Machine, backward: bool) -> float:
     """Expected time of a forward pass, or of forward and backward; full attention where K blocks cover the document."""
     if sizes.top_k * sizes.block_size >= sizes.tokens:
         return dense_seconds(sizes, machine, backward)
@@ -209,7 +209,7 @@ def expected_seconds(sizes: Sizes, machine: Machine, backward: bool) -> float:
     return sum(work.seconds(machine) for work in works)
 
 
-def dense_seconds(sizes: Sizes, machine: Machine, backward: bool) -> float:
+def dense_seconds(sizes: AttentionSizes, machine: Machine, backward: bool) -> float:
     """Expected time of the best full causal attention: 4 D operations a pair forward, 10 D backward."""
     forward = 4 * sizes.head_size * sizes.heads * attended_pairs(sizes.tokens) / machine.peak
     return forward / DENSE_SHARE + (2.5 * forward / DENSE_BACKWARD_SHARE if backward else 0)

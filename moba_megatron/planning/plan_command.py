@@ -11,10 +11,10 @@ from rich.console import Console
 
 from moba_megatron.config import Config, ConfigError, check_world, load_config
 from moba_megatron.model.schedule import AttentionSchedule, checked_schedule
-from moba_megatron.planning.plan import Plan, check_precision, make_plan, vocabulary_size
 from moba_megatron.planning.plan_layouts import Layout, suggest_layouts
 from moba_megatron.planning.plan_machines import GPUS, Cluster
 from moba_megatron.planning.plan_report import assumptions, print_cost, print_layouts, print_plan, to_json
+from moba_megatron.planning.run_plan import RunPlan, check_precision, plan_run, vocabulary_size
 
 
 def plan_command(
@@ -56,7 +56,7 @@ def plan_command(
 
 def _print(
     console: Console,
-    plan: Plan | None,
+    plan: RunPlan | None,
     problem: str | None,
     suggested: list[Layout],
     asked: bool,
@@ -75,14 +75,14 @@ def _print(
 
 def _own_layout(
     config: Config, schedule: AttentionSchedule, vocab_size: int, cluster: Cluster
-) -> tuple[Plan | None, str | None]:
+) -> tuple[RunPlan | None, str | None]:
     """The plan of the layout as configured, or what keeps it from these GPUs; other mistakes come through."""
     check_precision(config)
     try:
         check_world(config, cluster.count)
     except ConfigError as error:
         return None, "; ".join(error.problems)
-    return make_plan(config, schedule, vocab_size, cluster), None
+    return plan_run(config, schedule, vocab_size, cluster), None
 
 
 def _cluster(gpu: str, count: int, per_node: int) -> Cluster:

@@ -19,11 +19,11 @@ from moba_megatron.config.checks import combination_problems
 from moba_megatron.model.exchange import resolve_exchange
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.planning.memory import estimate_memory, fullest
-from moba_megatron.planning.plan import stage_shares
 from moba_megatron.planning.plan_machines import MEMORY_SHARE, Cluster
 from moba_megatron.planning.plan_stages import Stage
 from moba_megatron.planning.plan_time import layer_seconds, loss_seconds, step_time
 from moba_megatron.planning.plan_traffic import tensor_moved
+from moba_megatron.planning.run_plan import stage_shares
 
 RECOMPUTATION = ("none", "selective", "full")
 # A stage that is slower than the best cut by less than this keeps equal stages.

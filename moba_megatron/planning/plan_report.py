@@ -10,9 +10,9 @@ from rich.table import Table
 
 from moba_megatron.model.exchange import resolve_exchange
 from moba_megatron.planning.memory import MemoryEstimate
-from moba_megatron.planning.plan import Plan
 from moba_megatron.planning.plan_layouts import Layout
 from moba_megatron.planning.plan_machines import LINK_SHARE, MATRIX_SHARE, MEMORY_SHARE, Cluster
+from moba_megatron.planning.run_plan import RunPlan
 
 MEMORY_PARTS = {
     "weights": "weights",
@@ -45,7 +45,7 @@ def assumptions(cluster: Cluster) -> list[str]:
     ]
 
 
-def print_plan(console: Console, plan: Plan) -> None:
+def print_plan(console: Console, plan: RunPlan) -> None:
     """Memory, bytes and time of the configuration's own layout."""
     config, parallel, gpu = plan.config, plan.config.parallel, plan.cluster.gpu
     console.print(
@@ -69,7 +69,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     )
 
 
-def print_cost(console: Console, plan: Plan, price: float | None) -> None:
+def print_cost(console: Console, plan: RunPlan, price: float | None) -> None:
     """GPU hours of the whole training, and their price."""
     text = f"{plan.hours:,.1f} hours, {plan.gpu_hours:,.0f} GPU hours"
     if price is not None:
@@ -108,7 +108,7 @@ def print_layouts(console: Console, layouts: list[Layout]) -> None:
     console.print("the first, as overrides: " + " ".join(layouts[0].overrides), markup=False)
 
 
-def to_json(plan: Plan | None, problem: str | None, layouts: list[Layout], cluster: Cluster) -> dict[str, Any]:
+def to_json(plan: RunPlan | None, problem: str | None, layouts: list[Layout], cluster: Cluster) -> dict[str, Any]:
     """Everything that is printed, in bytes and seconds. `plan` is None where the own layout cannot run: `problem`."""
     return {
         "gpu": cluster.gpu.name,
@@ -128,7 +128,7 @@ def to_json(plan: Plan | None, problem: str | None, layouts: list[Layout], clust
     }
 
 
-def _plan_values(plan: Plan) -> dict[str, Any]:
+def _plan_values(plan: RunPlan) -> dict[str, Any]:
     return {
         "parallel": {**plan.config.parallel.model_dump(mode="json"), "data": plan.data_parallel},
         "fits": plan.fits,
@@ -147,7 +147,7 @@ def _plan_values(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _time_table(plan: Plan) -> Table:
+def _time_table(plan: RunPlan) -> Table:
     columns = [f"training stage {n}" if len(plan.steps) > 1 else "s a step" for n in range(1, len(plan.steps) + 1)]
     table = Table("time of the slowest pipeline stage", *columns, "GiB received a step")
     forms = {"tensor parallelism": "tensor", "context parallelism": "context", "pipeline transfers": "pipeline",

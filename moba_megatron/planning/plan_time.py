@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from moba_megatron.config import Config
 from moba_megatron.model.exchange import ExchangeChoice, resolve_exchange
 from moba_megatron.model.schedule import LayerAttention
-from moba_megatron.planning.kernel_model import STREAM_SHARE, Machine, Sizes, dense_seconds, expected_seconds
+from moba_megatron.planning.kernel_model import STREAM_SHARE, AttentionSizes, Machine, dense_seconds, expected_seconds
 from moba_megatron.planning.plan_machines import MATRIX_SHARE, Cluster
 from moba_megatron.planning.plan_stages import Stage, layer_parameters, stages_of, tokens_of_rank, vocabulary_rows
 from moba_megatron.planning.plan_traffic import Moved, context_moved, data_moved, pipeline_moved, tensor_moved
@@ -105,7 +105,7 @@ def layer_seconds(
     passes = 4 if training.recompute == "full" else 3
     operations = 2 * passes * tokens_of_rank(config) * layer_parameters(config)
     matrices = operations / (cluster.gpu.machine.peak * MATRIX_SHARE)
-    sizes = Sizes(
+    sizes = AttentionSizes(
         tokens=config.data.sequence_length,
         heads=config.model.num_attention_heads // parallel.tensor,
         groups=config.model.query_groups // parallel.tensor,
@@ -119,7 +119,7 @@ def layer_seconds(
 
 
 @functools.cache
-def _attention_seconds(sizes: Sizes, machine: Machine, twice: bool) -> float:
+def _attention_seconds(sizes: AttentionSizes, machine: Machine, twice: bool) -> float:
     """Forward (twice, if recomputed) and backward over one document; full attention where there is no block size."""
     seconds = expected_seconds if sizes.block_size else dense_seconds
     return seconds(sizes, machine, True) + (seconds(sizes, machine, False) if twice else 0)

@@ -109,9 +109,7 @@ def context_moved(
     return Moved(bytes_, waited + (2 + again) * (ranks - 1) * HOP_SECONDS)
 
 
-def data_moved(
-    config: Config, cluster: Cluster, stage: Stage, data_parallel: int, microbatch_seconds: float
-) -> Moved:
+def data_moved(config: Config, cluster: Cluster, stage: Stage, data_parallel: int, microbatch_seconds: float) -> Moved:
     """DP of one step: gradients in fp32, and with the distributed optimizer weights. Context-parallel ranks hold the
     same weights, so they are among the ranks. Overlapped, gradients hide behind the backward pass of the last
     microbatch, two thirds of its `microbatch_seconds`."""

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moba_megatron.config import Config, ConfigError, load_config
-from moba_megatron.evaluation.records import training_records
 from moba_megatron.model.schedule import AttentionSchedule, kind_of
-from moba_megatron.platform.files import read_json_lines
+from moba_megatron.runs.files import read_json, read_json_lines
+from moba_megatron.runs.folder import training_records
 from moba_megatron.scaling.sweep import Point, Sweep
 
 State = Literal["missing", "cut", "running", "failed", "finished"]
@@ -58,7 +58,7 @@ class Result:
     @property
     def made_on(self) -> str:
         """Commit, PyTorch and hardware of the training's last start, in words; empty before its first."""
-        facts = read_json(self.point.folder / "environment.json") or {}
+        facts = read_json(self.point.run.environment) or {}
         parts = {
             "commit": facts.get("commit"),
             "PyTorch": facts.get("torch"),
@@ -89,12 +89,12 @@ def read_results(sweep: Sweep) -> list[Result]:
 
 def read_result(point: Point) -> Result:
     """One run. See `read_results`."""
-    status = read_json(point.folder / "status.json")
+    status = read_json(point.run.status)
     if status is None:
         return _before_first_step(point)
     _check_settings(point)
-    steps = read_json_lines(point.folder / "metrics.jsonl")
-    evaluations = read_json_lines(point.folder / "evaluations.jsonl")
+    steps = read_json_lines(point.run.metrics)
+    evaluations = read_json_lines(point.run.evaluations)
     state, step = _state(point, status), int(steps[-1]["step"]) if steps else 0
     seconds = sum(line["step_seconds"] for line in steps)
     if state != "finished":
@@ -180,7 +180,7 @@ def _alive(status: dict[str, Any]) -> bool:
 
 def _check_settings(point: Point) -> None:
     """Raise if the run folder's configuration is not the point's, in anything that shapes its numbers."""
-    path = point.folder / "config.yaml"
+    path = point.run.config
     if not path.is_file():
         return
     there, wanted = _shaping(load_config(path)), _shaping(point.config)
@@ -205,8 +205,3 @@ def _shaping(config: Config) -> dict[str, Any]:
     keys = [(section, key) for section in sections for key in tree[section]]
     keys += [("training", key) for key in ("steps", "global_batch_size", "precision")] + [("run", "seed")]
     return {f"{a}.{b}": tree[a][b] for a, b in keys if f"{a}.{b}" not in _FREE}
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object of a JSON file; None if there is no file."""
-    return json.loads(path.read_text()) if path.is_file() else None

@@ -28,7 +28,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import moba_megatron
 from moba_megatron.config import ConfigError
 from moba_megatron.platform.processes import die_with_parent
-from moba_megatron.scaling.results import ENDED, LOG, Result, last_line, last_record, read_json, read_result
+from moba_megatron.runs.files import read_json
+from moba_megatron.runs.folder import RunFolder
+from moba_megatron.scaling.results import ENDED, LOG, Result, last_line, last_record, read_result
 from moba_megatron.scaling.sweep import Point, Sweep
 
 _POLL_SECONDS = 1.0
@@ -203,7 +205,7 @@ def _check_sources(points: list[Point]) -> None:
     problems = []
     for point in points:
         source = Path(point.config.model.init_from or "")
-        status = read_json(source / "status.json") if point.start_from is None else None
+        status = read_json(RunFolder(source).status) if point.start_from is None else None
         if status is not None and status["state"] != "finished":
             problems.append(
                 f"{point.name} starts from {source}, which is {status['state']} at step {status['step']}: finish "
@@ -248,7 +250,7 @@ def _run_all(todo: list[Point], start: _Starter, jobs: int, console: Console) ->
 def _ended(job: Job, progress: Progress, console: Console) -> bool:
     """Show how a job stands; True once its process has ended."""
     ended = job.process.poll() is not None
-    newest = last_record(job.point.folder / "metrics.jsonl")
+    newest = last_record(job.point.run.metrics)
     if newest:
         progress.update(job.row, completed=newest["step"], description=f"{job.point.name}  loss {newest['loss']:.3f}")
     if ended:
@@ -284,7 +286,7 @@ def _evaluate(sweep: Sweep, point: Point, console: Console) -> list[str]:
     log_file = point.folder / "evaluate.log"
     problems = []
     for arguments in _evaluations_left(sweep, point):
-        command = [sys.executable, "-m", "moba_megatron.cli", "evaluate", str(point.folder), *shlex.split(arguments)]
+        command = [sys.executable, "-m", "moba_megatron", "evaluate", str(point.folder), *shlex.split(arguments)]
         with open(log_file, "ab") as log:
             code = subprocess.run(command, stdout=log, stderr=log).returncode
         if code:

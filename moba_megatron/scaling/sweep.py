@@ -33,6 +33,7 @@ from moba_megatron.config import Config, ConfigError, load_config
 from moba_megatron.config.section import Section
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.planning.flops import matrix_parameters, training_flops_per_token
+from moba_megatron.runs.folder import RunFolder
 
 PFLOP_S_DAY = 1e15 * 86400
 """Operations that a machine of 1 PFLOP/s does in a day: the unit of the report's figure 3."""
@@ -135,6 +136,11 @@ class Point:
     @property
     def folder(self) -> Path:
         return Path(self.config.run.dir)
+
+    @property
+    def run(self) -> RunFolder:
+        """What training leaves in it."""
+        return RunFolder(self.folder)
 
     @property
     def flops_6nd(self) -> float:

@@ -18,8 +18,8 @@ from typing import Any
 
 from moba_megatron.checkpoint import Manifest
 from moba_megatron.config import Config
-from moba_megatron.data.blend import blend_entries
-from moba_megatron.data.indexed import read_index
+from moba_megatron.corpus.blend import blend_entries
+from moba_megatron.corpus.indexed import read_index
 
 _KEYS = ("data.sequence_length", "data.packing", "data.min_document_length", "run.seed")
 # As megatron-core has them: samples built beyond a dataset's share of a blend, and the share of an epoch from which on

@@ -10,9 +10,9 @@ from moba_megatron.model.builder import count_parameters
 from moba_megatron.model.schedule import AttentionSchedule, checked_schedule
 from moba_megatron.planning.flops import attended_pairs, training_flops_per_token
 from moba_megatron.planning.memory import estimate_memory, fullest
-from moba_megatron.planning.plan import make_plan, vocabulary_size
 from moba_megatron.planning.plan_machines import GPUS, Cluster
 from moba_megatron.planning.plan_report import memory_table
+from moba_megatron.planning.run_plan import plan_run, vocabulary_size
 from moba_megatron.training.preflight import run_choices
 
 
@@ -71,7 +71,7 @@ def _print_hours(
         return
     fitting = True
     for gpu in GPUS.values():
-        plan = make_plan(config, schedule, vocab_size, Cluster(gpu, world_size))
+        plan = plan_run(config, schedule, vocab_size, Cluster(gpu, world_size))
         fits = "" if plan.fits else f"; does not fit its {gpu.memory / 1e9:.0f} GB"
         fitting &= plan.fits
         console.print(

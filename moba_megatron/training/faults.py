@@ -17,10 +17,14 @@ import torch
 from moba_megatron.checkpoint import CheckpointError
 from moba_megatron.config import ConfigError
 from moba_megatron.platform.processes import end_job, failure_report
-from moba_megatron.training.run_folder import RunFolder, RunFolderInUse
-from moba_megatron.training.step import TrainingDiverged
+from moba_megatron.runs.claim import RunFolderInUse
+from moba_megatron.runs.folder import RunFolder
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient stopped being a number. Nothing of this step is saved."""
 
 
 class StopRequest:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moba_megatron.evaluation.curves import draw_losses
+from moba_megatron.evaluation.losses.curves import draw_losses
 from moba_megatron.evaluation.plots import new_figure, plot_positions
-from moba_megatron.evaluation.records import training_records
-from moba_megatron.platform.files import read_json_lines
-from moba_megatron.training.run_folder import RunFolder
+from moba_megatron.runs.files import read_json_lines
+from moba_megatron.runs.folder import RunFolder, training_records
 
 
 def plot_run(folder: RunFolder) -> list[Path]:

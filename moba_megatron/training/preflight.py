@@ -11,15 +11,15 @@ from moba_megatron.checkpoint import Manifest
 from moba_megatron.config import Config, ConfigError, check_world
 from moba_megatron.convert.initial import check_initial_weights
 from moba_megatron.data.datasets import DataSummary, check_data
-from moba_megatron.evaluation.trackers import check_trackers
 from moba_megatron.model.builder import DTYPES
 from moba_megatron.model.exchange import resolve_exchange
 from moba_megatron.model.schedule import AttentionSchedule, checked_schedule
 from moba_megatron.model.specs import choose_implementation
 from moba_megatron.ops.backends import resolve_backend, resolve_full_backend
 from moba_megatron.platform import current_device, optional_libraries
+from moba_megatron.runs.trackers import check_trackers
 from moba_megatron.training.data_position import DataPosition, resumed_position
-from moba_megatron.training.run_folder import find_resume
+from moba_megatron.training.resume import find_resume
 
 
 @dataclass(frozen=True)

@@ -3,41 +3,31 @@ other."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import math
 import os
 import socket
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.timers import Timers
 
-from moba_megatron import __version__
-from moba_megatron.checkpoint import CheckpointError, CheckpointWriter, Manifest, TrainingState, load_training
+from moba_megatron.checkpoint import CheckpointError, TrainingState, load_training
 from moba_megatron.config import Config
 from moba_megatron.convert.initial import load_initial_weights
-from moba_megatron.data.batches import Batch
 from moba_megatron.data.datasets import build_datasets
-from moba_megatron.data.feed import rank_batches
 from moba_megatron.data.packing_report import packing_lines
-from moba_megatron.evaluation.positions import evaluate
 from moba_megatron.model.builder import build_model
-from moba_megatron.model.core_attention import set_attention_stage
 from moba_megatron.model.exchange import resolve_exchange
-from moba_megatron.planning.flops import peak_flops, training_flops_per_token
 from moba_megatron.platform.start import start_rank
-from moba_megatron.training.loop import LoopEnd, LoopParts, evaluation_is_due, run_loop
-from moba_megatron.training.metrics import MetricsWriter
+from moba_megatron.runs.claim import check_shared, claimed
+from moba_megatron.runs.folder import RunFolder
+from moba_megatron.runs.metrics import MetricsWriter
 from moba_megatron.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from moba_megatron.training.plots import plot_run
 from moba_megatron.training.preflight import Preflight
 from moba_megatron.training.progress import ProgressView
-from moba_megatron.training.run_folder import RunFolder, check_shared, claimed
-from moba_megatron.training.step import TrainStep
+from moba_megatron.training.trainer import LoopEnd, Trainer, evaluation_is_due
 
 
 @dataclass
@@ -80,9 +70,9 @@ def _train(config: Config, ready: Preflight, device: torch.device, rank: int) ->
     missed = _evaluation_was_missed(config, folder, ready)
     if first_step > config.training.steps and not missed:
         return _conclude(config, ready, folder, progress, LoopEnd(config.training.steps, None), rank)
-    writer = MetricsWriter(folder.path, config, first_step - 1) if rank == 0 else None
-    parts = _loop_parts(config, ready, folder, state, wrapped, datasets, progress, writer, device)
-    end = run_loop(parts, first_step, evaluate_first=missed)
+    writer = MetricsWriter(folder, config, first_step - 1) if rank == 0 else None
+    trainer = Trainer(config, ready, state, wrapped, *datasets, progress, writer, device)
+    end = trainer.train(first_step, evaluate_first=missed)
     if writer:
         writer.close()
     return _conclude(config, ready, folder, progress, end, rank)
@@ -114,77 +104,6 @@ def _build(config: Config, ready: Preflight) -> tuple[TrainingState, list[Any]]:
     wrapped = wrap_data_parallel(chunks, config)
     optimizer = build_optimizer(wrapped, config)
     return TrainingState(chunks, optimizer, build_scheduler(optimizer, config)), wrapped
-
-
-def _loop_parts(
-    config: Config,
-    ready: Preflight,
-    folder: RunFolder,
-    state: TrainingState,
-    wrapped: list[Any],
-    datasets: tuple[torch.utils.data.Dataset, torch.utils.data.Dataset | None],
-    progress: ProgressView,
-    writer: MetricsWriter | None,
-    device: torch.device,
-) -> LoopParts:
-    training, schedule, position = config.training, ready.schedule, ready.position
-    train_data, validation_data = datasets
-    timers = Timers(log_level=0, log_option="max")
-    num_microbatches = training.global_batch_size // (training.micro_batch_size * ready.data_parallel)
-    checkpoints = CheckpointWriter(
-        folder.checkpoints, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
-    )
-
-    def feed(dataset: Any, consumed: int, samples: int) -> list[Iterator[Batch]]:
-        which = {"eod_id": ready.data.eod_id, "consumed_samples": consumed, "num_samples": samples, "device": device}
-        return [rank_batches(dataset, config, **which) for _ in wrapped]
-
-    def save(step: int) -> None:
-        checkpoints.save(state, _manifest(config, ready, step))
-
-    def run_evaluation() -> dict[str, Any]:
-        passes = math.ceil(config.evaluation.samples / (training.micro_batch_size * ready.data_parallel))
-        return evaluate(wrapped, feed(validation_data, 0, config.evaluation.samples), config, passes).to_dict()
-
-    def flops_per_token(stage: int) -> float:
-        layers = [None if a.kind == "full" else (a.block_size, a.top_k) for a in schedule.stages[stage]]
-        return training_flops_per_token(config, ready.vocab_size, layers)
-
-    known_peak = device.type == "cuda" and config.training.precision == "bf16"
-    one_device = peak_flops(torch.cuda.get_device_name()) if known_peak else None
-    return LoopParts(
-        config=config,
-        folder=folder,
-        step=TrainStep(wrapped, state.optimizer, state.scheduler, config, num_microbatches, timers),
-        batches=feed(train_data, position.in_order, position.order_length(config)),
-        tokens_at=lambda step: position.after(step, config).tokens,
-        stage_at=lambda step: schedule.stage_at(step, training.steps),
-        set_stage=lambda stage: set_attention_stage(state.model, schedule, stage),
-        evaluate=run_evaluation if validation_data is not None else None,
-        checkpoints=checkpoints,
-        save=save,
-        progress=progress,
-        writer=writer,
-        flops_per_token=flops_per_token,
-        peak_flops=one_device * ready.world_size if one_device else None,
-        device=device,
-        timers=timers,
-    )
-
-
-def _manifest(config: Config, ready: Preflight, step: int) -> Manifest:
-    libraries = ("torch", "megatron-core")
-    position = ready.position.after(step, config)
-    return Manifest(
-        step=step,
-        consumed_samples=position.samples,
-        consumed_tokens=position.tokens,
-        data_changes=list(position.changes),
-        config=config.model_dump(mode="json"),
-        schedule=ready.schedule.to_dict(),
-        data=ready.data.identity,
-        versions={"moba-megatron": __version__, **{name: importlib.metadata.version(name) for name in libraries}},
-    )
 
 
 def _introduce(

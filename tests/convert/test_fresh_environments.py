@@ -14,7 +14,8 @@ import pytest
 from distributed import run_ranks
 from small_run import small_config, train_here
 
-from moba_megatron.convert.export_hf import export_huggingface, open_exported
+from moba_megatron.convert.export_hf import export_huggingface
+from moba_megatron.convert.exported import open_exported
 from moba_megatron.generation.engine import continue_prompt
 from moba_megatron.generation.loading import load_generator
 

@@ -18,16 +18,17 @@ from small_run import TOKENS, small_config, train_here
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from moba_megatron.checkpoint import CheckpointError, Manifest
-from moba_megatron.checkpoint.opened import find_checkpoint, saved_config
+from moba_megatron.checkpoint.find import find_checkpoint, saved_config
 from moba_megatron.config import ConfigError, load_config
 from moba_megatron.config.huggingface import model_section, read_huggingface_config
-from moba_megatron.convert.export_hf import export_huggingface, open_exported
+from moba_megatron.convert.export_hf import export_huggingface
+from moba_megatron.convert.exported import open_exported
 from moba_megatron.convert.import_hf import import_huggingface
 from moba_megatron.convert.model_card import model_card
 from moba_megatron.convert.publish import new_folder
 from moba_megatron.convert.tokenizer_files import complete_tokenizer_config, tokenizer_class
 from moba_megatron.convert.verify import Comparison, verify
-from moba_megatron.data.tokenizer import Tokenizer
+from moba_megatron.corpus.tokenizer import Tokenizer
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -12,7 +12,8 @@ from small_run import small_config, train_here
 from transformers import AutoModelForCausalLM
 
 from moba_megatron.config import ConfigError
-from moba_megatron.convert.export_hf import export_huggingface, open_exported
+from moba_megatron.convert.export_hf import export_huggingface
+from moba_megatron.convert.exported import open_exported
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])

@@ -12,6 +12,8 @@ import pytest
 from distributed import run_ranks
 
 from moba_megatron.config import Config, ConfigError, config_from_dict
+from moba_megatron.corpus.manifest import load_manifest
+from moba_megatron.corpus.tokenizer import Tokenizer, train_bpe
 from moba_megatron.data.datasets import (
     INDEX_CACHE,
     build_datasets,
@@ -19,8 +21,6 @@ from moba_megatron.data.datasets import (
     check_data,
     check_validation,
 )
-from moba_megatron.data.manifest import load_manifest
-from moba_megatron.data.tokenizer import Tokenizer, train_bpe
 
 
 def make_config(folder: Path, **changes: Any) -> Config:

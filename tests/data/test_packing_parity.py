@@ -164,7 +164,7 @@ def evaluate_rows(config: Config) -> dict:
     """An evaluation of a fresh model on one epoch of the training data."""
     from moba_megatron.data.datasets import build_datasets
     from moba_megatron.data.feed import rank_batches
-    from moba_megatron.evaluation.positions import evaluate
+    from moba_megatron.evaluation.losses.positions import evaluate
 
     model, dataset = start_model(config), build_datasets(config)[0]
     rows = dataset.summary().rows

@@ -17,16 +17,16 @@ from small_run import read_metrics, small_config, train_here
 from typer.testing import CliRunner
 
 from moba_megatron.cli import app
-from moba_megatron.evaluation.capture import capture_attention
-from moba_megatron.evaluation.command import evaluate_command
-from moba_megatron.evaluation.losses import evaluate_losses
-from moba_megatron.evaluation.records import EvaluationRecords, training_records
-from moba_megatron.evaluation.report import report_page
-from moba_megatron.evaluation.routing import evaluate_routing
-from moba_megatron.evaluation.run_view import view_run
+from moba_megatron.evaluation.evaluate_command import evaluate_command
+from moba_megatron.evaluation.losses.evaluate_losses import evaluate_losses
+from moba_megatron.evaluation.report.report_command import report_page
+from moba_megatron.evaluation.report.run_view import view_run
+from moba_megatron.evaluation.routing.capture import capture_attention
+from moba_megatron.evaluation.routing.evaluate_routing import evaluate_routing
 from moba_megatron.model.core_attention import MoBACoreAttention
 from moba_megatron.model.schedule import LayerAttention
-from moba_megatron.platform.files import append_json_line, read_json_lines
+from moba_megatron.runs.files import append_json_line, read_json_lines
+from moba_megatron.runs.records import EvaluationRecords, training_records
 
 # Imported here once: each command runs in a process that is forked from this one.
 COMMANDS = (evaluate_command, evaluate_losses, evaluate_routing)

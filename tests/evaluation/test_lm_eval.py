@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 
 from moba_megatron.checkpoint import CheckpointError
 from moba_megatron.cli import app
-from moba_megatron.convert.export_hf import export_huggingface, open_exported
-from moba_megatron.data.tokenizer import Tokenizer, train_bpe
-from moba_megatron.evaluation.lm_eval import HarnessSettings, evaluate_with_harness
-from moba_megatron.evaluation.lm_eval_tasks import (
+from moba_megatron.convert.export_hf import export_huggingface
+from moba_megatron.convert.exported import open_exported
+from moba_megatron.corpus.tokenizer import Tokenizer, train_bpe
+from moba_megatron.evaluation.lm_eval.run import HarnessSettings, evaluate_with_harness
+from moba_megatron.evaluation.lm_eval.tasks import (
     METRIC,
     RULER,
     RulerSettings,

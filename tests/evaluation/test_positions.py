@@ -9,8 +9,8 @@ from distributed import run_ranks
 from small_run import small_config
 
 from moba_megatron.data.batches import context_part, packed_seq_params
-from moba_megatron.evaluation.positions import evaluate, position_sums, summarise
-from moba_megatron.evaluation.power_law import fit_power_law
+from moba_megatron.evaluation.losses.positions import evaluate, position_sums, summarise
+from moba_megatron.evaluation.losses.power_law import fit_power_law
 
 
 def test_sums_go_to_the_position_in_the_document():

@@ -10,12 +10,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from moba_megatron.evaluation.capture import Captured
-from moba_megatron.evaluation.mass import Choice, attention_masses
-from moba_megatron.evaluation.report_pictures import routing_pictures
-from moba_megatron.evaluation.routing import LayerRouting, choices_of, counted_tokens
-from moba_megatron.evaluation.routing_report import advice, layer_record, overall, table
-from moba_megatron.evaluation.selection_counts import DocumentChoices, SelectionCounts, count_selection, even_choices
+from moba_megatron.evaluation.report.pictures import routing_pictures
+from moba_megatron.evaluation.routing.capture import Captured
+from moba_megatron.evaluation.routing.evaluate_routing import LayerRouting, choices_of, counted_tokens
+from moba_megatron.evaluation.routing.mass import RoutingChoice, attention_masses
+from moba_megatron.evaluation.routing.routing_report import advice, layer_record, overall, table
+from moba_megatron.evaluation.routing.selection_counts import (
+    DocumentChoices,
+    SelectionCounts,
+    count_selection,
+    even_choices,
+)
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.ops import select_blocks
 from moba_megatron.ops.selection import Selection
@@ -49,10 +54,10 @@ def masses_by_definition(seen, query, block_size, top_k):
 @pytest.mark.parametrize("most", [2**25, 500])
 def test_masses_are_those_of_the_whole_softmax(monkeypatch, most):
     """Also where only a few queries fit into memory at once; over several documents, with grouped heads."""
-    monkeypatch.setattr("moba_megatron.evaluation.mass.MOST_PROBABILITIES", most)
+    monkeypatch.setattr("moba_megatron.evaluation.routing.mass.MOST_PROBABILITIES", most)
     seen = seen_by(LayerAttention("moba", 8, 3))
     queries = torch.tensor([30, 36, 40, 70, 71, 99])
-    choices = [Choice(8, 3), Choice(4, 6), Choice(16, 2)]
+    choices = [RoutingChoice(8, 3), RoutingChoice(4, 6), RoutingChoice(16, 2)]
     for choice, mass in zip(choices, attention_masses(seen, queries, choices), strict=True):
         for row, query in enumerate(queries.tolist()):
             expected = torch.tensor(masses_by_definition(seen, query, choice.block_size, choice.top_k))
@@ -63,7 +68,9 @@ def test_masses_are_those_of_the_whole_softmax(monkeypatch, most):
 def test_enough_blocks_hold_everything_and_a_window_is_the_nearest():
     queries = torch.tensor([33, 99])
     seen = seen_by(LayerAttention("moba", 8, 3))
-    everything, window = attention_masses(seen, queries, [Choice(8, 8), Choice(8, 3, Selection("recent"))])
+    everything, window = attention_masses(
+        seen, queries, [RoutingChoice(8, 8), RoutingChoice(8, 3, Selection("recent"))]
+    )
     torch.testing.assert_close(everything.held, torch.ones(2, 4))
     torch.testing.assert_close(window.held, window.nearest)
     assert (window.held < window.best).any()

@@ -15,7 +15,8 @@ from small_run import begin_texts, copy_tokens, small_config, train_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from moba_megatron.convert.export_hf import export_huggingface, open_exported
+from moba_megatron.convert.export_hf import export_huggingface
+from moba_megatron.convert.exported import open_exported
 from moba_megatron.generation.engine import continue_prompt
 from moba_megatron.generation.loading import load_generator, load_tokenizer, template_start
 from moba_megatron.generation.sampling import generate
@@ -39,8 +40,8 @@ def exported(run):
 
 def by_definition(run, settings):
     """Tokens of the Megatron model, one pass over the whole text for each."""
-    from moba_megatron.checkpoint.opened import open_model
-    from moba_megatron.data.tokenizer import Tokenizer
+    from moba_megatron.corpus.tokenizer import Tokenizer
+    from moba_megatron.generation.loading import open_model
 
     tokenizer = Tokenizer(Path(run).parent / "tokens/tokenizer")
     opened = open_model(run, tokenizer.fingerprint, tokenizer.vocab_size)

@@ -8,10 +8,10 @@ import torch
 from gpu_checks import Shape
 from rich.console import Console
 
+from moba_megatron.benchmark.operator import disagreement, run_bench
+from moba_megatron.benchmark.settings import BenchSettings
 from moba_megatron.ops import full_attention
 from moba_megatron.ops.backends import BACKENDS, FULL_BACKENDS
-from moba_megatron.planning.bench import disagreement, run_bench
-from moba_megatron.planning.bench_types import BenchSettings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -19,7 +19,7 @@ from small_run import TOKENS, copy_tokens, numbers_of, read_metrics, train_here
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moba_megatron.config import load_config
-from moba_megatron.data.indexed import write_index
+from moba_megatron.corpus.indexed import write_index
 from moba_megatron.scaling.results import read_results
 from moba_megatron.scaling.runner import run_sweep
 from moba_megatron.scaling.sweep import load_sweep

@@ -14,7 +14,8 @@ from parallel.examples import zigzag
 from small_run import numbers_of, read_metrics, small_config, train_here
 
 from moba_megatron.config import ConfigError
-from moba_megatron.convert.export_hf import export_huggingface, open_exported
+from moba_megatron.convert.export_hf import export_huggingface
+from moba_megatron.convert.exported import open_exported
 from moba_megatron.convert.initial import check_initial_weights
 from moba_megatron.convert.stored import StoredWeights
 from moba_megatron.model.builder import count_parameters, transformer_config

@@ -6,8 +6,8 @@ import pytest
 import torch
 import workspace_formula
 
+from moba_megatron.benchmark.calls import peak_bytes
 from moba_megatron.ops import moba_attention
-from moba_megatron.planning.bench_calls import peak_bytes
 
 SETTINGS = {"block_size": 16, "top_k": 9}
 

@@ -8,12 +8,12 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from moba_megatron.benchmark.expected import model_rows, run_model
 from moba_megatron.cli import app
-from moba_megatron.planning.bench_model import model_rows, run_model
 from moba_megatron.planning.kernel_model import (
     LAUNCH_SECONDS,
     MACHINES,
-    Sizes,
+    AttentionSizes,
     Work,
     backward_work,
     dense_seconds,
@@ -26,7 +26,7 @@ BANDWIDTH, RATE = 4.3e12, 790e12
 
 
 def sizes(block_size, top_k):
-    return Sizes(2**17, 32, 8, 128, block_size, top_k)
+    return AttentionSizes(2**17, 32, 8, 128, block_size, top_k)
 
 
 def milliseconds(works, what, rate):

@@ -15,10 +15,10 @@ from moba_megatron.cli import app
 from moba_megatron.config import ConfigError, check_world, load_config
 from moba_megatron.config.checks import combination_problems
 from moba_megatron.model.schedule import AttentionSchedule
-from moba_megatron.planning.plan import make_plan
 from moba_megatron.planning.plan_layouts import _cut, _slowest, suggest_layouts
 from moba_megatron.planning.plan_machines import GPUS, LINK_SHARE, MEMORY_SHARE, Cluster
 from moba_megatron.planning.plan_time import step_time
+from moba_megatron.planning.run_plan import plan_run
 from moba_megatron.training.dry_run import print_dry_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -64,7 +64,7 @@ def test_the_experiments_of_the_report_are_all_there():
 @pytest.mark.parametrize("path", FULL_SIZE, ids=lambda path: str(path.relative_to(CONFIGS).with_suffix("")))
 def test_every_full_size_configuration_fits_its_gpus(path):
     config = load_config(path)
-    plan = make_plan(config, schedule_of(config), config.model.vocab_size, Cluster(GPUS["h100"], gpus_of(path)))
+    plan = plan_run(config, schedule_of(config), config.model.vocab_size, Cluster(GPUS["h100"], gpus_of(path)))
     assert plan.fits and 0.05 < plan.mfu < 0.6, (plan.peak, plan.mfu)
 
 
@@ -252,4 +252,4 @@ def test_links_within_a_node_and_between_nodes():
 def test_a_precision_without_a_model_is_refused(tmp_path):
     config = small_config(tmp_path)
     with pytest.raises(ConfigError, match="training.precision=bf16"):
-        make_plan(config, schedule_of(config), 128, Cluster(GPUS["h100"], 1))
+        plan_run(config, schedule_of(config), 128, Cluster(GPUS["h100"], 1))

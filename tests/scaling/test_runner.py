@@ -18,10 +18,10 @@ from small_run import read_metrics
 from typer.testing import CliRunner
 
 from moba_megatron.config import ConfigError, load_config
-from moba_megatron.scaling.command import scaling_app
 from moba_megatron.scaling.laws import fit_sweep, left_out
 from moba_megatron.scaling.results import ENDED, LOG, read_results
 from moba_megatron.scaling.runner import run_sweep
+from moba_megatron.scaling.scaling_command import scaling_app
 from moba_megatron.scaling.sweep import load_sweep
 
 ARRAY = Path(__file__).parents[2] / "launch/sweep.sbatch"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from moba_megatron.training.metrics import JsonLines, read_json_lines
+from moba_megatron.runs.metrics import JsonLines, read_json_lines
 
 
 def write(path, steps):

@@ -14,8 +14,9 @@ from small_run import numbers_of, read_metrics, small_config, train_here
 
 from moba_megatron.checkpoint import list_checkpoints
 from moba_megatron.config import ConfigError, load_config
+from moba_megatron.runs.claim import check_shared, claimed
+from moba_megatron.runs.folder import RunFolder
 from moba_megatron.training.preflight import preflight
-from moba_megatron.training.run_folder import RunFolder, check_shared, claimed
 
 HALVES = {"attention__stages": [{"until": 0.5}, {"until": 1.0, "kind": "full"}]}
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from moba_megatron.config import Config
-from moba_megatron.data.tokenizer import Tokenizer
+from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.evaluation.attention_choice import chosen_attentions
 from moba_megatron.evaluation.subject import Subject
 from moba_megatron.evaluation.tasks.scoring import OpenedTaskModel, TaskModel
 from moba_megatron.generation.loading import load_model, load_tokenizer, load_training_tokenizer, template_start
 from moba_megatron.hf import NAME
 from moba_megatron.hf.probe import has_moba_layers
+from moba_megatron.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Asked:
     """
 
     title: str
-    folder: Path
+    folder: RunFolder
     step: int | None
     tokens: int | None
     config: Config | None
@@ -113,7 +114,7 @@ def from_huggingface(folder: Path, attention: str | None) -> Asked:
 
     return Asked(
         title=str(folder),
-        folder=folder,
+        folder=RunFolder(folder),
         step=None,
         tokens=None,
         config=None,

@@ -20,7 +20,7 @@ import yaml
 from rich.progress import track
 from tokenizers import models, pre_tokenizers
 
-from moba_megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer
+from moba_megatron.corpus.tokenizer import END_OF_DOCUMENT, Tokenizer
 from moba_megatron.evaluation.tasks.compose import make_samples
 from moba_megatron.evaluation.tasks.options import parse_lengths, parse_tasks
 from moba_megatron.evaluation.tasks.puzzles import TASKS

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moba_megatron.data.indexed import load_index
-from moba_megatron.data.tokenizer import Tokenizer
+from moba_megatron.corpus.indexed import load_index
+from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.evaluation.tasks.words import NOISE
 
 NOISE_NAME = "noise"

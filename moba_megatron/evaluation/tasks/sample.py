@@ -12,7 +12,7 @@ BETWEEN_ANSWERS = ", "
 
 
 class TaskTokenizer(Protocol):
-    """What tasks ask of a tokenizer; `moba_megatron.data.tokenizer.Tokenizer` is one."""
+    """What tasks ask of a tokenizer; `moba_megatron.corpus.tokenizer.Tokenizer` is one."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without any template."""

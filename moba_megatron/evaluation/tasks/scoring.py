@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moba_megatron.checkpoint.opened import OpenedModel
 from moba_megatron.evaluation.tasks.sample import Sample, TaskTokenizer
+from moba_megatron.generation.loading import OpenedModel
 
 
 class TaskModel(Protocol):

@@ -8,7 +8,8 @@ import torch
 from distributed import run_ranks
 from small_run import begin_texts, copy_tokens, small_config, train_here
 
-from moba_megatron.convert.export_hf import export_huggingface, open_exported
+from moba_megatron.convert.export_hf import export_huggingface
+from moba_megatron.convert.exported import open_exported
 from moba_megatron.evaluation.subject import open_subject
 from moba_megatron.evaluation.tasks.asked import from_huggingface, from_subject
 from moba_megatron.evaluation.tasks.scoring import OpenedTaskModel

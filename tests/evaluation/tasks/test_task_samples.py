@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moba_megatron.data.indexed import write_index
-from moba_megatron.data.tokenizer import Tokenizer, train_bpe
+from moba_megatron.corpus.indexed import write_index
+from moba_megatron.corpus.tokenizer import Tokenizer, train_bpe
 from moba_megatron.evaluation.tasks import TASKS, Haystack, load_haystack, make_samples
 from moba_megatron.evaluation.tasks.corpus import make_tokenizer
 

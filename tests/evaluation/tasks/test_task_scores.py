@@ -14,9 +14,10 @@ from small_run import small_config, train_here
 from typer.testing import CliRunner
 
 from moba_megatron.cli import app
-from moba_megatron.convert.export_hf import export_huggingface, open_exported
-from moba_megatron.data.prepare import prepare
-from moba_megatron.data.recipe import load_recipe
+from moba_megatron.convert.export_hf import export_huggingface
+from moba_megatron.convert.exported import open_exported
+from moba_megatron.corpus.prepare import prepare
+from moba_megatron.corpus.recipe import load_recipe
 from moba_megatron.evaluation.tasks import TASKS, Sample, make_samples
 from moba_megatron.evaluation.tasks.corpus import write_corpus
 from moba_megatron.evaluation.tasks.heat_map import main as draw_heat_maps
@@ -45,8 +46,8 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_the_corpus_keeps_within_its_lengths_and_teaches_answers_only(run):
-    from moba_megatron.data.indexed import read_index
-    from moba_megatron.data.tokenizer import Tokenizer
+    from moba_megatron.corpus.indexed import read_index
+    from moba_megatron.corpus.tokenizer import Tokenizer
 
     data, rows = run.parent / "data", (run.parent / "samples/samples.jsonl").read_text().splitlines()
     tokenizer = Tokenizer(data / "tokenizer")
@@ -68,7 +69,7 @@ def _on_one_core():
 
 def _score_directly(folder):
     """Scores of samples under both attentions, and the same from whole logits and from decoding token by token."""
-    from moba_megatron.data.tokenizer import Tokenizer
+    from moba_megatron.corpus.tokenizer import Tokenizer
     from moba_megatron.evaluation.subject import open_subject
 
     _on_one_core()

@@ -8,6 +8,7 @@ import torch
 from kernel_examples import assert_as_good, cu, inputs, results
 from workspace_formula import workspace_bounds
 
+from moba_megatron.benchmark.calls import peak_bytes
 from moba_megatron.ops import moba_attention
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.layout import block_layout
@@ -15,7 +16,6 @@ from moba_megatron.ops.reference import reference_attend, reference_select
 from moba_megatron.ops.triton import attend, attend_backward, attend_forward, config, select_past, summarize
 from moba_megatron.ops.triton.attention import forward_entry_bytes, passes
 from moba_megatron.ops.triton.fragment import whole_pack
-from moba_megatron.planning.bench_calls import peak_bytes
 
 PACKS = {
     "tail": ((0, 139), 32, 3),

@@ -1,0 +1,145 @@
+"""`moba-megatron bench`: the operator's speed and memory against full attention, the exchanges of context parallelism
+against each other, and what a model expects of the GPU kernels.
+
+`python -m moba_megatron.benchmark.bench_command` is the same with torch, rich, typer and matplotlib alone.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from moba_megatron.benchmark.exchanges import run_context_bench
+from moba_megatron.benchmark.expected import run_model
+from moba_megatron.benchmark.operator import run_bench
+from moba_megatron.benchmark.settings import BenchSettings
+from moba_megatron.benchmark.tune import run_tune
+
+DEFAULTS = BenchSettings()
+_NOT_FOR_DECODE = ("dtypes", "modes", "backend", "full", "preset", "context_parallel", "tune", "model")
+
+
+def bench_command(
+    context: typer.Context,
+    lengths: Annotated[str, typer.Option(help="Lengths in tokens, by commas; 32K means 32768.")] = "2K,4K,8K,16K,32K",
+    blocks: Annotated[str, typer.Option(help="Pairs of block size and top-k: B:K, by commas.")] = "512:3",
+    dtypes: Annotated[str, typer.Option(help="Out of fp32, bf16, fp16, fp64, by commas.")] = "fp32,bf16",
+    modes: Annotated[str, typer.Option(help="fwd, fwd+bwd or both, by commas.")] = "fwd,fwd+bwd",
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = DEFAULTS.num_heads,
+    groups: Annotated[int, typer.Option(min=1, help="Key/value heads.")] = DEFAULTS.num_groups,
+    head_size: Annotated[int, typer.Option(min=1, help="Size of a head.")] = DEFAULTS.head_size,
+    backend: Annotated[str, typer.Option(help="auto, reference, gathered, triton or flash_moba.")] = "auto",
+    full: Annotated[
+        str, typer.Option(help="Full-attention backends by commas; the fastest is the baseline.")
+    ] = "torch",
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs of each side; medians are reported.")] = DEFAULTS.runs,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="targets (CPU, with floor and goal), gpu (8K to 1M), gpu-128k.")
+    ] = None,
+    model: Annotated[
+        bool, typer.Option("--model", help="Print what a model expects of GPUs instead; nothing is measured.")
+    ] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Search faster tiles of the GPU kernels instead (tile_table.py).")
+    ] = False,
+    context_parallel: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Measure the exchanges of this many context-parallel ranks instead (context.csv, ...)."
+        ),
+    ] = None,
+    decode: Annotated[
+        bool,
+        typer.Option(
+            "--decode",
+            help="Measure steps of generation and the prefill instead, fp32 on the CPU (decode.csv). Takes --lengths, "
+            "--blocks (one pair), --heads, --groups, --head-size, --runs, --threads and --output.",
+        ),
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Folder for bench.csv, bench.md and bench.png.")] = Path("bench"),
+) -> None:
+    """Measure MoBA against full causal attention in the same process, routing included.
+
+    With --context-parallel C: bytes and seconds of each exchange over C ranks, which are started on this machine unless
+    torchrun has started them. No speed is reported for settings under which a result is wrong.
+    """
+    console = Console(soft_wrap=True)
+    if decode:
+        _refuse_ignored(context)
+    if model:
+        run_model(output, console)
+        return
+    try:
+        settings = BenchSettings(
+            lengths=tuple(_tokens(text) for text in lengths.split(",")),
+            blocks=tuple(_block(text) for text in blocks.split(",")),
+            dtypes=tuple(dtypes.split(",")),
+            modes=tuple(modes.split(",")),
+            num_heads=heads,
+            num_groups=groups,
+            head_size=head_size,
+            backend=backend,
+            full=tuple(full.split(",")),
+            runs=runs,
+            threads=threads,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+        if tune:
+            run_tune(replace(settings, backend="triton"), output, console)
+            return
+        if decode:
+            from moba_megatron.benchmark.decoding import decode_settings, run_decode_bench
+
+            run_decode_bench(decode_settings(settings), output, console)
+            return
+        if context_parallel is not None:
+            run_context_bench(settings, context_parallel, output, console)
+            return _show(console, output, "context")
+        result = run_bench(settings, output, preset=preset, console=console)
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    _show(console, output, "bench")
+    if result.refused:
+        raise typer.Exit(1)
+
+
+def _refuse_ignored(context: typer.Context) -> None:
+    """Exit code 2 if options are given that --decode would ignore."""
+    source = context.get_parameter_source
+    given = [name for name in _NOT_FOR_DECODE if getattr(source(name), "name", "") == "COMMANDLINE"]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        typer.echo(f"error: --decode measures in fp32, and only steps and the prefill: leave out {options}", err=True)
+        raise typer.Exit(2)
+
+
+def _show(console: Console, output: Path, name: str) -> None:
+    for suffix in ("csv", "md", "png"):
+        console.print(f"  {output / name}.{suffix}")
+
+
+def _tokens(text: str) -> int:
+    match = re.fullmatch(r"(\d+)([KM]?)", text.strip())
+    if not match:
+        raise ValueError(f"--lengths: {text!r} is not a number of tokens such as 4096 or 32K")
+    return int(match[1]) * {"": 1, "K": 2**10, "M": 2**20}[match[2]]
+
+
+def _block(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    if not match:
+        raise ValueError(f"--blocks: {text!r} is not a pair of block size and top-k such as 512:3")
+    return int(match[1]), int(match[2])
+
+
+if __name__ == "__main__":
+    typer.run(bench_command)

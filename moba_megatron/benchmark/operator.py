@@ -1,0 +1,284 @@
+"""Benchmark of the operator: MoBA against full causal attention, in one process on one machine.
+
+For every length, (block size, top-k), dtype and direction both are timed, routing included, and medians are compared:
+on a CPU in turn, MoBA, full, MoBA, full, so that a busy neighbour slows both; on a GPU full attention once for all
+(block size, top-k). Full attention is the fastest of the backends asked for, in its grouped-query mode on tensors laid
+out as it likes them. Before anything is timed, a backend is held against the reference on a short document with the
+same settings; one that disagrees gets no speed.
+
+Reported beside the times: the pair ratio, full over attended pairs with M = L / B >= K, M^2 / ((2K - 1) M - K (K - 1)),
+which is what attention could gain at equal efficiency; operations per second on the attended pairs, 4 D a pair forward
+and 10 D backward (five products, FlashAttention's count), and their share of the machine's bf16 peak; and extra memory,
+the peak of what the call allocates less its output and gradients. Where these are not all alive at the peak, that is a
+lower bound of the memory beyond them. Results go into an output folder as `bench.csv`, `bench.md` and `bench.png`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from moba_megatron.benchmark import agreement
+from moba_megatron.benchmark.calls import (
+    DTYPES,
+    Call,
+    call_of,
+    clear_inputs,
+    full_call,
+    kernel_errors,
+    median_seconds,
+    peak_bytes,
+    random_inputs,
+)
+from moba_megatron.benchmark.presets import PRESETS
+from moba_megatron.benchmark.report import print_bench, write_bench
+from moba_megatron.benchmark.settings import BenchResult, BenchRow, BenchSettings, Case, pair_ratio
+from moba_megatron.ops import moba_attention, resolve_backend, resolve_full_backend
+from moba_megatron.planning.flops import peak_flops
+
+LARGEST_TESTED_BLOCK = 512
+
+
+def _attended_flops(settings: BenchSettings, case: Case) -> float:
+    pairs = settings.num_heads * case.length**2 / 2 / pair_ratio(case.length, case.block_size, case.top_k)
+    return (4 if case.mode == "fwd" else 14) * settings.head_size * pairs
+
+
+def _inputs(settings: BenchSettings, length: int, dtype: str) -> list[Tensor]:
+    heads = (settings.num_heads, settings.num_groups, settings.head_size)
+    return random_inputs(length, *heads, dtype, settings.device, settings.seed)
+
+
+def _moba_call(settings: BenchSettings, case: Case, backend: str) -> Call:
+    tensors = _inputs(settings, case.length, case.dtype)
+    sizes = {"block_size": case.block_size, "top_k": case.top_k}
+    return call_of(
+        lambda *x: moba_attention(*x, backend=backend, **sizes), tensors, torch.ones_like(tensors[0]), case.mode
+    )
+
+
+def _full_calls(settings: BenchSettings, dtype: str, length: int, mode: str) -> dict[str, Callable[[], Call]]:
+    """For each baseline that can run what makes its call."""
+    makers = {}
+    for backend in settings.full:
+        try:
+            name, _ = resolve_full_backend(backend, settings.device, DTYPES[dtype])
+        except ValueError:
+            if len(settings.full) == 1:
+                raise
+            continue
+        makers[name] = functools.partial(_full_call, settings, dtype, length, mode, name)
+    return makers
+
+
+def _full_call(settings: BenchSettings, dtype: str, length: int, mode: str, backend: str) -> Call:
+    return full_call(_inputs(settings, length, dtype), mode, backend)
+
+
+@functools.lru_cache(maxsize=1)
+def _full_alone(settings: BenchSettings, dtype: str, length: int, mode: str) -> dict[str, float]:
+    """Times of the baselines, one after the other, for they may fill the memory; those that fail are left out."""
+    times, failure = {}, None
+    for name, make in _full_calls(settings, dtype, length, mode).items():
+        try:
+            times |= median_seconds({name: make()}, settings.runs, settings.device, settings.limit)
+        except RuntimeError as error:  # no kernel for these inputs, or no memory; frames would keep tensors alive
+            failure = error.with_traceback(None)
+    if not times:
+        raise failure or ValueError(f"bench: none of {', '.join(settings.full)} can run on {settings.device}")
+    return times
+
+
+def disagreement(settings: BenchSettings, dtype: str, block_size: int, top_k: int) -> str | None:
+    """Why the backend may not be timed with these settings: None if it agrees with the reference on a short document.
+
+    The document has `top_k` + 2 blocks and a half, of the real size as long as the reference can hold their scores (512
+    tokens), and at most two key heads with two query heads each. See `agreement` for the tolerance. FlashMoBA, which
+    scores with rounded means, gets a document whose best blocks stand far apart.
+    """
+    tested_size = min(block_size, LARGEST_TESTED_BLOCK)
+    groups = min(settings.num_groups, 2)
+    heads = groups * min(settings.num_heads // settings.num_groups, 2)
+    length = (top_k + 2) * tested_size + tested_size // 2 + 1
+    sizes = (length, heads, groups, settings.head_size, dtype, settings.device)
+    backend = resolve_backend(settings.backend, settings.device)[0]
+    if backend == "flash_moba":
+        q, k, v = clear_inputs(*sizes, settings.seed, tested_size)
+    else:
+        q, k, v = random_inputs(*sizes, settings.seed)
+    dout = random_inputs(*sizes, settings.seed + 1)[0]
+
+    def operator(*tensors: Tensor) -> Tensor:
+        return moba_attention(*tensors, block_size=tested_size, top_k=top_k, backend=backend)
+
+    return agreement.disagreement(operator, q, k, v, dout, block_size=tested_size, top_k=top_k)
+
+
+def _times(settings: BenchSettings, case: Case, backend: str, with_flash_moba: bool) -> tuple[dict[str, float], int]:
+    """Seconds of `moba`, of `flash_moba` where asked for, and of each baseline; and the peak of MoBA's bytes."""
+    timing = {"runs": settings.runs, "device": settings.device, "limit": settings.limit}
+    full = (case.dtype, case.length, case.mode)
+    call = _moba_call(settings, case, backend)
+    peak = peak_bytes(call, settings.device)
+    if settings.device == "cpu":
+        calls = {"moba": call} | {name: make() for name, make in _full_calls(settings, *full).items()}
+        return median_seconds(calls, **timing), peak
+    # One after the other, for each may fill the memory.
+    times = median_seconds({"moba": call}, **timing)
+    del call
+    if with_flash_moba:
+        times |= median_seconds({"flash_moba": _moba_call(settings, case, "flash_moba")}, **timing)
+    return times | _full_alone(settings, *full), peak
+
+
+def measure(settings: BenchSettings, case: Case, with_flash_moba: bool = False) -> BenchRow:
+    """Time one case."""
+    backend, _ = resolve_backend(settings.backend, settings.device)
+    q_bytes = case.length * settings.num_heads * settings.head_size * DTYPES[case.dtype].itemsize
+    gradients = q_bytes * (1 + 2 * settings.num_groups / settings.num_heads) if case.mode == "fwd+bwd" else 0
+    times, peak = _times(settings, case, backend, with_flash_moba)
+    extra = max(0, int(peak - q_bytes - gradients))
+    moba, flash_moba = times.pop("moba"), times.pop("flash_moba", None)
+    dense_by = min(times, key=times.__getitem__)
+    flops = _attended_flops(settings, case) / moba
+    most_flops = peak_flops(torch.cuda.get_device_name()) if settings.device == "cuda" else None
+    return BenchRow(
+        dtype=case.dtype,
+        num_heads=settings.num_heads,
+        num_groups=settings.num_groups,
+        length=case.length,
+        block_size=case.block_size,
+        top_k=case.top_k,
+        mode=case.mode,
+        backend=backend,
+        moba_seconds=moba,
+        dense_seconds=times[dense_by],
+        dense_by=dense_by,
+        speedup=times[dense_by] / moba,
+        pair_ratio=pair_ratio(case.length, case.block_size, case.top_k),
+        attended_flops=flops,
+        share_of_peak=None if most_flops is None else flops / most_flops,
+        extra_bytes=extra,
+        extra_over_q=extra / q_bytes,
+        flash_moba_seconds=flash_moba,
+        floor=case.floor,
+        goal=case.goal,
+    )
+
+
+def run_bench(
+    settings: BenchSettings, output: str | Path, *, preset: str | None = None, console: Console | None = None
+) -> BenchResult:
+    """Measure everything the settings ask for, print a table, and write `bench.csv`, `bench.md` and `bench.png`.
+
+    Args:
+        settings: what to measure; a preset changes what it names and leaves the rest.
+        output: folder for the files, made if missing.
+        preset: a name in `bench_presets.PRESETS`.
+        console: where to print; None for the terminal.
+
+    Raises:
+        ValueError: an unknown preset, or a backend that cannot run on the device.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"bench: unknown preset {preset!r}; choose from {list(PRESETS)}")
+    resolve_backend(settings.backend, settings.device)
+    console = console or Console()
+    result = BenchResult()
+    threads = torch.get_num_threads()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    try:
+        for some, cases in _parts(settings, preset):
+            for _ in _measure_all(some, cases, result, console):
+                write_bench(result, Path(output), only_csv=True)
+    finally:
+        torch.set_num_threads(threads)
+        _full_alone.cache_clear()
+    write_bench(result, Path(output))
+    print_bench(result, console)
+    return result
+
+
+def _parts(settings: BenchSettings, preset: str | None) -> Iterable[tuple[BenchSettings, list[Case]]]:
+    """Settings with their cases; those of one length and mode follow each other."""
+    if preset == "targets":
+        yield settings, [Case(*target) for target in PRESETS["targets"]]
+        return
+    for change in [{}] if preset is None else PRESETS[preset]:
+        some = replace(settings, **change)
+        yield (
+            some,
+            [
+                Case(dtype, length, block_size, top_k, mode)
+                for dtype in some.dtypes
+                for mode in some.modes
+                for length in some.lengths
+                for block_size, top_k in some.blocks
+            ],
+        )
+
+
+def _measure_all(
+    settings: BenchSettings, cases: list[Case], result: BenchResult, console: Console
+) -> Iterator[BenchRow]:
+    """Add rows and refusals to the result; yields every row as it is there."""
+    gate = _Gate(settings, result, console)
+    for case in cases:
+        if case.block_size * case.top_k >= case.length:
+            result.full.append(f"{case}: top_k blocks cover the document, MoBA is full attention there")
+            continue
+        try:
+            if not gate.passes(settings.backend, case):
+                continue
+            console.print(
+                f"measuring {case.dtype} L = {case.length} ({case.block_size}, {case.top_k}) {case.mode}", style="dim"
+            )
+            row = measure(settings, case, settings.device == "cuda" and gate.passes_flash_moba(case))
+        except torch.OutOfMemoryError:
+            result.refused.append(f"{case}: out of GPU memory")
+            continue
+        except kernel_errors() as error:
+            # The others may well compile and fit this chip.
+            words = next(iter(str(error).splitlines()), "")
+            result.refused.append(f"{case}: {type(error).__name__}: {words}")
+            console.print(f"no speed reported for {result.refused[-1]}", style="red", markup=False)
+            continue
+        result.rows.append(row)
+        yield row
+
+
+class _Gate:
+    """Lets a backend pass that agrees with the reference; looks once for each dtype, block size and top-k."""
+
+    def __init__(self, settings: BenchSettings, result: BenchResult, console: Console):
+        self.settings, self.result, self.console = settings, result, console
+        self.verdicts: dict[tuple, str | None] = {}
+
+    def passes(self, backend: str, case: Case) -> bool:
+        key = (backend, case.dtype, case.block_size, case.top_k)
+        if key not in self.verdicts:
+            self.verdicts[key] = self._look(*key)
+        return self.verdicts[key] is None
+
+    def passes_flash_moba(self, case: Case) -> bool:
+        """Whether FlashMoBA is here, takes this case and agrees."""
+        try:
+            resolve_backend("flash_moba", self.settings.device)
+            return self.passes("flash_moba", case)
+        except ValueError:
+            return False
+
+    def _look(self, backend: str, dtype: str, block_size: int, top_k: int) -> str | None:
+        verdict = disagreement(replace(self.settings, backend=backend), dtype, block_size, top_k)
+        if verdict:
+            heads = f"{self.settings.num_heads}/{self.settings.num_groups} heads"
+            self.result.refused.append(f"{backend} {dtype} ({block_size}, {top_k}) {heads}: {verdict}")
+            self.console.print(f"[red]no speed reported for {self.result.refused[-1]}")
+        return verdict

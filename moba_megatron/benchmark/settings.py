@@ -1,0 +1,135 @@
+"""What the operator's benchmark measures, and what it finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moba_megatron.benchmark.calls import DTYPES, MODES
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What to measure.
+
+    Attributes:
+        lengths: tokens of the one document.
+        blocks: (block size in tokens, top-k in blocks) pairs.
+        dtypes: names out of fp32, bf16, fp16, fp64.
+        modes: `fwd`, `fwd+bwd`.
+        num_heads, num_groups, head_size: query heads, key heads, head size.
+        backend: as in `moba_attention`; `auto` is resolved and reported.
+        full: full-attention backends, the fastest of which is the baseline; those that cannot run are left out.
+        runs: timed runs of each side, after one warm-up.
+        threads: CPU threads for both; 0 leaves the process's setting.
+        device: `cpu` or `cuda`.
+        seed: of the random inputs.
+        limit: seconds after which a case makes no further runs; None: all runs.
+    """
+
+    lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
+    blocks: tuple[tuple[int, int], ...] = ((512, 3),)
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    modes: tuple[str, ...] = MODES
+    num_heads: int = 4
+    num_groups: int = 2
+    head_size: int = 64
+    backend: str = "gathered"
+    full: tuple[str, ...] = ("torch",)
+    runs: int = 5
+    threads: int = 0
+    device: str = "cpu"
+    seed: int = 0
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, known, given in (("dtypes", DTYPES, self.dtypes), ("modes", MODES, self.modes)):
+            unknown = [value for value in given if value not in known]
+            if unknown:
+                raise ValueError(f"bench: unknown {name} {unknown}; choose from {list(known)}")
+        if self.runs < 1 or self.threads < 0 or not self.lengths or min(self.lengths) < 1:
+            raise ValueError(
+                f"bench: runs and lengths must be at least 1 and threads at least 0, "
+                f"got runs {self.runs}, lengths {self.lengths}, threads {self.threads}"
+            )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line to measure; floor and goal are speed-ups, None where there is no target."""
+
+    dtype: str
+    length: int
+    block_size: int
+    top_k: int
+    mode: str
+    floor: float | None = None
+    goal: float | None = None
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One measured line; times in seconds, memory in bytes, operations per second.
+
+    `extra_bytes` is a lower bound of the memory beyond inputs, output and gradients, see above. `share_of_peak` is None
+    on machines without a data sheet here, `flash_moba_seconds` where that package cannot run.
+    """
+
+    dtype: str
+    num_heads: int
+    num_groups: int
+    length: int
+    block_size: int
+    top_k: int
+    mode: str
+    backend: str
+    moba_seconds: float
+    dense_seconds: float
+    dense_by: str
+    speedup: float
+    pair_ratio: float
+    attended_flops: float
+    share_of_peak: float | None
+    extra_bytes: int
+    extra_over_q: float
+    flash_moba_seconds: float | None = None
+    floor: float | None = None
+    goal: float | None = None
+
+    @property
+    def curve(self) -> tuple[str, int, int, int, int, str]:
+        """What rows of different lengths have in common."""
+        return self.dtype, self.num_heads, self.num_groups, self.block_size, self.top_k, self.mode
+
+
+@dataclass
+class BenchResult:
+    """All rows, the settings that were refused with the reason, those at which MoBA is full attention, and the length
+    at which MoBA starts to win."""
+
+    rows: list[BenchRow] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    full: list[str] = field(default_factory=list)
+
+    def crossovers(self) -> dict[tuple[str, int, int, int, int, str], int | None]:
+        """Per `BenchRow.curve` the shortest measured length from which on MoBA is always faster."""
+        winners = {}
+        for key in dict.fromkeys(row.curve for row in self.rows):
+            start = None
+            for row in sorted((r for r in self.rows if r.curve == key), key=lambda r: r.length, reverse=True):
+                if row.speedup < 1:
+                    break
+                start = row.length
+            winners[key] = start
+        return winners
+
+
+def pair_ratio(length: int, block_size: int, top_k: int) -> float:
+    """Pairs of full causal attention over attended pairs, counted by whole blocks; 1 where top_k covers all blocks.
+
+    >>> round(pair_ratio(32768, 512, 3), 1), round(pair_ratio(32768, 128, 8), 1)
+    (13.0, 17.3)
+    """
+    blocks = length / block_size
+    if blocks <= top_k:
+        return 1.0
+    return blocks**2 / ((2 * top_k - 1) * blocks - top_k * (top_k - 1))

@@ -1,0 +1,127 @@
+"""`moba-megatron import-hf` and `moba-megatron export-hf`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from moba_megatron.checkpoint import CheckpointError
+from moba_megatron.config import ConfigError
+from moba_megatron.convert.export_hf import export_huggingface
+from moba_megatron.convert.exported import Exported, open_exported
+from moba_megatron.convert.import_hf import import_huggingface
+from moba_megatron.convert.verify import TOLERANCE, verify
+from moba_megatron.platform import stop_process_groups
+
+_VERIFY = "Hold the logits of both models against each other in fp32, and fail if they differ."
+
+
+def import_command(
+    source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face folder: config.json, safetensors.")],
+    out: Annotated[Path, typer.Argument(help="Run folder to make; it must not exist.")],
+    check: Annotated[bool, typer.Option("--verify", help=_VERIFY)] = False,
+) -> None:
+    """Make a run folder from a Hugging Face model.
+
+    OUT gets config.yaml (a start for training: python train.py OUT/config.yaml data.train=PREFIX), tokenizer/ and
+    checkpoints/step_0, which evaluate, generate, export-hf and model.init_from take.
+
+    A model that does not fit into the memory of one process needs no import: set model.init_from=HF_DIR in training.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        with _progress(console, "parameters") as bar:
+            _, notes = import_huggingface(source, out, advance=bar.at)
+        for line in notes:
+            console.print(f"note: {line}", markup=False)
+        console.print(str(out), markup=False)
+        if check:
+            stop_process_groups()
+            _verify(console, open_exported(out), source)
+    except (CheckpointError, ValueError) as error:
+        _fail(error)
+
+
+def export_command(
+    run: Annotated[
+        Path, typer.Argument(help="Run folder (its newest checkpoint is used) or a checkpoint folder step_N.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Hugging Face folder to make; it must not exist.")],
+    decode: Annotated[
+        Literal["full", "moba"],
+        typer.Option(help="How new tokens attend to the cache: to everything, as in the MoBA report, or by MoBA."),
+    ] = "full",
+    self_contained: Annotated[
+        bool,
+        typer.Option(
+            "--self-contained",
+            help="Add the attention as a file of Python, for transformers with trust_remote_code=True and without "
+            "this package.",
+        ),
+    ] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the tokenizer, if it is no longer where the run had it.")
+    ] = None,
+    shard_gigabytes: Annotated[float, typer.Option(min=0.001, help="Largest file of weights, 10^9 bytes.")] = 4.0,
+    check: Annotated[bool, typer.Option("--verify", help=_VERIFY)] = False,
+) -> None:
+    """Write a checkpoint as a Hugging Face model. Needs no GPU, whatever the checkpoint was trained on."""
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        exported = open_exported(run, tokenizer)
+        with _progress(console, "parameters") as bar:
+            reader = export_huggingface(
+                exported,
+                out,
+                decode=decode,
+                self_contained=self_contained,
+                shard_bytes=int(shard_gigabytes * 1e9),
+                advance=bar.at,
+            )
+        if reader not in (None, "AutoTokenizer"):
+            console.print(f"note: load the tokenizer by {reader}: AutoTokenizer would give other ids (see README.md)")
+        console.print(str(out), markup=False)
+        if check:
+            _verify(console, exported, out)
+    except (CheckpointError, ValueError) as error:
+        _fail(error)
+
+
+class _Bar(Progress):
+    """A bar that is told how many of how many."""
+
+    def at(self, done: int, total: int) -> None:
+        self.update(self.task_ids[0], completed=done, total=total)
+
+
+def _progress(console: Console, what: str) -> _Bar:
+    bar = _Bar(TextColumn(what), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), console=console)
+    bar.add_task(what, total=None)
+    return bar
+
+
+def _verify(console: Console, exported: Exported, folder: Path) -> None:
+    """Print the comparison; ValueError if a text differs by more than the tolerance."""
+    found = verify(exported, folder)
+    table = Table("logits in fp32", "tokens", "largest difference", "largest logit")
+    for text in found:
+        table.add_row(text.name, f"{text.tokens:,}", f"{text.difference:.2e}", f"{text.largest:.2f}")
+    console.print(table)
+    worst = max(found, key=lambda text: text.relative)
+    if worst.relative > TOLERANCE:
+        raise ValueError(
+            f"{folder} is not the model of {exported.checkpoint}: the logits of {worst.name} differ by "
+            f"{worst.difference:.2e}, over {TOLERANCE:g} of the largest. Do not use it"
+        )
+    console.print(f"verified: differences are within {TOLERANCE:g} of the largest logit")
+
+
+def _fail(error: Exception) -> None:
+    text = "\n  ".join(error.problems) if isinstance(error, ConfigError) else str(error)
+    typer.echo(f"error: {text}", err=True)
+    raise typer.Exit(2) from error

@@ -1,0 +1,244 @@
+"""The manifest of a prepared dataset: what is in it, what it was made of, and by what."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from moba_megatron import __version__
+from moba_megatron.config import Section
+from moba_megatron.corpus.merge import Merged
+
+MANIFEST_FILE = "manifest.json"
+_SHOWN = 10
+_VERSIONS = ("tokenizers", "gigatoken", "datasets", "pyarrow", "numpy")
+
+
+class SkippedEntry(Section):
+    name: str
+    """File and place in it."""
+    reason: str
+    """Why it is no document."""
+
+
+class DuplicateEntry(Section):
+    name: str
+    """File and place in it."""
+    first: str
+    """Where the text was first."""
+
+
+class FileStats(Section):
+    bytes: int
+    hash: str
+    """blake2b of 16 bytes."""
+
+
+class SourceStats(Section):
+    kind: str
+    """As in the recipe."""
+    path: str
+    """As in the recipe; for the standard library, the folder it was found in."""
+    inputs: int
+    """Files, or 1 for a dataset."""
+    input_bytes: int
+    """Their size on disk."""
+    documents: int
+    """Documents taken, over both splits, without duplicates that were left out."""
+    bytes: int | None
+    """Their UTF-8 size. None in a blend."""
+    hash: str
+    """Hash over all documents read, in order: equal hashes, equal text. In a blend, of the dataset's index."""
+
+
+class LengthBucket(Section):
+    at_least: int
+    """Tokens, a power of two; the bucket ends below the next one."""
+    documents: int
+    tokens: int
+
+
+class SplitStats(Section):
+    documents: int
+    tokens: int
+    """The end-of-document tokens included."""
+    target_tokens: int | None = None
+    """Those that count in the loss, by the loss mask; the others are prompts. None: there is no mask, all count."""
+    characters: int | None
+    """None for a view of a blend."""
+    bytes: int | None
+    """UTF-8 bytes of the text. None for a view of a blend."""
+    longest: int
+    """Tokens of the longest document."""
+    lengths: list[LengthBucket]
+    """Documents and tokens by length."""
+
+
+class TokenizerStats(Section):
+    fingerprint: str
+    """Training refuses a tokenizer with another one."""
+    vocab_size: int
+    eod_token: str
+    eod_id: int
+    engine: str
+    """Which library encoded."""
+    engine_reason: str
+
+
+class DatasetManifest(Section):
+    """Written as `manifest.json` beside the data."""
+
+    format: int = 1
+    created: str
+    """UTC time."""
+    dtype: str
+    """Of the ids in the .bin files."""
+    splits: dict[str, SplitStats]
+    """`train` and, unless the recipe keeps nothing apart, `validation`."""
+    unigram_loss: float | None
+    """Nats per token of the validation split under the frequencies of ids in the training split (one added to each):
+    what a model reaches that knows nothing but how common each token is. None without validation."""
+    tokenizer: TokenizerStats
+    sources: list[SourceStats]
+    filtered: int
+    """Documents left out by the recipe's filters."""
+    skipped: list[SkippedEntry]
+    """What could not be a document, the first 1000."""
+    skipped_total: int
+    duplicates: list[DuplicateEntry] = []
+    """Documents left out because their text was there before, the first 1000."""
+    duplicates_total: int = 0
+    files: dict[str, FileStats] = {}
+    """The data files; what `prepare inspect --check` compares with."""
+    command: str = ""
+    """That finished the dataset."""
+    identity: dict[str, Any]
+    """What another `prepare` into the same folder must agree with: recipe, inputs, tokenizer."""
+    seconds: float = Field(ge=0)
+    """Wall time of the process that finished the dataset."""
+    workers: int
+    versions: dict[str, str]
+
+    def save(self, folder: Path) -> None:
+        (folder / MANIFEST_FILE).write_text(self.model_dump_json(indent=2) + "\n")
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        tokenizer = self.tokenizer
+        lines = [
+            *(_split_line(name, split) for name, split in self.splits.items()),
+            f"tokenizer: {tokenizer.vocab_size:,} entries, fingerprint {tokenizer.fingerprint}, encoded by "
+            f"{tokenizer.engine} ({tokenizer.engine_reason})",
+        ]
+        if self.unigram_loss is not None:
+            lines.append(f"loss of a unigram model on the validation split: {self.unigram_loss:.3f} nats a token")
+        left_out = [
+            f"{count:,} {why}"
+            for count, why in (
+                (self.filtered, "by filters"),
+                (self.duplicates_total, "duplicates"),
+                (self.skipped_total, "unreadable or empty"),
+            )
+            if count
+        ]
+        if left_out:
+            lines.append(f"left out: {', '.join(left_out)}")
+        lines += [f"  {entry.name}: {entry.reason}" for entry in self.skipped[:_SHOWN]]
+        if self.skipped_total > _SHOWN:
+            lines.append(f"  ... and {self.skipped_total - _SHOWN:,} more (see {MANIFEST_FILE})")
+        return "\n".join(lines)
+
+
+def _split_line(name: str, split: SplitStats) -> str:
+    size = "" if split.bytes is None else f", {split.bytes / 1e6:,.1f} MB"
+    rate = "" if split.bytes is None else f" ({split.bytes / max(1, split.tokens):.2f} bytes a token)"
+    mask = "" if split.target_tokens is None else f" of which {split.target_tokens:,} count in the loss"
+    longest = f"longest {split.longest:,} tokens"
+    return f"{name}: {split.documents:,} documents, {split.tokens:,} tokens{mask}{size}{rate}, {longest}"
+
+
+def load_manifest(folder: str | Path) -> DatasetManifest | None:
+    """The manifest of a dataset folder, or None if it has none.
+
+    Raises:
+        ValueError: a file of that name that is something else.
+    """
+    path = Path(folder) / MANIFEST_FILE
+    if not path.is_file():
+        return None
+    try:
+        return DatasetManifest.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise ValueError(
+            f"{path} is not a manifest of this version ({error.errors()[0]['msg']}): prepare again"
+        ) from error
+
+
+def length_buckets(lengths: np.ndarray) -> list[LengthBucket]:
+    """Documents and tokens by length, of lengths [documents] or of a table [32, 2] of both for each power of two."""
+    table = lengths
+    if lengths.ndim == 1:
+        powers = np.log2(lengths).astype(np.int64)
+        table = np.stack([np.bincount(powers, minlength=32), np.bincount(powers, lengths, minlength=32)], axis=1)
+    return [
+        LengthBucket(at_least=2**power, documents=int(documents), tokens=int(tokens))
+        for power, (documents, tokens) in enumerate(table)
+        if documents
+    ]
+
+
+def split_stats(merged: Merged, characters: int, utf8_bytes: int, masked: bool) -> SplitStats:
+    """Statistics of a merged split."""
+    return SplitStats(
+        documents=merged.documents,
+        tokens=merged.tokens,
+        target_tokens=merged.target_tokens if masked else None,
+        characters=characters,
+        bytes=utf8_bytes,
+        longest=merged.longest,
+        lengths=length_buckets(merged.length_buckets),
+    )
+
+
+def unigram_loss(train_counts: np.ndarray, validation_counts: np.ndarray) -> float:
+    """Cross entropy, in nats per token, of one set of counts [vocab_size] under the add-one frequencies of another."""
+    log_share = np.log((train_counts + 1) / (train_counts + 1).sum())
+    return float(-(validation_counts * log_share).sum() / validation_counts.sum())
+
+
+def plot_lengths(splits: dict[str, SplitStats], path: Path) -> None:
+    """A picture of documents and tokens by document length, for each split."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3 * len(splits)), layout="constrained")
+    for number, (name, split) in enumerate(splits.items(), start=1):
+        axes = figure.add_subplot(len(splits), 1, number)
+        starts = np.array([bucket.at_least for bucket in split.lengths])
+        shares = [
+            ("documents", [bucket.documents / split.documents for bucket in split.lengths], -0.2),
+            ("tokens", [bucket.tokens / split.tokens for bucket in split.lengths], 0.2),
+        ]
+        for label, values, shift in shares:
+            axes.bar(np.log2(starts) + 0.5 + shift, values, width=0.4, label=f"share of {label}")
+        axes.set_xticks(np.log2(starts), [f"{start:,}" for start in starts], rotation=30)
+        axes.set_title(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens")
+        axes.set_xlabel("tokens in the document")
+        axes.legend()
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide the result; what is not installed is left out."""
+    found = {"moba-megatron": __version__, "python": platform.python_version()}
+    for name in _VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,248 @@
+"""`moba-megatron prepare RECIPE OUT`, `prepare merge`, `prepare inspect` and `prepare blend`: their command lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moba_megatron.config import ConfigError
+
+_WILD = "*?["
+
+
+def prepare_command(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[RECIPE] OUT [KEY=VALUE]...",
+            help="A recipe (YAML), the folder to make, and overrides of the recipe such as "
+            "tokenizer.vocab_size=8192. With --input or --dataset: only the folder to make.",
+        ),
+    ],
+    input: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            help="Text without a recipe: a glob of .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .arrow files, a glob of "
+            "text files, or a folder of .txt files. May be given several times. Quote globs.",
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Text without a recipe: a Hugging Face dataset, by name or local path.")
+    ] = None,
+    dataset_split: Annotated[str, typer.Option(help="Split of --dataset.")] = "train",
+    text_column: Annotated[str, typer.Option(help="Column of text, for JSONL, Parquet and datasets.")] = "text",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of a Hugging Face tokenizer, for --input and --dataset.")
+    ] = None,
+    train_tokenizer: Annotated[
+        int | None,
+        typer.Option(metavar="ENTRIES", help="Instead of --tokenizer: train a byte-level BPE of so many entries."),
+    ] = None,
+    validation: Annotated[
+        float, typer.Option(help="Share of the documents kept for validation, for --input and --dataset.")
+    ] = 0.05,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes. Default: all cores, if there is enough text. The result does not depend on it."
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Do share I of N only (I from 0), as one of N processes on machines that see the same files. When all "
+            "are done: moba-megatron prepare merge OUT.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another dataset, or unfinished work on one, in OUT.")
+    ] = False,
+) -> None:
+    """Turn text into tokens that training reads.
+
+    By a recipe, or directly from files:
+
+        moba-megatron prepare data/python_stdlib.yaml data/prepared/python_stdlib
+
+        moba-megatron prepare --input 'docs/*.jsonl.zst' --tokenizer DIR OUT
+
+    OUT gets train and validation data in megatron-core's indexed format, tokenizer/ and manifest.json.
+
+    A run that was stopped continues where it was. Running it again when all is there does nothing.
+
+    There are also `prepare merge` (join the shares of several machines), `prepare inspect` (show and check a dataset)
+    and `prepare blend` (mix datasets by weight and length); each has its own --help.
+    """
+    from moba_megatron.corpus.prepare import prepare, prepare_share
+    from moba_megatron.corpus.recipe import load_recipe, recipe_from_dict
+
+    with errors_reported("finished parts are kept; run the same command again to continue"):
+        if input or dataset:
+            if len(arguments) != 1:
+                raise ValueError(f"with --input or --dataset give one folder, OUT, not {' '.join(arguments)}")
+            sources = direct_sources(input or [], dataset, dataset_split, text_column)
+            spec = direct_tokenizer(tokenizer, train_tokenizer)
+            recipe = recipe_from_dict({"sources": sources, "tokenizer": spec, "split": {"validation": validation}})
+            output = arguments[0]
+        else:
+            if len(arguments) < 2:
+                raise ValueError("give a recipe and the folder to make, or --input or --dataset and the folder")
+            recipe, output = load_recipe(arguments[0], arguments[2:]), arguments[1]
+        if shard is not None:
+            prepare_share(recipe, Path(output), parse_share(shard), workers, overwrite)
+            return
+        typer.echo(prepare(recipe, Path(output), workers, overwrite).summary())
+
+
+def merge_command(
+    out: Annotated[Path, typer.Argument(help="The folder that the shares were prepared for.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another dataset in OUT.")] = False,
+) -> None:
+    """Join what `prepare RECIPE OUT --shard I/N` made on several machines.
+
+    Refused until every share is done. The bytes are those that one machine would have made.
+    """
+    from moba_megatron.corpus.prepare import merge_shares
+
+    with errors_reported("nothing is lost; run the same command again"):
+        typer.echo(merge_shares(out, overwrite).summary())
+
+
+def inspect_command(
+    out: Annotated[Path, typer.Argument(help="Folder that `prepare` made.")],
+    document: Annotated[int | None, typer.Option(help="Show this document of the split, counted from 0.")] = None,
+    split: Annotated[str, typer.Option(help="Which split: train, validation, or a view of a blend.")] = "train",
+    check: Annotated[
+        bool, typer.Option("--check", help="Read all files: sizes, hashes, index against data, loss mask, ids.")
+    ] = False,
+) -> None:
+    """Show what a prepared dataset holds, one of its documents, or whether it is whole."""
+    from moba_megatron.corpus.inspect import check_dataset, dataset_manifest, describe, read_document
+
+    with errors_reported("run the same command again"):
+        if document is not None:
+            pieces = read_document(out, split, document)
+            counted = sum(piece.tokens for piece in pieces if piece.counts)
+            tokens = sum(piece.tokens for piece in pieces)
+            typer.echo(f"document {document} of {split}: {tokens:,} tokens, {counted:,} of them count in the loss")
+            for piece in pieces:
+                if len(pieces) > 1:
+                    typer.echo(f"--- {piece.tokens:,} tokens, {'learned' if piece.counts else 'not learned'}")
+                typer.echo(piece.text)
+        elif not check:
+            typer.echo(describe(dataset_manifest(out)))
+        if check:
+            problems = 0
+            for what, wrong in check_dataset(out):
+                problems += wrong is not None
+                typer.echo(f"{what}: {wrong or 'ok'}")
+            if problems:
+                typer.echo(f"error: {out} is damaged ({problems} problems)", err=True)
+                raise typer.Exit(1)
+
+
+def blend_command(
+    recipe: Annotated[Path, typer.Argument(help="Which datasets, in which shares, by which lengths (YAML).")],
+    out: Annotated[Path, typer.Argument(help="Folder to make; data.train: OUT/blend.yaml reads it.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the recipe.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another dataset in OUT.")] = False,
+) -> None:
+    """Mix prepared datasets by weight and by document length.
+
+    Nothing is copied: OUT holds indices that point into the datasets.
+
+        moba-megatron prepare blend data/long_mix.yaml data/prepared/long_mix
+    """
+    from moba_megatron.corpus.mix import make_blend
+    from moba_megatron.corpus.mix_views import load_mix
+
+    with errors_reported("run the same command again"):
+        typer.echo(make_blend(load_mix(recipe, overrides), out, overwrite))
+
+
+@contextmanager
+def errors_reported(after_failure: str) -> Iterator[None]:
+    """Turn errors into a line and an exit code: 2 for what the user can mend, 1 for the system, 130 for Ctrl-C.
+
+    Args:
+        after_failure: what to do after an error of the system.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        typer.echo("\n".join(f"error: {line}" for line in error.problems), err=True)
+        raise typer.Exit(2) from error
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except (OSError, BrokenProcessPool) as error:
+        typer.echo(f"error: {error}\n{after_failure}", err=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        typer.echo(f"stopped; {after_failure}", err=True)
+        raise typer.Exit(130) from error
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """(number, shares) of `I/N`.
+
+    >>> parse_share("0/4")
+    (0, 4)
+
+    Raises:
+        ValueError: anything else.
+    """
+    number, slash, shares = text.partition("/")
+    if not (slash and number.isdecimal() and shares.isdecimal() and int(number) < int(shares)):
+        raise ValueError(f"--shard {text}: give I/N with I from 0 to N - 1, such as 0/4, 1/4, 2/4, 3/4")
+    return int(number), int(shares)
+
+
+def direct_sources(
+    inputs: list[str], dataset: str | None, dataset_split: str, text_column: str
+) -> list[dict[str, Any]]:
+    """Sources of a recipe from the flags of the command line."""
+    sources: list[dict[str, Any]] = []
+    for path in inputs:
+        name = path.removesuffix(".gz").removesuffix(".zst")
+        if name.endswith((".jsonl", ".json")):
+            sources.append({"kind": "jsonl", "path": path, "text_column": text_column})
+        elif name.endswith((".parquet", ".arrow")):
+            sources.append({"kind": Path(name).suffix[1:], "path": path, "text_column": text_column})
+        else:
+            sources.append({"kind": "files", **_folder_and_pattern(path)})
+    if dataset:
+        sources.append(
+            {"kind": "datasets", "path": dataset, "dataset_split": dataset_split, "text_column": text_column}
+        )
+    return sources
+
+
+def direct_tokenizer(folder: Path | None, entries: int | None) -> dict[str, Any]:
+    """Tokenizer of a recipe from the flags of the command line.
+
+    Raises:
+        ValueError: both or neither given.
+    """
+    if (folder is None) == (entries is None):
+        raise ValueError("give either --tokenizer DIR or --train-tokenizer ENTRIES")
+    return {"kind": "bpe", "vocab_size": entries} if folder is None else {"kind": "pretrained", "path": str(folder)}
+
+
+def _folder_and_pattern(path: str) -> dict[str, str]:
+    parts = Path(path).parts
+    fixed = next((number for number, part in enumerate(parts) if any(c in part for c in _WILD)), None)
+    if fixed is None:
+        if Path(path).is_file():
+            return {"path": str(Path(path).parent), "pattern": Path(path).name}
+        return {"path": path}
+    return {"path": str(Path(*parts[:fixed])) if fixed else ".", "pattern": "/".join(parts[fixed:])}

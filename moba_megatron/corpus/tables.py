@@ -1,0 +1,152 @@
+"""Parquet and Arrow files, cut into parts by row groups and record batches.
+
+Arrow files come in two kinds. One has a footer, so that any record batch can be read alone; the other is a stream,
+which `datasets` writes, and makes one part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+
+from moba_megatron.corpus.documents import CorpusError, Incomplete, Item, Part
+from moba_megatron.corpus.rows import RowReader, missing_columns, no_column
+
+_ARROW_FILE_MAGIC = b"ARROW1"
+ROWS_AT_ONCE = 256
+"""Rows that are in memory as Python objects at a time."""
+
+
+def parquet_parts(number: int, path: str, part_bytes: int) -> list[Part]:
+    """Ranges of row groups of about `part_bytes`. `number` is the source's place in the recipe."""
+    with _whole_file(path):
+        metadata = pyarrow.parquet.read_metadata(path)
+    sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+    return _ranges(number, path, sizes, part_bytes)
+
+
+def read_parquet(reader: RowReader, part: Part) -> Iterator[Item]:
+    """The rows of a part, numbered within the file."""
+    (path,) = part.names
+    with _whole_file(path), pyarrow.parquet.ParquetFile(path) as file:
+        _check_columns(path, reader, file.schema_arrow)
+        first = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
+        batches = file.iter_batches(ROWS_AT_ONCE, row_groups=range(part.start, part.stop), columns=reader.columns)
+        yield from read_batches(reader, batches, first)
+
+
+def arrow_parts(number: int, path: str, size: int, part_bytes: int) -> list[Part]:
+    """Ranges of record batches of about `part_bytes`, or the whole of a stream. `size` is that of the file in bytes."""
+    if not _has_footer(path):
+        return [Part(number, (path,), 0, 1, size)]
+    with _whole_file(path), pyarrow.memory_map(path) as stream:
+        batches = pyarrow.ipc.open_file(stream).num_record_batches
+    return _ranges(number, path, [size // max(1, batches)] * batches, part_bytes)
+
+
+def read_arrow(reader: RowReader, part: Part) -> Iterator[Item]:
+    """The rows of a part, numbered within the file."""
+    (path,) = part.names
+    with _whole_file(path), pyarrow.memory_map(path) as stream:
+        if _has_footer(path):
+            file = pyarrow.ipc.open_file(stream)
+            _check_columns(path, reader, file.schema)
+            first = sum(file.get_batch(batch).num_rows for batch in range(part.start))
+            batches = (file.get_batch(batch) for batch in range(part.start, part.stop))
+        else:
+            file = pyarrow.ipc.open_stream(stream)
+            _check_columns(path, reader, file.schema)
+            first, batches = 0, iter(file)
+        yield from read_batches(reader, _small(batches), first)
+
+
+def _small(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
+    for batch in batches:
+        for start in range(0, batch.num_rows, ROWS_AT_ONCE):
+            yield batch.slice(start, ROWS_AT_ONCE)
+
+
+def read_batches(
+    reader: RowReader, batches: Iterable[pyarrow.RecordBatch | pyarrow.Table], first: int
+) -> Iterator[Item]:
+    """The rows of batches, numbered from `first` on."""
+    number = first
+    for batch in batches:
+        columns = [column for column in reader.columns if column in batch.schema.names]
+        if len(columns) < len(reader.columns):
+            # All rows alike, and there may be none of the columns to go along.
+            absent, present = no_column(reader.missing(columns)), tuple(batch.schema.names)
+            yield from (Incomplete(number + row, absent, present) for row in range(batch.num_rows))
+            number += batch.num_rows
+            continue
+        for row in zip(*(_values(batch.column(column)) for column in columns), strict=True):
+            yield reader.item(dict(zip(columns, row, strict=True)), number)
+            number += 1
+
+
+def _values(column: pyarrow.Array | pyarrow.ChunkedArray) -> list[Any]:
+    # As bytes: a column of text may hold bytes that are not UTF-8, and one such row must not end the batch.
+    try:
+        return (column.cast(pyarrow.large_binary()) if _is_text(column.type) else column).to_pylist()
+    except UnicodeDecodeError:
+        return [_value(value) for value in column]
+
+
+def _value(value: pyarrow.Scalar) -> Any:
+    """A nested value, or None, which no row may hold, where text in it is not UTF-8."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return None
+
+
+def _check_columns(path: str, reader: RowReader, schema: pyarrow.Schema) -> None:
+    missing = reader.missing(schema.names)
+    if missing:
+        raise CorpusError(missing_columns(path, no_column(missing), schema.names))
+    for column in reader.columns:
+        kind = schema.field(column).type
+        if column in reader.filters.columns:
+            right, wanted = pyarrow.types.is_boolean(kind), "true or false"
+        elif column == reader.source.messages_column:
+            right, wanted = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind), "lists of messages"
+        else:
+            right, wanted = _is_text(kind), "text"
+        if not right:
+            raise CorpusError(f"{path}: column {column!r} holds {kind}, not {wanted}; name another column")
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+
+
+def _has_footer(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC
+
+
+def _ranges(number: int, path: str, sizes: list[int], part_bytes: int) -> list[Part]:
+    """Neighbours joined until they have `part_bytes`."""
+    parts, start, size = [], 0, 0
+    for place, own in enumerate(sizes):
+        size += own
+        if size >= part_bytes or place == len(sizes) - 1:
+            parts.append(Part(number, (path,), start, place + 1, size))
+            start, size = place + 1, 0
+    return parts
+
+
+@contextmanager
+def _whole_file(path: str) -> Iterator[None]:
+    """Turn what pyarrow says of damaged files into an error of the corpus; one of the system has a number and stays."""
+    try:
+        yield
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise CorpusError(f"{path} cannot be read to its end ({error}): fetch it again or remove it") from error

@@ -1,0 +1,1 @@
+"""Tasks of the package lm-eval, on exported models that attend as they were trained."""

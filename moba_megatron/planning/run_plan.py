@@ -1,0 +1,142 @@
+"""The plan of a configuration on a cluster: memory, bytes, time and cost, and layouts that would serve it better."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moba_megatron.config import Config, ConfigError, check_world
+from moba_megatron.corpus.tokenizer import Tokenizer
+from moba_megatron.model.schedule import FULL, AttentionSchedule
+from moba_megatron.planning.flops import training_flops_per_token
+from moba_megatron.planning.memory import MemoryEstimate, estimate_memory, fullest
+from moba_megatron.planning.plan_machines import MEMORY_SHARE, Cluster
+from moba_megatron.planning.plan_time import StepTime, step_time
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a configuration takes on a cluster.
+
+    Attributes:
+        memory: of a rank of each pipeline stage.
+        steps: time of a step in each stage of the training; `shares` of the steps that are taken in each.
+        full: time of a step if every layer attended fully.
+        model_flops: of one step in each stage of the training: nothing recomputed.
+    """
+
+    config: Config
+    cluster: Cluster
+    data_parallel: int
+    memory: tuple[MemoryEstimate, ...]
+    steps: tuple[StepTime, ...]
+    shares: tuple[float, ...]
+    full: StepTime
+    model_flops: tuple[float, ...]
+
+    @property
+    def peak(self) -> MemoryEstimate:
+        return fullest(list(self.memory))
+
+    @property
+    def fits(self) -> bool:
+        return self.peak.total <= MEMORY_SHARE * self.cluster.gpu.memory
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean over the training."""
+        return sum(step.seconds * share for step, share in zip(self.steps, self.shares, strict=True))
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.config.tokens_per_step / self.step_seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs, by attended pairs, over the cluster's peak; mean over the training."""
+        flops = sum(flops * share for flops, share in zip(self.model_flops, self.shares, strict=True))
+        return flops / (self.step_seconds * self.cluster.gpu.machine.peak * self.cluster.count)
+
+    @property
+    def hours(self) -> float:
+        """Of the whole training."""
+        return self.step_seconds * self.config.training.steps / 3600
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.hours * self.cluster.count
+
+
+def vocabulary_size(config: Config) -> int:
+    """Entries of the vocabulary, without padding: as configured, else of the tokenizer.
+
+    Raises:
+        ConfigError: neither is to be had.
+    """
+    if config.model.vocab_size:
+        return config.model.vocab_size
+    try:
+        return Tokenizer(config.data.tokenizer).vocab_size
+    except (OSError, ValueError) as error:
+        raise ConfigError([
+            f"model.vocab_size is not set and data.tokenizer = {config.data.tokenizer} cannot be read: {error}"
+        ]) from error  # fmt: skip
+
+
+def plan_run(config: Config, schedule: AttentionSchedule, vocab_size: int, cluster: Cluster) -> RunPlan:
+    """Estimate a configuration.
+
+    Args:
+        vocab_size: entries of the vocabulary, without padding.
+
+    Raises:
+        ConfigError: sizes that do not fit the number of GPUs or each other, or a precision without a model.
+    """
+    check_precision(config)
+    data_parallel = check_world(config, cluster.count)
+    full = (FULL,) * schedule.num_layers
+    length = config.data.sequence_length
+    flops = [
+        training_flops_per_token(config, vocab_size, [_block(layer) for layer in layers])
+        * config.training.global_batch_size
+        * length
+        for layers in schedule.stages
+    ]
+    return RunPlan(
+        config=config,
+        cluster=cluster,
+        data_parallel=data_parallel,
+        memory=tuple(estimate_memory(config, schedule, vocab_size, data_parallel)),
+        steps=tuple(step_time(config, layers, vocab_size, data_parallel, cluster) for layers in schedule.stages),
+        shares=stage_shares(schedule, config.training.steps),
+        full=step_time(with_full_exchange(config), full, vocab_size, data_parallel, cluster),
+        model_flops=tuple(flops),
+    )
+
+
+def check_precision(config: Config) -> None:
+    """Refuse what there is no model of times for.
+
+    Raises:
+        ConfigError: another precision than bf16.
+    """
+    if config.training.precision != "bf16":
+        raise ConfigError([
+            f"training.precision = {config.training.precision}: the times of a GPU are modelled for bf16 alone: add "
+            "training.precision=bf16"
+        ])  # fmt: skip
+
+
+def stage_shares(schedule: AttentionSchedule, steps: int) -> tuple[float, ...]:
+    """The share of the steps that is taken in each stage of the training."""
+    ends = [0, *(schedule.last_step(stage, steps) for stage in range(len(schedule.stages)))]
+    return tuple((end - start) / steps for start, end in zip(ends, ends[1:], strict=False))
+
+
+def with_full_exchange(config: Config) -> Config:
+    """The configuration with full attention in every layer of every stage."""
+    attention = config.attention.model_copy(update={"kind": "full", "stages": [], "layers": {}})
+    return config.model_copy(update={"attention": attention})
+
+
+def _block(layer) -> tuple[int, int] | None:
+    return None if layer.kind == "full" else (layer.block_size, layer.top_k)

@@ -1,0 +1,6 @@
+"""What a run leaves on disk, for those who write it and those who read it.
+
+`folder` has the paths and the status, `claim` keeps a second process out; `files` writes files whole, line by line, or
+under a lock; `metrics` writes the lines of training, `records` the results of evaluations, `trackers` sends both to
+TensorBoard and Weights & Biases; `environment` says on what the run ran.
+"""

@@ -1,0 +1,80 @@
+"""Files that outlive a kill and that other processes read meanwhile: whole or not at all, one writer at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file so that a reader sees the old text or the new one."""
+    # Several processes may write at once, such as all ranks when all of them fail.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object of a JSON file; None if there is no file."""
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a file, oldest first; empty if there is no file."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    complete = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in complete.splitlines()]
+
+
+def append_json_line(path: Path, values: dict[str, Any]) -> None:
+    """Add a line to a file, made if missing. What a killed writer left of its last line goes first."""
+    with path.open("ab+") as stream:
+        end = stream.seek(0, 2)
+        stream.seek(0)
+        complete = stream.read().rfind(b"\n") + 1
+        if complete < end:
+            stream.truncate(complete)
+        stream.write((json.dumps(values, default=str) + "\n").encode())
+
+
+class Held(Exception):
+    """Another process holds a lock; `holder` says which."""
+
+    def __init__(self, holder: str):
+        self.holder = holder
+        super().__init__(holder)
+
+
+@contextmanager
+def hold(path: Path) -> Iterator[str]:
+    """Hold the lock of a file, made if missing, which then names this process in the words that are yielded. However
+    the process ends, the lock ends with it; children do not inherit it. It also ends where this process opens the file
+    once more and closes it. A file system without locks lets everybody pass.
+
+    Raises:
+        Held: another process has it.
+    """
+    with open(path, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Any other error: a file system without locks.
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise Held(file.read().strip() or "another process") from error
+        claim = f"process {os.getpid()} on {socket.gethostname()}"
+        file.truncate(0)
+        file.write(claim + "\n")
+        file.flush()
+        # So that other machines see it.
+        os.fsync(file.fileno())
+        yield claim

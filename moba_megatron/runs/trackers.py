@@ -1,0 +1,95 @@
+"""TensorBoard and Weights & Biases, opened where and as a run's configuration says; for training and for evaluations.
+
+Neither tool takes two writers at once to one run, and an evaluation may look at a run that still trains. So an
+evaluation after training is a run of its own beside it: the folder `tensorboard/evaluate`, and in Weights & Biases a
+run of the same group.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import secrets
+from typing import Any
+
+from moba_megatron.config import LoggingConfig
+from moba_megatron.runs.folder import RunFolder
+
+# What the tools take as the axis, not as a curve.
+AXES = ("step", "stage")
+
+
+class Trackers:
+    """The trackers that a run has switched on; none is fine.
+
+    Args:
+        folder: the run folder.
+        settings: the run's configuration, as it is shown beside the curves.
+        purge_step: TensorBoard forgets its curves from this step on (a resumed run writes them again).
+        evaluation: whether this is an evaluation beside a run, see the module.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        logging: LoggingConfig,
+        settings: dict[str, Any],
+        *,
+        purge_step: int | None = None,
+        evaluation: bool = False,
+    ):
+        self.tensorboard = self.wandb = None
+        if logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            events = folder.tensorboard / ("evaluate" if evaluation else "")
+            self.tensorboard = SummaryWriter(str(events), purge_step=purge_step)
+        if logging.wandb != "off":
+            self.wandb = _open_wandb(folder, logging, settings, "evaluate" if evaluation else "")
+
+    def track(self, values: dict[str, Any], prefix: str, step: int) -> None:
+        """Send the numbers among these values as `prefix/name`, at a training step."""
+        curves = {
+            f"{prefix}/{name}": value
+            for name, value in values.items()
+            if isinstance(value, int | float) and name not in AXES
+        }
+        if self.tensorboard:
+            for name, value in curves.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log({**curves, "step": step})
+
+    def close(self) -> None:
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def check_trackers(logging: LoggingConfig) -> None:
+    """Raise ValueError where Weights & Biases is on and not installed, before any work is lost to that."""
+    if logging.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"logging.wandb = {logging.wandb}: wandb is not installed (pip install wandb)")
+
+
+def _open_wandb(folder: RunFolder, logging: LoggingConfig, settings: dict[str, Any], suffix: str) -> Any:
+    import wandb
+
+    identity = folder.wandb_id
+    if not identity.is_file():
+        identity.write_text(secrets.token_hex(4))
+    names = [folder.path.resolve().name, identity.read_text()]
+    name, number = (f"{name}-{suffix}" if suffix else name for name in names)
+    run = wandb.init(
+        project=logging.wandb_project,
+        group=folder.path.resolve().name,
+        name=name,
+        id=number,
+        resume="allow",
+        dir=str(folder.path),
+        mode=logging.wandb,
+        config=settings,
+        settings=wandb.Settings(silent=bool(suffix)),
+    )
+    run.define_metric("*", step_metric="step")
+    return run

@@ -1,0 +1,120 @@
+"""From which checkpoint a run goes on, and whether it may: what of its settings differs from those of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from moba_megatron.checkpoint import CheckpointError, find_latest
+from moba_megatron.checkpoint.manifest import NAME, Manifest
+from moba_megatron.config import Config, ConfigError
+from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.runs.folder import RunFolder
+
+# What may differ between the processes of one run: where it writes, what it shows, how the work is spread.
+FREE = (
+    "run.dir",
+    "run.threads",
+    "attention.backend",
+    "attention.full_backend",
+    "parallel",
+    "training.stop_after",
+    "training.micro_batch_size",
+    "training.recompute",
+    "training.loss_chunk_size",
+    "checkpoint",
+    "evaluation",
+    "logging",
+    "data.validation",
+)
+
+
+def find_resume(config: Config, schedule: AttentionSchedule, data: dict[str, str]) -> Path | None:
+    """The checkpoint that this run continues from, or None for a new run.
+
+    Args:
+        data: what identifies tokenizer and training data, as a checkpoint's manifest records it.
+
+    Raises:
+        ConfigError: the run folder or the named checkpoint cannot be used, with every difference in the way.
+    """
+    folder, resume = RunFolder(config.run.dir), config.checkpoint.resume
+    own = find_latest(folder.checkpoints)
+    if resume == "never":
+        if own or folder.metrics.is_file():
+            raise ConfigError([
+                f"checkpoint.resume = never, but {folder.path} already holds a run: choose another run.dir, "
+                "or continue it with checkpoint.resume=auto"
+            ])  # fmt: skip
+        return None
+    chosen = own if resume == "auto" else _named_checkpoint(Path(resume), own)
+    if chosen is not None:
+        try:
+            problems = differences(Manifest.read(chosen), config, schedule, data)
+        except CheckpointError as error:
+            raise ConfigError([str(error)]) from error
+        if problems:
+            raise ConfigError([f"{chosen} belongs to a run with other settings", *problems])
+    return chosen
+
+
+def _named_checkpoint(named: Path, own: Path | None) -> Path:
+    """A named checkpoint starts a run; once the run has checkpoints of its own, it continues from the newest of
+    these."""
+    if not (named / NAME).is_file():
+        raise ConfigError(
+            [f"checkpoint.resume = {named}: no complete checkpoint there (auto, never, or a step_N folder)"]
+        )
+    if own is not None and named.resolve() != own.resolve() and named.resolve().parent == own.resolve().parent:
+        raise ConfigError(
+            [f"checkpoint.resume = {named}: the run already has {own.name}; to go back, choose another run.dir"]
+        )
+    return named if own is None else own
+
+
+def differences(manifest: Manifest, config: Config, schedule: AttentionSchedule, data: dict[str, str]) -> list[str]:
+    """What of a checkpoint's run differs and may not: one line each, with both values and the way to allow it."""
+    allowed = (*FREE, *config.checkpoint.allow_changed)
+
+    def free(key: str) -> bool:
+        return any(key == name or key.startswith(name + ".") for name in allowed)
+
+    before, now = _flatten(_with_defaults(manifest.config)), _flatten(config.model_dump(mode="json"))
+    changed = [
+        (key, f"{key} = {now.get(key)!r}, but the run has {before.get(key)!r}")
+        for key in sorted(before.keys() | now.keys())
+        # Schedules are compared by what they mean.
+        if before.get(key) != now.get(key) and not key.startswith("attention.")
+    ]
+    for line in schedule.differences(AttentionSchedule.from_dict(manifest.schedule)):
+        changed.append(("attention", f"attention: {line} in the run's schedule"))
+    for name, key in (("tokenizer", "data.tokenizer"), ("train", "data.train")):
+        if manifest.data.get(name) != data.get(name):
+            line = f"{key}: the files are not those that the run was trained on, or not in the same shares"
+            changed.append((key, line))
+    problems = [
+        f'{line}: set it back, or allow it by checkpoint.allow_changed=["{key}"]'
+        for key, line in changed
+        if not free(key)
+    ]
+    key = "attention.key_convolution"
+    if before.get(key) != now.get(key):
+        problems.append(f"{key} = {now.get(key)}, but the run has {before.get(key)}: it is parameters; set it back")
+    return problems
+
+
+def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's configuration with settings that are younger than it at their defaults; as it is where it cannot
+    be read today."""
+    try:
+        return Config.model_validate(values).model_dump(mode="json")
+    except ValidationError:
+        return values
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict) and tree:
+        return {k: v for name, part in tree.items() for k, v in _flatten(part, f"{prefix}.{name}".strip(".")).items()}
+    return {prefix: tree}
