@@ -14,7 +14,7 @@ from distributed import run_ranks
 from small_run import small_config, train_here
 
 from moba_megatron.runs.files import read_json_lines
-from moba_megatron.runs.records import training_records
+from moba_megatron.runs.folder import training_records
 
 FULL = "attention.full_backend = auto: torch (auto: PyTorch's fused kernels; flash_attn is not available: "
 COMMAND = Path(sys.executable).with_name("moba-megatron")

@@ -26,7 +26,8 @@ from moba_megatron.evaluation.routing.evaluate_routing import evaluate_routing
 from moba_megatron.model.core_attention import MoBACoreAttention
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.runs.files import append_json_line, read_json_lines
-from moba_megatron.runs.records import EvaluationRecords, training_records
+from moba_megatron.runs.folder import RunFolder, training_records
+from moba_megatron.runs.records import EvaluationRecords
 
 # Imported here once: each command runs in a process that is forked from this one.
 COMMANDS = (evaluate_command, evaluate_losses, evaluate_routing)
