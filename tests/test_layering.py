@@ -25,9 +25,7 @@ ALLOWED = {
     "benchmark": {"planning", "hf", "parallel", "ops"},
     "convert": {"checkpoint", "model", "hf", "corpus", "runs", "platform", "config"},
     "generation": {"convert", "checkpoint", "model", "hf", "runs", "platform", "config"},
-    "evaluation": {
-        *("generation", "convert", "checkpoint", "data", "corpus", "model", "hf", "ops", "runs", "config")
-    },
+    "evaluation": {*("generation", "convert", "checkpoint", "data", "corpus", "model", "hf", "ops", "runs", "config")},
     "training": {
         *("evaluation", "planning", "convert", "checkpoint", "data", "corpus", "model", "parallel", "ops", "runs"),
         *("platform", "config"),
@@ -120,7 +118,9 @@ def test_the_table_has_no_circle():
 def test_modules_import_each_other_in_no_circle():
     modules = {module: imports_of(path) - {module} for module, path in files().items()}
     # A package's own page names what is in it; its modules do not ask the page.
-    modules = {module: {name for name in names if not module.startswith(f"{name}.")} for module, names in modules.items()}
+    modules = {
+        module: {name for name in names if not module.startswith(f"{name}.")} for module, names in modules.items()
+    }
     assert without_circles(modules) == set()
 
 

@@ -160,7 +160,7 @@ def test_a_run_that_trains_on_forgets_what_was_evaluated_after_its_step(tmp_path
     config = small_config(tmp_path, training__stop_after=4, checkpoint__every=2)
     run_ranks(1, train_here, config)
     folder = Path(config.run.dir)
-    with EvaluationRecords(folder, config) as records:
+    with EvaluationRecords(RunFolder(folder), config) as records:
         for step in (2, 4):
             summary = {"accuracy": step / 4}
             records.write("tasks", step=step, tokens=step * 512, attention="moba", values=summary, summary=summary)
@@ -227,7 +227,7 @@ def test_the_page_shows_a_models_own_routing_and_the_newest_of_every_task(tmp_pa
     steps = [{"step": n, "tokens": n, "loss": 3.0, "lr": 0.1, "grad_norm": 1.0, "stage": 0} for n in (1, 2)]
     lines = (json.dumps({**step, "step_seconds": 1.0, "tokens_per_second": 1.0}) + "\n" for step in steps)
     (folder / "metrics.jsonl").write_text("".join(lines))
-    records = EvaluationRecords(folder)
+    records = EvaluationRecords(RunFolder(folder))
     head = {"step": 5, "tokens": 9, "attention": "moba"}
     for advice, more in (("supposed", {"choice": "B=8 K=6"}), ("its own", {}), ("supposed", {"choice": "B=8 K=6"})):
         summary = {"mass_held": 0.5, **more}
