@@ -28,6 +28,14 @@ def call(*arguments: object, code: int = 0) -> str:
     return result.stderr if code else result.stdout
 
 
+def test_the_package_is_the_command():
+    command = [sys.executable, "-m", "moba_megatron", "plan", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    # The usage is padded to the width of the terminal.
+    assert done.stdout.replace("python -m moba_megatron", "moba-megatron").split() == call("plan", "--help").split()
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     config = small_config(

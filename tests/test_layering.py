@@ -26,6 +26,7 @@ ALLOWED = {
     "scaling": {"evaluation", "planning", "model", "platform", "config"},
     "doctor": {"config", "model", "ops", "platform", "training"},
     "cli": {"convert", "data", "evaluation", "generation", "planning", "scaling", "doctor", "platform"},
+    "__main__": {"cli"},
 }
 
 

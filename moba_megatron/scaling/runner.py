@@ -284,7 +284,7 @@ def _evaluate(sweep: Sweep, point: Point, console: Console) -> list[str]:
     log_file = point.folder / "evaluate.log"
     problems = []
     for arguments in _evaluations_left(sweep, point):
-        command = [sys.executable, "-m", "moba_megatron.cli", "evaluate", str(point.folder), *shlex.split(arguments)]
+        command = [sys.executable, "-m", "moba_megatron", "evaluate", str(point.folder), *shlex.split(arguments)]
         with open(log_file, "ab") as log:
             code = subprocess.run(command, stdout=log, stderr=log).returncode
         if code:
