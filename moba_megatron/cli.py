@@ -42,8 +42,10 @@ class LazyCommands(TyperGroup):
         if not cmd_name.startswith("prepare"):
             # Imports torch, which takes as long as preparing a hundred megabytes, and which that does not need.
             from moba_megatron.platform.quiet import silence_missing_libraries
+            from moba_megatron.platform.waiting import wait_briefly
 
             silence_missing_libraries()
+            wait_briefly()
         module, function = COMMANDS[cmd_name].split(":")
         found = getattr(import_module(module), function)
         if isinstance(found, typer.Typer):

@@ -1,30 +1,31 @@
 """What differs between a CPU and a CUDA machine, and the start and stop of the process groups.
 
 `apply` is called once, explicitly, at the start of a process and before any megatron-core object is built; importing
-this package changes nothing.
+this package changes nothing, and imports torch only when one of its names is asked for: `waiting` comes before torch.
 """
 
-from moba_megatron.platform.device import current_device
-from moba_megatron.platform.differences import DIFFERENCES, Difference, applied, apply, restore
-from moba_megatron.platform.libraries import Library, optional_libraries
-from moba_megatron.platform.process_groups import (
-    seed_all,
-    start_model_parallel,
-    start_process_group,
-    stop_process_groups,
-)
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "DIFFERENCES",
-    "Difference",
-    "Library",
-    "applied",
-    "apply",
-    "current_device",
-    "optional_libraries",
-    "restore",
-    "seed_all",
-    "start_model_parallel",
-    "start_process_group",
-    "stop_process_groups",
-]
+_MODULE_OF = {
+    "DIFFERENCES": "differences",
+    "Difference": "differences",
+    "Library": "libraries",
+    "applied": "differences",
+    "apply": "differences",
+    "current_device": "device",
+    "optional_libraries": "libraries",
+    "restore": "differences",
+    "seed_all": "process_groups",
+    "start_model_parallel": "process_groups",
+    "start_process_group": "process_groups",
+    "stop_process_groups": "process_groups",
+}
+
+__all__ = list(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
