@@ -9,9 +9,8 @@ from typing import Annotated
 
 import typer
 
+from moba_megatron.before_torch import configure_logging, silence_missing_libraries, wait_briefly
 from moba_megatron.config import ConfigError, load_config
-from moba_megatron.platform.processes import die_with_parent, end_job, leave, watch_for_failure
-from moba_megatron.platform.quiet import configure_logging, silence_missing_libraries
 
 
 def main(
@@ -25,6 +24,9 @@ def main(
 ) -> None:
     """Train a language model with MoBA attention on megatron-core. A run folder that holds a run is continued."""
     faulthandler.enable()
+    wait_briefly()  # before torch is imported
+    from moba_megatron.platform.processes import die_with_parent, end_job, leave, watch_for_failure
+
     silence_missing_libraries()
     configure_logging("INFO" if os.environ.get("LOCAL_RANK", "0") == "0" else "ERROR")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

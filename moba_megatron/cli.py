@@ -1,32 +1,46 @@
-"""The installed command `moba-megatron`: a thin door. Each command lives in its part of the package and is imported
-only when it is called."""
+"""The installed command `moba-megatron`: a thin door.
+
+Each command lives in its part of the package. Its module holds the signature and the help, and imports what does the
+work (torch, megatron-core, transformers) when the command is called: `--help` answers at once.
+"""
 
 from __future__ import annotations
 
-from importlib import import_module
+from collections.abc import Callable
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-COMMANDS = {
-    "prepare": "moba_megatron.corpus.prepare_command:prepare_command",
-    "prepare merge": "moba_megatron.corpus.prepare_command:merge_command",
-    "prepare inspect": "moba_megatron.corpus.prepare_command:inspect_command",
-    "prepare blend": "moba_megatron.corpus.prepare_command:blend_command",
-    "evaluate": "moba_megatron.evaluation.evaluate_command:evaluate_command",
-    "report": "moba_megatron.evaluation.report.report_command:report_command",
-    "generate": "moba_megatron.generation.generate_command:generate_command",
-    "import-hf": "moba_megatron.convert.hf_commands:import_command",
-    "export-hf": "moba_megatron.convert.hf_commands:export_command",
-    "bench": "moba_megatron.benchmark.bench_command:bench_command",
-    "scaling": "moba_megatron.scaling.scaling_command:scaling_app",
-    "plan": "moba_megatron.planning.plan_command:plan_command",
-    "doctor": "moba_megatron.doctor:doctor_command",
+from moba_megatron.before_torch import silence_missing_libraries, wait_briefly
+from moba_megatron.benchmark.bench_command import bench_command
+from moba_megatron.convert.hf_commands import export_command, import_command
+from moba_megatron.corpus.prepare_command import blend_command, inspect_command, merge_command, prepare_command
+from moba_megatron.doctor import doctor_command
+from moba_megatron.evaluation.evaluate_command import evaluate_command
+from moba_megatron.evaluation.report.report_command import report_command
+from moba_megatron.generation.generate_command import generate_command
+from moba_megatron.planning.plan_command import plan_command
+from moba_megatron.scaling.scaling_command import scaling_app
+
+COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
+    "prepare": prepare_command,
+    "prepare merge": merge_command,
+    "prepare inspect": inspect_command,
+    "prepare blend": blend_command,
+    "evaluate": evaluate_command,
+    "report": report_command,
+    "generate": generate_command,
+    "import-hf": import_command,
+    "export-hf": export_command,
+    "bench": bench_command,
+    "scaling": scaling_app,
+    "plan": plan_command,
+    "doctor": doctor_command,
 }
 
 
-class LazyCommands(TyperGroup):
-    """Knows the commands by name and imports the one that is asked for."""
+class Commands(TyperGroup):
+    """All commands, some of two words."""
 
     def list_commands(self, ctx: typer.Context) -> list[str]:
         return list(COMMANDS)
@@ -39,13 +53,9 @@ class LazyCommands(TyperGroup):
     def get_command(self, ctx: typer.Context, cmd_name: str) -> TyperCommand | TyperGroup | None:
         if cmd_name not in COMMANDS:
             return None
-        if not cmd_name.startswith("prepare"):
-            # Imports torch, which takes as long as preparing a hundred megabytes, and which that does not need.
-            from moba_megatron.platform.quiet import silence_missing_libraries
-
-            silence_missing_libraries()
-        module, function = COMMANDS[cmd_name].split(":")
-        found = getattr(import_module(module), function)
+        wait_briefly()
+        silence_missing_libraries()
+        found = COMMANDS[cmd_name]
         if isinstance(found, typer.Typer):
             group = typer.main.get_group(found)
             group.name = cmd_name  # else `--help` lists it without one
@@ -55,7 +65,7 @@ class LazyCommands(TyperGroup):
         return typer.main.get_command(single)
 
 
-app = typer.Typer(cls=LazyCommands, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -64,7 +74,3 @@ def main() -> None:
 
     Training itself is `python train.py CONFIG.yaml`.
     """
-
-
-if __name__ == "__main__":
-    app()

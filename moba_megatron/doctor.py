@@ -8,18 +8,11 @@ import platform as machine
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
 from moba_megatron import __version__
-from moba_megatron.config import ConfigError, load_config
-from moba_megatron.model.schedule import checked_schedule
-from moba_megatron.ops import resolve_backend, resolve_full_backend
-from moba_megatron.ops.backends import BACKENDS, FULL_BACKENDS, Backend
-from moba_megatron.platform import current_device, optional_libraries
-from moba_megatron.training.preflight import preflight, run_choices
 
 PACKAGES = ("torch", "megatron-core", "triton", "transformers", "tokenizers", "datasets", "gigatoken", "wandb")
 
@@ -33,12 +26,12 @@ def doctor_command(
 ) -> None:
     """Print versions, devices, optional libraries and attention backends, and why those that cannot run cannot. With a
     configuration, end with 2 if a run of it would not start: for its settings, data, first weights or run folder."""
+    from moba_megatron.config import ConfigError
+
     console = Console(highlight=False, soft_wrap=True)
     _print_versions(console)
     _print_libraries(console)
-    device = current_device()
-    _print_backends(console, device, "MoBA", BACKENDS, resolve_backend("auto", device))
-    _print_backends(console, device, "full attention", FULL_BACKENDS, resolve_full_backend("auto", device))
+    _print_backends(console)
     if config is not None:
         try:
             _print_run(console, config, overrides)
@@ -53,6 +46,10 @@ def _print_run(console: Console, path: Path, overrides: list[str] | None) -> Non
     Raises:
         ConfigError: it would not start.
     """
+    from moba_megatron.config import load_config
+    from moba_megatron.model.schedule import checked_schedule
+    from moba_megatron.training.preflight import preflight, run_choices
+
     config = load_config(path, overrides)
     lines = run_choices(config, checked_schedule(config))
     console.print("\n".join([f"a run of {path} would use", *(f"  {line}" for line in lines)]), markup=False)
@@ -66,6 +63,8 @@ def _print_run(console: Console, path: Path, overrides: list[str] | None) -> Non
 
 
 def _print_versions(console: Console) -> None:
+    import torch
+
     table = Table("what", "version")
     table.add_row("moba-megatron", __version__)
     table.add_row("python", machine.python_version())
@@ -81,6 +80,8 @@ def _print_versions(console: Console) -> None:
 
 
 def _print_libraries(console: Console) -> None:
+    from moba_megatron.platform import optional_libraries
+
     table = Table(Column("optional library", no_wrap=True), "state", "used for", "how to get it")
     for library in optional_libraries().values():
         state = f"{library.version or 'found'}" if library.available else f"no: {library.reason}"
@@ -88,12 +89,19 @@ def _print_libraries(console: Console) -> None:
     console.print(table)
 
 
-def _print_backends(
-    console: Console, device: torch.device, what: str, backends: dict[str, Backend], chosen: tuple[str, str]
-) -> None:
-    table = Table(f"{what} by", f"on {device.type}", "what it is")
-    for backend in backends.values():
-        reason = backend.unavailable(device)
-        table.add_row(backend.name, "available" if reason is None else f"no: {reason}", backend.summary)
-    table.add_row("auto", *chosen)
-    console.print(table)
+def _print_backends(console: Console) -> None:
+    from moba_megatron.ops import resolve_backend, resolve_full_backend
+    from moba_megatron.ops.backends import BACKENDS, FULL_BACKENDS
+    from moba_megatron.platform import current_device
+
+    device = current_device()
+    for what, backends, chosen in (
+        ("MoBA", BACKENDS, resolve_backend("auto", device)),
+        ("full attention", FULL_BACKENDS, resolve_full_backend("auto", device)),
+    ):
+        table = Table(f"{what} by", f"on {device.type}", "what it is")
+        for backend in backends.values():
+            reason = backend.unavailable(device)
+            table.add_row(backend.name, "available" if reason is None else f"no: {reason}", backend.summary)
+        table.add_row("auto", *chosen)
+        console.print(table)

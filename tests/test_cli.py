@@ -28,6 +28,33 @@ def call(*arguments: object, code: int = 0) -> str:
     return result.stderr if code else result.stdout
 
 
+def test_the_package_is_the_command():
+    command = [sys.executable, "-m", "moba_megatron", "plan", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    # The usage is padded to the width of the terminal.
+    assert done.stdout.replace("python -m moba_megatron", "moba-megatron").split() == call("plan", "--help").split()
+
+
+# What takes seconds to import.
+HEAVY = ("torch", "megatron", "transformers", "numpy", "scipy", "matplotlib", "omegaconf", "tokenizers", "datasets")
+ALL_HELP = """
+import sys
+from typer.testing import CliRunner
+from moba_megatron.cli import COMMANDS, app
+commands = [[], *(name.split() for name in COMMANDS), *(["scaling", name] for name in "plan run fit plot table".split())]
+for words in commands:
+    result = CliRunner().invoke(app, [*words, "--help"])
+    assert result.exit_code == 0 and "Usage:" in result.output, (words, result.output)
+print(*(name for name in sys.argv[1:] if name in sys.modules))
+"""
+
+
+def test_help_imports_nothing_that_takes_long():
+    command = [sys.executable, "-c", ALL_HELP, *HEAVY]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout == "\n"
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     config = small_config(

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "moba_megatron"
 
 ALLOWED = {
+    "before_torch": set(),
     "config": set(),
     "ops": set(),
     "hf": {"ops"},
@@ -32,9 +33,11 @@ ALLOWED = {
     },
     "scaling": {"planning", "model", "runs", "platform", "config"},
     "doctor": {"training", "model", "ops", "platform", "config"},
-    "cli": {"doctor", "scaling", "benchmark", "planning", "evaluation", "generation", "convert", "corpus", "platform"},
-    "__main__": {"cli", "platform"},
-    "train": {"training", "platform", "config"},
+    "cli": {
+        *("doctor", "scaling", "benchmark", "planning", "evaluation", "generation", "convert", "corpus", "before_torch")
+    },
+    "__main__": {"cli"},
+    "train": {"training", "platform", "before_torch", "config"},
 }
 
 

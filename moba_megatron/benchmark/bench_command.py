@@ -11,15 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from rich.console import Console
 
-from moba_megatron.benchmark.exchanges import run_context_bench
-from moba_megatron.benchmark.expected import run_model
-from moba_megatron.benchmark.operator import run_bench
 from moba_megatron.benchmark.settings import BenchSettings
-from moba_megatron.benchmark.tune import run_tune
 
 DEFAULTS = BenchSettings()
 _NOT_FOR_DECODE = ("dtypes", "modes", "backend", "full", "preset", "context_parallel", "tune", "model")
@@ -71,10 +65,16 @@ def bench_command(
     With --context-parallel C: bytes and seconds of each exchange over C ranks, which are started on this machine unless
     torchrun has started them. No speed is reported for settings under which a result is wrong.
     """
-    console = Console(soft_wrap=True)
     if decode:
         _refuse_ignored(context)
+
+    import torch
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
     if model:
+        from moba_megatron.benchmark.expected import run_model
+
         run_model(output, console)
         return
     try:
@@ -93,6 +93,8 @@ def bench_command(
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         )
         if tune:
+            from moba_megatron.benchmark.tune import run_tune
+
             run_tune(replace(settings, backend="triton"), output, console)
             return
         if decode:
@@ -101,13 +103,17 @@ def bench_command(
             run_decode_bench(decode_settings(settings), output, console)
             return
         if context_parallel is not None:
+            from moba_megatron.benchmark.exchanges import run_context_bench
+
             run_context_bench(settings, context_parallel, output, console)
-            return _show(console, output, "context")
+            return _show(output, "context")
+        from moba_megatron.benchmark.operator import run_bench
+
         result = run_bench(settings, output, preset=preset, console=console)
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    _show(console, output, "bench")
+    _show(output, "bench")
     if result.refused:
         raise typer.Exit(1)
 
@@ -122,9 +128,9 @@ def _refuse_ignored(context: typer.Context) -> None:
         raise typer.Exit(2)
 
 
-def _show(console: Console, output: Path, name: str) -> None:
+def _show(output: Path, name: str) -> None:
     for suffix in ("csv", "md", "png"):
-        console.print(f"  {output / name}.{suffix}")
+        typer.echo(f"  {output / name}.{suffix}")
 
 
 def _tokens(text: str) -> int:

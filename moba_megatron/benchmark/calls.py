@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moba_megatron.ops import full_attention
 
+# By the names that settings have.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-MODES = ("fwd", "fwd+bwd")
 
 Call = Callable[[], None]
 # Seconds that a timed run on a GPU takes at least.

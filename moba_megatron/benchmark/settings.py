@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moba_megatron.benchmark.calls import DTYPES, MODES
+DTYPES = ("fp32", "bf16", "fp16", "fp64")
+MODES = ("fwd", "fwd+bwd")
 
 
 @dataclass(frozen=True)

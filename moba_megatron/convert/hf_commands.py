@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-
-from moba_megatron.checkpoint import CheckpointError
-from moba_megatron.config import ConfigError
-from moba_megatron.convert.export_hf import export_huggingface
-from moba_megatron.convert.exported import Exported, open_exported
-from moba_megatron.convert.import_hf import import_huggingface
-from moba_megatron.convert.verify import TOLERANCE, verify
-from moba_megatron.platform import stop_process_groups
 
 _VERIFY = "Hold the logits of both models against each other in fp32, and fail if they differ."
 
@@ -33,6 +24,12 @@ def import_command(
 
     A model that does not fit into the memory of one process needs no import: set model.init_from=HF_DIR in training.
     """
+    from moba_megatron.checkpoint import CheckpointError
+    from moba_megatron.convert.exported import open_exported
+    from moba_megatron.convert.import_hf import import_huggingface
+    from moba_megatron.convert.verify import verify_conversion
+    from moba_megatron.platform import stop_process_groups
+
     console = Console(highlight=False, soft_wrap=True)
     try:
         with _progress(console, "parameters") as bar:
@@ -42,7 +39,7 @@ def import_command(
         console.print(str(out), markup=False)
         if check:
             stop_process_groups()
-            _verify(console, open_exported(out), source)
+            verify_conversion(console, open_exported(out), source)
     except (CheckpointError, ValueError) as error:
         _fail(error)
 
@@ -71,6 +68,11 @@ def export_command(
     check: Annotated[bool, typer.Option("--verify", help=_VERIFY)] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face model. Needs no GPU, whatever the checkpoint was trained on."""
+    from moba_megatron.checkpoint import CheckpointError
+    from moba_megatron.convert.export_hf import export_huggingface
+    from moba_megatron.convert.exported import open_exported
+    from moba_megatron.convert.verify import verify_conversion
+
     console = Console(highlight=False, soft_wrap=True)
     try:
         exported = open_exported(run, tokenizer)
@@ -87,7 +89,7 @@ def export_command(
             console.print(f"note: load the tokenizer by {reader}: AutoTokenizer would give other ids (see README.md)")
         console.print(str(out), markup=False)
         if check:
-            _verify(console, exported, out)
+            verify_conversion(console, exported, out)
     except (CheckpointError, ValueError) as error:
         _fail(error)
 
@@ -105,23 +107,9 @@ def _progress(console: Console, what: str) -> _Bar:
     return bar
 
 
-def _verify(console: Console, exported: Exported, folder: Path) -> None:
-    """Print the comparison; ValueError if a text differs by more than the tolerance."""
-    found = verify(exported, folder)
-    table = Table("logits in fp32", "tokens", "largest difference", "largest logit")
-    for text in found:
-        table.add_row(text.name, f"{text.tokens:,}", f"{text.difference:.2e}", f"{text.largest:.2f}")
-    console.print(table)
-    worst = max(found, key=lambda text: text.relative)
-    if worst.relative > TOLERANCE:
-        raise ValueError(
-            f"{folder} is not the model of {exported.checkpoint}: the logits of {worst.name} differ by "
-            f"{worst.difference:.2e}, over {TOLERANCE:g} of the largest. Do not use it"
-        )
-    console.print(f"verified: differences are within {TOLERANCE:g} of the largest logit")
+def _fail(error: Exception) -> NoReturn:
+    from moba_megatron.config import ConfigError
 
-
-def _fail(error: Exception) -> None:
     text = "\n  ".join(error.problems) if isinstance(error, ConfigError) else str(error)
     typer.echo(f"error: {text}", err=True)
     raise typer.Exit(2) from error

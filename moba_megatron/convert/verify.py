@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from moba_megatron.convert.exported import Exported
@@ -130,3 +132,23 @@ def _compare(text: Text, ours: Tensor, theirs: Tensor) -> Comparison:
     differences = (ours - theirs).abs().amax(-1)
     difference = differences.median() if text.moba else differences.max()
     return Comparison(text.name, text.ids.shape[1], float(difference), float(theirs.abs().max()))
+
+
+def verify_conversion(console: Console, exported: Exported, folder: Path) -> None:
+    """Compare and print it.
+
+    Raises:
+        ValueError: the logits of a text differ by more than the tolerance.
+    """
+    found = verify(exported, folder)
+    table = Table("logits in fp32", "tokens", "largest difference", "largest logit")
+    for text in found:
+        table.add_row(text.name, f"{text.tokens:,}", f"{text.difference:.2e}", f"{text.largest:.2f}")
+    console.print(table)
+    worst = max(found, key=lambda text: text.relative)
+    if worst.relative > TOLERANCE:
+        raise ValueError(
+            f"{folder} is not the model of {exported.checkpoint}: the logits of {worst.name} differ by "
+            f"{worst.difference:.2e}, over {TOLERANCE:g} of the largest. Do not use it"
+        )
+    console.print(f"verified: differences are within {TOLERANCE:g} of the largest logit")

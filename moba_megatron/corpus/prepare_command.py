@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from moba_megatron.config import ConfigError
 
 _WILD = "*?["
 
@@ -176,6 +173,10 @@ def errors_reported(after_failure: str) -> Iterator[None]:
     Args:
         after_failure: what to do after an error of the system.
     """
+    from concurrent.futures.process import BrokenProcessPool
+
+    from moba_megatron.config import ConfigError
+
     try:
         yield
     except ConfigError as error:

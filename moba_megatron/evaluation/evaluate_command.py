@@ -7,13 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from moba_megatron.evaluation.attention_choice import parse_choice
-from moba_megatron.evaluation.routing.evaluate_routing import evaluate_routing
-from moba_megatron.evaluation.subject import open_subject
-from moba_megatron.evaluation.tasks.options import DEPTHS, task_options
-from moba_megatron.runs.records import EvaluationRecords
+DEPTHS = "0,0.25,0.5,0.75,1"
 
 
 def evaluate_command(
@@ -87,6 +82,13 @@ def evaluate_command(
     Writes RUN/evaluation/*.json, a line each in RUN/evaluations.jsonl, pictures in RUN/plots, and to the trackers that
     the run has on.
     """
+    from rich.console import Console
+
+    from moba_megatron.evaluation.attention_choice import parse_choice
+    from moba_megatron.evaluation.subject import open_subject
+    from moba_megatron.evaluation.tasks.options import task_options
+    from moba_megatron.runs.records import EvaluationRecords
+
     console = Console(highlight=False, soft_wrap=True)
     try:
         choice = parse_choice("--routing-choice", routing_choice) if routing_choice else None
@@ -140,6 +142,8 @@ def evaluate_command(
 
                 evaluate_losses(subject, records, console, choices)
             if routing:
+                from moba_megatron.evaluation.routing.evaluate_routing import evaluate_routing
+
                 evaluate_routing(subject, records, console, samples=routing_samples, choice=choice)
             if options:
                 from moba_megatron.evaluation.tasks.asked import from_subject

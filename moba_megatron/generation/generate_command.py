@@ -9,12 +9,6 @@ from typing import Annotated
 
 import typer
 
-from moba_megatron.checkpoint.manifest import CheckpointError
-from moba_megatron.config import ConfigError
-from moba_megatron.generation.engine import continue_prompt
-from moba_megatron.generation.loading import load_generator
-from moba_megatron.generation.streaming import TextStream
-
 
 class Decode(StrEnum):
     full = "full"
@@ -46,6 +40,12 @@ def generate_command(
     ] = 4096,
 ) -> None:
     """Continue a prompt. The text goes to standard output as it comes, how the model attends to standard error."""
+    from moba_megatron.checkpoint.manifest import CheckpointError
+    from moba_megatron.config import ConfigError
+    from moba_megatron.generation.engine import continue_prompt
+    from moba_megatron.generation.loading import load_generator
+    from moba_megatron.generation.streaming import TextStream
+
     try:
         text = _prompt(prompt, prompt_file)
         generator = load_generator(source, decode and decode.value)

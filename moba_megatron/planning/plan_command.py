@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-
-from moba_megatron.config import Config, ConfigError, check_world, load_config
-from moba_megatron.model.schedule import AttentionSchedule, checked_schedule
-from moba_megatron.planning.plan_layouts import Layout, suggest_layouts
-from moba_megatron.planning.plan_machines import GPUS, Cluster
-from moba_megatron.planning.plan_report import assumptions, print_cost, print_layouts, print_plan, to_json
-from moba_megatron.planning.run_plan import RunPlan, check_precision, plan_run, vocabulary_size
 
 
 def plan_command(
@@ -34,58 +25,15 @@ def plan_command(
     Nothing is measured and no GPU is needed. Ends with 1 if the configuration's own layout does not fit these GPUs, and
     with 2 for mistakes.
     """
+    from moba_megatron.config import ConfigError, load_config
+    from moba_megatron.planning.plan_cluster import chosen_cluster, plan_on
+
     try:
-        loaded = load_config(config, overrides)
-        cluster = _cluster(gpu, gpus, per_node)
-        schedule = checked_schedule(loaded)
-        vocab_size = vocabulary_size(loaded)
-        plan, problem = _own_layout(loaded, schedule, vocab_size, cluster)
-        suggested = suggest_layouts(loaded, schedule, vocab_size, cluster, layouts) if layouts else []
+        fits = plan_on(
+            load_config(config, overrides), chosen_cluster(gpu, gpus, per_node), layouts, price_per_hour, output
+        )
     except ConfigError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    console = Console(highlight=False, soft_wrap=True)
-    _print(console, plan, problem, suggested, layouts > 0, cluster, price_per_hour)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(to_json(plan, problem, suggested, cluster), indent=2) + "\n")
-        console.print(f"  {output}")
-    if plan is None or not plan.fits:
+    if not fits:
         raise typer.Exit(1)
-
-
-def _print(
-    console: Console,
-    plan: RunPlan | None,
-    problem: str | None,
-    suggested: list[Layout],
-    asked: bool,
-    cluster: Cluster,
-    price: float | None,
-) -> None:
-    if plan is None:
-        console.print(f"the configuration's own layout cannot run on {cluster.count} GPUs: {problem}", markup=False)
-    else:
-        print_plan(console, plan)
-        print_cost(console, plan, price)
-    if asked:
-        print_layouts(console, suggested)
-    console.print("\n".join(["assumptions", *(f"  {line}" for line in assumptions(cluster))]), markup=False)
-
-
-def _own_layout(
-    config: Config, schedule: AttentionSchedule, vocab_size: int, cluster: Cluster
-) -> tuple[RunPlan | None, str | None]:
-    """The plan of the layout as configured, or what keeps it from these GPUs; other mistakes come through."""
-    check_precision(config)
-    try:
-        check_world(config, cluster.count)
-    except ConfigError as error:
-        return None, "; ".join(error.problems)
-    return plan_run(config, schedule, vocab_size, cluster), None
-
-
-def _cluster(gpu: str, count: int, per_node: int) -> Cluster:
-    if gpu.lower() not in GPUS:
-        raise ConfigError([f"--gpu {gpu}: choose one of {', '.join(GPUS)}"])
-    return Cluster(GPUS[gpu.lower()], count, per_node)

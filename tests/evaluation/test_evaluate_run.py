@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from moba_megatron.cli import app
 from moba_megatron.evaluation.evaluate_command import evaluate_command
 from moba_megatron.evaluation.losses.evaluate_losses import evaluate_losses
-from moba_megatron.evaluation.report.report_command import report_page
+from moba_megatron.evaluation.report.run_page import report_page
 from moba_megatron.evaluation.report.run_view import view_run
 from moba_megatron.evaluation.routing.capture import capture_attention
 from moba_megatron.evaluation.routing.evaluate_routing import evaluate_routing

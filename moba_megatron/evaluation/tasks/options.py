@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from moba_megatron.evaluation.tasks.puzzles import TASKS
 
 ALL = "all"
-DEPTHS = "0,0.25,0.5,0.75,1"
 _SHORTEST = 128
 _DEFAULT_LENGTHS = 4
 _UNITS = {"": 1, "K": 2**10, "M": 2**20}

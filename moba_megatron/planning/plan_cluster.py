@@ -1,0 +1,84 @@
+"""The plan of a configuration on a cluster: its own layout and others, printed and as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from moba_megatron.config import Config, ConfigError, check_world
+from moba_megatron.model.schedule import AttentionSchedule, checked_schedule
+from moba_megatron.planning.plan_layouts import Layout, suggest_layouts
+from moba_megatron.planning.plan_machines import GPUS, Cluster
+from moba_megatron.planning.plan_report import assumptions, print_cost, print_layouts, print_plan, to_json
+from moba_megatron.planning.run_plan import RunPlan, check_precision, plan_run, vocabulary_size
+
+
+def plan_on(config: Config, cluster: Cluster, layouts: int, price_per_hour: float | None, output: Path | None) -> bool:
+    """Print the plan of a configuration, and layouts that serve it better.
+
+    Args:
+        layouts: how many to suggest.
+        price_per_hour: of one GPU, in any currency; None: no cost is printed.
+        output: a file for everything as JSON.
+
+    Returns:
+        Whether the configuration's own layout fits the cluster.
+
+    Raises:
+        ConfigError: a configuration that cannot be planned.
+    """
+    schedule = checked_schedule(config)
+    vocab_size = vocabulary_size(config)
+    plan, problem = _own_layout(config, schedule, vocab_size, cluster)
+    suggested = suggest_layouts(config, schedule, vocab_size, cluster, layouts) if layouts else []
+    console = Console(highlight=False, soft_wrap=True)
+    _print(console, plan, problem, suggested, layouts > 0, cluster, price_per_hour)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(to_json(plan, problem, suggested, cluster), indent=2) + "\n")
+        console.print(f"  {output}")
+    return plan is not None and plan.fits
+
+
+def _print(
+    console: Console,
+    plan: RunPlan | None,
+    problem: str | None,
+    suggested: list[Layout],
+    asked: bool,
+    cluster: Cluster,
+    price: float | None,
+) -> None:
+    if plan is None:
+        console.print(f"the configuration's own layout cannot run on {cluster.count} GPUs: {problem}", markup=False)
+    else:
+        print_plan(console, plan)
+        print_cost(console, plan, price)
+    if asked:
+        print_layouts(console, suggested)
+    console.print("\n".join(["assumptions", *(f"  {line}" for line in assumptions(cluster))]), markup=False)
+
+
+def _own_layout(
+    config: Config, schedule: AttentionSchedule, vocab_size: int, cluster: Cluster
+) -> tuple[RunPlan | None, str | None]:
+    """The plan of the layout as configured, or what keeps it from these GPUs; other mistakes come through."""
+    check_precision(config)
+    try:
+        check_world(config, cluster.count)
+    except ConfigError as error:
+        return None, "; ".join(error.problems)
+    return plan_run(config, schedule, vocab_size, cluster), None
+
+
+def chosen_cluster(gpu: str, count: int, per_node: int) -> Cluster:
+    """`count` GPUs of a name out of `GPUS`, `per_node` in a node.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if gpu.lower() not in GPUS:
+        raise ConfigError([f"--gpu {gpu}: choose one of {', '.join(GPUS)}"])
+    return Cluster(GPUS[gpu.lower()], count, per_node)
