@@ -42,9 +42,8 @@ ALL_HELP = """
 import sys
 from typer.testing import CliRunner
 from moba_megatron.cli import COMMANDS, app
-commands = [[], *(name.split() for name in COMMANDS), *(["scaling", name] for name in "plan run fit plot table".split())]
-for words in commands:
-    result = CliRunner().invoke(app, [*words, "--help"])
+for words in ["", *COMMANDS, *(f"scaling {name}" for name in "plan run fit plot table".split())]:
+    result = CliRunner().invoke(app, [*words.split(), "--help"])
     assert result.exit_code == 0 and "Usage:" in result.output, (words, result.output)
 print(*(name for name in sys.argv[1:] if name in sys.modules))
 """

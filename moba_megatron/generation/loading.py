@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from moba_megatron.checkpoint import reader
+from moba_megatron.checkpoint import load_model
 from moba_megatron.checkpoint.find import find_checkpoint, saved_config
 from moba_megatron.checkpoint.manifest import CheckpointError, Manifest
 from moba_megatron.config import Config
@@ -103,7 +103,7 @@ def open_model(path: str | Path, tokenizer_fingerprint: str, vocab_size: int) ->
     device = start_single_rank(config.run.seed)
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
     model = build_model(config, config.model.vocab_size or vocab_size, schedule)
-    step = reader.load_model(checkpoint, model, check_files=config.checkpoint.verify).step
+    step = load_model(checkpoint, model, check_files=config.checkpoint.verify).step
     set_attention_stage(model, schedule, schedule.stage_at(max(step, 1), config.training.steps))
     for chunk in model:
         chunk.eval()
@@ -128,7 +128,7 @@ def load_generator(path: Path, decode: str | None = None) -> Generator:
     return _from_checkpoint(open_exported(path), decode)
 
 
-def load_model(path: Path, decode: str | None = None) -> tuple[Any, str]:
+def load_huggingface(path: Path, decode: str | None = None) -> tuple[Any, str]:
     """The model of a Hugging Face folder in evaluation mode, and how its layers attend in a line.
 
     Args:
@@ -185,7 +185,7 @@ def template_start(tokenizer: Any) -> list[int]:
 
 def _from_huggingface(path: Path, decode: str | None) -> Generator:
     tokenizer = load_tokenizer(path)
-    model, attention = load_model(path, decode)
+    model, attention = load_huggingface(path, decode)
     return _generator(model, tokenizer, attention)
 
 

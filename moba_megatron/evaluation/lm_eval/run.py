@@ -26,7 +26,7 @@ from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.evaluation.attention_choice import chosen_attentions
 from moba_megatron.evaluation.lm_eval.tasks import RULER, RulerSettings, write_tasks
 from moba_megatron.evaluation.tasks.options import parse_lengths
-from moba_megatron.generation.loading import load_model, load_tokenizer
+from moba_megatron.generation.loading import load_huggingface, load_tokenizer
 from moba_megatron.hf import NAME, MoBASettings, check_attends
 from moba_megatron.hf.probe import has_moba_layers
 from moba_megatron.runs.folder import RunFolder
@@ -117,7 +117,7 @@ def evaluate_with_harness(
         _draw_ruler(folders[-1], settings.ruler, found.model, tokenizer, console)
         names.append(RULER)
     manager = _task_manager(names, folders)
-    model, line = _load(load_model, found.model)
+    model, line = _load(load_huggingface, found.model)
     console.print(f"attention of the model: {line}", markup=False)
     files, results = [], {}
     with EvaluationRecords(found.folder, found.config) as records:

@@ -15,7 +15,7 @@ from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.evaluation.attention_choice import chosen_attentions
 from moba_megatron.evaluation.subject import Subject
 from moba_megatron.evaluation.tasks.scoring import OpenedTaskModel, TaskModel
-from moba_megatron.generation.loading import load_model, load_tokenizer, load_training_tokenizer, template_start
+from moba_megatron.generation.loading import load_huggingface, load_tokenizer, load_training_tokenizer, template_start
 from moba_megatron.hf import NAME
 from moba_megatron.hf.probe import has_moba_layers
 from moba_megatron.runs.folder import RunFolder
@@ -105,7 +105,7 @@ def from_huggingface(folder: Path, attention: str | None) -> Asked:
         ValueError: an attention that the model does not have, or one that would be ignored.
         OSError: no weights or no tokenizer.
     """
-    model, _ = load_model(folder)
+    model, _ = load_huggingface(folder)
     before = template_start(load_tokenizer(folder))
 
     def attend(kind: str) -> TaskModel:
