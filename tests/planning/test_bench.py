@@ -14,8 +14,9 @@ from rich.console import Console
 from triton.errors import TritonError
 
 import moba_megatron.planning.bench as bench
-from moba_megatron.ops import adapters, select_blocks, tiles
-from moba_megatron.ops.passes import ROWS_OF_TRIANGLE
+from moba_megatron.ops import adapters, select_blocks
+from moba_megatron.ops.gathered import tiles
+from moba_megatron.ops.gathered.kv_heads import ROWS_OF_TRIANGLE
 from moba_megatron.ops.reference import reference_attend
 from moba_megatron.planning import agreement
 from moba_megatron.planning.bench import run_bench
