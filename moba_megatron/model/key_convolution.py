@@ -39,8 +39,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moba_megatron.model.core_attention import pack_boundaries
 from moba_megatron.ops.precision import score_dtype
+from moba_megatron.parallel.context_plan import host_boundaries
 from moba_megatron.parallel.halo import edge_rows, previous_in_pack, previous_rows
-from moba_megatron.parallel.plan import host_boundaries
 
 WIDTHS = (3, 5)
 

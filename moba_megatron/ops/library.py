@@ -56,7 +56,7 @@ _SETTINGS = "Tensor? cu_seqlens, int block_size, SymInt? max_seqlen, str backend
     "float? threshold=None) -> Tensor",
 )
 def select_past_op(q, k, num_past, cu_seqlens, block_size, max_seqlen, backend, *selection):
-    """int32 [T, N, num_past] ids of past blocks for q [T, N, D], k [T, G, D], as `ops.routing.select_past`."""
+    """int32 [T, N, num_past] ids of past blocks for q [T, N, D], k [T, G, D], as `ops.gathered.routing.select_past`."""
     steps = steps_of(backend, Selection(*selection))
     layout = _checked_layout(q, cu_seqlens, block_size, max_seqlen)
     return steps.select_past(q, steps.summarize(k, layout), layout, num_past)

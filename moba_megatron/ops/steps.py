@@ -1,50 +1,118 @@
-"""Which function does which step of MoBA: the parts of a backend that is sparse in time and memory.
+"""The steps of MoBA: what a backend that is sparse in time and memory is made of.
 
-| step | what | see |
-|---|---|---|
-| `summary` | what a block shows of its keys; None where nothing is asked for | `ops.summaries` |
-| `summarize` | summaries of blocks | `ops.routing` |
-| `select_past` | ids of the past blocks that each query attends | `ops.routing` |
-| `attend` | attention with given ids in a whole pack, differentiable | `ops.gathered` |
-| `attend_forward`, `attend_backward` | its two halves | `ops.gathered` |
-| `accumulate`, `accumulate_backward` | attention of a fragment of the keys, merged into the rest | `ops.gathered` |
-| `output_delta` | inner products of the output and its gradient, for the backward pass of fragments | `ops.gathered` |
-
-All backends have the same signatures and contracts, written down where the table points. Attention knows only ids:
-kernels that choose by top-k of the means alone leave every other selection to the portable routing, which runs on any
-device.
+Two backends have them, with the same contracts: `gathered.backend.GatheredSteps` and `triton.backend.TritonSteps`. The
+contracts are written down at the portable functions. Attention knows only ids, so the two may choose blocks alike or
+not.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Protocol
 
-from moba_megatron.ops import routing
+from torch import Tensor
+
+from moba_megatron.ops.fragments import Fragment, Keys
+from moba_megatron.ops.gathered.backend import GatheredSteps
+from moba_megatron.ops.layout import BlockLayout, TokenBlocks
 from moba_megatron.ops.selection import MOBA, Selection
 from moba_megatron.ops.summaries import Summary
 
-# Backend: modules of its routing and of its attention.
-_MODULES = {
-    "gathered": ("moba_megatron.ops.routing", "moba_megatron.ops.gathered"),
-    "triton": ("moba_megatron.ops.triton", "moba_megatron.ops.triton"),
-}
 
+class Steps(Protocol):
+    """The steps of one backend for one selection.
 
-class Steps(NamedTuple):
-    """The steps of one backend for one selection; see the module."""
+    Attributes:
+        summary: what a block shows of its keys; None where nothing is asked for.
+    """
 
     summary: Summary | None
-    summarize: Callable
-    select_past: Callable
-    attend: Callable
-    attend_forward: Callable
-    attend_backward: Callable
-    accumulate: Callable
-    accumulate_backward: Callable
-    output_delta: Callable
+
+    def summarize(self, k_TGD: Tensor, layout: BlockLayout) -> Tensor | None:
+        """Summaries of blocks, see `gathered.summaries`."""
+        ...
+
+    def select_past(self, q_TND: Tensor, summaries_MGD: Tensor | None, layout: TokenBlocks, num_past: int) -> Tensor:
+        """Ids of the past blocks that each query attends, see `gathered.routing`."""
+        ...
+
+    def attend(
+        self,
+        q_TND: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        ids_TNK: Tensor,
+        layout: BlockLayout,
+        softmax_scale: float,
+        workspace_bytes: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention with given ids in a whole pack, differentiable, see `gathered.attention`."""
+        ...
+
+    def attend_forward(
+        self,
+        q_TND: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        ids_TNK: Tensor,
+        layout: BlockLayout,
+        softmax_scale: float,
+        workspace_bytes: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The forward half of `attend`."""
+        ...
+
+    def attend_backward(
+        self,
+        dout_TND: Tensor,
+        q_TND: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        out_TND: Tensor,
+        lse_TN: Tensor,
+        ids_TNK: Tensor,
+        layout: BlockLayout,
+        softmax_scale: float,
+        workspace_bytes: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The backward half of `attend`."""
+        ...
+
+    def accumulate(
+        self,
+        q_TND: Tensor,
+        keys: Keys,
+        ids_TNK: Tensor,
+        fragment: Fragment,
+        softmax_scale: float,
+        out_TND: Tensor,
+        lse_TN: Tensor,
+        workspace_bytes: int | None = None,
+    ) -> None:
+        """Attention of a fragment of the keys, merged into the rest, see `gathered.attention`."""
+        ...
+
+    def accumulate_backward(
+        self,
+        dout_TND: Tensor,
+        q_TND: Tensor,
+        keys: Keys,
+        ids_TNK: Tensor,
+        fragment: Fragment,
+        softmax_scale: float,
+        out_TND: Tensor | None,
+        lse_TN: Tensor,
+        delta_TN: Tensor,
+        dq_TND: Tensor,
+        dk_SGD: Tensor,
+        dv_SGD: Tensor,
+        workspace_bytes: int | None = None,
+    ) -> None:
+        """Gradients of one `accumulate`."""
+        ...
+
+    def output_delta(self, dout_TND: Tensor, out_TND: Tensor) -> Tensor:
+        """Inner products of the output and its gradient, for the backward pass of fragments."""
+        ...
 
 
 def has_steps(backend: str) -> bool:
@@ -53,16 +121,15 @@ def has_steps(backend: str) -> bool:
     >>> has_steps("gathered"), has_steps("reference")
     (True, False)
     """
-    return backend in _MODULES
+    return backend in ("gathered", "triton")
 
 
 def steps_of(backend: str, selection: Selection = MOBA) -> Steps:
-    """The steps of a backend for which `has_steps` holds. Imports what it needs: without a GPU nothing needs Triton."""
-    own_routing, attention = map(importlib.import_module, _MODULES[backend])
-    summary = selection.make_summary()
-    if selection.is_plain:
-        summarize, select_past = own_routing.summarize, own_routing.select_past
-    else:
-        summarize = functools.partial(routing.summarize, summary=summary)
-        select_past = functools.partial(routing.select_past, selector=selection.make_selector(), summary=summary)
-    return Steps(summary, summarize, select_past, *(getattr(attention, name) for name in Steps._fields[3:]))
+    """The steps of a backend for which `has_steps` holds."""
+    assert has_steps(backend), backend
+    if backend == "gathered":
+        return GatheredSteps(selection)
+    # Only here: Triton exists on Linux alone.
+    from moba_megatron.ops.triton.backend import TritonSteps
+
+    return TritonSteps(selection)

@@ -34,12 +34,12 @@ from moba_megatron.ops.layout import check_inputs, check_settings
 from moba_megatron.ops.precision import score_dtype, without_autocast
 from moba_megatron.ops.selection import MOBA, Selection
 from moba_megatron.ops.steps import Steps, has_steps, steps_of
+from moba_megatron.parallel.context_plan import ContextPlan, host_boundaries, inner_order, plan_for
 from moba_megatron.parallel.dispatch import Dispatch
 from moba_megatron.parallel.exchange import Exchange, Queries, Task
 from moba_megatron.parallel.gather import Gather
 from moba_megatron.parallel.heads import to_heads, to_tokens
 from moba_megatron.parallel.layout import check_divisible
-from moba_megatron.parallel.plan import ContextPlan, host_boundaries, inner_order, plan_for
 from moba_megatron.parallel.ring import Ring
 from moba_megatron.parallel.summaries import SummaryExchange
 from moba_megatron.parallel.traffic import EXCHANGES, Sizes, refusal

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from moba_megatron.ops.fragments import Fragment, Keys
+from moba_megatron.parallel.context_plan import ContextPlan
 from moba_megatron.parallel.exchange import Queries, Task
-from moba_megatron.parallel.plan import ContextPlan
 from moba_megatron.parallel.wire import Pending, Wire
 
 FAIR = 1.25

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moba_megatron.ops.combine import merge_weights
 from moba_megatron.ops.fragments import Keys
-from moba_megatron.ops.merge import merge_weights
+from moba_megatron.parallel.context_plan import ContextPlan
 from moba_megatron.parallel.copies import Copies, choose_copies, demanded
 from moba_megatron.parallel.exchange import Queries, Task
-from moba_megatron.parallel.plan import ContextPlan
 from moba_megatron.parallel.wire import Wire, report_load
 
 

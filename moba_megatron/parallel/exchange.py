@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from moba_megatron.ops.fragments import Fragment, Keys
-from moba_megatron.parallel.plan import ContextPlan
+from moba_megatron.parallel.context_plan import ContextPlan
 from moba_megatron.parallel.wire import Wire
 
 

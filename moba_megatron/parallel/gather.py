@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moba_megatron.ops.fragments import Keys
+from moba_megatron.parallel.context_plan import ContextPlan
 from moba_megatron.parallel.exchange import KeyExchange, Queries, Task
-from moba_megatron.parallel.plan import ContextPlan
 from moba_megatron.parallel.wire import Pending
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moba_megatron.ops.precision import score_dtype
 from moba_megatron.ops.summaries import MEAN, Summary
-from moba_megatron.parallel.plan import ContextPlan
+from moba_megatron.parallel.context_plan import ContextPlan
 from moba_megatron.parallel.wire import Pending, Wire
 
 

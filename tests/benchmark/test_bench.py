@@ -19,8 +19,9 @@ from moba_megatron.benchmark.calls import clear_inputs, median_seconds
 from moba_megatron.benchmark.operator import run_bench
 from moba_megatron.benchmark.presets import PRESETS
 from moba_megatron.benchmark.settings import BenchResult, BenchRow, BenchSettings, Case, pair_ratio
-from moba_megatron.ops import adapters, select_blocks, tiles
-from moba_megatron.ops.passes import ROWS_OF_TRIANGLE
+from moba_megatron.ops import adapters, select_blocks
+from moba_megatron.ops.gathered import tiles
+from moba_megatron.ops.gathered.kv_heads import ROWS_OF_TRIANGLE
 from moba_megatron.ops.reference import reference_attend
 from moba_megatron.planning.flops import attended_pairs
 

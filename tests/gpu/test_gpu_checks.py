@@ -5,8 +5,7 @@ import pytest
 import torch
 from gpu_checks import Shape
 
-from moba_megatron.ops import gathered
-from moba_megatron.ops.gathered import attend_forward
+from moba_megatron.ops.gathered import attend_forward, attention
 
 PACK = Shape((0, 5, 5, 140, 333), block_size=16, top_k=3, size=16)
 
@@ -24,7 +23,7 @@ def test_the_portable_backend_passes(dtype):
 @pytest.fixture
 def forward(monkeypatch):
     """Replace the portable backend's forward pass."""
-    return lambda function: monkeypatch.setattr(gathered, "attend_forward", function)
+    return lambda function: monkeypatch.setattr(attention, "attend_forward", function)
 
 
 def test_a_small_factor_is_seen(forward):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from moba_megatron.ops import select_blocks
+from moba_megatron.ops.gathered import select_past, summarize
 from moba_megatron.ops.layout import block_layout
 from moba_megatron.ops.reference import reference_select
-from moba_megatron.ops.routing import select_past, summarize
 from moba_megatron.ops.selectors import Recent, SinkAndRecent
 from moba_megatron.ops.summaries import MEAN
 
@@ -105,7 +105,7 @@ def test_random_selection_with_a_margin_equals_fp64():
 def test_tiles_do_not_show(monkeypatch):
     q, k, bounds = integers(100, 2, 4, seed=5), integers(100, 1, 4, seed=6), cu((0, 5, 37, 100))
     whole = select_blocks(q, k, bounds, block_size=4, top_k=3)
-    monkeypatch.setattr("moba_megatron.ops.routing.SCORES_ON_CPU", 100)
+    monkeypatch.setattr("moba_megatron.ops.gathered.routing.SCORES_ON_CPU", 100)
     assert torch.equal(select_blocks(q, k, bounds, block_size=4, top_k=3), whole)
 
 

@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from moba_megatron.ops.decode import ONE_BY_ONE, block_means, continue_text, decode_tokens
+from moba_megatron.ops.decode import block_means, continue_text, decode_tokens
+from moba_megatron.ops.gathered.decode import ONE_BY_ONE
 from moba_megatron.ops.reference import reference_attend, reference_select
 
 

@@ -9,11 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moba_megatron.ops import full_attention, moba_attention, select_blocks
-from moba_megatron.ops.entries import most_entries, token_ranges
-from moba_megatron.ops.gathered import attend, attend_backward, attend_forward
+from moba_megatron.ops.gathered import attend, attend_backward, attend_forward, select_past, summarize
+from moba_megatron.ops.gathered.index import most_entries, token_ranges
 from moba_megatron.ops.layout import block_layout
 from moba_megatron.ops.reference import reference_attend, reference_select
-from moba_megatron.ops.routing import select_past, summarize
 from moba_megatron.ops.selectors import Recent
 
 PACKS = {
@@ -266,8 +265,8 @@ class LiveBytes(TorchDispatchMode):
 def test_memory_does_not_grow_with_top_k(monkeypatch, num_heads, num_groups, top_k):
     """Beyond inputs, output and gradients at most 8 times q, however few heads and however many blocks."""
     # Tiles have a constant size, which at this short length would drown what grows with the length.
-    monkeypatch.setattr("moba_megatron.ops.passes.SCORES_PER_THREAD", 2**14)
-    monkeypatch.setattr("moba_megatron.ops.gathered.TOKENS_OF_MERGE", 512)
+    monkeypatch.setattr("moba_megatron.ops.gathered.kv_heads.SCORES_PER_THREAD", 2**14)
+    monkeypatch.setattr("moba_megatron.ops.gathered.combine.TOKENS_OF_MERGE", 512)
     q, k, v, dout = inputs(4096, num_heads, num_groups, size=64)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     with LiveBytes(*leaves, dout) as memory:
@@ -296,9 +295,9 @@ def test_units_in_shared_tiles_and_in_their_own(monkeypatch, dtype):
     bounds = cu([0, 37, 60, 203])
 
     def run(scores: int, rows: int):
-        monkeypatch.setattr("moba_megatron.ops.passes.SCORES_PER_THREAD", scores)
-        monkeypatch.setattr("moba_megatron.ops.passes.ROWS_OF_BATCH", rows)
-        monkeypatch.setattr("moba_megatron.ops.passes.SMALL_UNITS", 2)
+        monkeypatch.setattr("moba_megatron.ops.gathered.kv_heads.SCORES_PER_THREAD", scores)
+        monkeypatch.setattr("moba_megatron.ops.gathered.past.ROWS_OF_BATCH", rows)
+        monkeypatch.setattr("moba_megatron.ops.gathered.past.SMALL_UNITS", 2)
         return results(lambda *x: moba_attention(*x, bounds, block_size=8, top_k=4, backend="gathered"), q, k, v, dout)
 
     own = run(1, 64)

@@ -12,9 +12,9 @@ import torch
 
 import moba_megatron.ops
 from moba_megatron.ops import backend_names, full_attention, moba_attention, resolve_backend, select_blocks
+from moba_megatron.ops.combine import merge, merge_weights
 from moba_megatron.ops.dense import _one_document
 from moba_megatron.ops.layout import block_layout
-from moba_megatron.ops.merge import merge, merge_weights
 
 BACKENDS = ["auto", "reference", "gathered"]
 
@@ -227,10 +227,9 @@ def test_merge_of_nothing_is_zero():
 
 
 def test_examples_in_docstrings():
-    names = [m.name for m in pkgutil.iter_modules(moba_megatron.ops.__path__) if not m.ispkg]
-    outcomes = [
-        doctest.testmod(importlib.import_module(f"moba_megatron.ops.{name}")) for name in names if name != "triton"
-    ]
+    folders = {"moba_megatron.ops": moba_megatron.ops, "moba_megatron.ops.gathered": moba_megatron.ops.gathered}
+    names = [f"{path}.{m.name}" for path, folder in folders.items() for m in pkgutil.iter_modules(folder.__path__)]
+    outcomes = [doctest.testmod(importlib.import_module(n)) for n in names if n != "moba_megatron.ops.triton"]
     assert sum(o.attempted for o in outcomes) >= 10 and all(o.failed == 0 for o in outcomes)
 
 

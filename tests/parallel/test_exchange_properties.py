@@ -20,11 +20,11 @@ from parallel.examples import (
 )
 
 from moba_megatron.ops import moba_attention, select_blocks
+from moba_megatron.ops.gathered.routing import select_past
 from moba_megatron.ops.reference import reference_select
-from moba_megatron.ops.routing import select_past
 from moba_megatron.parallel import copies
 from moba_megatron.parallel.attention import ContextGroups, context_attention
-from moba_megatron.parallel.plan import plan_for
+from moba_megatron.parallel.context_plan import plan_for
 from moba_megatron.parallel.summaries import SummaryExchange, summary_bytes
 from moba_megatron.parallel.traffic import Sizes, traffic
 from moba_megatron.parallel.wire import Wire, observe

@@ -8,9 +8,9 @@ import pytest
 import torch
 from parallel.examples import zigzag
 
+from moba_megatron.parallel.context_plan import ContextPlan
 from moba_megatron.parallel.copies import choose_copies
 from moba_megatron.parallel.layout import check_positions, padded_boundaries, shard_positions
-from moba_megatron.parallel.plan import ContextPlan
 from moba_megatron.parallel.traffic import Sizes, choose_exchange, refusal, traffic
 
 MEBIBYTE = 2**20

@@ -25,11 +25,11 @@ from moba_megatron.ops.triton.attention import (
     attend_backward,
     attend_forward,
 )
-from moba_megatron.ops.triton.backward_queries import output_delta
-from moba_megatron.ops.triton.decoding import complete_summaries, decode
-from moba_megatron.ops.triton.fragment import DeviceFragment, on_device, whole_pack
-from moba_megatron.ops.triton.means import summarize
-from moba_megatron.ops.triton.route import select_past
+from moba_megatron.ops.triton.backward_dq import output_delta
+from moba_megatron.ops.triton.decode import complete_summaries, decode_cached
+from moba_megatron.ops.triton.fragments import DeviceFragment, on_device, whole_pack
+from moba_megatron.ops.triton.routing import select_past
+from moba_megatron.ops.triton.summaries import summarize
 
 __all__ = [
     "DeviceFragment",
@@ -39,7 +39,7 @@ __all__ = [
     "attend_backward",
     "attend_forward",
     "complete_summaries",
-    "decode",
+    "decode_cached",
     "on_device",
     "output_delta",
     "select_past",

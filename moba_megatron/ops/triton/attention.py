@@ -23,8 +23,6 @@ pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -32,65 +30,26 @@ from torch.autograd.function import once_differentiable
 from moba_megatron.ops.fragments import Fragment, Keys
 from moba_megatron.ops.layout import BlockLayout
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.backward_keys import Known, own_keys_backward, units_keys_backward
-from moba_megatron.ops.triton.backward_queries import (
+from moba_megatron.ops.triton.backward_dkdv import own_keys_backward, units_keys_backward
+from moba_megatron.ops.triton.backward_dq import output_delta, own_queries_backward, units_queries_backward
+from moba_megatron.ops.triton.causal import own_forward
+from moba_megatron.ops.triton.combine import (
     merge_dq,
-    output_delta,
-    own_queries_backward,
-    units_queries_backward,
+    merge_forward,
 )
 from moba_megatron.ops.triton.devices import on_its_device
-from moba_megatron.ops.triton.fragment import DeviceFragment, on_device, whole_pack
-from moba_megatron.ops.triton.index import Pass, build_index
-from moba_megatron.ops.triton.own import merge_forward, own_forward
-from moba_megatron.ops.triton.units import units_forward
-
-# Entry numbers of a pass are int32.
-MOST_ENTRIES = 2**31 - 1
-SMALLEST_WORKSPACE = 2**28
-
-
-def default_workspace(q_TND: Tensor) -> int:
-    """Bytes of workspace where the caller names none: q's size, at least 256 MiB."""
-    return max(SMALLEST_WORKSPACE, q_TND.nbytes)
-
-
-def passes(
-    q_TND: Tensor, keys: Keys, num_past: int, fragment: DeviceFragment, entry_bytes: int, workspace_bytes: int | None
-) -> Iterator[Pass]:
-    """Cut a call into passes whose entries fit the workspace, all of about one size: key head by key head, then by
-    tokens."""
-    budget = default_workspace(q_TND) if workspace_bytes is None else workspace_bytes
-    tokens, groups, slots = q_TND.shape[0], keys.k.shape[1], fragment.per_query(num_past)
-    per_token = keys.group_size * max(1, slots)
-    most = max(per_token, min(budget // entry_bytes, MOST_ENTRIES))
-    groups_at_once = groups if slots == 0 else even_step(groups, most // max(1, tokens * per_token))
-    tokens_at_once = max(1, tokens) if slots == 0 else even_step(tokens, most // per_token)
-    for group in range(0, groups, groups_at_once):
-        some = slice(group, min(group + groups_at_once, groups))
-        for token in range(0, tokens, tokens_at_once):
-            end = min(token + tokens_at_once, tokens)
-            yield Pass(some, slice(token, end), keys.group_size, keys.first + group, slots)
-
-
-def even_step(count: int, most: int) -> int:
-    """The step, at most `most` but at least 1, that cuts `count` into as few and equal parts as it allows.
-
-    >>> even_step(10, 9), even_step(8, 100), even_step(0, 5)
-    (5, 8, 1)
-    """
-    parts = -(-count // max(1, most))
-    return max(1, -(-count // max(1, parts)))
-
-
-def forward_entry_bytes(q_TND: Tensor) -> int:
-    """Workspace for an entry: its partial output, log-sum-exp, unit and place in the index."""
-    return q_TND.shape[2] * q_TND.element_size() + 12
-
-
-def backward_entry_bytes(q_TND: Tensor) -> int:
-    """Workspace for an entry: its share of dq, unit, place in the index, and at most its part of the sums of dk, dv."""
-    return q_TND.shape[2] * (q_TND.element_size() + 2) + 8
+from moba_megatron.ops.triton.fragments import DeviceFragment, on_device, whole_pack
+from moba_megatron.ops.triton.index import (
+    build_index,
+)
+from moba_megatron.ops.triton.passes import (
+    Known,
+    Pass,
+    backward_entry_bytes,
+    forward_entry_bytes,
+    passes,
+)
+from moba_megatron.ops.triton.past import units_forward
 
 
 def _readable(keys: Keys) -> Keys:

@@ -19,16 +19,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from moba_megatron.ops.triton import (
-    backward_keys,
-    backward_queries,
+    backward_dkdv,
+    backward_dq,
+    causal,
+    combine,
     config,
-    decoding,
+    decode,
     index,
-    means,
-    own,
-    piece_sums,
-    route,
-    units,
+    past,
+    routing,
+    summaries,
 )
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -159,20 +159,20 @@ def _cases(
 
 
 def _rows(dtype: torch.dtype, size: int, num_past: Sequence[int], architecture: int) -> Iterator[_Case]:
-    for kernel in (means.block_means, piece_sums.add_pieces, backward_queries.output_delta_rows):
+    for kernel in (summaries.block_means, combine.add_pieces, backward_dq.output_delta_rows):
         yield _Case(kernel, config.tiles(kernel.__name__, dtype, size, architecture=architecture), dtype)
     # Fragments are merged into fp32 or into outputs in the inputs' dtype; shares of dq always into fp32.
-    merges = ((own.merge_rows, {}), (own.merge_rows, {"out": "*fp32"}), (backward_queries.add_dq, {"dq": "*fp32"}))
+    merges = ((combine.merge_rows, {}), (combine.merge_rows, {"out": "*fp32"}), (combine.add_dq, {"dq": "*fp32"}))
     for kernel, types in merges:
         yield _Case(kernel, config.tiles(kernel.__name__, dtype, size, architecture=architecture), dtype, types)
-    for past in num_past:
-        routing = config.route_tiles(dtype, size, past, architecture=architecture)
-        yield _Case(route.select_blocks, routing | {"SPLIT": False}, dtype)
+    for kept in num_past:
+        settings = config.route_tiles(dtype, size, kept, architecture=architecture)
+        yield _Case(routing.select_blocks, settings | {"SPLIT": False}, dtype)
         if dtype == torch.float32:
-            routing = config.route_tiles(dtype, size, past, 1, architecture)
-            yield _Case(route.select_blocks, routing | {"SPLIT": True}, dtype)
+            settings = config.route_tiles(dtype, size, kept, 1, architecture)
+            yield _Case(routing.select_blocks, settings | {"SPLIT": True}, dtype)
     yield _Case(
-        decoding.attend_cached,
+        decode.attend_cached,
         config.tiles("attend_cached", dtype, size, architecture=architecture),
         dtype,
         {"part": "*fp32"},
@@ -185,17 +185,17 @@ def _attention(dtype: torch.dtype, size: int, length: int, architecture: int) ->
         return _Case(kernel, settings | flags, dtype, types or {})
 
     if config.holds_unit("attend_short_units", dtype, size, length, architecture):
-        yield case("attend_short_units", units.attend_short_units)
+        yield case("attend_short_units", past.attend_short_units)
     else:
-        yield case("attend_long_units", units.attend_long_units)
+        yield case("attend_long_units", past.attend_long_units)
     if config.holds_unit("units_dkdv_dq", dtype, size, length, architecture):
-        yield case("units_dkdv_dq", backward_keys.units_dkdv, WRITE_DQ=True)
+        yield case("units_dkdv_dq", backward_dkdv.units_dkdv, WRITE_DQ=True)
     else:
-        yield case("units_dkdv", backward_keys.units_dkdv, WRITE_DQ=False)
-        yield case("units_dq", backward_queries.units_dq)
+        yield case("units_dkdv", backward_dkdv.units_dkdv, WRITE_DQ=False)
+        yield case("units_dq", backward_dq.units_dq)
     wide = {"out": "*fp32", "dq": "*fp32"}
-    yield case("own_dkdv", backward_keys.own_dkdv)
+    yield case("own_dkdv", backward_dkdv.own_dkdv)
     for types, merge in (({}, True), ({}, False), (wide, False)):
-        yield case("attend_own", own.attend_own, types, MERGE=merge)
+        yield case("attend_own", causal.attend_own, types, MERGE=merge)
     for types, merge, add in (({}, True, False), ({}, False, False), (wide, False, True)):
-        yield case("own_dq", backward_queries.own_dq, types, MERGE=merge, ADD=add)
+        yield case("own_dq", backward_dq.own_dq, types, MERGE=merge, ADD=add)

@@ -111,27 +111,3 @@ def store_rows(target, offset, inside, tile, HEAD_SIZE: tl.constexpr, WIDTH: tl.
 def safe_lse(lse):
     """Log-sum-exps in base 2 for exp2(score - lse): rows without keys (-inf) get weight 0 instead of NaN."""
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
-
-
-@triton.jit
-def merge_parts(acc, top, total, part, part_lse, units, entry, inside, slots,
-                HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """Merge a row's partial outputs, in slot order, into its running (acc, top, total) by log-sum-exp in base 2.
-
-    Args:
-        acc [rows, WIDTH], top [rows], total [rows]: sum of exp2(score - top) * value, largest score, sum of weights.
-        entry [rows]: int64 number of each row's first entry.
-        slots: entries per row; those whose unit is -1 were never written.
-    """
-    for slot in range(0, slots):
-        there = inside & (tl.load(units + entry + slot, mask=inside, other=-1) >= 0)
-        lse = tl.load(part_lse + entry + slot, mask=there, other=float("-inf")) * LOG2_E
-        rows = load_rows(part, (entry + slot) * HEAD_SIZE, there, HEAD_SIZE, WIDTH)
-        higher = tl.maximum(top, lse)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        keep = tl.exp2(top - shift)
-        weight = tl.exp2(lse - shift)
-        acc = acc * keep[:, None] + rows.to(tl.float32) * weight[:, None]
-        total = total * keep + weight
-        top = higher
-    return acc, top, total

@@ -25,8 +25,15 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.common import COUNTS, quotient, row_offsets
-from moba_megatron.ops.triton.fragment import DeviceFragment, Stretches
+from moba_megatron.ops.triton.common import (
+    COUNTS,
+    quotient,
+    row_offsets,
+)
+from moba_megatron.ops.triton.fragments import DeviceFragment, Stretches
+from moba_megatron.ops.triton.passes import (
+    Pass,
+)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -112,39 +119,6 @@ def scatter_entries(
         tl.debug_barrier()
         tl.store(offset, target + 1, mask=there & last)
         tl.debug_barrier()
-
-
-@dataclass(frozen=True)
-class Pass:
-    """The query rows handled at once: of some key heads (of those at hand), a range of tokens.
-
-    Attributes:
-        group_size: R.
-        first_head_group: the number of the pass's first key head among the key heads of the queries.
-        slots: S.
-    """
-
-    groups: slice
-    tokens: slice
-    group_size: int
-    first_head_group: int
-    slots: int
-
-    @property
-    def num_groups(self) -> int:
-        return self.groups.stop - self.groups.start
-
-    @property
-    def num_tokens(self) -> int:
-        return self.tokens.stop - self.tokens.start
-
-    @property
-    def rows(self) -> int:
-        return self.num_groups * self.num_tokens * self.group_size
-
-    @property
-    def entries(self) -> int:
-        return self.rows * self.slots
 
 
 @dataclass(frozen=True)
@@ -248,3 +222,18 @@ def cut_stretches(stretches: Stretches, size: int, rows_per_token: int = 1) -> W
     """Pieces of stretches, whose members are rows: `rows_per_token` for each of their tokens."""
     counts = (stretches.end - stretches.start) * rows_per_token
     return cut(counts, size, stretches.total * rows_per_token)
+
+
+@triton.jit
+def piece_members(piece, this, list_first, piece_first, piece_size):
+    """(first, one past the last) of the members in `order` of a piece of list `this`."""
+    low = tl.load(list_first + this) + (piece - tl.load(piece_first + this)).to(tl.int32) * piece_size
+    return low, tl.minimum(low + piece_size, tl.load(list_first + this + 1))
+
+
+@triton.jit
+def entry_rows(entry, group, slots, first_token, num_tokens, first_group, num_heads, group_size):
+    """Place in [T, N] of the query rows of entries of one key head (`group`) of a pass."""
+    row = quotient(entry, slots)
+    origin = (first_token - group * num_tokens).to(tl.int64) * num_heads + (first_group + group) * group_size
+    return row_offsets(origin, row, quotient(row, group_size), num_heads, group_size)

@@ -14,8 +14,8 @@ from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.layout import block_layout
 from moba_megatron.ops.reference import reference_attend, reference_select
 from moba_megatron.ops.triton import attend, attend_backward, attend_forward, config, select_past, summarize
-from moba_megatron.ops.triton.attention import forward_entry_bytes, passes
-from moba_megatron.ops.triton.fragment import whole_pack
+from moba_megatron.ops.triton.fragments import whole_pack
+from moba_megatron.ops.triton.passes import forward_entry_bytes, passes
 
 PACKS = {
     "tail": ((0, 139), 32, 3),

@@ -5,8 +5,8 @@ import torch
 from kernel_examples import inputs, whole_numbers
 
 from moba_megatron.ops import moba_attention
-from moba_megatron.ops.triton import complete_summaries, config, decode
-from moba_megatron.ops.triton.decoding import PIECE, choose_cached
+from moba_megatron.ops.triton import complete_summaries, config, decode_cached
+from moba_megatron.ops.triton.decode import PIECE, choose_cached
 
 
 @pytest.mark.parametrize(("block_size", "top_k"), [(8, 3), (7, 1), (16, 2)])
@@ -26,7 +26,7 @@ def test_token_by_token_equals_one_pass(block_size, top_k):
         if step % 5 and step < max(lengths) - 1:
             continue
         q = torch.stack([text[0][at] for text, at in zip(texts, now.tolist(), strict=True)])
-        out = decode(q, k, v, summaries, now + 1, block_size=block_size, top_k=top_k, softmax_scale=0.25)
+        out = decode_cached(q, k, v, summaries, now + 1, block_size=block_size, top_k=top_k, softmax_scale=0.25)
         expected = torch.stack([w[at] for w, at in zip(want, now.tolist(), strict=True)])
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
@@ -54,7 +54,7 @@ def test_long_blocks_are_read_in_pieces():
     q, k, v, _ = inputs(2 * block_size + 30, 2, 1)
     want = moba_attention(q, k, v, block_size=block_size, top_k=2, backend="gathered")[-1:]
     summaries = k[: 2 * block_size].view(2, block_size, 1, 16).mean(dim=1)
-    out = decode(
+    out = decode_cached(
         q[-1:], k[None], v[None], summaries[None], torch.tensor([q.shape[0]]),
         block_size=block_size, top_k=2, softmax_scale=0.25,
     )  # fmt: skip
@@ -66,7 +66,7 @@ def test_16_bit_caches(dtype):
     q, k, v, _ = inputs(50, 3, 1, size=24, dtype=dtype)
     want = moba_attention(*(x.float() for x in (q, k, v)), block_size=8, top_k=3, softmax_scale=0.25)[-1:]
     summaries = k[:48].float().view(6, 8, 1, 24).mean(dim=1)
-    out = decode(
+    out = decode_cached(
         q[-1:], k[None], v[None], summaries[None], torch.tensor([50]), block_size=8, top_k=3, softmax_scale=0.25
     )
     assert out.dtype == dtype
@@ -76,6 +76,6 @@ def test_16_bit_caches(dtype):
 def test_too_many_blocks_are_refused():
     q, k, v, _ = inputs(70, 1, 1)
     with pytest.raises(ValueError, match="at most 64 past blocks per query, not 70"):
-        decode(
+        decode_cached(
             q[-1:], k[None], v[None], k[None], torch.tensor([70]), block_size=1, top_k=100, softmax_scale=0.25
         )  # fmt: skip

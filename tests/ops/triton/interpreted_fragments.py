@@ -10,7 +10,7 @@ from moba_megatron.ops import gathered
 from moba_megatron.ops import triton as kernels
 from moba_megatron.ops.fragments import Fragment, Keys
 from moba_megatron.ops.reference import reference_select
-from moba_megatron.parallel.plan import ContextPlan
+from moba_megatron.parallel.context_plan import ContextPlan
 
 SCALE = 0.25
 BOUNDS = torch.tensor([0, 8, 8, 60, 120])

@@ -7,13 +7,14 @@ import pytest
 import torch
 from kernel_examples import cu, inputs, whole_numbers
 
-from moba_megatron.ops import routing
+from moba_megatron.ops import gathered
 from moba_megatron.ops.layout import block_layout
 from moba_megatron.ops.reference import reference_select
 from moba_megatron.ops.triton import config, select_past, summarize
-from moba_megatron.ops.triton.fragment import whole_pack
-from moba_megatron.ops.triton.index import Pass, build_index, cut_entries
-from moba_megatron.ops.triton.means import planes_of
+from moba_megatron.ops.triton.fragments import whole_pack
+from moba_megatron.ops.triton.index import build_index, cut_entries
+from moba_megatron.ops.triton.passes import Pass
+from moba_megatron.ops.triton.summaries import planes_of
 
 PACKS = {
     "tail": ((0, 203), 32, 2),
@@ -29,7 +30,7 @@ def test_means(pack, dtype):
     bounds, block_size, _ = PACKS[pack]
     _, k, _, _ = inputs(bounds[-1], 2, 2, size=24, dtype=dtype)
     layout = block_layout(bounds[-1], block_size, cu(bounds))
-    torch.testing.assert_close(summarize(k, layout), routing.summarize(k, layout), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(summarize(k, layout), gathered.summarize(k, layout), rtol=1e-6, atol=1e-6)
 
 
 def test_planes_hold_the_whole_mean():
@@ -155,6 +156,6 @@ def test_pieces_cover_every_list():
 
 
 def test_examples_in_docstrings():
-    names = ("config", "index", "means")
+    names = ("config", "index", "passes", "summaries")
     outcomes = [doctest.testmod(importlib.import_module(f"moba_megatron.ops.triton.{name}")) for name in names]
     assert sum(o.attempted for o in outcomes) >= 5 and all(o.failed == 0 for o in outcomes)

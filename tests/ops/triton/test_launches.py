@@ -15,7 +15,7 @@ import moba_megatron.ops.triton as kernels  # noqa: E402
 from moba_megatron.ops.fragments import Keys  # noqa: E402
 from moba_megatron.ops.layout import block_layout  # noqa: E402
 from moba_megatron.ops.triton import catalog, config  # noqa: E402
-from moba_megatron.ops.triton.fragment import DeviceFragment, Stretches  # noqa: E402
+from moba_megatron.ops.triton.fragments import DeviceFragment, Stretches  # noqa: E402
 
 TOKENS = 2**20
 # Room for passes as large as the numbers of their entries allow, which is what makes launches large.
@@ -104,7 +104,7 @@ def test_decoding(launches, sequences, block_size):
     k = torch.empty(sequences, room, 8, 128, dtype=torch.bfloat16, device="meta")
     summaries = torch.empty(sequences, room // block_size, 8, 128, device="meta")
     lengths = torch.empty(sequences, dtype=torch.int32, device="meta")
-    kernels.decode(q, k, k, summaries, lengths, block_size=block_size, top_k=65, softmax_scale=1.0)
+    kernels.decode_cached(q, k, k, summaries, lengths, block_size=block_size, top_k=65, softmax_scale=1.0)
     kernels.complete_summaries(k, summaries, lengths, block_size)
     programs = {name: grid for name, grid in launches}["select_blocks"]
     assert programs[2] == (32 if (sequences, block_size) == (1, 16) else 1)

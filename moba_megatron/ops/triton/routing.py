@@ -23,7 +23,7 @@ from moba_megatron.ops.layout import TokenBlocks
 from moba_megatron.ops.triton import config
 from moba_megatron.ops.triton.common import COUNTS, dot, load_rows, quotient, row_offsets
 from moba_megatron.ops.triton.devices import on_its_device
-from moba_megatron.ops.triton.means import planes_of
+from moba_megatron.ops.triton.summaries import planes_of
 
 MOST_PAST = 64
 NO_BLOCK = tl.constexpr(2**31 - 1)
@@ -135,7 +135,7 @@ def select_blocks(
 @torch.no_grad()
 @on_its_device
 def select_past(q_TND: Tensor, summaries_MGD: Tensor, layout: TokenBlocks, num_past: int) -> Tensor:
-    """Choose the past blocks of every query and head, as `ops.routing.select_past` does.
+    """Choose the past blocks of every query and head, as `ops.gathered.routing.select_past` does.
 
     Args:
         q_TND: queries [T, N, D] in bf16, fp16 or fp32.

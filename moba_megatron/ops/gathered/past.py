@@ -17,121 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moba_megatron.ops import tiles
-from moba_megatron.ops.entries import Entries, heads_at_once, most_entries, sort_entries, token_ranges
-from moba_megatron.ops.fragments import Fragment, Keys
-from moba_megatron.ops.precision import score_dtype
+from moba_megatron.ops.gathered import tiles
+from moba_megatron.ops.gathered.index import Entries
+from moba_megatron.ops.gathered.kv_heads import Pass
 
-ROWS_OF_TRIANGLE = 128
 # Query rows of a batch where short units share a tile: fewer leave less room unused, more make products longer.
 ROWS_OF_BATCH = 64
 # Units share a tile where it would hold at least so many of them: with larger ones copying costs more than calls.
 SMALL_UNITS = 16
-# Scores of one tile per thread: 1 MiB in fp32, half of a current core's second cache. An accelerator wants larger
-# tiles.
-SCORES_PER_THREAD = 2**18
-SCORES_ON_ACCELERATOR = 2**26
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One key head with some of its query heads: queries of all heads [T, N, D], keys and values of one head [S, D]."""
-
-    heads: slice
-    group: int
-    most_entries: int
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    ids: Tensor
-    fragment: Fragment
-    scale: float
-    dtype: torch.dtype
-    triangle: Tensor
-
-    @property
-    def split(self) -> int:
-        """Parts into which a tile's rows are cut to run side by side: one per CPU thread."""
-        return min(torch.get_num_threads(), 8) if self.q.device.type == "cpu" else 1
-
-    @property
-    def scores_budget(self) -> int:
-        return SCORES_PER_THREAD * self.split if self.q.device.type == "cpu" else SCORES_ON_ACCELERATOR
-
-    def entries(self) -> Iterator[Entries]:
-        """The work lists of units, one range of tokens after the other."""
-        num_tokens, per_query = self.ids.shape[0], self.fragment.per_query(self.ids.shape[2])
-        if per_query and num_tokens:
-            num_heads = self.heads.stop - self.heads.start
-            for tokens in token_ranges(num_tokens, num_heads, per_query, self.most_entries):
-                yield sort_entries(self.ids, tokens, self.heads, self.fragment)
-
-
-def passes(
-    q: Tensor, keys: Keys, ids: Tensor, fragment: Fragment, scale: float, workspace_bytes: int | None
-) -> Iterator[Pass]:
-    """All passes of one attention call, key head by key head."""
-    size = keys.group_size
-    most = most_entries(q, size, workspace_bytes)
-    step = heads_at_once(q.shape[0], size, fragment.per_query(ids.shape[2]), most)
-    dtype = score_dtype(q.dtype)
-    side = min(ROWS_OF_TRIANGLE, max((length for _, _, length in fragment.triangles), default=0))
-    triangle = torch.ones(side, side, dtype=torch.bool, device=q.device).triu_(1)
-    for group in range(keys.k.shape[1]):
-        k_SD, v_SD = keys.k[:, group].contiguous(), keys.v[:, group].contiguous()
-        head = (keys.first + group) * size
-        for first in range(head, head + size, step):
-            heads = slice(first, min(first + step, head + size))
-            yield Pass(heads, group, most, q, k_SD, v_SD, ids, fragment, scale, dtype, triangle)
-
-
-def _triangle_tiles(work: Pass) -> Iterator[tuple[int, slice, tuple[int, int]]]:
-    """Tiles of a few adjacent triangles at a time: (head, tokens, (triangles, tokens of each))."""
-    for start, stretches, length in work.fragment.triangles:
-        step = max(1, work.scores_budget // (min(length, ROWS_OF_TRIANGLE) * length))
-        for head in range(work.heads.start, work.heads.stop):
-            for first in range(0, stretches, step):
-                count = min(step, stretches - first)
-                begin = start + first * length
-                yield head, slice(begin, begin + count * length), (count, length)
-
-
-def triangles_forward(work: Pass, out_TND: Tensor, lse_TN: Tensor) -> None:
-    """Write out and lse of all rows under triangles."""
-    for head, span, shape in _triangle_tiles(work):
-        q, k, v = (x.unflatten(0, shape) for x in (work.q[span, head], work.k[span], work.v[span]))
-        out, lse = out_TND[span, head].unflatten(0, shape), lse_TN[span, head].unflatten(0, shape)
-        if tiles.uses_fused_kernel(q):
-            part, part_lse = tiles.fused_forward(q.contiguous(), k, v, work.scale, is_causal=True)
-            out.copy_(part)
-            lse.copy_(part_lse)
-            continue
-        k, v = k.to(work.dtype), v.to(work.dtype)
-        for top in range(0, shape[1], ROWS_OF_TRIANGLE):
-            end = min(top + ROWS_OF_TRIANGLE, shape[1])
-            mask = work.triangle[: end - top, : end - top]
-            rows = q[:, top:end].to(work.dtype)
-            out[:, top:end], lse[:, top:end] = tiles.matmul_forward(rows, k[:, :end], v[:, :end], work.scale, mask)
-
-
-def triangles_backward(
-    work: Pass, dout_TND: Tensor, lse_TN: Tensor, delta_TN: Tensor, dq_TND: Tensor, dk_SD: Tensor, dv_SD: Tensor
-) -> None:
-    """Add the triangles' shares to dq [T, N, D], dk and dv [S, D]."""
-    for head, span, shape in _triangle_tiles(work):
-        sources = (work.q[span, head], dout_TND[span, head], work.k[span], work.v[span])
-        q, dout, k, v = (x.unflatten(0, shape).to(work.dtype) for x in sources)
-        lse, delta = (x[span, head].unflatten(0, shape) for x in (lse_TN, delta_TN))
-        dq, dk, dv = (x[span].unflatten(0, shape) for x in (dq_TND[:, head], dk_SD, dv_SD))
-        for top in range(0, shape[1], ROWS_OF_TRIANGLE):
-            end = min(top + ROWS_OF_TRIANGLE, shape[1])
-            mask, rows = work.triangle[: end - top, : end - top], slice(top, end)
-            dq_part, dk_part, dv_part = tiles.matmul_backward(
-                dout[:, rows], q[:, rows], k[:, :end], v[:, :end], lse[:, rows], delta[:, rows], work.scale, mask
-            )
-            dq[:, rows] += dq_part
-            dk[:, :end] += dk_part
-            dv[:, :end] += dv_part
 
 
 @dataclass(frozen=True)

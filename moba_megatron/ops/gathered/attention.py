@@ -33,45 +33,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moba_megatron.ops.entries import Entries
 from moba_megatron.ops.fragments import Fragment, Keys, whole_pack
+from moba_megatron.ops.gathered.causal import triangles_backward, triangles_forward
+from moba_megatron.ops.gathered.combine import combine_backward, combine_forward, output_delta
+from moba_megatron.ops.gathered.index import Entries
+from moba_megatron.ops.gathered.kv_heads import passes
+from moba_megatron.ops.gathered.past import units_backward, units_forward
 from moba_megatron.ops.layout import BlockLayout
-from moba_megatron.ops.merge import merge_weights
-from moba_megatron.ops.passes import passes, triangles_backward, triangles_forward, units_backward, units_forward
 from moba_megatron.ops.precision import score_dtype, without_autocast
-
-TOKENS_OF_MERGE = 4096
-
-
-def _merge_forward(entries: Entries, part_ED: Tensor, part_lse_E: Tensor, out_TND: Tensor, lse_TN: Tensor) -> None:
-    """Merge the entries' outputs into out and lse, in place, a few tokens at a time."""
-    out_tHD, lse_tH = (x[entries.tokens, entries.heads] for x in (out_TND, lse_TN))
-    for first in range(0, out_tHD.shape[0], TOKENS_OF_MERGE):
-        tokens = slice(first, first + TOKENS_OF_MERGE)
-        place_KtH = entries.place_tHK[tokens].permute(2, 0, 1)
-        weights, lse_tH[tokens] = merge_weights(torch.cat([lse_tH[None, tokens], part_lse_E[place_KtH]]))
-        total = out_tHD[tokens] * weights[0].unsqueeze(-1)
-        for place, weight in zip(place_KtH, weights[1:], strict=True):
-            part = part_ED.index_select(0, place.flatten()).view(total.shape)
-            total.addcmul_(part.to(total.dtype), weight.unsqueeze(-1))
-        out_tHD[tokens] = total
-
-
-def _merge_backward(entries: Entries, part_ED: Tensor, dq_TND: Tensor) -> None:
-    """Add the entries' gradients, in place and in slot order."""
-    dq_tHD = dq_TND[entries.tokens, entries.heads]
-    for first in range(0, dq_tHD.shape[0], TOKENS_OF_MERGE):
-        tokens = slice(first, first + TOKENS_OF_MERGE)
-        for place in entries.place_tHK[tokens].unbind(-1):
-            dq_tHD[tokens] += part_ED.index_select(0, place.flatten()).view(dq_tHD[tokens].shape)
-
-
-def output_delta(dout_TND: Tensor, out_TND: Tensor) -> Tensor:
-    """[T, N] in fp32 or wider: inner products of the output and its gradient, a few tokens at a time to spare wide
-    copies."""
-    dtype = score_dtype(dout_TND.dtype)
-    chunks = zip(dout_TND.split(TOKENS_OF_MERGE), out_TND.split(TOKENS_OF_MERGE), strict=True)
-    return torch.cat([(dout.to(dtype) * out).sum(dim=-1) for dout, out in chunks])
 
 
 class _EntryBuffer:
@@ -118,7 +87,7 @@ def accumulate(
             part_ED = buffer(entries)
             part_lse_E = torch.empty(part_ED.shape[0], dtype=work.dtype, device=q_TND.device)
             units_forward(work, entries, part_ED, part_lse_E)
-            _merge_forward(entries, part_ED, part_lse_E, out_TND, lse_TN)
+            combine_forward(entries, part_ED, part_lse_E, out_TND, lse_TN)
 
 
 @without_autocast
@@ -156,7 +125,7 @@ def accumulate_backward(
         for entries in work.entries():
             part_ED = buffer(entries)
             units_backward(work, entries, dout_TND, out_TND, lse_TN, delta_TN, part_ED, dk_SD, dv_SD)
-            _merge_backward(entries, part_ED, dq_TND)
+            combine_backward(entries, part_ED, dq_TND)
         dk_SGD[:, work.group], dv_SGD[:, work.group] = dk_SD, dv_SD
 
 

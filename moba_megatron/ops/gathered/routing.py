@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moba_megatron.ops.layout import BlockLayout, TokenBlocks
+from moba_megatron.ops.layout import TokenBlocks
 from moba_megatron.ops.precision import without_autocast
 from moba_megatron.ops.selectors import TOP_K, Selector
 from moba_megatron.ops.summaries import MEAN, Summary
@@ -20,16 +20,6 @@ from moba_megatron.ops.summaries import MEAN, Summary
 # they may not choose; an accelerator wants long launches.
 SCORES_ON_CPU, TOKENS_ON_CPU = 2**19, 2**10
 SCORES_ON_ACCELERATOR, TOKENS_ON_ACCELERATOR = 2**26, 2**12
-
-
-@torch.no_grad()
-@without_autocast
-def summarize(k_TGD: Tensor, layout: BlockLayout, summary: Summary | None = MEAN) -> Tensor | None:
-    """Summaries [M, G, D] (fp32 or wider) of all blocks of a pack whose keys are all here; none where none is asked
-    for."""
-    if summary is None:
-        return None
-    return summary.finish(summary.partial(k_TGD, layout.pack_block_T, layout.num_blocks), layout.block_lengths())
 
 
 @torch.no_grad()

@@ -30,27 +30,15 @@ from moba_megatron.ops.triton.common import (
     dot,
     load_keys,
     load_rows,
-    quotient,
-    row_offsets,
     store_rows,
 )
-from moba_megatron.ops.triton.fragment import DeviceFragment
-from moba_megatron.ops.triton.index import Index, cut_entries
-
-
-@triton.jit
-def piece_members(piece, this, list_first, piece_first, piece_size):
-    """(first, one past the last) of the members in `order` of a piece of list `this`."""
-    low = tl.load(list_first + this) + (piece - tl.load(piece_first + this)).to(tl.int32) * piece_size
-    return low, tl.minimum(low + piece_size, tl.load(list_first + this + 1))
-
-
-@triton.jit
-def entry_rows(entry, group, slots, first_token, num_tokens, first_group, num_heads, group_size):
-    """Place in [T, N] of the query rows of entries of one key head (`group`) of a pass."""
-    row = quotient(entry, slots)
-    origin = (first_token - group * num_tokens).to(tl.int64) * num_heads + (first_group + group) * group_size
-    return row_offsets(origin, row, quotient(row, group_size), num_heads, group_size)
+from moba_megatron.ops.triton.fragments import DeviceFragment
+from moba_megatron.ops.triton.index import (
+    Index,
+    cut_entries,
+    entry_rows,
+    piece_members,
+)
 
 
 @triton.jit(do_not_specialize=COUNTS)

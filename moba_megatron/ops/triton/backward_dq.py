@@ -19,7 +19,9 @@ from torch import Tensor
 
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.backward_keys import Known
+from moba_megatron.ops.triton.combine import (
+    add_shares,
+)
 from moba_megatron.ops.triton.common import (
     COUNTS,
     LOG2_E,
@@ -32,9 +34,18 @@ from moba_megatron.ops.triton.common import (
     store_rows,
 )
 from moba_megatron.ops.triton.devices import on_its_device
-from moba_megatron.ops.triton.fragment import DeviceFragment
-from moba_megatron.ops.triton.index import Index, Pass, cut_entries, cut_stretches
-from moba_megatron.ops.triton.units import entry_rows, piece_members
+from moba_megatron.ops.triton.fragments import DeviceFragment
+from moba_megatron.ops.triton.index import (
+    Index,
+    cut_entries,
+    cut_stretches,
+    entry_rows,
+    piece_members,
+)
+from moba_megatron.ops.triton.passes import (
+    Known,
+    Pass,
+)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -54,15 +65,6 @@ def query_step(queries, dout, keys, values, lse, delta, softmax_scale, seen, dq)
     weight = tl.where(seen, tl.exp2(score - lse[:, None]), 0.0)
     slope = weight * (dot(dout, tl.trans(values)) - delta[:, None])
     return dot(slope.to(keys.dtype), keys, dq)
-
-
-@triton.jit
-def add_shares(total, part, units, entry, inside, slots, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Add a row's shares in slot order; slots whose unit is -1 were never written."""
-    for slot in range(0, slots):
-        there = inside & (tl.load(units + entry + slot, mask=inside, other=-1) >= 0)
-        total += load_rows(part, (entry + slot) * HEAD_SIZE, there, HEAD_SIZE, WIDTH).to(tl.float32)
-    return total
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -193,34 +195,6 @@ def own_dq(
     store_rows(dq, at * HEAD_SIZE, inside, total, HEAD_SIZE, WIDTH)
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def add_dq(
-    part,
-    units,
-    dq,
-    num_rows,
-    slots,
-    first_token,
-    num_tokens,
-    first_group,
-    num_heads,
-    group_size,
-    HEAD_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """One program per tile of rows of the pass: adds their shares to dq."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = row < num_rows
-    token = row // group_size
-    group = token // num_tokens
-    origin = (first_token - group * num_tokens) * num_heads + (first_group + group) * group_size
-    at = row_offsets(origin, row, token, num_heads, group_size)
-    total = load_rows(dq, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH).to(tl.float32)
-    total = add_shares(total, part, units, row * slots, inside, slots, HEAD_SIZE, WIDTH)
-    store_rows(dq, at * HEAD_SIZE, inside, total, HEAD_SIZE, WIDTH)
-
-
 @on_its_device
 def output_delta(dout_TND: Tensor, out_TND: Tensor) -> Tensor:
     """fp32 [T, N]: inner products of the output and its gradient, both contiguous [T, N, D]."""
@@ -282,14 +256,4 @@ def own_queries_backward(
         softmax_scale, keys.k.stride(0), keys.k.stride(1), triangles.count,
         work.slots, work.tokens.start, work.num_tokens, work.first_head_group, known.q.shape[1],
         work.group_size, MERGE=merge, ADD=add, **tiles,
-    )  # fmt: skip
-
-
-def merge_dq(work: Pass, parts: tuple[Tensor, Tensor], dq_TND: Tensor) -> None:
-    """Add the shares (as for `own_queries_backward`) to dq of all rows of the pass."""
-    tiles = config.tiles_for("add_dq", parts[0])
-    add_dq[(triton.cdiv(work.rows, tiles["BLOCK_M"]),)](
-        *parts, dq_TND, work.rows, work.slots,
-        work.tokens.start, work.num_tokens, work.first_head_group, dq_TND.shape[1], work.group_size,
-        **tiles,
     )  # fmt: skip

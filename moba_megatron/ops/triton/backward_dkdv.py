@@ -18,8 +18,6 @@ Legend: S key rows, G key heads, D head size, B keys of a unit, E entries of a p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +25,10 @@ from torch import Tensor
 
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.triton import config
+from moba_megatron.ops.triton.combine import (
+    add_sums,
+    room_for_sums,
+)
 from moba_megatron.ops.triton.common import (
     COUNTS,
     LOG2_E,
@@ -39,10 +41,18 @@ from moba_megatron.ops.triton.common import (
     second_id,
     store_rows,
 )
-from moba_megatron.ops.triton.fragment import DeviceFragment
-from moba_megatron.ops.triton.index import Index, Pass, cut_entries, cut_stretches
-from moba_megatron.ops.triton.piece_sums import add_sums, room_for_sums
-from moba_megatron.ops.triton.units import entry_rows, piece_members
+from moba_megatron.ops.triton.fragments import DeviceFragment
+from moba_megatron.ops.triton.index import (
+    Index,
+    cut_entries,
+    cut_stretches,
+    entry_rows,
+    piece_members,
+)
+from moba_megatron.ops.triton.passes import (
+    Known,
+    Pass,
+)
 
 
 @triton.jit
@@ -200,25 +210,6 @@ def own_dkdv(
     at = ((begin + key) * tl.num_programs(1) + group) * HEAD_SIZE
     store_rows(dk, at, key < length, total_k * softmax_scale, HEAD_SIZE, WIDTH)
     store_rows(dv, at, key < length, total_v, HEAD_SIZE, WIDTH)
-
-
-@dataclass(frozen=True)
-class Known:
-    """What the backward pass knows of the query rows.
-
-    Attributes:
-        q, dout: contiguous [T, N, D] in one dtype.
-        lse, delta: fp32 [T, N], of the whole attention.
-    """
-
-    q: Tensor
-    dout: Tensor
-    lse: Tensor
-    delta: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.dout, self.lse, self.delta
 
 
 def own_keys_backward(

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.triton import config
+from moba_megatron.ops.triton.combine import (
+    merge_parts,
+)
 from moba_megatron.ops.triton.common import (
     COUNTS,
     LN_2,
@@ -25,13 +28,17 @@ from moba_megatron.ops.triton.common import (
     dot,
     load_keys,
     load_rows,
-    merge_parts,
     quotient,
     row_offsets,
     store_rows,
 )
-from moba_megatron.ops.triton.fragment import DeviceFragment
-from moba_megatron.ops.triton.index import Pass, cut_stretches
+from moba_megatron.ops.triton.fragments import DeviceFragment
+from moba_megatron.ops.triton.index import (
+    cut_stretches,
+)
+from moba_megatron.ops.triton.passes import (
+    Pass,
+)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -104,41 +111,6 @@ def attend_own(
     tl.store(lse + at, (top + tl.log2(total)) * LN_2, mask=inside)
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def merge_rows(
-    part,
-    part_lse,
-    units,
-    out,
-    lse,
-    num_rows,
-    slots,
-    first_token,
-    num_tokens,
-    first_group,
-    num_heads,
-    group_size,
-    HEAD_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """One program per tile of rows of the pass: merge partial outputs into out and lse, in place."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = row < num_rows
-    token = row // group_size
-    group = token // num_tokens
-    origin = (first_token - group * num_tokens) * num_heads + (first_group + group) * group_size
-    at = row_offsets(origin, row, token, num_heads, group_size)
-    top = tl.load(lse + at, mask=inside, other=float("-inf")) * LOG2_E
-    total = tl.where(top == float("-inf"), 0.0, 1.0)
-    acc = load_rows(out, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH).to(tl.float32) * total[:, None]
-    acc, top, total = merge_parts(acc, top, total, part, part_lse, units, row * slots, inside, slots, HEAD_SIZE, WIDTH)
-    empty = total == 0
-    store_rows(out, at * HEAD_SIZE, inside, acc / tl.where(empty, 1.0, total)[:, None], HEAD_SIZE, WIDTH)
-    merged = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * LN_2)
-    tl.store(lse + at, merged, mask=inside)
-
-
 def own_forward(
     q_TND: Tensor,
     keys: Keys,
@@ -168,14 +140,4 @@ def own_forward(
         softmax_scale, keys.k.stride(0), keys.k.stride(1), fragment.triangles.count,
         work.slots, work.tokens.start, work.num_tokens, work.first_head_group, q_TND.shape[1],
         work.group_size, MERGE=merge, **tiles,
-    )  # fmt: skip
-
-
-def merge_forward(work: Pass, parts: tuple[Tensor, Tensor, Tensor], out_TND: Tensor, lse_TN: Tensor) -> None:
-    """Merge partial outputs (as for `own_forward`) into the out and lse of all rows of the pass, in place."""
-    tiles = config.tiles_for("merge_rows", parts[0])
-    merge_rows[(triton.cdiv(work.rows, tiles["BLOCK_M"]),)](
-        *parts, out_TND, lse_TN, work.rows, work.slots,
-        work.tokens.start, work.num_tokens, work.first_head_group, out_TND.shape[1], work.group_size,
-        **tiles,
     )  # fmt: skip

@@ -24,11 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_megatron.ops.triton import config
+from moba_megatron.ops.triton.combine import merge_rows
 from moba_megatron.ops.triton.common import COUNTS, LN_2, LOG2_E, load_keys
 from moba_megatron.ops.triton.devices import on_its_device
-from moba_megatron.ops.triton.means import mean_rows
-from moba_megatron.ops.triton.own import merge_rows
-from moba_megatron.ops.triton.route import MOST_PAST, select_blocks
+from moba_megatron.ops.triton.routing import MOST_PAST, select_blocks
+from moba_megatron.ops.triton.summaries import mean_rows
 
 # Keys that one program reads; longer blocks are read by several.
 PIECE = 512
@@ -93,7 +93,7 @@ def attend_cached(
 
 @torch.no_grad()
 @on_its_device
-def decode(
+def decode_cached(
     q_bND: Tensor,
     k_bSGD: Tensor,
     v_bSGD: Tensor,

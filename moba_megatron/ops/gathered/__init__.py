@@ -1,0 +1,35 @@
+"""The operator in portable PyTorch, sparse in time and memory, on any device: the twin of `ops.triton`.
+
+| module | what |
+|---|---|
+| `summaries`, `routing` | summaries of blocks, and the past blocks that each query attends |
+| `index` | entries sorted by kv block |
+| `kv_heads` | the work of a call, cut into single kv heads |
+| `causal`, `past` | own blocks and past blocks, forward and backward, on `tiles` |
+| `combine` | partial results of past blocks combined into those of rows |
+| `attention` | all of it put together; autograd |
+| `decode` | the newest tokens of a text against all of its keys |
+| `backend` | the steps of this backend, for `ops.steps` |
+"""
+
+from moba_megatron.ops.gathered.attention import (
+    accumulate,
+    accumulate_backward,
+    attend,
+    attend_backward,
+    attend_forward,
+)
+from moba_megatron.ops.gathered.combine import output_delta
+from moba_megatron.ops.gathered.routing import select_past
+from moba_megatron.ops.gathered.summaries import summarize
+
+__all__ = [
+    "accumulate",
+    "accumulate_backward",
+    "attend",
+    "attend_backward",
+    "attend_forward",
+    "output_delta",
+    "select_past",
+    "summarize",
+]

@@ -1,0 +1,184 @@
+"""Continuing a text: attention of its newest tokens to all of its keys, in portable PyTorch.
+
+This is what generation needs: one new token (decoding) or many (a further piece of a long prompt) attend to keys and
+values that lie in a cache. The result is exactly what one pass over the whole text gives for these tokens: past blocks
+are complete, a query's own block is attended as far as it is filled, and a short last block is never a candidate.
+
+Few queries: each chooses its blocks by the cached summaries, and for each key head the blocks that its query heads
+chose are copied out and attended at once; a step touches the summaries and K blocks per head, however long the text is.
+
+Many queries: the work is laid out as fragments (see `fragments`). The new tokens are cut at the end of the block that
+the first of them continues. In each part the part's own keys come first, so that they attend themselves in triangles;
+the blocks before it are units after them, and in the first part so is what the cache holds of its own block.
+
+Full attention is the same with one block as long as the text.
+
+`decode_tokens` takes one new token of several texts of one length, by the GPU kernels where they run.
+
+Legend: b texts, S tokens of the text, t of them new, N query heads, G key heads, D head size, B block size, K past
+blocks per query, M complete blocks of the text, n query heads of a key head, U blocks that they chose.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from moba_megatron.ops.fragments import Fragment, Keys
+from moba_megatron.ops.gathered.attention import accumulate
+from moba_megatron.ops.gathered.routing import select_past
+from moba_megatron.ops.layout import TokenBlocks, check_settings
+from moba_megatron.ops.precision import score_dtype, without_autocast
+
+# Up to so many new tokens are taken one by one. Above, sharing blocks among them pays for the copy of all keys.
+ONE_BY_ONE = 8
+
+
+@torch.no_grad()
+def block_means(k_SGD: Tensor, block_size: int, first_block: int = 0) -> Tensor:
+    """Summaries of a text's complete blocks.
+
+    Args:
+        k_SGD: keys [S, G, D] of the whole text.
+        block_size: B.
+        first_block: earlier blocks are left out.
+
+    Returns:
+        [M - first_block, G, D] in fp32 or wider.
+
+    >>> block_means(torch.tensor([1.0, 3.0, 10.0, 20.0, 7.0]).view(5, 1, 1), 2).flatten().tolist()
+    [2.0, 15.0]
+    """
+    blocks = k_SGD.shape[0] // block_size
+    keys = k_SGD[first_block * block_size : blocks * block_size].unflatten(0, (blocks - first_block, block_size))
+    return keys.to(score_dtype(k_SGD.dtype)).mean(dim=1)
+
+
+@torch.no_grad()
+@without_autocast
+def continue_text(
+    q_tND: Tensor,
+    k_SGD: Tensor,
+    v_SGD: Tensor,
+    means_MGD: Tensor | None = None,
+    *,
+    block_size: int,
+    top_k: int,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """MoBA for the newest tokens of one text; no gradient.
+
+    Args:
+        q_tND: queries [t, N, D] of the last t tokens.
+        k_SGD, v_SGD: keys and values [S, G, D] of the whole text, the new tokens included; any strides, S >= t.
+        means_MGD: summaries of the text's complete blocks (`block_means`); made here if None.
+        block_size, top_k, softmax_scale: as for `moba_attention`; `block_size` >= S is full attention.
+
+    Returns:
+        [t, N, D] in q's dtype.
+
+    Raises:
+        ValueError: settings or shapes that do not fit.
+
+    >>> q, k, v = torch.randn(3, 9, 2, 4).unbind(0)
+    >>> continue_text(q[-1:], k, v, block_size=2, top_k=2).shape
+    torch.Size([1, 2, 4])
+    """
+    check_settings(block_size, top_k)
+    _check_shapes(q_tND, k_SGD, v_SGD)
+    new, length = q_tND.shape[0], k_SGD.shape[0]
+    scale = 1 / math.sqrt(q_tND.shape[2]) if softmax_scale is None else softmax_scale
+    num_past = min(top_k - 1, length // block_size)
+    if means_MGD is None:
+        means_MGD = block_means(k_SGD, block_size) if num_past else k_SGD.new_empty(0, *k_SGD.shape[1:])
+    blocks_t = torch.arange(length - new, length, device=q_tND.device) // block_size
+    layout = TokenBlocks(means_MGD.shape[0], blocks_t, torch.zeros_like(blocks_t))
+    ids_tNK = select_past(q_tND, means_MGD, layout, num_past)
+    if new <= ONE_BY_ONE:
+        out = [
+            _attend_newest(q_tND[at], k_SGD[:end], v_SGD[:end], ids_tNK[at], block_size, scale)
+            for at, end in enumerate(range(length - new + 1, length + 1))
+        ]
+        return torch.stack(out)
+    # Where the block ends that the first new token lies in.
+    cut = min(-(-(length - new) // block_size) * block_size, length)
+    bounds = sorted({length - new, cut, length})
+    parts = zip(bounds, bounds[1:], strict=False)
+    start = length - new
+    out = [
+        _attend_part(
+            q_tND[a - start : b - start], k_SGD, v_SGD, ids_tNK[a - start : b - start], (a, b), block_size, scale
+        )
+        for a, b in parts
+    ]
+    return torch.cat(out)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    fits = k.shape == v.shape and q.dim() == k.dim() == 3 and q.shape[2] == k.shape[2] and q.shape[1] % k.shape[1] == 0
+    if not fits or not 0 < q.shape[0] <= k.shape[0]:
+        raise ValueError(
+            "q [t, N, D], k and v [S, G, D] must agree in D and in S, with 0 < t <= S and N a multiple of G, got "
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+
+
+def _attend_newest(q_ND: Tensor, k_SGD: Tensor, v_SGD: Tensor, ids_NK: Tensor, block_size: int, scale: float) -> Tensor:
+    """The last token of a text over given past blocks and its own block: [N, D]."""
+    length, groups, _ = k_SGD.shape
+    own = (length - 1) // block_size
+    start, dtype = own * block_size, score_dtype(q_ND.dtype)
+    out = []
+    for group, (q_nD, ids_nK) in enumerate(zip(q_ND.chunk(groups), ids_NK.chunk(groups), strict=True)):
+        chosen_U = ids_nK.unique()
+        chosen_U = chosen_U[chosen_U >= 0]
+        k_UBD, v_UBD = (
+            x[:start, group].unflatten(0, (own, block_size)).index_select(0, chosen_U).to(dtype) if own else None
+            for x in (k_SGD, v_SGD)
+        )
+        q_nD, own_k, own_v = q_nD.to(dtype) * scale, k_SGD[start:, group].to(dtype), v_SGD[start:, group].to(dtype)
+        scores = q_nD @ own_k.T
+        if own:
+            past = torch.einsum("nd,ubd->nub", q_nD, k_UBD)
+            chosen_nU = (ids_nK.unsqueeze(-1) == chosen_U).any(dim=1)
+            past.masked_fill_(~chosen_nU.unsqueeze(-1), -torch.inf)
+            weights = torch.cat([past.flatten(1), scores], dim=-1).softmax(dim=-1)
+            past, scores = weights.split([past[0].numel(), scores.shape[1]], dim=-1)
+            out.append(past @ v_UBD.flatten(0, 1) + scores @ own_v)
+        else:
+            out.append(scores.softmax(dim=-1) @ own_v)
+    return torch.cat(out).to(q_ND.dtype)
+
+
+def _attend_part(
+    q_tND: Tensor,
+    k_SGD: Tensor,
+    v_SGD: Tensor,
+    ids_tNK: Tensor,
+    part: tuple[int, int],
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    """Tokens [start, end) of a text: a stretch that lies in one block, or that begins with a block. [t, N, D]."""
+    start, end = part
+    new, own = end - start, start // block_size
+    # Rows of keys: the part's own, then all earlier ones.
+    units = [(new + block * block_size, new + (block + 1) * block_size) for block in range(own)]
+    own_unit = None
+    if start % block_size:
+        units.append((new + own * block_size, new + start))
+        own_unit = torch.full((new,), own, dtype=torch.int32, device=q_tND.device)
+        triangles = [(0, 1, new)]
+    else:
+        full, tail = divmod(new, block_size)
+        units += [(block * block_size, (block + 1) * block_size) for block in range(full)]
+        triangles = [(0, full, block_size)] * (full > 0) + [(new - tail, 1, tail)] * (tail > 0)
+    k, v = (torch.cat([x[start:end], x[:start]]) for x in (k_SGD, v_SGD))
+    dtype = score_dtype(q_tND.dtype)
+    out = torch.empty(q_tND.shape, dtype=dtype, device=q_tND.device)
+    lse = torch.empty(q_tND.shape[:2], dtype=dtype, device=q_tND.device)
+    keys = Keys(k, v, q_tND.shape[1] // k.shape[1])
+    accumulate(q_tND.contiguous(), keys, ids_tNK, Fragment(units, triangles, own_unit_T=own_unit), scale, out, lse)
+    return out.to(q_tND.dtype)
