@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moba_megatron.ops.kernel_sizes import PLANES, SHORT_BLOCK, SPLIT_ENTRIES, SPLIT_ENTRIES_PER_KEY
 from moba_megatron.ops.pairs import attended_pairs, chosen_blocks, scored_pairs
 from moba_megatron.planning.flops import PEAK_BF16
 
@@ -29,11 +30,6 @@ DENSE_SHARE, DENSE_BACKWARD_SHARE = 0.6, 0.5
 # Instructions of one lane to keep the best K of a stream of scores, per score: by insertion, an estimate.
 SELECT_INSTRUCTIONS, SELECT_INSTRUCTIONS_PER_K = 55, 3.5
 LAUNCH_SECONDS = 5e-6
-# Up to this block size keys and values of a block stay in a tile, and one kernel makes dk, dv and dq.
-SHORT_BLOCK = 128
-PLANES = 3
-# Backward, keys' side: entries of a block that one program sums up, at least, and for each key of the block.
-PIECE_ENTRIES, PIECE_ENTRIES_PER_KEY = 512, 4
 
 
 @dataclass(frozen=True)
@@ -83,10 +79,10 @@ class AttentionSizes:
 
     @property
     def sum_bytes(self) -> float:
-        """Sums of dk and dv in fp32 that pieces of lists of entries write and the addition of pieces reads."""
-        piece = max(PIECE_ENTRIES, PIECE_ENTRIES_PER_KEY * self.block_size)
-        lists = self.groups * (self.tokens // self.block_size)
-        return max(lists, self.entries / piece) * self.block_size * self.head_size * 16
+        """Sums of dk and dv in fp32 that splits of the entries write and their addition reads."""
+        split = max(SPLIT_ENTRIES, SPLIT_ENTRIES_PER_KEY * self.block_size)
+        blocks = self.groups * (self.tokens // self.block_size)
+        return max(blocks, self.entries / split) * self.block_size * self.head_size * 16
 
     @property
     def query_bytes(self) -> int:

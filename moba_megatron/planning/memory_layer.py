@@ -22,13 +22,10 @@ from dataclasses import dataclass
 
 from moba_megatron.config import Config
 from moba_megatron.model.schedule import LayerAttention
+from moba_megatron.ops.gathered.index import ENTRIES_PER_QUERY_ROW
+from moba_megatron.ops.kernel_sizes import default_workspace
 from moba_megatron.parallel.traffic import Sizes, default_levels, traffic
 from moba_megatron.planning.plan_stages import tokens_of_rank
-
-# Workspace of the GPU kernels: half of the size of q, at least 256 MiB (ops/triton/attention.py).
-WORKSPACE_SHARE, SMALLEST_WORKSPACE = 0.5, 2**28
-# The portable backend lists at most this many entries for each query row of one key head (ops/entries.py).
-ENTRIES_PER_QUERY_ROW = 2
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ def attention_backward_bytes(shape: Shape, layer: LayerAttention) -> int:
     if layer.kind == "full":
         return gradients
     if shape.cuda:
-        return gradients + max(SMALLEST_WORKSPACE, int(queries * width * WORKSPACE_SHARE))
+        return gradients + default_workspace(queries * width)
     return gradients + ENTRIES_PER_QUERY_ROW * queries * (width + 8) // shape.groups
 
 

@@ -95,7 +95,7 @@ def accumulate(
         q_TND, keys, ids_TNK, softmax_scale, out_TND, lse_TN: as for `ops.gathered.accumulate`; bf16, fp16 or fp32,
             out in q's dtype or fp32, lse in fp32, both contiguous.
         fragment: which of these keys the queries may attend.
-        workspace_bytes: see the module; `default_workspace` if None.
+        workspace_bytes: see the module; `ops.kernel_sizes.default_workspace` if None.
     """
     fragment, keys = on_device(fragment, q_TND.device), _readable(keys)
     ids_TNK = ids_TNK.contiguous()

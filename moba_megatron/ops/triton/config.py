@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from moba_megatron.ops.kernel_sizes import PLANES, SPLIT_ENTRIES, SPLIT_ENTRIES_PER_KEY
 from moba_megatron.ops.triton.common import PER_AXIS
 from moba_megatron.ops.triton.tile_table import FP32_TILES, TILES
 
@@ -37,8 +38,6 @@ WIDE_WARPS = {"merge_rows": 4}
 # Members of a tile, warps.
 INDEX_TILES = {"count_entries": (1024, 4), "scatter_entries": (64, 4)}
 
-# Members of a piece of a list of short units: enough to pay for loading the unit's keys.
-SHORT_PIECE = 512
 # Decoding: programs that score blocks, about two for each multiprocessor of a large chip, and the least blocks for one.
 DECODING_PROGRAMS, LEAST_PART = 256, 256
 # Programs that build an index, at most: each counts for itself, so that this bounds the counts in memory.
@@ -149,7 +148,7 @@ def route_tiles(
     return {
         "HEAD_SIZE": head_size,
         "WIDTH": width_of(head_size),
-        "PLANES": 1 if dtype == torch.float32 else 3,
+        "PLANES": 1 if dtype == torch.float32 else PLANES,
         "KEEP": triton.next_power_of_2(num_past),
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
@@ -178,9 +177,9 @@ def holds_unit_for(kernel: str, tensor: Tensor, longest: int) -> bool:
 def piece_size(kernel: str, settings: dict[str, int], longest: int = 0) -> int:
     """Members of a piece of a list, for the launch settings of `tiles`."""
     if kernel == "attend_short_units":
-        return SHORT_PIECE
+        return SPLIT_ENTRIES
     if kernel in ("units_dkdv", "units_dkdv_dq"):
-        return max(SHORT_PIECE, 4 * triton.next_power_of_2(longest))
+        return max(SPLIT_ENTRIES, SPLIT_ENTRIES_PER_KEY * triton.next_power_of_2(longest))
     return settings["BLOCK_M"]
 
 

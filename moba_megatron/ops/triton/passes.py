@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moba_megatron.ops import kernel_sizes
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.triton.fragments import DeviceFragment
 
 # Entry numbers of a pass are int32.
 MOST_ENTRIES = 2**31 - 1
-SMALLEST_WORKSPACE = 2**28
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,12 @@ class Known:
         return self.dout, self.lse, self.delta
 
 
-def default_workspace(q_TND: Tensor) -> int:
-    """Bytes of workspace where the caller names none: q's size, at least 256 MiB."""
-    return max(SMALLEST_WORKSPACE, q_TND.nbytes)
-
-
 def passes(
     q_TND: Tensor, keys: Keys, num_past: int, fragment: DeviceFragment, entry_bytes: int, workspace_bytes: int | None
 ) -> Iterator[Pass]:
     """Cut a call into passes whose entries fit the workspace, all of about one size: key head by key head, then by
     tokens."""
-    budget = default_workspace(q_TND) if workspace_bytes is None else workspace_bytes
+    budget = kernel_sizes.default_workspace(q_TND.nbytes) if workspace_bytes is None else workspace_bytes
     tokens, groups, slots = q_TND.shape[0], keys.k.shape[1], fragment.per_query(num_past)
     per_token = keys.group_size * max(1, slots)
     most = max(per_token, min(budget // entry_bytes, MOST_ENTRIES))
@@ -101,10 +96,10 @@ def even_step(count: int, most: int) -> int:
 
 
 def forward_entry_bytes(q_TND: Tensor) -> int:
-    """Workspace for an entry: its partial output, log-sum-exp, unit and place in the index."""
-    return q_TND.shape[2] * q_TND.element_size() + 12
+    """Workspace for an entry of a forward pass."""
+    return kernel_sizes.forward_entry_bytes(q_TND.shape[2], q_TND.element_size())
 
 
 def backward_entry_bytes(q_TND: Tensor) -> int:
-    """Workspace for an entry: its share of dq, unit, place in the index, and at most its part of the sums of dk, dv."""
-    return q_TND.shape[2] * (q_TND.element_size() + 2) + 8
+    """Workspace for an entry of a backward pass."""
+    return kernel_sizes.backward_entry_bytes(q_TND.shape[2], q_TND.element_size())

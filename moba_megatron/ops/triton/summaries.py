@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moba_megatron.ops.kernel_sizes import PLANES
 from moba_megatron.ops.layout import BlockLayout
 from moba_megatron.ops.triton import config
 from moba_megatron.ops.triton.common import load_rows
@@ -88,7 +89,7 @@ def planes_of(means_MGD: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
     if dtype == torch.float32:
         return means_MGD.unsqueeze(0), 1.0
     step, rest, planes = PLANE_STEP[dtype], means_MGD, []
-    for _ in range(3):
+    for _ in range(PLANES):
         planes.append(rest.to(dtype))
         rest = (rest - planes[-1].float()) * step
     return torch.stack(planes), step

@@ -129,7 +129,7 @@ def test_memory_keeps_to_its_formula():
 
 def test_hot_unit_is_cut_and_summed_in_order(monkeypatch):
     """All queries choose the first block: its list is cut into pieces, whose sums are added in order."""
-    monkeypatch.setattr(config, "SHORT_PIECE", 16)
+    monkeypatch.setattr(config, "SPLIT_ENTRIES", 16)
     q, k, v, dout = inputs(60, 2, 1)
     layout = block_layout(60, 4)
     ids = torch.where(layout.block_T > 0, 0, -1).view(-1, 1, 1).expand(-1, 2, 1).to(torch.int32)

@@ -1,0 +1,35 @@
+"""Sizes of the GPU kernels that others reckon with: what planning foretells and what the kernels do is asked here.
+
+Needs no Triton, which exists on Linux alone.
+"""
+
+from __future__ import annotations
+
+# Planes of 16 bits that a block's mean in fp32 is written as, for 16-bit queries.
+PLANES = 3
+# Entries of a block that one program sums dk and dv over: at least so many, and so many for each key of the block.
+SPLIT_ENTRIES, SPLIT_ENTRIES_PER_KEY = 512, 4
+# Up to this block size, with heads of up to 128, keys and values of a block stay in a tile, and one kernel makes dk, dv
+# and dq.
+SHORT_BLOCK = 128
+SMALLEST_WORKSPACE = 2**28
+
+
+def default_workspace(query_bytes: int) -> int:
+    """Bytes of workspace where the caller names none: q's size, at least 256 MiB.
+
+    >>> default_workspace(2**30), default_workspace(1000)
+    (1073741824, 268435456)
+    """
+    return max(SMALLEST_WORKSPACE, query_bytes)
+
+
+def forward_entry_bytes(head_size: int, element_bytes: int) -> int:
+    """Workspace of an entry in a forward pass: its partial output, log-sum-exp, block and place in the index."""
+    return head_size * element_bytes + 12
+
+
+def backward_entry_bytes(head_size: int, element_bytes: int) -> int:
+    """Workspace of an entry in a backward pass: its part of dq, block, place in the index, and at most its part of the
+    sums of dk and dv."""
+    return head_size * (element_bytes + 2) + 8
