@@ -3,7 +3,7 @@ torchrun.
 
 Every exchange runs forward and backward on the same random inputs, one document per length; the slowest rank counts,
 and medians over the runs are reported. Bytes are counted where they arrive, the mean over the ranks, beside what the
-formulas of `parallel.traffic` say for both passes together (without summaries; for `dispatch` the bound). Before
+formulas of `parallel.exchanges` say for both passes together (without summaries; for `dispatch` the bound). Before
 anything is timed an exchange is held against the definition on one rank, on a short document; one that disagrees gets
 no speed.
 
@@ -35,8 +35,9 @@ from moba_megatron.benchmark.report import new_figure, print_table, write_csv, w
 from moba_megatron.benchmark.settings import BenchSettings
 from moba_megatron.ops import moba_attention, select_blocks
 from moba_megatron.parallel.attention import ContextGroups, context_attention
+from moba_megatron.parallel.exchange_kind import Sizes
+from moba_megatron.parallel.exchanges import EXCHANGES, refusal, traffic
 from moba_megatron.parallel.layout import shard_positions
-from moba_megatron.parallel.traffic import EXCHANGES, Sizes, default_levels, refusal, traffic
 from moba_megatron.parallel.wire import observe
 
 AGREEMENT_TOKENS = 1024
@@ -130,7 +131,7 @@ def _measure_all(settings: BenchSettings, context_size: int) -> list[ContextRow]
                     DTYPES[dtype].itemsize, block_size, top_k,
                 )  # fmt: skip
                 for exchange in EXCHANGES:
-                    if exchange == "dispatch" and block_size is None:
+                    if block_size is None and not EXCHANGES[exchange].suits_full:
                         continue
                     reason = refusal(exchange, sizes, context_size) or _disagreement(settings, sizes, exchange)
                     if reason:
@@ -144,7 +145,7 @@ def _measure_all(settings: BenchSettings, context_size: int) -> list[ContextRow]
 @functools.cache
 def _groups(exchange: str, levels: tuple[int, int]) -> ContextGroups:
     whole = dist.group.WORLD
-    if exchange != "a2a+p2p":
+    if not EXCHANGES[exchange].two_levels:
         return ContextGroups(whole)
     inner, outer = levels
     neighbours = [list(range(i * inner, (i + 1) * inner)) for i in range(outer)]
@@ -155,7 +156,7 @@ def _groups(exchange: str, levels: tuple[int, int]) -> ContextGroups:
 
 def _attention(sizes: Sizes, exchange: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     size = dist.get_world_size()
-    levels = default_levels(size, sizes) if exchange == "a2a+p2p" else (1, size)
+    levels = EXCHANGES[exchange].levels(size, sizes) or (1, size)
     return context_attention(
         q, k, v, groups=_groups(exchange, levels), exchange=exchange, block_size=sizes.block_size, top_k=sizes.top_k
     )

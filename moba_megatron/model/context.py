@@ -21,8 +21,9 @@ from torch.distributed import ProcessGroup
 from moba_megatron.model.exchange import exchange_of_kind
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.parallel.attention import ContextGroups, context_attention
+from moba_megatron.parallel.exchange_kind import Sizes
+from moba_megatron.parallel.exchanges import EXCHANGES
 from moba_megatron.parallel.layout import check_positions
-from moba_megatron.parallel.traffic import EXCHANGES, Sizes
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +84,11 @@ class ContextParallel:
             cu_seqlens: padded boundaries of the whole pack; None: one sequence.
         """
         exchange = self.exchange[layer.kind]
-        if exchange == "auto" or (exchange == "dispatch" and layer.kind == "full"):
+        if exchange == "auto" or (layer.kind == "full" and not EXCHANGES[exchange].suits_full):
             sizes = Sizes(
                 tokens=q.shape[0],
                 heads=q.shape[1],
-                groups=k.shape[1],
+                kv_heads=k.shape[1],
                 head_size=q.shape[2],
                 element_bytes=q.element_size(),
                 block_size=layer.block_size,

@@ -50,8 +50,8 @@ class MoBACoreAttention(MegatronModule):
         backend: what computes MoBA, see `moba_attention`.
         full_backend: what computes full attention, see `full_attention`. Only `auto` under context parallelism, where
             full layers run through the exchanges.
-        exchange: what context-parallel ranks do, `auto` or a name in `parallel.traffic.EXCHANGES`: one for both kinds,
-            or `{"moba": ..., "full": ...}`. `auto` is decided at the first call, from the sizes of its tensors.
+        exchange: what context-parallel ranks do, `auto` or a name of `parallel.exchanges`: one for both kinds, or
+            `{"moba": ..., "full": ...}`. `auto` is decided at the first call, from the sizes of its tensors.
 
     Raises:
         ValueError: for settings that are not MoBA: dropout in attention, a mask that is not causal, cross attention, a

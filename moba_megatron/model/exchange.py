@@ -1,7 +1,7 @@
 """Which exchange the context-parallel ranks of a run use: decided from sizes alone, before any process starts.
 
 MoBA layers and layers that attend fully may use different ones, so each kind is decided by itself. `auto` is what
-`parallel.traffic.choose_exchange` finds cheapest; a name that cannot run with these sizes is an error that says what
+`parallel.exchanges.choose_exchange` finds cheapest; a name that cannot run with these sizes is an error that says what
 would. Full layers have no selected blocks to send queries to, so `dispatch` means `a2a` for them where the heads allow
 it, and `p2p` otherwise. The reference backend needs all tokens of its heads, so with it MoBA layers take `a2a`.
 """
@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 from moba_megatron.config import Config, ConfigError
 from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
-from moba_megatron.parallel.traffic import Choice, Sizes, choose_exchange, default_levels, refusal, traffic
-
-Levels = tuple[int, int]
+from moba_megatron.parallel.exchange_kind import Levels, Sizes
+from moba_megatron.parallel.exchanges import EXCHANGES, ChosenExchange, choose_exchange, refusal, traffic
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def resolve_exchange(config: Config) -> ExchangeChoice:
         return ExchangeChoice()
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
     layers = Counter(layer for stage in schedule.stages for layer in stage)
-    choices: dict[str, Choice] = {}
+    choices: dict[str, ChosenExchange] = {}
     problems: list[str] = []
     for kind in ("moba", "full"):
         settings = [layer for layer, _ in layers.most_common() if layer.kind == kind]
@@ -71,7 +70,7 @@ def rank_sizes(config: Config, layer: LayerAttention) -> Sizes:
     return Sizes(
         tokens=-(-config.data.sequence_length * config.training.micro_batch_size // parallel.context),
         heads=model.num_attention_heads // parallel.tensor,
-        groups=model.query_groups // parallel.tensor,
+        kv_heads=model.query_groups // parallel.tensor,
         head_size=model.head_size,
         element_bytes=2 if config.training.precision == "bf16" else 4,
         block_size=layer.block_size,
@@ -81,7 +80,7 @@ def rank_sizes(config: Config, layer: LayerAttention) -> Sizes:
 
 def exchange_of_kind(
     kind: str, wanted: str, sizes: Sizes, context_size: int, levels: Levels | None, backend: str
-) -> Choice:
+) -> ChosenExchange:
     """The exchange of layers of one kind (`moba` or `full`).
 
     Args:
@@ -99,27 +98,28 @@ def exchange_of_kind(
         choice = _named("a2a", "the only one for the reference backend", sizes, context_size)
     elif wanted == "auto":
         choice = choose_exchange(sizes, context_size, levels)
-    elif wanted == "dispatch" and kind == "full":
+    elif kind == "full" and not EXCHANGES[wanted].suits_full:
         name = "p2p" if refusal("a2a", sizes, context_size) else "a2a"
         reason = "full layers have no blocks to dispatch to: a2a where the heads allow it, else p2p"
         choice = _named(name, reason, sizes, context_size)
     else:
-        levels = levels or default_levels(context_size, sizes)
-        choice = _named(wanted, "asked for by name", sizes, context_size, levels if wanted == "a2a+p2p" else None)
+        found = EXCHANGES[wanted]
+        chosen = (levels or found.levels(context_size, sizes)) if found.two_levels else None
+        choice = _named(wanted, "asked for by name", sizes, context_size, chosen)
     if problem := refusal(choice.name, sizes, context_size, choice.levels):
         raise ValueError(problem)
     return choice
 
 
-def _named(name: str, reason: str, sizes: Sizes, context_size: int, levels: Levels | None = None) -> Choice:
+def _named(name: str, reason: str, sizes: Sizes, context_size: int, levels: Levels | None = None) -> ChosenExchange:
     """A choice whose reason ends in the bytes that a rank receives in one layer, forward and backward."""
     found = traffic(name, sizes, context_size, levels)
-    bound = "for one document a row at most " if name == "dispatch" else ""
+    bound = "for one document a row at most " if EXCHANGES[name].depends_on_choices else ""
     bytes_ = f"{bound}{found.forward / 2**20:.4g} + {found.backward / 2**20:.4g} MiB a layer"
-    return Choice(name, levels, f"{reason}; {bytes_}")
+    return ChosenExchange(name, levels, f"{reason}; {bytes_}")
 
 
-def _resolve_kind(config: Config, kind: str, settings: list[LayerAttention]) -> Choice:
+def _resolve_kind(config: Config, kind: str, settings: list[LayerAttention]) -> ChosenExchange:
     """The exchange of all layers of one kind; `settings` are theirs, the most frequent first."""
     wanted, context = getattr(config.parallel.exchange, kind), config.parallel.context
     given = config.parallel.hierarchical_context

@@ -35,14 +35,12 @@ from moba_megatron.ops.precision import score_dtype, without_autocast
 from moba_megatron.ops.selection import MOBA, Selection
 from moba_megatron.ops.steps import Steps, has_steps, steps_of
 from moba_megatron.parallel.context_plan import ContextPlan, host_boundaries, inner_order, plan_for
-from moba_megatron.parallel.dispatch import Dispatch
 from moba_megatron.parallel.exchange import Exchange, Queries, Task
-from moba_megatron.parallel.gather import Gather
+from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Sizes
+from moba_megatron.parallel.exchanges import EXCHANGES
 from moba_megatron.parallel.heads import to_heads, to_tokens
 from moba_megatron.parallel.layout import check_divisible
-from moba_megatron.parallel.ring import Ring
 from moba_megatron.parallel.summaries import SummaryExchange
-from moba_megatron.parallel.traffic import EXCHANGES, Sizes, refusal
 from moba_megatron.parallel.wire import Wire
 
 
@@ -59,17 +57,17 @@ class ContextGroups:
     inner: dist.ProcessGroup | None = None
     outer: dist.ProcessGroup | None = None
 
-    def levels(self, exchange: str) -> tuple[int, int]:
+    def levels(self, kind: ExchangeKind) -> Levels:
         """(ranks that trade heads, shards) under an exchange.
 
         Raises:
             ValueError: groups that are missing, or do not lie in `whole` as described.
         """
         size = self.whole.size()
-        if exchange != "a2a+p2p":
-            return (size, 1) if exchange == "a2a" else (1, size)
+        if not kind.two_levels:
+            return (size, 1) if kind.trades_heads else (1, size)
         if self.inner is None or self.outer is None:
-            raise ValueError("exchange 'a2a+p2p' needs the groups `inner` and `outer`")
+            raise ValueError(f"exchange {kind.name!r} needs the groups `inner` and `outer`")
         inner, outer = self.inner.size(), self.outer.size()
         ranks = dist.get_process_group_ranks(self.whole)
         shard = self.whole.rank() // inner
@@ -77,7 +75,7 @@ class ContextGroups:
         across = ranks[self.whole.rank() % inner :: inner]
         if dist.get_process_group_ranks(self.inner) != adjacent or dist.get_process_group_ranks(self.outer) != across:
             raise ValueError(
-                f"a2a+p2p: of the ranks {ranks}, `inner` must be {adjacent} and `outer` {across}, not "
+                f"{kind.name}: of the ranks {ranks}, `inner` must be {adjacent} and `outer` {across}, not "
                 f"{dist.get_process_group_ranks(self.inner)} and {dist.get_process_group_ranks(self.outer)}"
             )
         return inner, outer
@@ -126,11 +124,11 @@ def context_attention(
         check_settings(block_size, top_k)
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange = {exchange!r}: choose one of {', '.join(EXCHANGES)}")
-    size = groups.whole.size()
+    kind, size = EXCHANGES[exchange], groups.whole.size()
     boundaries = _boundaries(cu_seqlens, q.shape[0], size)
-    levels = groups.levels(exchange)
+    levels = groups.levels(kind)
     sizes = Sizes(*q.shape[:2], k.shape[1], q.shape[2], q.element_size(), block_size, top_k)
-    reason = refusal(exchange, sizes, size, levels)
+    reason = kind.refusal(sizes, size, levels)
     if reason:
         raise ValueError(reason)
     name, _ = resolve_backend(backend, q.device)
@@ -140,17 +138,17 @@ def context_attention(
     if q.shape[0] == 0:
         # No rows on any rank, but the graph stays connected.
         return q + (k.sum() + v.sum()).to(q.dtype)
-    if exchange in _BETWEEN_SHARDS:
+    if not kind.trades_heads:
         return _between_shards(
-            q, k, v, boundaries, groups.whole, exchange, levels, block_size, top_k, scale, steps_of(name, selection)
+            q, k, v, boundaries, groups.whole, kind, levels, block_size, top_k, scale, steps_of(name, selection)
         )
-    wire = Wire(groups.whole if exchange == "a2a" else groups.inner)
+    wire = Wire(groups.inner if kind.two_levels else groups.whole)
     shard = groups.whole.rank() // levels[0]
     order = inner_order(host_boundaries(boundaries), levels, shard).to(q.device)
     q, k, v = to_heads(wire, order, q, k, v)
     if levels[1] > 1:
         out = _between_shards(
-            q, k, v, boundaries, groups.outer, "p2p", levels, block_size, top_k, scale, steps_of(name, selection)
+            q, k, v, boundaries, groups.outer, kind, levels, block_size, top_k, scale, steps_of(name, selection)
         )
     elif block_size is None:
         out = full_attention(q, k, v, boundaries.to(q.device), softmax_scale=scale)
@@ -175,26 +173,24 @@ def _boundaries(cu_seqlens: Tensor | None, tokens: int, size: int) -> Tensor:
     return cu_seqlens
 
 
-_BETWEEN_SHARDS = {"p2p": Ring, "all_gather": Gather, "dispatch": Dispatch}
-
-
 def _between_shards(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     boundaries: Tensor,
     group: dist.ProcessGroup,
-    exchange: str,
-    levels: tuple[int, int],
+    kind: ExchangeKind,
+    levels: Levels,
     block_size: int | None,
     top_k: int | None,
     scale: float,
     steps: Steps,
 ) -> Tensor:
+    assert kind.between is not None, f"{kind.name} leaves shards"
     wire = Wire(group)
     plan = plan_for(boundaries, block_size, levels, wire.rank, q.device)
     num_past = 0 if top_k is None else min(top_k, plan.layout.max_blocks) - 1
-    return _ContextAttention.apply(q, k, v, plan, wire, _BETWEEN_SHARDS[exchange](wire), num_past, scale, steps)
+    return _ContextAttention.apply(q, k, v, plan, wire, kind.between(wire), num_past, scale, steps)
 
 
 class _ContextAttention(torch.autograd.Function):

@@ -25,6 +25,7 @@ from moba_megatron.ops.fragments import Keys
 from moba_megatron.parallel.context_plan import ContextPlan
 from moba_megatron.parallel.copies import Copies, choose_copies, demanded
 from moba_megatron.parallel.exchange import Queries, Task
+from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, Sizes, wide_output
 from moba_megatron.parallel.wire import Wire, report_load
 
 
@@ -194,3 +195,41 @@ def _merge_rows(queries: Queries, rows: Tensor, part: Tensor, part_lse: Tensor) 
     weights, merged = merge_weights(torch.stack([lse[rows], part_lse]))
     out[rows] = out[rows] * weights[0].unsqueeze(-1) + part.to(out.dtype) * weights[1].unsqueeze(-1)
     lse[rows] = merged
+
+
+class DispatchKind(ExchangeKind):
+    """The exchange of this module. Layers that attend fully have no blocks to dispatch queries to."""
+
+    name = "dispatch"
+    between = Dispatch
+    suits_full = False
+    depends_on_choices = True
+
+    def messages(
+        self, sizes: Sizes, context_size: int, levels: Levels | None = None, remote_owners: float | None = None
+    ) -> list[Message]:
+        """See `ExchangeKind`."""
+        e, f = sizes.element_bytes, sizes.score_bytes
+        past = max(0, (sizes.top_k or 1) - 1)
+        owners = most_remote_owners(sizes, context_size) if remote_owners is None else remote_owners
+        rows = sizes.tokens * sizes.heads * owners
+        forward = rows * (2 * sizes.head_size * e + f + 4 * past)
+        return [Message(int(forward), int(rows * (3 * sizes.head_size * e + 2 * f + 4 * past)), context_size)]
+
+    def buffers(self, sizes: Sizes, context_size: int, levels: Levels | None = None) -> int:
+        """Queries as messages, and as what is made of them; gradients of keys and values."""
+        (message,) = self.messages(sizes, context_size)
+        return 2 * message.backward + sizes.tokens * sizes.kv_width * sizes.score_bytes + wide_output(sizes)
+
+
+def most_remote_owners(sizes: Sizes, context_size: int) -> int:
+    """Bound of the other ranks that a query row goes to where a row is one document: its own and each chosen block may
+    lie on as many ranks as they touch chunks of the zigzag layout, and one of them is here."""
+    if sizes.block_size is None or sizes.top_k is None:
+        return context_size - 1
+    chunk = max(1, sizes.tokens // 2)
+    parts = 1 + (sizes.block_size - 1) // chunk + (chunk % sizes.block_size != 0)
+    return min(context_size - 1, sizes.top_k * parts - 1)
+
+
+DISPATCH = DispatchKind()

@@ -15,6 +15,7 @@ from torch import Tensor
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.parallel.context_plan import ContextPlan
 from moba_megatron.parallel.exchange import KeyExchange, Queries, Task
+from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, Sizes, wide_output
 from moba_megatron.parallel.wire import Pending
 
 
@@ -64,3 +65,27 @@ class Gather(KeyExchange):
             for step in range(size):
                 source = (rank - step) % size
                 yield source, Keys(shards[source, 0], shards[source, 1], q.shape[1] // num_groups, first=head)
+
+
+class AllGather(ExchangeKind):
+    """The exchange of this module."""
+
+    name = "all_gather"
+    between = Gather
+    in_auto = False
+
+    def messages(
+        self, sizes: Sizes, context_size: int, levels: Levels | None = None, remote_owners: float | None = None
+    ) -> list[Message]:
+        """See `ExchangeKind`."""
+        once = (context_size - 1) * sizes.tokens * sizes.kv_width * sizes.element_bytes
+        return [Message(once, 2 * once, context_size, hidden=True)]
+
+    def buffers(self, sizes: Sizes, context_size: int, levels: Levels | None = None) -> int:
+        """Two key heads of all ranks and their gradients, and the gradients of one's own."""
+        shard = sizes.tokens * sizes.kv_width
+        gathered = 2 * shard // sizes.kv_heads * context_size * sizes.element_bytes
+        return 2 * gathered + shard * sizes.score_bytes + wide_output(sizes)
+
+
+ALL_GATHER = AllGather()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, Sizes, head_divisors, heads_of
 from moba_megatron.parallel.wire import Wire
 
 
@@ -72,3 +73,39 @@ def _to_tokens(wire: Wire, order: Tensor, tensors: list[Tensor]) -> list[Tensor]
     message[order] = joined
     received = wire.all_to_all(message, "heads").wait().unflatten(0, (wire.size, -1))
     return [part.transpose(0, 1).flatten(1, 2) for part in received.split(widths, dim=2)]
+
+
+class AllToAll(ExchangeKind):
+    """The exchange of this module: afterwards each rank attends as one rank does."""
+
+    name = "a2a"
+    trades_heads = True
+    sends_summaries = False
+    saved_kv = 2
+
+    def refusal(self, sizes: Sizes, context_size: int, levels: Levels | None = None) -> str | None:
+        """See `ExchangeKind`."""
+        divisors = head_divisors(context_size, sizes)
+        if context_size in divisors:
+            return None
+        best = divisors[-1]
+        mixed = f", or the exchange a2a+p2p with [{best}, {context_size // best}]" if best > 1 else ""
+        return (
+            f"exchange {self.name}: {context_size} context-parallel ranks do not divide {heads_of(sizes)}: use a "
+            f"context-parallel size of {' or '.join(map(str, divisors))}{mixed}, or p2p"
+        )
+
+    def messages(
+        self, sizes: Sizes, context_size: int, levels: Levels | None = None, remote_owners: float | None = None
+    ) -> list[Message]:
+        """See `ExchangeKind`."""
+        width = 2 * sizes.query_width + sizes.kv_width
+        once = (context_size - 1) * sizes.tokens * width * sizes.element_bytes // context_size
+        return [Message(once, once, context_size)]
+
+    def buffers(self, sizes: Sizes, context_size: int, levels: Levels | None = None) -> int:
+        """Heads as messages, and as what is made of them."""
+        return 2 * sizes.tokens * (sizes.query_width + sizes.kv_width) * sizes.element_bytes
+
+
+A2A = AllToAll()

@@ -16,6 +16,7 @@ from torch import Tensor
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.parallel.context_plan import ContextPlan
 from moba_megatron.parallel.exchange import KeyExchange, Queries, Task
+from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, Sizes, wide_output
 
 
 class Ring(KeyExchange):
@@ -46,3 +47,26 @@ class Ring(KeyExchange):
             yield (rank - step) % size, Keys(k, v, group_size)
             if arriving is not None:
                 k, v = arriving.wait()
+
+
+class PeerToPeer(ExchangeKind):
+    """The exchange of this module."""
+
+    name = "p2p"
+    between = Ring
+
+    def messages(
+        self, sizes: Sizes, context_size: int, levels: Levels | None = None, remote_owners: float | None = None
+    ) -> list[Message]:
+        """See `ExchangeKind`."""
+        once = (context_size - 1) * sizes.tokens * sizes.kv_width
+        e, f = sizes.element_bytes, sizes.score_bytes
+        return [Message(once * e, once * (e + f), context_size, hidden=True)]
+
+    def buffers(self, sizes: Sizes, context_size: int, levels: Levels | None = None) -> int:
+        """Two shards of keys and values, and three of their gradients."""
+        shard = sizes.tokens * sizes.kv_width
+        return 2 * shard * sizes.element_bytes + 3 * shard * sizes.score_bytes + wide_output(sizes)
+
+
+P2P = PeerToPeer()

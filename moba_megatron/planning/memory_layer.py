@@ -24,7 +24,8 @@ from moba_megatron.config import Config
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.ops.gathered.index import ENTRIES_PER_QUERY_ROW
 from moba_megatron.ops.kernel_sizes import default_workspace
-from moba_megatron.parallel.traffic import Sizes, default_levels, traffic
+from moba_megatron.parallel.exchange_kind import ExchangeKind, Sizes
+from moba_megatron.parallel.exchanges import EXCHANGES
 from moba_megatron.planning.plan_stages import tokens_of_rank
 
 
@@ -93,7 +94,8 @@ def layer_bytes(shape: Shape, layer: LayerAttention, exchange: str | None) -> La
     """
     t, size, width = shape.tokens, shape.head_size, shape.width
     norm = shape.width + (shape.width if shape.cuda else 8)
-    shards = 3 * shape.heads + (2 if exchange == "a2a" else 3) * shape.groups
+    saved_kv = ExchangeKind.saved_kv if exchange is None else EXCHANGES[exchange].saved_kv
+    shards = 3 * shape.heads + saved_kv * shape.groups
     rotary = 0 if shape.cuda else 4
     past = 0 if layer.kind == "full" else layer.top_k - 1
     return LayerBytes(
@@ -126,27 +128,10 @@ def attention_backward_bytes(shape: Shape, layer: LayerAttention) -> int:
 
 
 def exchange_bytes(config: Config, shape: Shape, layer: LayerAttention, exchange: str | None) -> int:
-    """Buffers of context parallelism in a backward pass of one layer.
-
-    A ring has two shards of keys and values and three of their gradients in fp32, a gather two heads of all ranks and
-    their gradients; traded heads and dispatched queries are there as messages and as what is made of them. Outside
-    `a2a` the output is summed in fp32.
-    """
+    """Buffers of context parallelism in a backward pass of one layer; none without an exchange."""
     if exchange is None:
         return 0
-    t, size, width, ranks = shape.tokens, shape.head_size, shape.width, config.parallel.context
-    keys = t * 2 * shape.groups * size
-    wide_output = t * shape.heads * size * 4
-    if exchange == "a2a":
-        return 2 * t * (shape.heads + 2 * shape.groups) * size * width
-    if exchange == "p2p":
-        return 2 * keys * width + 3 * keys * 4 + wide_output
-    if exchange == "all_gather":
-        return 2 * keys // shape.groups * ranks * width * 2 + keys * 4 + wide_output
-    sizes = Sizes(t, shape.heads, shape.groups, size, width, layer.block_size, layer.top_k)
-    if exchange == "a2a+p2p":
-        given = config.parallel.hierarchical_context
-        inner = given[0] if given else default_levels(ranks, sizes)[0]
-        traded = 2 * t * (shape.heads + 2 * shape.groups) * size * width
-        return traded + (2 * keys * width + 3 * keys * 4 + wide_output if inner < ranks else 0)
-    return 2 * traffic("dispatch", sizes, ranks).backward + keys * 4 + wide_output
+    sizes = Sizes(shape.tokens, shape.heads, shape.groups, shape.head_size, shape.width, layer.block_size, layer.top_k)
+    given = config.parallel.hierarchical_context
+    levels = (given[0], given[1]) if given else None
+    return EXCHANGES[exchange].buffers(sizes, config.parallel.context, levels)

@@ -7,7 +7,7 @@ Received by one rank; s = bytes of a microbatch's hidden states on a context-par
 | TP | layer and microbatch: 4 all-reduces | 8 (n - 1)/n s |
 | TP with SP | layer and microbatch: 10 gathers and scatters, two of them for the weights' gradients | 10 (n - 1)/n s |
 | PP | microbatch and model chunk | 2 s, over the TP ranks with SP |
-| CP | layer and microbatch | `parallel.traffic`, and the summaries |
+| CP | layer and microbatch | `parallel.exchanges`, and the summaries |
 | DP | step, P parameters of a rank | 8 P (n - 1)/n; distributed optimizer: (4 + 2) P (n - 1)/n |
 
 Full recomputation repeats the forward part of TP and CP, selective that of CP. A ring and a gather run beside the
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from moba_megatron.config import Config
 from moba_megatron.model.exchange import ExchangeChoice, rank_sizes
 from moba_megatron.model.schedule import LayerAttention
-from moba_megatron.parallel.traffic import default_levels, traffic
+from moba_megatron.parallel.exchanges import EXCHANGES
 from moba_megatron.planning.plan_machines import Cluster
 from moba_megatron.planning.plan_stages import Stage, tokens_of_rank
 
@@ -85,28 +85,22 @@ def context_moved(
     if ranks == 1 or name is None:
         return Moved()
     again = config.training.recompute != "none"
-    sizes = rank_sizes(config, layer)
-    if name == "a2a+p2p":
-        inner, outer = choice.levels or default_levels(ranks, sizes)
-        one = traffic("a2a", sizes, inner)
-        whole = traffic(name, sizes, ranks, (inner, outer))
-        traded = one.total + again * one.forward
-        ring = whole.total + again * whole.forward - traded
-        seconds = cluster.scatter_seconds(traded, stride, inner)
-        waited = max(0.0, ring / cluster.link(stride * inner, outer) - attention_seconds)
-        return Moved(traded + ring, seconds + waited + (2 + again) * (outer - 1) * HOP_SECONDS)
-    found = traffic(name, sizes, ranks)
-    bytes_ = found.total + again * found.forward
-    if name == "a2a":
-        return Moved(bytes_, cluster.scatter_seconds(bytes_, stride, ranks))
-    if layer.kind == "moba":
+    kind, sizes = EXCHANGES[name], rank_sizes(config, layer)
+    summaries = 0
+    if layer.kind == "moba" and kind.sends_summaries:
         blocks = sizes.tokens // layer.block_size + 2
-        summaries = (ranks - 1) * blocks * sizes.groups * sizes.head_size * 4 * (1 + again)
-        bytes_ += summaries
-    if name == "dispatch":
-        return Moved(bytes_, cluster.scatter_seconds(bytes_, stride, ranks))
-    waited = max(0.0, bytes_ / cluster.link(stride, ranks) - attention_seconds)
-    return Moved(bytes_, waited + (2 + again) * (ranks - 1) * HOP_SECONDS)
+        summaries = (ranks - 1) * blocks * sizes.kv_heads * sizes.head_size * 4 * (1 + again)
+    moved, seconds = 0.0, 0.0
+    for message in kind.messages(sizes, ranks, choice.levels):
+        bytes_ = message.forward * (1 + again) + message.backward + summaries
+        moved, summaries = moved + bytes_, 0
+        apart = stride * message.stride
+        if message.hidden:
+            waited = max(0.0, bytes_ / cluster.link(apart, message.ranks) - attention_seconds)
+            seconds += waited + (2 + again) * (message.ranks - 1) * HOP_SECONDS
+        else:
+            seconds += cluster.scatter_seconds(bytes_, apart, message.ranks)
+    return Moved(moved, seconds)
 
 
 def data_moved(config: Config, cluster: Cluster, stage: Stage, data_parallel: int, microbatch_seconds: float) -> Moved:

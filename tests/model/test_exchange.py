@@ -11,7 +11,8 @@ from moba_megatron.config import ConfigError, Exchange
 from moba_megatron.model.builder import transformer_config
 from moba_megatron.model.exchange import rank_sizes, resolve_exchange
 from moba_megatron.model.schedule import FULL, LayerAttention
-from moba_megatron.parallel.traffic import EXCHANGES, Sizes
+from moba_megatron.parallel.exchange_kind import Sizes
+from moba_megatron.parallel.exchanges import EXCHANGES
 
 HYBRID = {"block_size": 8, "top_k": 2, "last_n_full": 1}
 

@@ -25,8 +25,9 @@ from moba_megatron.ops.reference import reference_select
 from moba_megatron.parallel import copies
 from moba_megatron.parallel.attention import ContextGroups, context_attention
 from moba_megatron.parallel.context_plan import plan_for
+from moba_megatron.parallel.exchange_kind import Sizes
+from moba_megatron.parallel.exchanges import traffic
 from moba_megatron.parallel.summaries import SummaryExchange, summary_bytes
-from moba_megatron.parallel.traffic import Sizes, traffic
 from moba_megatron.parallel.wire import Wire, observe
 
 BOUNDS = [0, 16, 72, 96, 160]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from typing import get_args
 
 import pytest
 import torch
 from parallel.examples import zigzag
 
+from moba_megatron.config import Exchange
 from moba_megatron.parallel.context_plan import ContextPlan
 from moba_megatron.parallel.copies import choose_copies
+from moba_megatron.parallel.exchange_kind import Sizes
+from moba_megatron.parallel.exchanges import EXCHANGES, choose_exchange, refusal, traffic
 from moba_megatron.parallel.layout import check_positions, padded_boundaries, shard_positions
-from moba_megatron.parallel.traffic import Sizes, choose_exchange, refusal, traffic
 
 MEBIBYTE = 2**20
 
@@ -62,7 +65,7 @@ def test_a_plan_by_hand():
     assert second.own_part.triangles == [(0, 1, 2), (2, 1, 6)]
 
 
-LLAMA_8B = {"heads": 32, "groups": 8, "head_size": 128, "element_bytes": 2}
+LLAMA_8B = {"heads": 32, "kv_heads": 8, "head_size": 128, "element_bytes": 2}
 
 
 def test_bytes_of_llama_8b_at_128k_over_8_ranks():
@@ -73,7 +76,7 @@ def test_bytes_of_llama_8b_at_128k_over_8_ranks():
     assert traffic("a2a", sizes, 8).forward == 280 * MEBIBYTE
     no_ids = Sizes(tokens=16384, block_size=4096, top_k=1, **LLAMA_8B)
     assert traffic("dispatch", no_ids, 8, remote_owners=1).forward == 258 * MEBIBYTE
-    ring_between_nodes = Sizes(tokens=16384 * 8, heads=4, groups=1, head_size=128, element_bytes=2)
+    ring_between_nodes = Sizes(tokens=16384 * 8, heads=4, kv_heads=1, head_size=128, element_bytes=2)
     assert traffic("p2p", ring_between_nodes, 8).forward == 448 * MEBIBYTE
     assert traffic("a2a+p2p", Sizes(16384, **LLAMA_8B), 64, (8, 8)).forward == (280 + 448) * MEBIBYTE
 
@@ -113,7 +116,7 @@ def test_auto_follows_the_bytes():
     assert choose_exchange(sizes, 8).name == "a2a"
     assert choose_exchange(sizes, 16).levels == (8, 2)
     # One key head a rank: no heads to trade.
-    one = Sizes(tokens=16384, heads=4, groups=1, head_size=128, element_bytes=2, block_size=4096, top_k=12)
+    one = Sizes(tokens=16384, heads=4, kv_heads=1, head_size=128, element_bytes=2, block_size=4096, top_k=12)
     assert choose_exchange(one, 4).name == "p2p" and "dispatch" in choose_exchange(one, 4).reason
     assert choose_exchange(Sizes(16384, 32, 1, 128, 2), 512).name == "p2p"
 
@@ -134,3 +137,7 @@ def test_auto_follows_the_bytes():
 )
 def test_refusals_name_numbers_and_what_works(exchange, size, levels, message):
     assert re.search(message, refusal(exchange, Sizes(1024, **LLAMA_8B), size, levels))
+
+
+def test_the_configuration_knows_the_exchanges():
+    assert get_args(Exchange) == ("auto", *EXCHANGES)

@@ -1,0 +1,112 @@
+"""The exchanges, and which one `auto` takes.
+
+Sizes are those of one tensor-parallel rank: t tokens (of one context-parallel rank), N query heads, G key heads, D head
+size, e bytes an element, f bytes of a score (4, or 8 for fp64), C ranks. Received per rank and layer:
+
+| exchange | forward | backward |
+|---|---|---|
+| summaries | (C - 1) x most blocks a rank touches x G D f | none |
+| `p2p` | (C - 1) t 2 G D e | the same, and (C - 1) t 2 G D f of gradients |
+| `all_gather` | (C - 1) t 2 G D e | twice that |
+| `a2a` | (C - 1)/C t (2 N + 2 G) D e | the same |
+| `a2a+p2p` | `a2a` over I ranks, then `p2p` over C / I of them with I t tokens and G / I heads | the same sums |
+| `dispatch` | E t N (2 D e + f + 4 (K - 1)), E remote owners of a row's blocks | E t N (3 D e + 2 f + 4 (K - 1)) |
+
+E depends on the choices: where a row is one document at most min(C - 1, K x parts of a block - 1), the query's own
+block counted. Short documents are cut into small chunks, and their blocks lie on more ranks. Blocks that are copied
+under `dispatch` replace more queries than they bring rows; the counts that ranks tell each other come on top.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moba_megatron.parallel.dispatch import DISPATCH
+from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Sizes
+from moba_megatron.parallel.gather import ALL_GATHER
+from moba_megatron.parallel.heads import A2A
+from moba_megatron.parallel.ring import P2P
+from moba_megatron.parallel.two_levels import A2A_P2P
+
+EXCHANGES: dict[str, ExchangeKind] = {kind.name: kind for kind in (P2P, ALL_GATHER, A2A, A2A_P2P, DISPATCH)}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes received per rank and layer."""
+
+    forward: int
+    backward: int
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class ChosenExchange:
+    """An exchange, (inner, outer) ranks for one of two levels, and why."""
+
+    name: str
+    levels: Levels | None
+    reason: str
+
+
+def refusal(exchange: str, sizes: Sizes, context_size: int, levels: Levels | None = None) -> str | None:
+    """`ExchangeKind.refusal` of an exchange by its name.
+
+    >>> refusal("a2a", Sizes(8, 8, 2, 64, 2), 4)
+    'exchange a2a: 4 context-parallel ranks do not divide 8 query heads and 2 key heads of a tensor-parallel rank: use \
+a context-parallel size of 1 or 2, or the exchange a2a+p2p with [2, 2], or p2p'
+    """
+    return EXCHANGES[exchange].refusal(sizes, context_size, levels)
+
+
+def traffic(
+    exchange: str,
+    sizes: Sizes,
+    context_size: int,
+    levels: Levels | None = None,
+    remote_owners: float | None = None,
+) -> Traffic:
+    """Bytes of keys, queries, outputs and their gradients (without summaries) by the table above; arguments as for
+    `ExchangeKind.messages`."""
+    messages = EXCHANGES[exchange].messages(sizes, context_size, levels, remote_owners)
+    return Traffic(sum(message.forward for message in messages), sum(message.backward for message in messages))
+
+
+def choose_exchange(sizes: Sizes, context_size: int, levels: Levels | None = None) -> ChosenExchange:
+    """What `auto` means for these sizes: `a2a` where the heads allow it, otherwise the fewest bytes in a forward and a
+    backward pass among the others but `all_gather`, which holds a whole key head of all ranks in memory and is left to
+    those who ask for it.
+
+    Args:
+        levels: for an exchange of two levels, if they are given.
+
+    >>> choose_exchange(Sizes(16384, 32, 8, 128, 2, 4096, 12), 8).name
+    'a2a'
+    >>> choose_exchange(Sizes(32768, 32, 8, 128, 2, 4096, 12), 32).name
+    'a2a+p2p'
+    >>> choose_exchange(Sizes(16384, 32, 8, 128, 2, 512, 3), 512).name
+    'dispatch'
+    """
+    if A2A.refusal(sizes, context_size) is None:
+        ranks = f"{context_size} context-parallel ranks divide {sizes.heads} query and {sizes.kv_heads} key heads"
+        return ChosenExchange(A2A.name, None, f"{ranks}, {_mebibytes(traffic(A2A.name, sizes, context_size))}")
+    possible = {
+        kind.name: traffic(kind.name, sizes, context_size, levels)
+        for kind in EXCHANGES.values()
+        if kind.in_auto
+        and (kind.suits_full or sizes.block_size is not None)
+        and kind.refusal(sizes, context_size, levels) is None
+    }
+    best = min(possible, key=lambda name: possible[name].total)
+    others = ", ".join(f"{name} {_mebibytes(bytes_)}" for name, bytes_ in possible.items() if name != best)
+    reason = f"fewest bytes a layer, {_mebibytes(possible[best])}" + (f" against {others}" if others else "")
+    kind = EXCHANGES[best]
+    chosen = (levels or kind.levels(context_size, sizes)) if kind.two_levels else None
+    return ChosenExchange(best, chosen, reason)
+
+
+def _mebibytes(bytes_: Traffic) -> str:
+    return f"{bytes_.forward / 2**20:.4g} + {bytes_.backward / 2**20:.4g} MiB"
