@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from moba_megatron.config import Config, ConfigError
 from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
-from moba_megatron.parallel.traffic import Choice, Sizes, choose_exchange, default_levels, refusal, traffic
+from moba_megatron.parallel.traffic import ChosenExchange, RankSizes, choose_exchange, default_levels, refusal, traffic
 
 Levels = tuple[int, int]
 
@@ -42,7 +42,7 @@ def resolve_exchange(config: Config) -> ExchangeChoice:
         return ExchangeChoice()
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
     layers = Counter(layer for stage in schedule.stages for layer in stage)
-    choices: dict[str, Choice] = {}
+    choices: dict[str, ChosenExchange] = {}
     problems: list[str] = []
     for kind in ("moba", "full"):
         settings = [layer for layer, _ in layers.most_common() if layer.kind == kind]
@@ -65,13 +65,13 @@ def resolve_exchange(config: Config) -> ExchangeChoice:
     )
 
 
-def rank_sizes(config: Config, layer: LayerAttention) -> Sizes:
+def rank_sizes(config: Config, layer: LayerAttention) -> RankSizes:
     """What one rank holds in one layer and microbatch, without the padding of documents."""
     parallel, model = config.parallel, config.model
-    return Sizes(
+    return RankSizes(
         tokens=-(-config.data.sequence_length * config.training.micro_batch_size // parallel.context),
         heads=model.num_attention_heads // parallel.tensor,
-        groups=model.query_groups // parallel.tensor,
+        kv_heads=model.query_groups // parallel.tensor,
         head_size=model.head_size,
         element_bytes=2 if config.training.precision == "bf16" else 4,
         block_size=layer.block_size,
@@ -80,8 +80,8 @@ def rank_sizes(config: Config, layer: LayerAttention) -> Sizes:
 
 
 def exchange_of_kind(
-    kind: str, wanted: str, sizes: Sizes, context_size: int, levels: Levels | None, backend: str
-) -> Choice:
+    kind: str, wanted: str, sizes: RankSizes, context_size: int, levels: Levels | None, backend: str
+) -> ChosenExchange:
     """The exchange of layers of one kind (`moba` or `full`).
 
     Args:
@@ -111,15 +111,15 @@ def exchange_of_kind(
     return choice
 
 
-def _named(name: str, reason: str, sizes: Sizes, context_size: int, levels: Levels | None = None) -> Choice:
+def _named(name: str, reason: str, sizes: RankSizes, context_size: int, levels: Levels | None = None) -> ChosenExchange:
     """A choice whose reason ends in the bytes that a rank receives in one layer, forward and backward."""
     found = traffic(name, sizes, context_size, levels)
     bound = "for one document a row at most " if name == "dispatch" else ""
     bytes_ = f"{bound}{found.forward / 2**20:.4g} + {found.backward / 2**20:.4g} MiB a layer"
-    return Choice(name, levels, f"{reason}; {bytes_}")
+    return ChosenExchange(name, levels, f"{reason}; {bytes_}")
 
 
-def _resolve_kind(config: Config, kind: str, settings: list[LayerAttention]) -> Choice:
+def _resolve_kind(config: Config, kind: str, settings: list[LayerAttention]) -> ChosenExchange:
     """The exchange of all layers of one kind; `settings` are theirs, the most frequent first."""
     wanted, context = getattr(config.parallel.exchange, kind), config.parallel.context
     given = config.parallel.hierarchical_context

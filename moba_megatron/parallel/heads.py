@@ -1,8 +1,8 @@
-"""Trading tokens for heads (`a2a`): afterwards a rank holds the tokens of all ranks of its group, and a part of the
+"""Trading tokens for heads (`a2a`): afterwards a rank holds the tokens of all ranks of its group, and some of the
 heads (DeepSpeed Ulysses, arXiv 2309.14509).
 
-Both directions are copies, and each is the other's gradient, so nothing is rounded and nothing added. Query and key
-heads are cut alike: rank i gets the i-th part of both, and with it whole groups of query heads.
+Both directions are copies, and each is the other's gradient, so nothing is rounded and nothing added. Query and kv
+heads are cut alike: rank i gets the i-th of I equal cuts of both, and so all query heads of its kv heads.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def to_tokens(wire: Wire, order: Tensor, tensor: Tensor) -> Tensor:
 
 def _to_heads(wire: Wire, order: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     """One message for all tensors: [I, t, sum of H / I, D]."""
-    parts = [tensor.unflatten(1, (wire.size, -1)).transpose(0, 1) for tensor in tensors]
-    received = wire.all_to_all(torch.cat(parts, dim=2).flatten(0, 1), "heads").wait()
-    split = received.split([part.shape[2] for part in parts], dim=1)
-    return [part.index_select(0, order) for part in split]
+    cut = [tensor.unflatten(1, (wire.size, -1)).transpose(0, 1) for tensor in tensors]
+    received = wire.all_to_all(torch.cat(cut, dim=2).flatten(0, 1), "heads").wait()
+    own = received.split([tensor.shape[2] for tensor in cut], dim=1)
+    return [tensor.index_select(0, order) for tensor in own]
 
 
 def _to_tokens(wire: Wire, order: Tensor, tensors: list[Tensor]) -> list[Tensor]:
@@ -71,4 +71,4 @@ def _to_tokens(wire: Wire, order: Tensor, tensors: list[Tensor]) -> list[Tensor]
     message = torch.empty_like(joined)
     message[order] = joined
     received = wire.all_to_all(message, "heads").wait().unflatten(0, (wire.size, -1))
-    return [part.transpose(0, 1).flatten(1, 2) for part in received.split(widths, dim=2)]
+    return [tensor.transpose(0, 1).flatten(1, 2) for tensor in received.split(widths, dim=2)]

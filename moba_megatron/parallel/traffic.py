@@ -1,6 +1,6 @@
 """Bytes that each exchange brings to a rank, which exchanges can run, and which one `auto` takes.
 
-Sizes are those of one tensor-parallel rank: t tokens (of one context-parallel rank), N query heads, G key heads, D head
+Sizes are those of one tensor-parallel rank: t tokens (of one context-parallel rank), N query heads, G kv heads, D head
 size, e bytes an element, f bytes of a score (4, or 8 for fp64), C ranks. Received per rank and layer:
 
 | exchange | forward | backward |
@@ -12,7 +12,7 @@ size, e bytes an element, f bytes of a score (4, or 8 for fp64), C ranks. Receiv
 | `a2a+p2p` | `a2a` over I ranks, then `p2p` over C / I of them with I t tokens and G / I heads | the same sums |
 | `dispatch` | E t N (2 D e + f + 4 (K - 1)), E remote owners of a row's blocks | E t N (3 D e + 2 f + 4 (K - 1)) |
 
-E depends on the choices: where a row is one document at most min(C - 1, K x parts of a block - 1), the query's own
+E depends on the choices: where a row is one document at most min(C - 1, K x chunks of a block - 1), the query's own
 block counted. Short documents are cut into small chunks, and their blocks lie on more ranks. Blocks that are copied
 under `dispatch` replace more queries than they bring rows; the counts that ranks tell each other come on top.
 """
@@ -25,19 +25,19 @@ EXCHANGES = ("p2p", "all_gather", "a2a", "a2a+p2p", "dispatch")
 
 
 @dataclass(frozen=True)
-class Sizes:
+class RankSizes:
     """Attention of one tensor- and context-parallel rank.
 
     Attributes:
         tokens: t, of one context-parallel rank.
-        heads, groups, head_size: N, G, D.
+        heads, kv_heads, head_size: N, G, D.
         element_bytes: of queries, keys and values.
         block_size, top_k: None for full attention.
     """
 
     tokens: int
     heads: int
-    groups: int
+    kv_heads: int
     head_size: int
     element_bytes: int
     block_size: int | None = None
@@ -61,7 +61,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenExchange:
     """An exchange, (inner, outer) ranks for `a2a+p2p`, and why."""
 
     name: str
@@ -69,23 +69,23 @@ class Choice:
     reason: str
 
 
-def head_divisors(context_size: int, sizes: Sizes) -> list[int]:
+def head_divisors(context_size: int, sizes: RankSizes) -> list[int]:
     """Numbers of ranks, dividing C, that query and key heads can be traded over."""
     return [
-        n for n in range(1, context_size + 1) if not context_size % n and not sizes.heads % n and not sizes.groups % n
+        n for n in range(1, context_size + 1) if not context_size % n and not sizes.heads % n and not sizes.kv_heads % n
     ]
 
 
-def refusal(exchange: str, sizes: Sizes, context_size: int, levels: tuple[int, int] | None = None) -> str | None:
+def refusal(exchange: str, sizes: RankSizes, context_size: int, levels: tuple[int, int] | None = None) -> str | None:
     """Why an exchange cannot run with these sizes, with both numbers and what would work; None if it can.
 
-    >>> refusal("a2a", Sizes(8, 8, 2, 64, 2), 4)
+    >>> refusal("a2a", RankSizes(8, 8, 2, 64, 2), 4)
     'exchange a2a: 4 context-parallel ranks do not divide 8 query heads and 2 key heads of a tensor-parallel rank: use \
 a context-parallel size of 1 or 2, or the exchange a2a+p2p with [2, 2], or p2p'
     """
     divisors = head_divisors(context_size, sizes)
     possible = " or ".join(str(n) for n in divisors)
-    has = f"{sizes.heads} query heads and {sizes.groups} key heads of a tensor-parallel rank"
+    has = f"{sizes.heads} query heads and {sizes.kv_heads} key heads of a tensor-parallel rank"
     if exchange == "a2a" and context_size not in divisors:
         best = divisors[-1]
         mixed = f", or the exchange a2a+p2p with [{best}, {context_size // best}]" if best > 1 else ""
@@ -105,7 +105,7 @@ a context-parallel size of 1 or 2, or the exchange a2a+p2p with [2, 2], or p2p'
     return None
 
 
-def default_levels(context_size: int, sizes: Sizes) -> tuple[int, int]:
+def default_levels(context_size: int, sizes: RankSizes) -> tuple[int, int]:
     """(ranks that trade heads, shards) of `a2a+p2p`: as many of the first as the heads allow, but not all."""
     inner = max(n for n in head_divisors(context_size, sizes) if n < context_size or context_size == 1)
     return inner, context_size // inner
@@ -113,7 +113,7 @@ def default_levels(context_size: int, sizes: Sizes) -> tuple[int, int]:
 
 def traffic(
     exchange: str,
-    sizes: Sizes,
+    sizes: RankSizes,
     context_size: int,
     levels: tuple[int, int] | None = None,
     remote_owners: float | None = None,
@@ -124,7 +124,7 @@ def traffic(
         remote_owners: E for `dispatch`; None: its bound where a row is one document.
     """
     t, e, f = sizes.tokens, sizes.element_bytes, sizes.score_bytes
-    q, kv = sizes.heads * sizes.head_size, sizes.groups * sizes.head_size
+    q, kv = sizes.heads * sizes.head_size, sizes.kv_heads * sizes.head_size
     others = context_size - 1
     if exchange == "p2p":
         return Traffic(others * t * 2 * kv * e, others * t * 2 * kv * (e + f))
@@ -135,43 +135,43 @@ def traffic(
         return Traffic(once, once)
     if exchange == "a2a+p2p":
         inner, outer = levels or default_levels(context_size, sizes)
-        shard = Sizes(t * inner, sizes.heads // inner, sizes.groups // inner, sizes.head_size, e)
-        parts = traffic("a2a", sizes, inner), traffic("p2p", shard, outer)
-        return Traffic(sum(part.forward for part in parts), sum(part.backward for part in parts))
+        shard = RankSizes(t * inner, sizes.heads // inner, sizes.kv_heads // inner, sizes.head_size, e)
+        both = traffic("a2a", sizes, inner), traffic("p2p", shard, outer)
+        return Traffic(sum(one.forward for one in both), sum(one.backward for one in both))
     past = max(0, (sizes.top_k or 1) - 1)
     rows = t * sizes.heads * (most_remote_owners(sizes, context_size) if remote_owners is None else remote_owners)
     forward = rows * (2 * sizes.head_size * e + f + 4 * past)
     return Traffic(int(forward), int(rows * (3 * sizes.head_size * e + 2 * f + 4 * past)))
 
 
-def most_remote_owners(sizes: Sizes, context_size: int) -> int:
+def most_remote_owners(sizes: RankSizes, context_size: int) -> int:
     """Bound of E where a row is one document: the own and each chosen block may lie on as many ranks as they touch
     chunks of the zigzag layout, and one of them is here."""
     if sizes.block_size is None or sizes.top_k is None:
         return context_size - 1
     chunk = max(1, sizes.tokens // 2)
-    parts = 1 + (sizes.block_size - 1) // chunk + (chunk % sizes.block_size != 0)
-    return min(context_size - 1, sizes.top_k * parts - 1)
+    chunks = 1 + (sizes.block_size - 1) // chunk + (chunk % sizes.block_size != 0)
+    return min(context_size - 1, sizes.top_k * chunks - 1)
 
 
-def choose_exchange(sizes: Sizes, context_size: int, levels: tuple[int, int] | None = None) -> Choice:
+def choose_exchange(sizes: RankSizes, context_size: int, levels: tuple[int, int] | None = None) -> ChosenExchange:
     """What `auto` means for these sizes: `a2a` where the heads allow it, otherwise the fewest bytes in a forward and a
-    backward pass among the others but `all_gather`, which holds a whole key head of all ranks in memory and is left to
+    backward pass among the others but `all_gather`, which holds a whole kv head of all ranks in memory and is left to
     those who ask for it.
 
     Args:
         levels: for `a2a+p2p`, if they are given.
 
-    >>> choose_exchange(Sizes(16384, 32, 8, 128, 2, 4096, 12), 8).name
+    >>> choose_exchange(RankSizes(16384, 32, 8, 128, 2, 4096, 12), 8).name
     'a2a'
-    >>> choose_exchange(Sizes(32768, 32, 8, 128, 2, 4096, 12), 32).name
+    >>> choose_exchange(RankSizes(32768, 32, 8, 128, 2, 4096, 12), 32).name
     'a2a+p2p'
-    >>> choose_exchange(Sizes(16384, 32, 8, 128, 2, 512, 3), 512).name
+    >>> choose_exchange(RankSizes(16384, 32, 8, 128, 2, 512, 3), 512).name
     'dispatch'
     """
     if refusal("a2a", sizes, context_size) is None:
-        ranks = f"{context_size} context-parallel ranks divide {sizes.heads} query and {sizes.groups} key heads"
-        return Choice("a2a", None, f"{ranks}, {_mebibytes(traffic('a2a', sizes, context_size))}")
+        ranks = f"{context_size} context-parallel ranks divide {sizes.heads} query and {sizes.kv_heads} key heads"
+        return ChosenExchange("a2a", None, f"{ranks}, {_mebibytes(traffic('a2a', sizes, context_size))}")
     names = ["p2p", "a2a+p2p", "dispatch"] if sizes.block_size is not None else ["p2p", "a2a+p2p"]
     possible = {
         name: traffic(name, sizes, context_size, levels)
@@ -181,7 +181,7 @@ def choose_exchange(sizes: Sizes, context_size: int, levels: tuple[int, int] | N
     best = min(possible, key=lambda name: possible[name].total)
     others = ", ".join(f"{name} {_mebibytes(bytes_)}" for name, bytes_ in possible.items() if name != best)
     reason = f"fewest bytes a layer, {_mebibytes(possible[best])}" + (f" against {others}" if others else "")
-    return Choice(best, (levels or default_levels(context_size, sizes)) if best == "a2a+p2p" else None, reason)
+    return ChosenExchange(best, (levels or default_levels(context_size, sizes)) if best == "a2a+p2p" else None, reason)
 
 
 def _mebibytes(bytes_: Traffic) -> str:

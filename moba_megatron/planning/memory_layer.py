@@ -22,12 +22,12 @@ from dataclasses import dataclass
 
 from moba_megatron.config import Config
 from moba_megatron.model.schedule import LayerAttention
-from moba_megatron.parallel.traffic import Sizes, default_levels, traffic
+from moba_megatron.parallel.traffic import RankSizes, default_levels, traffic
 from moba_megatron.planning.plan_stages import tokens_of_rank
 
-# Workspace of the GPU kernels: half of the size of q, at least 256 MiB (ops/triton/attention.py).
+# Workspace of the GPU kernels: half of the size of q, at least 256 MiB (ops/triton/passes.py).
 WORKSPACE_SHARE, SMALLEST_WORKSPACE = 0.5, 2**28
-# The portable backend lists at most this many entries for each query row of one key head (ops/entries.py).
+# The portable backend sorts at most this many entries for each query row of one key head (ops/gathered/index.py).
 ENTRIES_PER_QUERY_ROW = 2
 
 
@@ -146,7 +146,7 @@ def exchange_bytes(config: Config, shape: Shape, layer: LayerAttention, exchange
         return 2 * keys * width + 3 * keys * 4 + wide_output
     if exchange == "all_gather":
         return 2 * keys // shape.groups * ranks * width * 2 + keys * 4 + wide_output
-    sizes = Sizes(t, shape.heads, shape.groups, size, width, layer.block_size, layer.top_k)
+    sizes = RankSizes(t, shape.heads, shape.groups, size, width, layer.block_size, layer.top_k)
     if exchange == "a2a+p2p":
         given = config.parallel.hierarchical_context
         inner = given[0] if given else default_levels(ranks, sizes)[0]

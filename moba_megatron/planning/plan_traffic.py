@@ -101,7 +101,7 @@ def context_moved(
         return Moved(bytes_, cluster.scatter_seconds(bytes_, stride, ranks))
     if layer.kind == "moba":
         blocks = sizes.tokens // layer.block_size + 2
-        summaries = (ranks - 1) * blocks * sizes.groups * sizes.head_size * 4 * (1 + again)
+        summaries = (ranks - 1) * blocks * sizes.kv_heads * sizes.head_size * 4 * (1 + again)
         bytes_ += summaries
     if name == "dispatch":
         return Moved(bytes_, cluster.scatter_seconds(bytes_, stride, ranks))
