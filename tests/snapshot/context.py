@@ -64,7 +64,7 @@ def _line(group, bounds: tuple[int, ...], case: tuple, ranks: int, settings: dic
     exchange, _, dtype, heads, block_size, top_k = case
     rank, cu = dist.get_rank(), torch.tensor(bounds, dtype=torch.int32)
     tensors = pack_inputs(bounds[-1], *heads, dtype=DTYPES[dtype], seed=len(bounds))
-    known = {"groups": group, "exchange": exchange, "block_size": block_size, "top_k": top_k, "cu_seqlens": cu}
+    known = {"cp_groups": group, "exchange": exchange, "block_size": block_size, "top_k": top_k, "cu_seqlens": cu}
     try:
         got, _ = run_shard(lambda *x: context_attention(*x, **known, **settings), tensors, list(bounds), ranks, rank)
         found = describe_all(("out", "dq", "dk", "dv"), got)
