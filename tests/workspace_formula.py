@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-# Boundaries, work lists and rounding: "a few times 8 bytes for each token and block".
+# Boundaries, splits and rounding: "a few times 8 bytes for each token and block".
 SLACK = 64
 
 
 def workspace_bounds(
     tokens: int,
     heads: int,
-    groups: int,
+    kv_heads: int,
     head_size: int,
     element_bytes: int,
     block_size: int,
@@ -21,14 +21,14 @@ def workspace_bounds(
     >>> workspace_bounds(1024, 4, 2, 16, 4, 64, 3, 10**6)[0] == 8192 * 76 + 8 * 32 * 4 + 64 * (1024 + 32)
     True
     """
-    per_token, blocks = heads // groups * (top_k - 1), -(-tokens // block_size)
+    per_token, blocks = heads // kv_heads * (top_k - 1), -(-tokens // block_size)
     bounds = []
     for entry_bytes, sums in ((head_size * element_bytes + 12, 0), (head_size * (element_bytes + 2) + 8, 16)):
         most = max(per_token, workspace_bytes // entry_bytes)
-        at_once = max(1, min(groups, most // (tokens * per_token)))
+        at_once = max(1, min(kv_heads, most // (tokens * per_token)))
         entries = min(most, at_once * tokens * per_token)
-        lists = at_once * blocks
+        head_blocks = at_once * blocks
         chunks = min(1024 // at_once, -(-entries // (at_once * 1024)))
-        kept = entries * entry_bytes + 8 * lists * chunks + sums * head_size * tokens * at_once
-        bounds.append(kept + SLACK * (tokens + lists))
+        kept = entries * entry_bytes + 8 * head_blocks * chunks + sums * head_size * tokens * at_once
+        bounds.append(kept + SLACK * (tokens + head_blocks))
     return bounds[0], bounds[1]

@@ -35,7 +35,7 @@ from moba_megatron.benchmark.report import new_figure, print_table, write_csv, w
 from moba_megatron.benchmark.settings import BenchSettings
 from moba_megatron.ops import moba_attention, select_blocks
 from moba_megatron.parallel.attention import ContextGroups, context_attention
-from moba_megatron.parallel.exchange_kind import Sizes
+from moba_megatron.parallel.exchange_kind import RankSizes
 from moba_megatron.parallel.exchanges import EXCHANGES, refusal, traffic
 from moba_megatron.parallel.layout import shard_positions
 from moba_megatron.parallel.wire import observe
@@ -126,7 +126,7 @@ def _measure_all(settings: BenchSettings, context_size: int) -> list[ContextRow]
     for dtype in settings.dtypes:
         for length in settings.lengths:
             for block_size, top_k in (*settings.blocks, (None, None)):
-                sizes = Sizes(
+                sizes = RankSizes(
                     length // context_size, settings.num_heads, settings.num_groups, settings.head_size,
                     DTYPES[dtype].itemsize, block_size, top_k,
                 )  # fmt: skip
@@ -154,11 +154,11 @@ def _groups(exchange: str, levels: tuple[int, int]) -> ContextGroups:
     return ContextGroups(whole, *mine)
 
 
-def _attention(sizes: Sizes, exchange: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attention(sizes: RankSizes, exchange: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     size = dist.get_world_size()
     levels = EXCHANGES[exchange].levels(size, sizes) or (1, size)
     return context_attention(
-        q, k, v, groups=_groups(exchange, levels), exchange=exchange, block_size=sizes.block_size, top_k=sizes.top_k
+        q, k, v, cp_groups=_groups(exchange, levels), exchange=exchange, block_size=sizes.block_size, top_k=sizes.top_k
     )
 
 
@@ -173,7 +173,7 @@ def _positions(length: int) -> Tensor:
     return shard_positions(torch.tensor([0, length]), dist.get_world_size(), dist.get_rank())
 
 
-def _disagreement(settings: BenchSettings, sizes: Sizes, exchange: str) -> str | None:
+def _disagreement(settings: BenchSettings, sizes: RankSizes, exchange: str) -> str | None:
     """Why an exchange may not be timed, the same on all ranks: None if it agrees with the definition on one rank, in
     fp64. CUDA has no fused full attention in fp64: there full layers are compared in bf16."""
     unit = 2 * dist.get_world_size()
@@ -196,7 +196,7 @@ def _disagreement(settings: BenchSettings, sizes: Sizes, exchange: str) -> str |
     return None if error <= tolerance else f"{exchange} differs from one rank by {error:.1e} of the largest element"
 
 
-def _measure(settings: BenchSettings, dtype: str, length: int, sizes: Sizes, exchange: str) -> ContextRow:
+def _measure(settings: BenchSettings, dtype: str, length: int, sizes: RankSizes, exchange: str) -> ContextRow:
     mine = _positions(length)
     q, k, v = (x[mine.to(x.device)].requires_grad_() for x in _inputs(settings, DTYPES[dtype], length))
     upstream = torch.ones_like(q)
@@ -239,7 +239,7 @@ def _now(settings: BenchSettings) -> float:
 
 
 @functools.cache
-def _selected(settings: BenchSettings, length: int, sizes: Sizes, dtype: str) -> float:
+def _selected(settings: BenchSettings, length: int, sizes: RankSizes, dtype: str) -> float:
     """Mean over the ranks of the share of other ranks' past blocks that some query of the rank chose."""
     q, k, _ = _inputs(settings, DTYPES[dtype], length)
     mine = _positions(length)

@@ -28,20 +28,20 @@ Tile = tuple[int, int, int, int]
 Choices = dict[str, dict[tuple[int, int], list[Tile]]]
 
 ROWS, KEYS, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
-# Kernels whose tile holds a whole unit: other keys would change what the tile is for.
-WHOLE_UNITS = ("attend_short_units", "units_dkdv_dq")
+# Kernels whose tile holds a whole kv block: other keys would change what the tile is for.
+WHOLE_KV_BLOCKS = ("past_fwd_short", "past_dkdv_dq")
 # A tile must gain this share of the whole call to replace the present one.
 GAIN = 0.01
 
 
 def kernels_of(short: bool, fused: bool) -> Iterator[tuple[str, str]]:
-    """(kernel, mode that shows it) of a call; `short`: units fit a forward tile, `fused`: and a backward one."""
-    yield "select_blocks", "fwd"
-    yield "attend_short_units" if short else "attend_long_units", "fwd"
-    yield "attend_own", "fwd"
-    yield from [("units_dkdv_dq", "fwd+bwd")] if fused else [("units_dkdv", "fwd+bwd"), ("units_dq", "fwd+bwd")]
-    yield "own_dkdv", "fwd+bwd"
-    yield "own_dq", "fwd+bwd"
+    """(kernel, mode that shows it) of a call; `short`: kv blocks fit a forward tile, `fused`: and a backward one."""
+    yield "route", "fwd"
+    yield "past_fwd_short" if short else "past_fwd_long", "fwd"
+    yield "causal_fwd", "fwd"
+    yield from [("past_dkdv_dq", "fwd+bwd")] if fused else [("past_dkdv", "fwd+bwd"), ("past_dq", "fwd+bwd")]
+    yield "causal_dkdv", "fwd+bwd"
+    yield "causal_dq", "fwd+bwd"
 
 
 def place_of(choice: list[Tile], longest: int) -> int:
@@ -51,7 +51,7 @@ def place_of(choice: list[Tile], longest: int) -> int:
 
 def candidates(kernel: str, choice: list[Tile], place: int) -> Iterator[Tile]:
     """Other tiles to try in a place of a list; keys vary only in the last place of a kernel that streams them."""
-    fixed = kernel in WHOLE_UNITS or place < len(choice) - 1
+    fixed = kernel in WHOLE_KV_BLOCKS or place < len(choice) - 1
     keys = (choice[place][1],) if fixed else KEYS
     for tile in itertools.product(ROWS, keys, WARPS, STAGES):
         if tile != choice[place]:
@@ -124,11 +124,11 @@ def run_tune(settings: BenchSettings, output: Path, console: Console) -> Path:
     for dtype in settings.dtypes:
         element = DTYPES[dtype]
         for block_size, top_k in settings.blocks:
-            holds = (config.holds_unit(name, element, settings.head_size, block_size, architecture)
-                     for name in WHOLE_UNITS)  # fmt: skip
+            holds = (config.holds_kv_block(name, element, settings.head_size, block_size, architecture)
+                     for name in WHOLE_KV_BLOCKS)  # fmt: skip
             for kernel, mode in kernels_of(*holds):
                 choice = config.choices(kernel, element, settings.head_size, architecture)
-                place = place_of(choice, 0 if kernel == "select_blocks" else block_size)
+                place = place_of(choice, 0 if kernel == "route" else block_size)
                 if (dtype, kernel, place) in tuned:
                     continue
                 tuned.add((dtype, kernel, place))

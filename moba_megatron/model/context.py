@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from moba_megatron.model.exchange import exchange_of_kind
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.parallel.attention import ContextGroups, context_attention
-from moba_megatron.parallel.exchange_kind import Sizes
+from moba_megatron.parallel.exchange_kind import RankSizes
 from moba_megatron.parallel.exchanges import EXCHANGES
 from moba_megatron.parallel.layout import check_positions
 
@@ -59,13 +59,13 @@ class ContextParallel:
                 )
             self._layer_groups = _layer_groups(config, pg_collection)
 
-    def groups(self, packed_seq_params: PackedSeqParams | None) -> ContextGroups | None:
+    def cp_groups(self, packed_seq_params: PackedSeqParams | None) -> ContextGroups | None:
         """The ranks that share the sequence of this call; None where one rank has all of it."""
-        groups = self._layer_groups
+        cp_groups = self._layer_groups
         given = None if packed_seq_params is None else packed_seq_params.cp_group
-        if given is not None and (groups is None or given is not groups.whole):
-            groups = ContextGroups(given)
-        return None if groups is None or groups.whole.size() == 1 else groups
+        if given is not None and (cp_groups is None or given is not cp_groups.whole):
+            cp_groups = ContextGroups(given)
+        return None if cp_groups is None or cp_groups.whole.size() == 1 else cp_groups
 
     def attend(
         self,
@@ -75,7 +75,7 @@ class ContextParallel:
         v: Tensor,
         cu_seqlens: Tensor | None,
         *,
-        groups: ContextGroups,
+        cp_groups: ContextGroups,
         softmax_scale: float | None,
     ) -> Tensor:
         """Attend as `layer` says: q [t, np, hn], k and v [t, ng, hn] of this rank's tokens -> [t, np, hn].
@@ -85,7 +85,7 @@ class ContextParallel:
         """
         exchange = self.exchange[layer.kind]
         if exchange == "auto" or (layer.kind == "full" and not EXCHANGES[exchange].suits_full):
-            sizes = Sizes(
+            sizes = RankSizes(
                 tokens=q.shape[0],
                 heads=q.shape[1],
                 kv_heads=k.shape[1],
@@ -94,13 +94,13 @@ class ContextParallel:
                 block_size=layer.block_size,
                 top_k=layer.top_k,
             )
-            exchange = _decide(layer.kind, exchange, sizes, groups, self.backend)
+            exchange = _decide(layer.kind, exchange, sizes, cp_groups, self.backend)
         return context_attention(
             q,
             k,
             v,
             cu_seqlens,
-            groups=groups,
+            cp_groups=cp_groups,
             exchange=exchange,
             block_size=layer.block_size,
             top_k=layer.top_k,
@@ -137,11 +137,11 @@ def check_layout(
     check_positions(position_ids.flatten(), boundaries, cp_group.size(), cp_group.rank())
 
 
-def _decide(kind: str, wanted: str, sizes: Sizes, groups: ContextGroups, backend: str) -> str:
+def _decide(kind: str, wanted: str, sizes: RankSizes, cp_groups: ContextGroups, backend: str) -> str:
     """What `auto`, or `dispatch` in a full layer, means for a call."""
-    size = groups.whole.size()
+    size = cp_groups.whole.size()
     # Without groups for two levels the first one has a single rank, so that a2a+p2p is not chosen.
-    levels = (1, size) if groups.inner is None else (groups.inner.size(), groups.outer.size())
+    levels = (1, size) if cp_groups.inner is None else (cp_groups.inner.size(), cp_groups.outer.size())
     name = exchange_of_kind(kind, wanted, sizes, size, levels, backend).name
     _say_once(kind, wanted, size, name)
     return name

@@ -120,19 +120,19 @@ class MoBACoreAttention(MegatronModule):
             ValueError: for a mask, a bias, or keys that are not those of the queries' tokens (decoding with a cache).
         """
         self._check_call(query, key, attention_mask, attn_mask_type, attention_bias)
-        groups = self.context.groups(packed_seq_params)
+        cp_groups = self.context.cp_groups(packed_seq_params)
         if packed_seq_params is not None and packed_seq_params.qkv_format != "sbhd":
             cu_seqlens, max_seqlen = pack_boundaries(packed_seq_params)
-            return self._attend(query, key, value, cu_seqlens, max_seqlen, groups).flatten(1)
+            return self._attend(query, key, value, cu_seqlens, max_seqlen, cp_groups).flatten(1)
         local_length, batch = query.shape[:2]
-        length = local_length * (groups.whole.size() if groups else 1)
+        length = local_length * (cp_groups.whole.size() if cp_groups else 1)
         if batch == 1:
-            return self._attend(query[:, 0], key[:, 0], value[:, 0], None, length, groups).flatten(1).unsqueeze(1)
+            return self._attend(query[:, 0], key[:, 0], value[:, 0], None, length, cp_groups).flatten(1).unsqueeze(1)
         # Context parallelism reads boundaries on the host.
-        device = "cpu" if groups else query.device
+        device = "cpu" if cp_groups else query.device
         boundaries = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
         packed = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
-        output = self._attend(*packed, boundaries, length, groups)
+        output = self._attend(*packed, boundaries, length, cp_groups)
         return output.view(batch, local_length, -1).transpose(0, 1).contiguous()
 
     def _attend(
@@ -142,11 +142,11 @@ class MoBACoreAttention(MegatronModule):
         v: Tensor,
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
-        groups: ContextGroups | None,
+        cp_groups: ContextGroups | None,
     ) -> Tensor:
-        if groups is not None:
+        if cp_groups is not None:
             return self.context.attend(
-                self.attention, q, k, v, cu_seqlens, groups=groups, softmax_scale=self.softmax_scale
+                self.attention, q, k, v, cu_seqlens, cp_groups=cp_groups, softmax_scale=self.softmax_scale
             )
         common = {"softmax_scale": self.softmax_scale, "max_seqlen": max_seqlen}
         if self.attention.kind == "full":

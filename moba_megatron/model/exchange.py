@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from moba_megatron.config import Config, ConfigError
 from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
-from moba_megatron.parallel.exchange_kind import Levels, Sizes
+from moba_megatron.parallel.exchange_kind import Levels, RankSizes
 from moba_megatron.parallel.exchanges import EXCHANGES, ChosenExchange, choose_exchange, refusal, traffic
 
 
@@ -64,10 +64,10 @@ def resolve_exchange(config: Config) -> ExchangeChoice:
     )
 
 
-def rank_sizes(config: Config, layer: LayerAttention) -> Sizes:
+def rank_sizes(config: Config, layer: LayerAttention) -> RankSizes:
     """What one rank holds in one layer and microbatch, without the padding of documents."""
     parallel, model = config.parallel, config.model
-    return Sizes(
+    return RankSizes(
         tokens=-(-config.data.sequence_length * config.training.micro_batch_size // parallel.context),
         heads=model.num_attention_heads // parallel.tensor,
         kv_heads=model.query_groups // parallel.tensor,
@@ -79,7 +79,7 @@ def rank_sizes(config: Config, layer: LayerAttention) -> Sizes:
 
 
 def exchange_of_kind(
-    kind: str, wanted: str, sizes: Sizes, context_size: int, levels: Levels | None, backend: str
+    kind: str, wanted: str, sizes: RankSizes, context_size: int, levels: Levels | None, backend: str
 ) -> ChosenExchange:
     """The exchange of layers of one kind (`moba` or `full`).
 
@@ -111,7 +111,7 @@ def exchange_of_kind(
     return choice
 
 
-def _named(name: str, reason: str, sizes: Sizes, context_size: int, levels: Levels | None = None) -> ChosenExchange:
+def _named(name: str, reason: str, sizes: RankSizes, context_size: int, levels: Levels | None = None) -> ChosenExchange:
     """A choice whose reason ends in the bytes that a rank receives in one layer, forward and backward."""
     found = traffic(name, sizes, context_size, levels)
     bound = "for one document a row at most " if EXCHANGES[name].depends_on_choices else ""

@@ -1,9 +1,40 @@
 """MoBA as pure tensor functions: ints and tensors in, tensors out; needs nothing but torch.
 
-`layout` says where blocks lie, `selection`, `summaries`, `selectors` and `routing` choose block ids, `reference` and
-`gathered` attend given ids, `triton` does all of that on GPUs, `steps` names the functions of each backend, `merge`
-joins partial attentions, `dense` is full causal attention, `adapters` reach other packages, `attention` is the operator
-put together, `library` the same for tracers, `pairs` counts what it costs.
+`attention` is the operator put together and `decode` its use in generation; `backends` names what can compute it:
+`reference`, which is the definition, the folders `gathered` (portable PyTorch) and `triton` (GPU kernels), which are
+twins module by module, and `adapters` to other packages. `steps` is what these twins are made of, `library` the same
+for tracers. `layout` says where blocks lie, `selection`, `summaries` and `selectors` how they are chosen, `fragments`
+which keys queries see; `combine` joins partial attentions; `dense` is full causal attention; `pairs` counts what it
+all costs.
+
+The words of these modules, portable and Triton alike:
+
+| word | meaning |
+|---|---|
+| block | `block_size` adjacent tokens of a document, the last one perhaps shorter: what a query chooses |
+| span | adjacent rows, from start to end - 1, as cu_seqlens bounds documents |
+| kv block | adjacent key rows that a query attends whole or not at all: a block, in a whole pack; under context |
+| | parallelism the part of a block that this rank holds |
+| causal span | adjacent rows that attend themselves causally: in a whole pack the queries' own blocks |
+| fragment | some keys as some queries see them: kv blocks and causal spans |
+| kv head | a head of keys and values, also key head; `qheads_per_kvhead` query heads attend it |
+| row | a query row, token * N + head |
+| slot | place of a row's ids; one more where its own block has a kv block before it |
+| entry | (query row, kv block) that is attended: a slot that is filled |
+| index | entries sorted by (kv head, kv block): their `order` and the offsets `cu_entries` |
+| pass | some kv heads and a range of tokens, whose entries fit the workspace (Triton) |
+| split | what one program takes of a kv block's entries, of a causal span's rows, or, in decoding, of a block |
+| tile | the rows and keys that a program or a product holds at a time |
+| partial | result over some of the keys (`partial_out`, `partial_lse`, `partial_dq`), or over some of the rows |
+| combine | to join partial results: outputs by log-sum-exp, gradients by sums in a fixed order |
+| `s`, `p` | scores, and their exponentials or probabilities; as in FlashAttention, like all that follow |
+| `m`, `l`, `acc` | running maximum and sum of exponentials of a row's scores, and its output before the division by l |
+| `alpha` | the factor that rescales l and acc when m rises |
+| `lse`, `delta` | log-sum-exp of a row, and inner product of its output and the output's gradient |
+| `do`, `dp`, `ds` | gradients of output, p and s; dq, dk and dv likewise |
+
+Shapes are suffixes of names: T query tokens, S key rows, N query heads, G kv heads, D head size, M blocks of a pack, K
+past blocks per query (`top_k` - 1), E entries; B is the block size. `q_TND` is [T, N, D].
 """
 
 from moba_megatron.ops.attention import moba_attention, select_blocks

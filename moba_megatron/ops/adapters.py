@@ -9,7 +9,7 @@ counts the query's own block, as `top_k` does here; block means are kept in the 
 otherwise than in fp32; and equal scores go to the *higher* block, here to the lower. No GPU has confirmed this adapter;
 the benchmark holds it against the definition before it times it.
 
-Legend: T tokens, N query heads, G key heads, D head size.
+Legend: T tokens, N query heads, G kv heads, D head size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moba_megatron.ops.selection import MOBA, Selection
 
 HALF = (torch.bfloat16, torch.float16)
 # What FlashMoBA's sources check or are written for.
-FLASH_MOBA_BLOCK_UNIT, FLASH_MOBA_TOP_K, FLASH_MOBA_HEAD_SIZE = 64, 64, 256
+FLASH_MOBA_BLOCK_STEP, FLASH_MOBA_TOP_K, FLASH_MOBA_HEAD_SIZE = 64, 64, 256
 
 
 @functools.cache
@@ -92,7 +92,10 @@ def flash_moba_attention(
     limits = [
         (selection.is_plain, f"selection by {selection}: only top_k of mean"),
         (q.dtype in HALF, f"dtype {q.dtype}: bf16 or fp16"),
-        (block_size % FLASH_MOBA_BLOCK_UNIT == 0, f"block_size {block_size}: a multiple of {FLASH_MOBA_BLOCK_UNIT}"),
+        (
+            block_size % FLASH_MOBA_BLOCK_STEP == 0,
+            f"block_size {block_size}: a multiple of {FLASH_MOBA_BLOCK_STEP}",
+        ),
         (top_k <= FLASH_MOBA_TOP_K, f"top_k {top_k}: at most {FLASH_MOBA_TOP_K}"),
         (size <= FLASH_MOBA_HEAD_SIZE and size % 8 == 0, f"head size {size}: a multiple of 8 up to 256"),
         (softmax_scale is None, f"softmax_scale {softmax_scale}: only the default, 1/sqrt(head size)"),

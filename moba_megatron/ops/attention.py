@@ -67,11 +67,11 @@ def moba_attention(
             `ops.selection`.
         summary: what scores are taken against, `mean` as above or `min_max`.
         threshold: for the selector `threshold`, a share of the scores' softmax.
-        workspace_bytes: room for what the sparse backends keep of the attention of past blocks until it is merged;
-            work is cut by key heads and ranges of tokens to fit, down to one token. An *entry*, one (query, head, past
+        workspace_bytes: room for what the sparse backends keep of the attention of past blocks until it is combined;
+            work is cut by kv heads and ranges of tokens to fit, down to one token. An *entry*, one (query, head, past
             block), takes with `triton` D e + 12 bytes forward and D (e + 2) + 8 backward (e bytes of an element; what
             comes beside it: `ops.triton.attention`), with `gathered` D e + 40. None: `triton` takes q's size,
-            at least 256 MiB, `gathered` what two entries for each query row of one key head need. Other backends
+            at least 256 MiB, `gathered` what two entries for each query row of one kv head need. Other backends
             refuse a number. The result is the same up to the rounding of sums.
 
     Returns:

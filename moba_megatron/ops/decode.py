@@ -1,4 +1,10 @@
-"""Continuing texts: the newest token of several of them, by the kernels where they run; see `ops.gathered.decode`."""
+"""Continuing texts, for generation: `continue_text` takes many new tokens of one text, in portable PyTorch;
+`decode_tokens` one new token of several texts of one length, by the GPU kernels where they run.
+
+The result is exactly what one pass over the whole text gives for these tokens.
+
+Legend: b texts, S tokens of a text, N query heads, G kv heads, D head size, M complete blocks of a text.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +48,14 @@ def decode_tokens(
     """
     check_settings(block_size, top_k)
     if resolve_backend(backend, q_bND.device)[0] == "triton" and q_bND.dtype != torch.float64:
-        from moba_megatron.ops import triton as kernels
+        from moba_megatron.ops.triton.decode import decode_cached
 
         scale = 1 / math.sqrt(q_bND.shape[2]) if softmax_scale is None else softmax_scale
         if means_bMGD is None:
             means_bMGD = torch.stack([block_means(k_SGD, block_size) for k_SGD in k_bSGD])
         lengths_b = torch.full((len(q_bND),), k_bSGD.shape[1], dtype=torch.int32, device=q_bND.device)
         settings = {"block_size": block_size, "top_k": top_k, "softmax_scale": scale}
-        return kernels.decode_cached(q_bND, k_bSGD, v_bSGD, means_bMGD, lengths_b, **settings)
+        return decode_cached(q_bND, k_bSGD, v_bSGD, means_bMGD, lengths_b, **settings)
     settings = {"block_size": block_size, "top_k": top_k, "softmax_scale": softmax_scale}
     blocks = k_bSGD.shape[1] // block_size
     means = [None] * len(q_bND) if means_bMGD is None else means_bMGD[:, :blocks]

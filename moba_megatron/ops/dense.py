@@ -78,8 +78,8 @@ def full_attention(
         flash = torch.ops.aten._flash_attention_forward
         return flash(q, k, v, bounds, bounds, longest, longest, 0.0, True, False, scale=scale)[0]
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    outputs = [_one_document(*part, scale, kernels) for part in parts if part[0].shape[0]]
+    documents = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    outputs = [_one_document(*qkv, scale, kernels) for qkv in documents if qkv[0].shape[0]]
     return torch.cat(outputs) if outputs else torch.zeros_like(q)
 
 

@@ -7,7 +7,7 @@ Everything here is a tensor of integers on the inputs' device. Values of `cu_seq
 they already live there; on an accelerator that would stall it, so the number of blocks is then the bound T // B +
 documents, and unused numbers belong to empty blocks.
 
-Legend: T tokens, N query heads, G key heads, D head size, B block size, M blocks of the pack, docs documents.
+Legend: T tokens, N query heads, G kv heads, D head size, B block size, M blocks of the pack, docs documents.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class BlockLayout(TokenBlocks):
         starts = torch.where(blocks < self.first_block[-1], starts, self.num_tokens)
         return starts, torch.cat([starts[1:], starts.new_full((1,), self.num_tokens)])
 
-    def runs(self) -> list[tuple[int, int, int]]:
-        """Stretches of equally long adjacent blocks as (first token, blocks, tokens per block), in order of tokens.
+    def equal_blocks(self) -> list[tuple[int, int, int]]:
+        """Adjacent equally long blocks as (first token, blocks, tokens per block), in order of tokens.
 
         A document gives at most two: its full blocks, and its short last one. Reads cu_seqlens on the host, once per
         layout, and so checks its values wherever it lies.
@@ -105,20 +105,20 @@ class BlockLayout(TokenBlocks):
         Raises:
             ValueError: boundaries that do not run from 0 to T without falling.
         """
-        return self._runs
+        return self._equal_blocks
 
     @functools.cached_property
-    def _runs(self) -> list[tuple[int, int, int]]:
+    def _equal_blocks(self) -> list[tuple[int, int, int]]:
         bounds = self.cu_seqlens.tolist()
         _check_boundaries(bounds, self.num_tokens)
-        runs = []
+        found = []
         for start, end in itertools.pairwise(bounds):
             full, tail = divmod(end - start, self.block_size)
             if full:
-                runs.append((start, full, self.block_size))
+                found.append((start, full, self.block_size))
             if tail:
-                runs.append((end - tail, 1, tail))
-        return runs
+                found.append((end - tail, 1, tail))
+        return found
 
 
 def block_layout(
@@ -141,7 +141,7 @@ def block_layout(
     >>> layout = block_layout(7, 2, torch.tensor([0, 5, 7]))
     >>> layout.block_T.tolist(), layout.pack_block_T.tolist()
     ([0, 0, 1, 1, 2, 0, 0], [0, 0, 1, 1, 2, 3, 3])
-    >>> layout.runs()
+    >>> layout.equal_blocks()
     [(0, 2, 2), (4, 1, 1), (5, 1, 2)]
     """
     if cu_seqlens is None:
@@ -207,9 +207,9 @@ def check_inputs(tensors: dict[str, Tensor], cu_seqlens: Tensor | None) -> None:
                 "q [T, N, D], k and v [T, G, D] must agree in T, G and D, got "
                 + ", ".join(f"{n} {tuple(t.shape)}" for n, t in tensors.items())
             )
-    num_heads, num_groups = q.shape[1], k.shape[1]
-    if num_groups == 0 or num_heads % num_groups:
-        raise ValueError(f"query heads must be a multiple of key heads, got N = {num_heads} and G = {num_groups}")
+    num_heads, num_kv_heads = q.shape[1], k.shape[1]
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(f"query heads must be a multiple of key heads, got N = {num_heads} and G = {num_kv_heads}")
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q.shape[0], q.device)
 

@@ -56,7 +56,7 @@ _SETTINGS = "Tensor? cu_seqlens, int block_size, SymInt? max_seqlen, str backend
     "float? threshold=None) -> Tensor",
 )
 def select_past_op(q, k, num_past, cu_seqlens, block_size, max_seqlen, backend, *selection):
-    """int32 [T, N, num_past] ids of past blocks for q [T, N, D], k [T, G, D], as `ops.gathered.routing.select_past`."""
+    """int32 [T, N, num_past] ids of past blocks for q [T, N, D], k [T, G, D], as `ops.gathered.select_past`."""
     steps = steps_of(backend, Selection(*selection))
     layout = _checked_layout(q, cu_seqlens, block_size, max_seqlen)
     return steps.select_past(q, steps.summarize(k, layout), layout, num_past)
@@ -87,21 +87,21 @@ def _(q, *_):
 @torch.library.custom_op(
     "moba_megatron::attend_backward",
     mutates_args=(),
-    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor ids, float softmax_scale, "
+    schema="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor ids, float softmax_scale, "
     f"{_SETTINGS}, int? workspace_bytes=None) -> (Tensor, Tensor, Tensor)",
 )
 def attend_backward_op(
-    dout, q, k, v, out, lse, ids, softmax_scale, cu_seqlens, block_size, max_seqlen, backend, workspace_bytes=None
+    do, q, k, v, out, lse, ids, softmax_scale, cu_seqlens, block_size, max_seqlen, backend, workspace_bytes=None
 ):
     """dq [T, N, D], dk and dv [T, G, D] in q's dtype."""
     layout = _checked_layout(q, cu_seqlens, block_size, max_seqlen)
     attend_backward = steps_of(backend).attend_backward
-    gradients = attend_backward(dout, q, k, v, out, lse, ids, layout, softmax_scale, workspace_bytes)
+    gradients = attend_backward(do, q, k, v, out, lse, ids, layout, softmax_scale, workspace_bytes)
     return tuple(x.contiguous() for x in gradients)
 
 
 @attend_backward_op.register_fake
-def _(dout, q, k, v, *_):
+def _(do, q, k, v, *_):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
@@ -113,9 +113,9 @@ def _save(ctx, inputs, output):
     ctx.softmax_scale, ctx.settings = softmax_scale, settings
 
 
-def _gradients(ctx, dout, _):
+def _gradients(ctx, do, _):
     q, k, v, out, lse, ids, cu_seqlens = ctx.saved_tensors
-    found = attend_backward_op(dout, q, k, v, out, lse, ids, ctx.softmax_scale, cu_seqlens, *ctx.settings)
+    found = attend_backward_op(do, q, k, v, out, lse, ids, ctx.softmax_scale, cu_seqlens, *ctx.settings)
     return (*found, *[None] * (3 + len(ctx.settings)))
 
 
@@ -144,7 +144,7 @@ def _(q_shape, k_shape, v_shape, ids_shape, softmax_scale, cu_seqlens_shape, blo
 
 
 @register_flop_formula(torch.ops.moba_megatron.attend_backward)
-def _(dout_shape, q_shape, k_shape, v_shape, out, lse, ids_shape, softmax_scale, cu, block_size, *_, **__) -> int:
+def _(do_shape, q_shape, k_shape, v_shape, out, lse, ids_shape, softmax_scale, cu, block_size, *_, **__) -> int:
     width, *sizes = _sizes(q_shape, ids_shape, block_size)
     return 10 * width * attended_pairs(*sizes)
 

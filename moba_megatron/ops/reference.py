@@ -56,12 +56,12 @@ def reference_select(
 
     Without scores: the first block, if the selection names it, and then the nearest block first.
     """
-    num_heads, num_groups = q.shape[1], k.shape[1]
+    num_heads, num_kv_heads = q.shape[1], k.shape[1]
     ids = torch.full((q.shape[0], num_heads, num_past), -1, dtype=torch.int32, device=q.device)
     for start, end in _documents(q.shape[0], cu_seqlens):
         for block in range(1, -(-(end - start) // block_size)):
             past_keys = _widen(k[start : start + block * block_size]).unflatten(0, (block, block_size))
-            past_keys = past_keys.repeat_interleave(num_heads // num_groups, dim=2)
+            past_keys = past_keys.repeat_interleave(num_heads // num_kv_heads, dim=2)
             rows = slice(start + block * block_size, min(start + (block + 1) * block_size, end))
             ranking = _ranking(_widen(q[rows]), past_keys, num_past, selection)
             ids[rows, :, : ranking.shape[-1]] = ranking.to(torch.int32)

@@ -1,8 +1,8 @@
 """The steps of MoBA: what a backend that is sparse in time and memory is made of.
 
-Two backends have them, with the same contracts: `gathered.backend.GatheredSteps` and `triton.backend.TritonSteps`. The
-contracts are written down at the portable functions. Attention knows only ids, so the two may choose blocks alike or
-not.
+Two backends have them: `gathered.backend.GatheredSteps` and `triton.backend.TritonSteps`. The contracts are written
+down at the functions of `gathered` and hold for both. Attention knows only ids: the kernels choose by top-k of the
+means alone and leave every other selection to the portable routing, which runs on any device.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Steps(Protocol):
 
     def attend_backward(
         self,
-        dout_TND: Tensor,
+        do_TND: Tensor,
         q_TND: Tensor,
         k_TGD: Tensor,
         v_TGD: Tensor,
@@ -88,12 +88,12 @@ class Steps(Protocol):
         lse_TN: Tensor,
         workspace_bytes: int | None = None,
     ) -> None:
-        """Attention of a fragment of the keys, merged into the rest, see `gathered.attention`."""
+        """Attention of a fragment of the keys, combined with the rest, see `gathered.attention`."""
         ...
 
     def accumulate_backward(
         self,
-        dout_TND: Tensor,
+        do_TND: Tensor,
         q_TND: Tensor,
         keys: Keys,
         ids_TNK: Tensor,
@@ -110,7 +110,7 @@ class Steps(Protocol):
         """Gradients of one `accumulate`."""
         ...
 
-    def output_delta(self, dout_TND: Tensor, out_TND: Tensor) -> Tensor:
+    def output_delta(self, do_TND: Tensor, out_TND: Tensor) -> Tensor:
         """Inner products of the output and its gradient, for the backward pass of fragments."""
         ...
 

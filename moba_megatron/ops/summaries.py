@@ -18,7 +18,7 @@ from moba_megatron.ops.precision import score_dtype
 
 
 class Summary(Protocol):
-    """Partial, combine, finish. A partial is a tensor whose first dimensions are the block and the key head."""
+    """Partial, combine, finish. A partial is a tensor whose first dimensions are the block and the kv head."""
 
     def partial(self, k_TGD: Tensor, block_T: Tensor, num_blocks: int) -> Tensor: ...
 

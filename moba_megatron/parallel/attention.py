@@ -2,15 +2,15 @@
 
 One autograd function serves every exchange: attend the keys of one's own block at hand while the block summaries (if
 the selection asks for any) travel, choose past blocks for one's own queries among all blocks of the pack, then work
-through the tasks that the exchange yields and merge by log-sum-exp. The backward pass works through its tasks with the
-output and the log-sum-exp of the whole attention, so that shares of the gradients simply add up. Full attention is the
-case of one block per document, in which nothing is chosen.
+through the tasks that the exchange yields and combine by log-sum-exp. The backward pass works through its tasks with
+the output and the log-sum-exp of the whole attention, so that what tasks give to the gradients simply adds up. Full
+attention is the case of one block per document, in which nothing is chosen.
 
 | exchange | what happens |
 |---|---|
 | `p2p` | keys and values travel a ring |
-| `all_gather` | keys and values of all ranks are gathered, a group of heads at a time |
-| `a2a` | each rank gets all tokens and a part of the heads, and attends as one rank does: the same bits |
+| `all_gather` | keys and values of all ranks are gathered, a kv head at a time |
+| `a2a` | each rank gets all tokens and some of the heads, and attends as one rank does: the same bits |
 | `a2a+p2p` | `a2a` within a group of neighbours, `p2p` between the groups |
 | `dispatch` | queries travel to the owners of their blocks |
 
@@ -34,9 +34,9 @@ from moba_megatron.ops.layout import check_inputs, check_settings
 from moba_megatron.ops.precision import score_dtype, without_autocast
 from moba_megatron.ops.selection import MOBA, Selection
 from moba_megatron.ops.steps import Steps, has_steps, steps_of
-from moba_megatron.parallel.context_plan import ContextPlan, host_boundaries, inner_order, plan_for
+from moba_megatron.parallel.context_plan import ContextPlan, host_boundaries, inner_order, plan_context
 from moba_megatron.parallel.exchange import Exchange, Queries, Task
-from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Sizes
+from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, RankSizes
 from moba_megatron.parallel.exchanges import EXCHANGES
 from moba_megatron.parallel.heads import to_heads, to_tokens
 from moba_megatron.parallel.layout import check_divisible
@@ -49,7 +49,7 @@ class ContextGroups:
     """The process groups of context parallelism.
 
     Attributes:
-        whole: all ranks that share a sequence, in the order of their parts; they need not be neighbours.
+        whole: all ranks that share a sequence, in the order of their shards; they need not be neighbours.
         inner, outer: for `a2a+p2p`: ranks that trade heads, adjacent in `whole`, and ranks of a ring, one from each.
     """
 
@@ -88,7 +88,7 @@ def context_attention(
     v: Tensor,
     cu_seqlens: Tensor | None = None,
     *,
-    groups: ContextGroups,
+    cp_groups: ContextGroups,
     exchange: str,
     block_size: int | None,
     top_k: int | None,
@@ -103,7 +103,7 @@ def context_attention(
         k, v: keys and values [t, G, D] of the same tokens, same dtype and device; N a multiple of G.
         cu_seqlens: int32 [documents + 1], *padded* boundaries of the whole pack, from 0 to C t, on the host or on q's
             device, the same on all ranks; None for one document.
-        groups: process groups.
+        cp_groups: process groups.
         exchange: a name of the table above.
         block_size, top_k: as for `moba_attention`; both None for full causal attention.
         softmax_scale: factor on the scores, 1/sqrt(D) if None.
@@ -124,10 +124,10 @@ def context_attention(
         check_settings(block_size, top_k)
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange = {exchange!r}: choose one of {', '.join(EXCHANGES)}")
-    kind, size = EXCHANGES[exchange], groups.whole.size()
+    kind, size = EXCHANGES[exchange], cp_groups.whole.size()
     boundaries = _boundaries(cu_seqlens, q.shape[0], size)
-    levels = groups.levels(kind)
-    sizes = Sizes(*q.shape[:2], k.shape[1], q.shape[2], q.element_size(), block_size, top_k)
+    levels = cp_groups.levels(kind)
+    sizes = RankSizes(*q.shape[:2], k.shape[1], q.shape[2], q.element_size(), block_size, top_k)
     reason = kind.refusal(sizes, size, levels)
     if reason:
         raise ValueError(reason)
@@ -140,15 +140,15 @@ def context_attention(
         return q + (k.sum() + v.sum()).to(q.dtype)
     if not kind.trades_heads:
         return _between_shards(
-            q, k, v, boundaries, groups.whole, kind, levels, block_size, top_k, scale, steps_of(name, selection)
+            q, k, v, boundaries, cp_groups.whole, kind, levels, block_size, top_k, scale, steps_of(name, selection)
         )
-    wire = Wire(groups.inner if kind.two_levels else groups.whole)
-    shard = groups.whole.rank() // levels[0]
+    wire = Wire(cp_groups.inner if kind.two_levels else cp_groups.whole)
+    shard = cp_groups.whole.rank() // levels[0]
     order = inner_order(host_boundaries(boundaries), levels, shard).to(q.device)
     q, k, v = to_heads(wire, order, q, k, v)
     if levels[1] > 1:
         out = _between_shards(
-            q, k, v, boundaries, groups.outer, kind, levels, block_size, top_k, scale, steps_of(name, selection)
+            q, k, v, boundaries, cp_groups.outer, kind, levels, block_size, top_k, scale, steps_of(name, selection)
         )
     elif block_size is None:
         out = full_attention(q, k, v, boundaries.to(q.device), softmax_scale=scale)
@@ -188,7 +188,7 @@ def _between_shards(
 ) -> Tensor:
     assert kind.between is not None, f"{kind.name} leaves shards"
     wire = Wire(group)
-    plan = plan_for(boundaries, block_size, levels, wire.rank, q.device)
+    plan = plan_context(boundaries, block_size, levels, wire.rank, q.device)
     num_past = 0 if top_k is None else min(top_k, plan.layout.max_blocks) - 1
     return _ContextAttention.apply(q, k, v, plan, wire, kind.between(wire), num_past, scale, steps)
 
@@ -219,7 +219,7 @@ class _ContextAttention(torch.autograd.Function):
         nothing = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device=q.device)
         summaries = SummaryExchange(plan, wire, k, steps.summary) if num_past and steps.summary else None
         own_keys = Keys(k, v, q.shape[1] // k.shape[1])
-        _attend(steps, Task(queries, own_keys, nothing, plan.own_part), scale)
+        _attend(steps, Task(queries, own_keys, nothing, plan.own_blocks), scale)
         gathered = summaries.wait() if summaries else None
         ids = steps.select_past(q, gathered, plan.queries, num_past) if num_past else nothing
         for task in exchange.forward(plan, queries, k, v, ids):
@@ -232,11 +232,11 @@ class _ContextAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx, dout: Tensor):
+    def backward(ctx, do: Tensor):
         q, k, v, out, lse, ids = ctx.saved_tensors
-        dout = dout.contiguous()
+        do = do.contiguous()
         dq = torch.zeros_like(q, dtype=lse.dtype)
-        queries = Queries(q, lse, out, dout, ctx.steps.output_delta(dout, out), dq)
+        queries = Queries(q, lse, out, do, ctx.steps.output_delta(do, out), dq)
         dkv = torch.zeros(2, *k.shape, dtype=lse.dtype, device=k.device)
         for task in ctx.exchange.backward(ctx.plan, queries, k, v, ids, dkv):
             _attend_backward(ctx.steps, task, ctx.scale)
@@ -251,6 +251,6 @@ def _attend(steps: Steps, task: Task, scale: float) -> None:
 def _attend_backward(steps: Steps, task: Task, scale: float) -> None:
     queries = task.queries
     steps.accumulate_backward(
-        queries.dout, queries.q, task.keys, task.ids, task.fragment, scale,
+        queries.do, queries.q, task.keys, task.ids, task.fragment, scale,
         queries.out, queries.lse, queries.delta, queries.dq, task.dk, task.dv,
     )  # fmt: skip

@@ -1,12 +1,12 @@
 """The plan of one pack under context parallelism: from the layout, for any rank, what lies where. No communication.
 
 A *shard* is what one rank holds: tokens in rising order of their positions, which are the positions of several ranks'
-zigzag parts where heads are exchanged inside a node. Everything follows from positions and block numbers, never from
+zigzag tokens where heads are exchanged inside a node. Everything follows from positions and block numbers, never from
 slices, so that zigzag order, packs and blocks that straddle ranks are no special cases.
 
-A *segment* is a stretch of a shard with adjacent positions in one block. The parts of two ranks interleave only at the
-ends of segments, so a query sees of another rank's segment all keys or none; within its own segment it sees the keys up
-to itself. That gives the units and triangles of `ops.fragments`.
+The spans of a shard are its rows with adjacent positions in one block. The tokens of two ranks interleave only at the
+ends of spans, so a query sees of another rank's span all keys or none; within its own span it sees the keys up to
+itself. That gives the kv blocks and causal spans of `ops.fragments`.
 """
 
 from __future__ import annotations
@@ -27,56 +27,57 @@ from moba_megatron.parallel.layout import shard_positions
 
 @dataclass(frozen=True)
 class Shard:
-    """The tokens of one rank and their segments; everything on the host.
+    """The tokens of one rank and their spans; everything on the host.
 
     Attributes:
         positions: int64 [t], position of each token in the pack.
         blocks: blocks of these tokens.
-        segment_rows: int64 [segments + 1], boundaries of the segments in rows of the shard.
-        segment_block: int64 [segments], pack-wide block of each segment, rising.
-        segment_last: int64 [segments], last position of each segment.
+        cu_spans: int64 [spans + 1], boundaries of the spans in rows of the shard.
+        span_block: int64 [spans], pack-wide block of each span, rising.
+        span_last: int64 [spans], last position of each span.
     """
 
     positions: Tensor
     blocks: TokenBlocks
-    segment_rows: Tensor
-    segment_block: Tensor
-    segment_last: Tensor
+    cu_spans: Tensor
+    span_block: Tensor
+    span_last: Tensor
 
     @functools.cached_property
     def touched(self) -> Tensor:
         """int64 [blocks], rising: the blocks that have tokens here."""
-        return torch.unique_consecutive(self.segment_block)
+        return torch.unique_consecutive(self.span_block)
 
     def touched_rows(self) -> Tensor:
         """int64 [t], for each token the place of its block among `touched`."""
         return torch.unique_consecutive(self.blocks.pack_block_T, return_inverse=True)[1]
 
-    def units(self) -> list[tuple[int, int]]:
-        """(first row, one past the last) of each unit: from the first row of the segment's block to its own last."""
-        first_of_block = torch.searchsorted(self.segment_block, self.segment_block)
-        starts, ends = self.segment_rows[first_of_block], self.segment_rows[1:]
+    def kv_blocks(self) -> list[tuple[int, int]]:
+        """(first row, one past the last) of each kv block, one for each span: from the first row of the span's block to
+        the span's last."""
+        first_of_block = torch.searchsorted(self.span_block, self.span_block)
+        starts, ends = self.cu_spans[first_of_block], self.cu_spans[1:]
         return list(zip(starts.tolist(), ends.tolist(), strict=True))
 
-    def unit_of_block(self) -> Tensor:
-        """int32 [M], the unit with all rows of a block, -1 where there are none."""
+    def kv_block_of_block(self) -> Tensor:
+        """int32 [M], the kv block with all rows of a block, -1 where there are none."""
         blocks = torch.arange(self.blocks.num_blocks)
-        last = torch.searchsorted(self.segment_block, blocks, right=True) - 1
-        found = (last >= 0) & (self.segment_block[last.clamp(min=0)] == blocks)
+        last = torch.searchsorted(self.span_block, blocks, right=True) - 1
+        found = (last >= 0) & (self.span_block[last.clamp(min=0)] == blocks)
         return torch.where(found, last, -1).to(torch.int32)
 
-    def triangles(self) -> list[tuple[int, int, int]]:
-        """Adjacent segments of one length as (first row, segments, tokens of each)."""
-        runs, row = [], 0
-        for length, same in itertools.groupby(self.segment_rows.diff().tolist()):
+    def causal_spans(self) -> list[tuple[int, int, int]]:
+        """Adjacent spans of one length as (first row, spans, tokens of each)."""
+        found, row = [], 0
+        for length, same in itertools.groupby(self.cu_spans.diff().tolist()):
             count = len(list(same))
-            runs.append((row, count, length))
+            found.append((row, count, length))
             row += count * length
-        return runs
+        return found
 
 
 def make_shard(layout: BlockLayout, positions: Tensor) -> Shard:
-    """Cut the tokens at these positions (int64, rising) into segments."""
+    """Cut the tokens at these positions (int64, rising) into spans."""
     blocks = layout.at(positions)
     block_T = blocks.pack_block_T
     starts = torch.ones(positions.numel(), dtype=torch.bool)
@@ -156,38 +157,38 @@ class ContextPlan:
         return self.here.touched_rows().to(self.device)
 
     @functools.cached_property
-    def own_part(self) -> Fragment:
+    def own_blocks(self) -> Fragment:
         """This rank's keys as far as queries see them without any choice: their own blocks. For K = 0."""
-        return dataclasses.replace(self.fragment(self.rank), unit_of_block=None, first_block_T=None)
+        return dataclasses.replace(self.fragment(self.rank), kv_block_of_block=None, first_block_T=None)
 
     @functools.cached_property
     def own_choices(self) -> Fragment:
         """The rest of this rank's keys: chosen past blocks."""
-        return dataclasses.replace(self.fragment(self.rank), triangles=[], own_unit_T=None)
+        return dataclasses.replace(self.fragment(self.rank), causal_spans=[], own_kv_block_T=None)
 
     @functools.cached_property
-    def own_units(self) -> Fragment:
-        """This rank's keys for queries of other ranks, which name units."""
-        return Fragment(self.own_choices.units, [])
+    def guest_choices(self) -> Fragment:
+        """This rank's keys for queries of other ranks, which name kv blocks."""
+        return Fragment(self.own_choices.kv_blocks, [])
 
     def fragment(self, source: int) -> Fragment:
-        """The keys of one rank as this rank's queries see them; triangles where it is this rank itself."""
+        """The keys of one rank as this rank's queries see them; causal spans where it is this rank itself."""
         if source not in self._fragments:
             self._fragments[source] = self._fragment(source)
         return self._fragments[source]
 
     def _fragment(self, source: int) -> Fragment:
         keys = self.shard(source)
-        before = torch.searchsorted(keys.segment_last, self.here.positions) - 1
+        before = torch.searchsorted(keys.span_last, self.here.positions) - 1
         own_block = self.here.blocks.pack_block_T
-        found = (before >= 0) & (keys.segment_block[before.clamp(min=0)] == own_block)
-        own_unit = torch.where(found, before, -1).to(torch.int32)
+        found = (before >= 0) & (keys.span_block[before.clamp(min=0)] == own_block)
+        own_kv_block = torch.where(found, before, -1).to(torch.int32)
         return Fragment(
-            units=keys.units(),
-            triangles=keys.triangles() if source == self.rank else [],
+            kv_blocks=keys.kv_blocks(),
+            causal_spans=keys.causal_spans() if source == self.rank else [],
             first_block_T=self.queries.first_block_T,
-            unit_of_block=keys.unit_of_block().to(self.device),
-            own_unit_T=own_unit.to(self.device) if bool(found.any()) else None,
+            kv_block_of_block=keys.kv_block_of_block().to(self.device),
+            own_kv_block_T=own_kv_block.to(self.device) if bool(found.any()) else None,
         )
 
 
@@ -196,7 +197,7 @@ def _union(cu_seqlens: Tensor, context_size: int, ranks: range) -> Tensor:
     return torch.cat([shard_positions(cu_seqlens, context_size, rank) for rank in ranks]).sort().values
 
 
-def plan_for(
+def plan_context(
     cu_seqlens: Tensor, block_size: int | None, levels: tuple[int, int], rank: int, device: torch.device
 ) -> ContextPlan:
     """The plan of a pack, made once for all layers of a microbatch.

@@ -2,9 +2,9 @@
 
 The first block of a document, say, may be chosen by every query of it. If all of them travelled to the block's owner,
 the owner would do the work of all ranks. What every rank would ask of the others is counted per block and summed over
-the ranks; where an owner's share exceeds `FAIR` times the mean, its most wanted blocks are copied until it does not,
-as long as sending a copy to all ranks brings fewer rows than the queries it replaces: so copies never add to the
-traffic. Counts are integers, so all ranks decide alike, and what is attended never changes, only where.
+the ranks; where what one owner is asked for exceeds `FAIR` times the mean, its most wanted blocks are copied until it
+does not, as long as sending a copy to all ranks brings fewer rows than the queries it replaces: so copies never add to
+the traffic. Counts are integers, so all ranks decide alike, and what is attended never changes, only where.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def demanded(plan: ContextPlan, ids_TNK: Tensor) -> Tensor:
     return counts * plan.elsewhere
 
 
-def choose_copies(plan: ContextPlan, demand_M: Tensor, groups: int) -> tuple[Tensor, Load]:
+def choose_copies(plan: ContextPlan, demand_M: Tensor, num_kv_heads: int) -> tuple[Tensor, Load]:
     """Decide which blocks are copied.
 
     Args:
         demand_M: int64 [M] on the host, summed over the ranks.
-        groups: key heads. A copy brings tokens x `groups` rows of keys to each of the other ranks.
+        num_kv_heads: a copy brings tokens x `num_kv_heads` rows of keys to each of the other ranks.
 
     Returns:
         bool [M] on the host, and the load.
@@ -60,7 +60,7 @@ def choose_copies(plan: ContextPlan, demand_M: Tensor, groups: int) -> tuple[Ten
     held_CM = plan.held
     loads_C = held_CM @ demand_M
     mean, most = float(loads_C.double().mean()), int(loads_C.max())
-    pays_M = demand_M > plan.layout.block_lengths() * groups * (plan.size - 1)
+    pays_M = demand_M > plan.layout.block_lengths() * num_kv_heads * (plan.size - 1)
     hot_M = torch.zeros(demand_M.numel(), dtype=torch.bool)
     for rank in torch.nonzero(loads_C > FAIR * mean).flatten().tolist():
         blocks = torch.nonzero(held_CM[rank].bool() & pays_M).flatten()
@@ -93,11 +93,13 @@ class Copies:
             message = torch.stack([k[self.mine], v[self.mine]], dim=1)
             self.pending = wire.all_to_all(message.repeat(plan.size - 1, 1, 1, 1), "keys", self.sent, self.received)
 
-    def tasks(self, queries: Queries, ids: Tensor, group_size: int, shares: Tensor | None = None) -> list[Task]:
+    def tasks(
+        self, queries: Queries, ids: Tensor, qheads_per_kvhead: int, partial_dkv: Tensor | None = None
+    ) -> list[Task]:
         """One task for each other rank that owns hot blocks.
 
         Args:
-            shares: in the backward pass, [copied rows, 2, G, D] for the gradients.
+            partial_dkv: in the backward pass, [copied rows, 2, G, D] for the gradients.
         """
         if self.pending is None:
             return []
@@ -105,36 +107,36 @@ class Copies:
         for source, count in enumerate(self.received):
             start, end = end, end + count
             if count:
-                keys = Keys(copies[start:end, 0], copies[start:end, 1], group_size)
+                keys = Keys(copies[start:end, 0], copies[start:end, 1], qheads_per_kvhead)
                 task = Task(queries, keys, ids, self._fragment(source))
-                if shares is not None:
-                    task.dk, task.dv = shares[start:end, 0], shares[start:end, 1]
+                if partial_dkv is not None:
+                    task.dk, task.dv = partial_dkv[start:end, 0], partial_dkv[start:end, 1]
                 tasks.append(task)
         return tasks
 
-    def shares(self, k: Tensor) -> Tensor:
+    def partial_dkv(self, k: Tensor) -> Tensor:
         """Zeros [copied rows, 2, G, D] for the gradients of all copies here, in the keys' dtype."""
         return k.new_zeros(sum(self.received), 2, *k.shape[1:])
 
-    def bring_home(self, shares: Tensor, dkv: Tensor) -> None:
-        """Add all ranks' shares of this rank's hot blocks to its gradients, in the order of ranks."""
+    def bring_home(self, partial_dkv: Tensor, dkv: Tensor) -> None:
+        """Add what all ranks give to this rank's hot blocks to its gradients, in the order of ranks."""
         if self.pending is None:
             return
-        home = self.wire.all_to_all(shares, "gradients", self.received, self.sent).wait()
-        for share in home.view(-1, self.mine.numel(), *shares.shape[1:]) if home.shape[0] else ():
-            dkv[:, self.mine] += share.transpose(0, 1)
+        home = self.wire.all_to_all(partial_dkv, "gradients", self.received, self.sent).wait()
+        for partial in home.view(-1, self.mine.numel(), *partial_dkv.shape[1:]) if home.shape[0] else ():
+            dkv[:, self.mine] += partial.transpose(0, 1)
 
     def _fragment(self, source: int) -> Fragment:
-        """The copied rows of one rank, a unit for each of its hot blocks."""
+        """The copied rows of one rank, a kv block for each of its hot blocks."""
         blocks, lengths = torch.unique_consecutive(
             self.plan.shard(source).blocks.pack_block_T[self.rows[source]], return_counts=True
         )
         ends = lengths.cumsum(0)
-        unit_of_block = torch.full((self.hot_M.numel(),), -1, dtype=torch.int32)
-        unit_of_block[blocks] = torch.arange(blocks.numel(), dtype=torch.int32)
+        kv_block_of_block = torch.full((self.hot_M.numel(),), -1, dtype=torch.int32)
+        kv_block_of_block[blocks] = torch.arange(blocks.numel(), dtype=torch.int32)
         return Fragment(
-            units=list(zip((ends - lengths).tolist(), ends.tolist(), strict=True)),
-            triangles=[],
+            kv_blocks=list(zip((ends - lengths).tolist(), ends.tolist(), strict=True)),
+            causal_spans=[],
             first_block_T=self.plan.queries.first_block_T,
-            unit_of_block=unit_of_block.to(self.plan.device),
+            kv_block_of_block=kv_block_of_block.to(self.plan.device),
         )

@@ -1,13 +1,13 @@
 """`dispatch`: queries travel to the ranks that own their chosen blocks, and partial outputs come back, as tokens travel
 to experts and back.
 
-A query row (one token, one head) goes once to each rank that owns keys it needs, with the numbers of the units it
-attends there; its partial output and log-sum-exp come back and are merged at home. In the backward pass the row goes
-again, with the gradient of the output and two numbers of the whole attention, and its share of dq comes back. Keys,
+A query row (one token, one head) goes once to each rank that owns keys it needs, with the numbers of the kv blocks it
+attends there; its partial output and log-sum-exp come back and are combined at home. In the backward pass the row goes
+again, with the gradient of the output and two numbers of the whole attention, and its partial dq comes back. Keys,
 values and their gradients stay where they are, but for the blocks that everybody wants (`copies`). What a rank sends
 depends on its own tokens and the number of chosen blocks, not on the length of the sequence.
 
-Rows are sorted by key head, then token, then head, and arrive in the order of ranks: nothing is added in an order left
+Rows are sorted by kv head, then token, then head, and arrive in the order of ranks: nothing is added in an order left
 open. The numbers of rows depend on the choices, so the host waits for each other rank's in every pass.
 """
 
@@ -20,12 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moba_megatron.ops.combine import merge_weights
+from moba_megatron.ops.combine import combine_weights
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.parallel.context_plan import ContextPlan
 from moba_megatron.parallel.copies import Copies, choose_copies, demanded
 from moba_megatron.parallel.exchange import Queries, Task
-from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, Sizes, wide_output
+from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, RankSizes, wide_output
 from moba_megatron.parallel.wire import Wire, report_load
 
 
@@ -36,17 +36,17 @@ class _Journey:
     Attributes:
         rows: int64, this rank's query rows (token * N + head) for all ranks one after the other.
         leaving, coming: rows for and from each rank.
-        units: int32 [guests, w], units of this rank's keys that each guest attends, -1 for none.
-        order: int64 [guests], guests sorted by key head.
-        of_group: guests of each key head.
+        kv_blocks: int32 [guests, w], this rank's kv blocks that each guest attends, -1 for none.
+        order: int64 [guests], guests sorted by kv head.
+        of_kv_head: guests of each kv head.
     """
 
     rows: Tensor
     leaving: list[int]
     coming: list[int]
-    units: Tensor
+    kv_blocks: Tensor
     order: Tensor
-    of_group: list[int]
+    of_kv_head: list[int]
 
 
 class Dispatch:
@@ -57,13 +57,13 @@ class Dispatch:
 
     def forward(self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor) -> Iterator[Task]:
         """See `Exchange`."""
-        group_size = queries.q.shape[1] // k.shape[1]
+        qheads_per_kvhead = queries.q.shape[1] // k.shape[1]
         hot_M, load = self._choose_copies(plan, ids, k.shape[1])
         copies = Copies(plan, self.wire, hot_M, k, v)
         journey = self._travel(plan, ids, hot_M, k.shape[1])
         report_load(dataclasses.replace(load, guests=sum(journey.coming)))
         coming_q = self._send(journey, queries.q)
-        yield Task(queries, Keys(k, v, group_size), ids, plan.own_choices)
+        yield Task(queries, Keys(k, v, qheads_per_kvhead), ids, plan.own_choices)
         q_RD = coming_q.wait()[journey.order]
         guests = Queries(
             q=q_RD.unsqueeze(1),
@@ -73,73 +73,73 @@ class Dispatch:
         for _, task in self._guest_tasks(plan, journey, guests, k, v):
             yield task
         home = [self._return(journey, x) for x in (guests.out.squeeze(1).to(k.dtype), guests.lse.squeeze(1))]
-        yield from copies.tasks(queries, ids, group_size)
-        out, lse = (pending.wait() for pending in home)
-        for rows, part, part_lse in zip(*(x.split(journey.leaving) for x in (journey.rows, out, lse)), strict=True):
-            _merge_rows(queries, rows, part, part_lse)
+        yield from copies.tasks(queries, ids, qheads_per_kvhead)
+        partials = (pending.wait().split(journey.leaving) for pending in home)
+        for rows, partial_out, partial_lse in zip(journey.rows.split(journey.leaving), *partials, strict=True):
+            _combine_rows(queries, rows, partial_out, partial_lse)
 
     def backward(
         self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor, dkv: Tensor
     ) -> Iterator[Task]:
         """See `Exchange`."""
-        group_size = queries.q.shape[1] // k.shape[1]
+        qheads_per_kvhead = queries.q.shape[1] // k.shape[1]
         hot_M, _ = self._choose_copies(plan, ids, k.shape[1])
         copies = Copies(plan, self.wire, hot_M, k, v)
         journey = self._travel(plan, ids, hot_M, k.shape[1])
-        coming_rows = self._send(journey, torch.stack([queries.q, queries.dout], dim=2))
+        coming_rows = self._send(journey, torch.stack([queries.q, queries.do], dim=2))
         coming_numbers = self._send(journey, torch.stack([queries.lse, queries.delta], dim=2))
-        yield Task(queries, Keys(k, v, group_size), ids, plan.fragment(plan.rank), dkv[0], dkv[1])
+        yield Task(queries, Keys(k, v, qheads_per_kvhead), ids, plan.fragment(plan.rank), dkv[0], dkv[1])
         rows, numbers = coming_rows.wait()[journey.order], coming_numbers.wait()[journey.order]
         guests = Queries(
             q=rows[:, 0].unsqueeze(1).contiguous(),
-            dout=rows[:, 1].unsqueeze(1).contiguous(),
+            do=rows[:, 1].unsqueeze(1).contiguous(),
             lse=numbers[:, 0].unsqueeze(1).contiguous(),
             delta=numbers[:, 1].unsqueeze(1).contiguous(),
             dq=torch.zeros_like(rows[:, 0], dtype=numbers.dtype).unsqueeze(1),
         )
-        for group, task in self._guest_tasks(plan, journey, guests, k, v):
-            share = torch.zeros_like(dkv[:, :, :1])
-            task.dk, task.dv = share[0], share[1]
+        for kv_head, task in self._guest_tasks(plan, journey, guests, k, v):
+            partial_dkv = torch.zeros_like(dkv[:, :, :1])
+            task.dk, task.dv = partial_dkv[0], partial_dkv[1]
             yield task
-            dkv[:, :, group : group + 1] += share
+            dkv[:, :, kv_head : kv_head + 1] += partial_dkv
         home = self._return(journey, guests.dq.squeeze(1).to(k.dtype))
-        shares = copies.shares(k)
-        yield from copies.tasks(queries, ids, group_size, shares)
-        copies.bring_home(shares, dkv)
-        dq = queries.dq.flatten(0, 1)
-        for rows, part in zip(journey.rows.split(journey.leaving), home.wait().split(journey.leaving), strict=True):
-            dq[rows] += part
+        partial_dkv = copies.partial_dkv(k)
+        yield from copies.tasks(queries, ids, qheads_per_kvhead, partial_dkv)
+        copies.bring_home(partial_dkv, dkv)
+        dq, partials = queries.dq.flatten(0, 1), home.wait().split(journey.leaving)
+        for rows, partial_dq in zip(journey.rows.split(journey.leaving), partials, strict=True):
+            dq[rows] += partial_dq
 
-    def _choose_copies(self, plan: ContextPlan, ids: Tensor, groups: int):
+    def _choose_copies(self, plan: ContextPlan, ids: Tensor, num_kv_heads: int):
         demand_M = self.wire.all_reduce(demanded(plan, ids), "plan").wait()
-        return choose_copies(plan, demand_M.cpu(), groups)
+        return choose_copies(plan, demand_M.cpu(), num_kv_heads)
 
-    def _travel(self, plan: ContextPlan, ids: Tensor, hot_M: Tensor, groups: int) -> _Journey:
+    def _travel(self, plan: ContextPlan, ids: Tensor, hot_M: Tensor, num_kv_heads: int) -> _Journey:
         """Find who goes where, and tell the ranks how many come, and for what."""
-        leaving = [_leave_for(plan, rank, ids, hot_M, groups) for rank in range(plan.size)]
-        # For each rank: rows of each key head, and the most units of a row.
-        counts = torch.stack([torch.cat([row_counts, row_counts.new_tensor([units.shape[1]])])
-                              for _, units, row_counts in leaving])  # fmt: skip
+        leaving = [_leave_for(plan, rank, ids, hot_M, num_kv_heads) for rank in range(plan.size)]
+        # For each rank: rows of each kv head, and the most kv blocks of a row.
+        counts = torch.stack([torch.cat([row_counts, row_counts.new_tensor([kv_blocks.shape[1]])])
+                              for _, kv_blocks, row_counts in leaving])  # fmt: skip
         coming = self.wire.all_to_all(counts, "plan").wait()
         of_source, widths = coming[:, :-1], coming[:, -1].tolist()
         numbers = of_source.sum(dim=1).tolist()
-        sent = [units.flatten() for _, units, _ in leaving]
+        sent = [kv_blocks.flatten() for _, kv_blocks, _ in leaving]
         received = self.wire.all_to_all(
             torch.cat(sent), "plan", [x.numel() for x in sent], [n * w for n, w in zip(numbers, widths, strict=True)]
         ).wait()
-        units = received.new_full((sum(numbers), max(1, *widths)), -1)
+        kv_blocks = received.new_full((sum(numbers), max(1, *widths)), -1)
         row, place = 0, 0
         for number, width in zip(numbers, widths, strict=True):
-            units[row : row + number, :width] = received[place : place + number * width].view(number, width)
+            kv_blocks[row : row + number, :width] = received[place : place + number * width].view(number, width)
             row, place = row + number, place + number * width
-        head_R = torch.arange(groups, device=ids.device).repeat(plan.size).repeat_interleave(of_source.flatten())
+        head_R = torch.arange(num_kv_heads, device=ids.device).repeat(plan.size).repeat_interleave(of_source.flatten())
         return _Journey(
             rows=torch.cat([rows for rows, _, _ in leaving]),
             leaving=[rows.numel() for rows, _, _ in leaving],
             coming=numbers,
-            units=units,
+            kv_blocks=kv_blocks,
             order=head_R.argsort(stable=True),
-            of_group=of_source.sum(dim=0).tolist(),
+            of_kv_head=of_source.sum(dim=0).tolist(),
         )
 
     def _send(self, journey: _Journey, source_TN: Tensor):
@@ -148,7 +148,7 @@ class Dispatch:
         return self.wire.all_to_all(rows, "queries", journey.leaving, journey.coming)
 
     def _return(self, journey: _Journey, sorted_R: Tensor):
-        """What guests (sorted by key head) get goes home: pending, in order of `journey.rows`."""
+        """What guests (sorted by kv head) get goes home: pending, in order of `journey.rows`."""
         arrived = torch.empty_like(sorted_R)
         arrived[journey.order] = sorted_R
         return self.wire.all_to_all(arrived, "outputs", journey.coming, journey.leaving)
@@ -157,44 +157,47 @@ class Dispatch:
     def _guest_tasks(
         plan: ContextPlan, journey: _Journey, guests: Queries, k: Tensor, v: Tensor
     ) -> Iterator[tuple[int, Task]]:
-        """For each key head its guests, as queries of one head, against this rank's keys."""
-        units = journey.units[journey.order].unsqueeze(1)
+        """For each kv head its guests, as queries of one head, against this rank's keys."""
+        kv_blocks = journey.kv_blocks[journey.order].unsqueeze(1)
         last = 0
-        for group, count in enumerate(journey.of_group):
+        for kv_head, count in enumerate(journey.of_kv_head):
             first, last = last, last + count
             if count:
                 some = {
                     field.name: None if (value := getattr(guests, field.name)) is None else value[first:last]
                     for field in dataclasses.fields(guests)
                 }
-                keys = Keys(k[:, group : group + 1], v[:, group : group + 1], 1)
-                yield group, Task(Queries(**some), keys, units[first:last], plan.own_units)
+                keys = Keys(k[:, kv_head : kv_head + 1], v[:, kv_head : kv_head + 1], 1)
+                yield kv_head, Task(Queries(**some), keys, kv_blocks[first:last], plan.guest_choices)
 
 
-def _leave_for(plan: ContextPlan, rank: int, ids: Tensor, hot_M: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query rows that need keys of a rank, sorted by key head; their units there [rows, w]; rows of each key head."""
+def _leave_for(
+    plan: ContextPlan, rank: int, ids: Tensor, hot_M: Tensor, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query rows that need keys of a rank, sorted by kv head; their kv blocks there [rows, w]; rows of each kv head."""
     num_tokens, num_heads = ids.shape[:2]
     if rank == plan.rank:
-        return ids.new_empty(0, dtype=torch.int64), ids.new_empty(0, 0), ids.new_zeros(groups, dtype=torch.int64)
+        return ids.new_empty(0, dtype=torch.int64), ids.new_empty(0, 0), ids.new_zeros(num_kv_heads, dtype=torch.int64)
     fragment = plan.fragment(rank)
-    cold = fragment.unit_of_block.masked_fill(hot_M.to(ids.device), -1)
-    fragment = dataclasses.replace(fragment, unit_of_block=cold)
-    units_TNK = fragment.chosen_units(ids, slice(None), slice(None))
-    number_TN = (units_TNK >= 0).sum(dim=-1)
-    by_group = torch.arange(num_tokens * num_heads, device=ids.device).view(num_tokens, groups, -1).transpose(0, 1)
-    goes_GX = (number_TN > 0).view(num_tokens, groups, -1).transpose(0, 1).flatten(1)
-    rows = by_group.flatten(1)[goes_GX]
+    cold = fragment.kv_block_of_block.masked_fill(hot_M.to(ids.device), -1)
+    fragment = dataclasses.replace(fragment, kv_block_of_block=cold)
+    chosen_TNK = fragment.chosen_kv_blocks(ids, slice(None), slice(None))
+    number_TN = (chosen_TNK >= 0).sum(dim=-1)
+    # Query rows, and whether they go, for each kv head.
+    row_GX = torch.arange(num_tokens * num_heads, device=ids.device).view(num_tokens, num_kv_heads, -1).transpose(0, 1)
+    goes_GX = (number_TN > 0).view(num_tokens, num_kv_heads, -1).transpose(0, 1).flatten(1)
+    rows = row_GX.flatten(1)[goes_GX]
     width = int(number_TN.max()) if number_TN.numel() else 0
-    units = units_TNK.flatten(0, 1)[rows].sort(dim=-1, descending=True).values[:, :width]
-    return rows, units.contiguous(), goes_GX.sum(dim=1)
+    kv_blocks = chosen_TNK.flatten(0, 1)[rows].sort(dim=-1, descending=True).values[:, :width]
+    return rows, kv_blocks.contiguous(), goes_GX.sum(dim=1)
 
 
-def _merge_rows(queries: Queries, rows: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Merge partial outputs of some query rows, none twice, into what they have."""
+def _combine_rows(queries: Queries, rows: Tensor, partial_out: Tensor, partial_lse: Tensor) -> None:
+    """Combine partial outputs of some query rows, none twice, with what they have."""
     out, lse = queries.out.flatten(0, 1), queries.lse.flatten()
-    weights, merged = merge_weights(torch.stack([lse[rows], part_lse]))
-    out[rows] = out[rows] * weights[0].unsqueeze(-1) + part.to(out.dtype) * weights[1].unsqueeze(-1)
-    lse[rows] = merged
+    weights, combined = combine_weights(torch.stack([lse[rows], partial_lse]))
+    out[rows] = out[rows] * weights[0].unsqueeze(-1) + partial_out.to(out.dtype) * weights[1].unsqueeze(-1)
+    lse[rows] = combined
 
 
 class DispatchKind(ExchangeKind):
@@ -206,7 +209,7 @@ class DispatchKind(ExchangeKind):
     depends_on_choices = True
 
     def messages(
-        self, sizes: Sizes, context_size: int, levels: Levels | None = None, remote_owners: float | None = None
+        self, sizes: RankSizes, context_size: int, levels: Levels | None = None, remote_owners: float | None = None
     ) -> list[Message]:
         """See `ExchangeKind`."""
         e, f = sizes.element_bytes, sizes.score_bytes
@@ -216,13 +219,13 @@ class DispatchKind(ExchangeKind):
         forward = rows * (2 * sizes.head_size * e + f + 4 * past)
         return [Message(int(forward), int(rows * (3 * sizes.head_size * e + 2 * f + 4 * past)), context_size)]
 
-    def buffers(self, sizes: Sizes, context_size: int, levels: Levels | None = None) -> int:
+    def buffers(self, sizes: RankSizes, context_size: int, levels: Levels | None = None) -> int:
         """Queries as messages, and as what is made of them; gradients of keys and values."""
         (message,) = self.messages(sizes, context_size)
         return 2 * message.backward + sizes.tokens * sizes.kv_width * sizes.score_bytes + wide_output(sizes)
 
 
-def most_remote_owners(sizes: Sizes, context_size: int) -> int:
+def most_remote_owners(sizes: RankSizes, context_size: int) -> int:
     """Bound of the other ranks that a query row goes to where a row is one document: its own and each chosen block may
     lie on as many ranks as they touch chunks of the zigzag layout, and one of them is here."""
     if sizes.block_size is None or sizes.top_k is None:

@@ -27,13 +27,13 @@ class Queries:
         lse: [T, N] in fp32 or wider: so far in the forward pass, of the whole attention in the backward pass.
         out: [T, N, D]: the output so far, fp32 or wider; in the backward pass the whole one in q's dtype, or None where
             it did not travel.
-        dout, delta, dq: in the backward pass, see `ops.gathered.accumulate_backward`.
+        do, delta, dq: in the backward pass, see `ops.gathered.accumulate_backward`.
     """
 
     q: Tensor
     lse: Tensor
     out: Tensor | None = None
-    dout: Tensor | None = None
+    do: Tensor | None = None
     delta: Tensor | None = None
     dq: Tensor | None = None
 

@@ -17,7 +17,7 @@ Levels = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class RankSizes:
     """Attention of one tensor- and context-parallel rank.
 
     Attributes:
@@ -94,16 +94,16 @@ class ExchangeKind:
     saved_kv = 3
     depends_on_choices = False
 
-    def levels(self, context_size: int, sizes: Sizes) -> Levels | None:
+    def levels(self, context_size: int, sizes: RankSizes) -> Levels | None:
         """(ranks that trade heads, shards) where nothing else is said; None for an exchange of one level."""
         return None
 
-    def refusal(self, sizes: Sizes, context_size: int, levels: Levels | None = None) -> str | None:
+    def refusal(self, sizes: RankSizes, context_size: int, levels: Levels | None = None) -> str | None:
         """Why it cannot run with these sizes, with both numbers and what would work; None if it can."""
         return None
 
     def messages(
-        self, sizes: Sizes, context_size: int, levels: Levels | None = None, remote_owners: float | None = None
+        self, sizes: RankSizes, context_size: int, levels: Levels | None = None, remote_owners: float | None = None
     ) -> list[Message]:
         """What a rank receives in one layer, without summaries.
 
@@ -113,24 +113,24 @@ class ExchangeKind:
         """
         raise NotImplementedError
 
-    def buffers(self, sizes: Sizes, context_size: int, levels: Levels | None = None) -> int:
+    def buffers(self, sizes: RankSizes, context_size: int, levels: Levels | None = None) -> int:
         """Bytes that it holds at once in the backward pass of one layer."""
         raise NotImplementedError
 
 
-def wide_output(sizes: Sizes) -> int:
+def wide_output(sizes: RankSizes) -> int:
     """Bytes of an output that is summed in fp32 or wider: of every exchange in which a rank's queries meet the keys of
     others one after the other."""
     return sizes.tokens * sizes.query_width * sizes.score_bytes
 
 
-def head_divisors(context_size: int, sizes: Sizes) -> list[int]:
+def head_divisors(context_size: int, sizes: RankSizes) -> list[int]:
     """Numbers of ranks, dividing C, that query and key heads can be traded over."""
     return [
         n for n in range(1, context_size + 1) if not context_size % n and not sizes.heads % n and not sizes.kv_heads % n
     ]
 
 
-def heads_of(sizes: Sizes) -> str:
+def heads_of(sizes: RankSizes) -> str:
     """The heads that ranks must divide, in words."""
     return f"{sizes.heads} query heads and {sizes.kv_heads} key heads of a tensor-parallel rank"

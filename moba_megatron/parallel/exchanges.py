@@ -22,7 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moba_megatron.parallel.dispatch import DISPATCH
-from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Sizes
+from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, RankSizes
 from moba_megatron.parallel.gather import ALL_GATHER
 from moba_megatron.parallel.heads import A2A
 from moba_megatron.parallel.ring import P2P
@@ -52,10 +52,10 @@ class ChosenExchange:
     reason: str
 
 
-def refusal(exchange: str, sizes: Sizes, context_size: int, levels: Levels | None = None) -> str | None:
+def refusal(exchange: str, sizes: RankSizes, context_size: int, levels: Levels | None = None) -> str | None:
     """`ExchangeKind.refusal` of an exchange by its name.
 
-    >>> refusal("a2a", Sizes(8, 8, 2, 64, 2), 4)
+    >>> refusal("a2a", RankSizes(8, 8, 2, 64, 2), 4)
     'exchange a2a: 4 context-parallel ranks do not divide 8 query heads and 2 key heads of a tensor-parallel rank: use \
 a context-parallel size of 1 or 2, or the exchange a2a+p2p with [2, 2], or p2p'
     """
@@ -64,7 +64,7 @@ a context-parallel size of 1 or 2, or the exchange a2a+p2p with [2, 2], or p2p'
 
 def traffic(
     exchange: str,
-    sizes: Sizes,
+    sizes: RankSizes,
     context_size: int,
     levels: Levels | None = None,
     remote_owners: float | None = None,
@@ -75,7 +75,7 @@ def traffic(
     return Traffic(sum(message.forward for message in messages), sum(message.backward for message in messages))
 
 
-def choose_exchange(sizes: Sizes, context_size: int, levels: Levels | None = None) -> ChosenExchange:
+def choose_exchange(sizes: RankSizes, context_size: int, levels: Levels | None = None) -> ChosenExchange:
     """What `auto` means for these sizes: `a2a` where the heads allow it, otherwise the fewest bytes in a forward and a
     backward pass among the others but `all_gather`, which holds a whole key head of all ranks in memory and is left to
     those who ask for it.
@@ -83,11 +83,11 @@ def choose_exchange(sizes: Sizes, context_size: int, levels: Levels | None = Non
     Args:
         levels: for an exchange of two levels, if they are given.
 
-    >>> choose_exchange(Sizes(16384, 32, 8, 128, 2, 4096, 12), 8).name
+    >>> choose_exchange(RankSizes(16384, 32, 8, 128, 2, 4096, 12), 8).name
     'a2a'
-    >>> choose_exchange(Sizes(32768, 32, 8, 128, 2, 4096, 12), 32).name
+    >>> choose_exchange(RankSizes(32768, 32, 8, 128, 2, 4096, 12), 32).name
     'a2a+p2p'
-    >>> choose_exchange(Sizes(16384, 32, 8, 128, 2, 512, 3), 512).name
+    >>> choose_exchange(RankSizes(16384, 32, 8, 128, 2, 512, 3), 512).name
     'dispatch'
     """
     if A2A.refusal(sizes, context_size) is None:

@@ -1,8 +1,8 @@
-"""`all_gather`: the keys and values of all ranks, one key head (with its group of query heads) at a time.
+"""`all_gather`: the keys and values of all ranks, one kv head (with its query heads) at a time.
 
-While one key head is attended the next one arrives, so two of them are resident. Gradients of keys and values go
-home the same way: each rank sends every owner its share, in the keys' dtype, and the owner adds the shares in the order
-of ranks in fp32 or wider, so that two runs give the same bits.
+While one kv head is attended the next one arrives, so two of them are resident. Gradients of keys and values go home
+the same way: each rank sends every owner its partial dk and dv, in the keys' dtype, and the owner adds them in the
+order of ranks in fp32 or wider, so that two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.parallel.context_plan import ContextPlan
 from moba_megatron.parallel.exchange import KeyExchange, Queries, Task
-from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, Sizes, wide_output
+from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, RankSizes, wide_output
 from moba_megatron.parallel.wire import Pending
 
 
@@ -28,43 +28,43 @@ class Gather(KeyExchange):
         """See `Exchange`."""
         size = self.wire.size
         going: list[tuple[int, Pending]] = []
-        shares = None
+        partial_dkv = None
         for source, keys in self.shards(queries.q, k, v):
             if source == plan.rank:
-                shares = k.new_empty(size, 2, *keys.k.shape)
-                own = dkv[:, :, keys.first : keys.first + 1]
+                partial_dkv = k.new_empty(size, 2, *keys.k.shape)
+                own = dkv[:, :, keys.first_kv_head : keys.first_kv_head + 1]
                 yield Task(queries, keys, ids, plan.fragment(source), own[0], own[1])
-                # The owner's share stays in its wide dtype.
-                shares[source] = 0
+                # What the owner itself gives stays in its wide dtype.
+                partial_dkv[source] = 0
             else:
-                yield Task(queries, keys, ids, plan.fragment(source), shares[source, 0], shares[source, 1])
+                yield Task(queries, keys, ids, plan.fragment(source), partial_dkv[source, 0], partial_dkv[source, 1])
             if source == (plan.rank + 1) % size:
-                going.append((keys.first, self.wire.all_to_all(shares, "gradients")))
+                going.append((keys.first_kv_head, self.wire.all_to_all(partial_dkv, "gradients")))
                 self._add(dkv, going[:-1])
                 going = going[-1:]
         self._add(dkv, going)
 
     @staticmethod
     def _add(dkv: Tensor, arrived: list[tuple[int, Pending]]) -> None:
-        for head, pending in arrived:
-            for share in pending.wait():
-                dkv[:, :, head : head + 1] += share
+        for kv_head, pending in arrived:
+            for partial_dkv in pending.wait():
+                dkv[:, :, kv_head : kv_head + 1] += partial_dkv
 
     def shards(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[int, Keys]]:
-        """(rank of origin, keys and values of a head): for each key head all ranks, this rank's own first."""
-        size, rank, num_groups = self.wire.size, self.wire.rank, k.shape[1]
+        """(rank of origin, keys and values of a head): for each kv head all ranks, this rank's own first."""
+        size, rank, num_kv_heads = self.wire.size, self.wire.rank, k.shape[1]
 
-        def begin(head: int) -> Pending:
-            return self.wire.all_gather(torch.stack([x[:, head : head + 1] for x in (k, v)]), "keys")
+        def begin(kv_head: int) -> Pending:
+            return self.wire.all_gather(torch.stack([x[:, kv_head : kv_head + 1] for x in (k, v)]), "keys")
 
         arriving = begin(0)
-        for head in range(num_groups):
+        for kv_head in range(num_kv_heads):
             shards = arriving.wait()
-            if head + 1 < num_groups:
-                arriving = begin(head + 1)
+            if kv_head + 1 < num_kv_heads:
+                arriving = begin(kv_head + 1)
             for step in range(size):
                 source = (rank - step) % size
-                yield source, Keys(shards[source, 0], shards[source, 1], q.shape[1] // num_groups, first=head)
+                yield source, Keys(shards[source, 0], shards[source, 1], q.shape[1] // num_kv_heads, kv_head)
 
 
 class AllGather(ExchangeKind):
@@ -75,13 +75,13 @@ class AllGather(ExchangeKind):
     in_auto = False
 
     def messages(
-        self, sizes: Sizes, context_size: int, levels: Levels | None = None, remote_owners: float | None = None
+        self, sizes: RankSizes, context_size: int, levels: Levels | None = None, remote_owners: float | None = None
     ) -> list[Message]:
         """See `ExchangeKind`."""
         once = (context_size - 1) * sizes.tokens * sizes.kv_width * sizes.element_bytes
         return [Message(once, 2 * once, context_size, hidden=True)]
 
-    def buffers(self, sizes: Sizes, context_size: int, levels: Levels | None = None) -> int:
+    def buffers(self, sizes: RankSizes, context_size: int, levels: Levels | None = None) -> int:
         """Two key heads of all ranks and their gradients, and the gradients of one's own."""
         shard = sizes.tokens * sizes.kv_width
         gathered = 2 * shard // sizes.kv_heads * context_size * sizes.element_bytes

@@ -1,8 +1,8 @@
-"""Trading tokens for heads (`a2a`): afterwards a rank holds the tokens of all ranks of its group, and a part of the
+"""Trading tokens for heads (`a2a`): afterwards a rank holds the tokens of all ranks of its group, and some of the
 heads (DeepSpeed Ulysses, arXiv 2309.14509).
 
-Both directions are copies, and each is the other's gradient, so nothing is rounded and nothing added. Query and key
-heads are cut alike: rank i gets the i-th part of both, and with it whole groups of query heads.
+Both directions are copies, and each is the other's gradient, so nothing is rounded and nothing added. Query and kv
+heads are cut alike: rank i gets the i-th of I equal cuts of both, and so all query heads of its kv heads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, Sizes, head_divisors, heads_of
+from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, RankSizes, head_divisors, heads_of
 from moba_megatron.parallel.wire import Wire
 
 
@@ -60,10 +60,10 @@ def to_tokens(wire: Wire, order: Tensor, tensor: Tensor) -> Tensor:
 
 def _to_heads(wire: Wire, order: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     """One message for all tensors: [I, t, sum of H / I, D]."""
-    parts = [tensor.unflatten(1, (wire.size, -1)).transpose(0, 1) for tensor in tensors]
-    received = wire.all_to_all(torch.cat(parts, dim=2).flatten(0, 1), "heads").wait()
-    split = received.split([part.shape[2] for part in parts], dim=1)
-    return [part.index_select(0, order) for part in split]
+    cut = [tensor.unflatten(1, (wire.size, -1)).transpose(0, 1) for tensor in tensors]
+    received = wire.all_to_all(torch.cat(cut, dim=2).flatten(0, 1), "heads").wait()
+    own = received.split([tensor.shape[2] for tensor in cut], dim=1)
+    return [tensor.index_select(0, order) for tensor in own]
 
 
 def _to_tokens(wire: Wire, order: Tensor, tensors: list[Tensor]) -> list[Tensor]:
@@ -72,7 +72,7 @@ def _to_tokens(wire: Wire, order: Tensor, tensors: list[Tensor]) -> list[Tensor]
     message = torch.empty_like(joined)
     message[order] = joined
     received = wire.all_to_all(message, "heads").wait().unflatten(0, (wire.size, -1))
-    return [part.transpose(0, 1).flatten(1, 2) for part in received.split(widths, dim=2)]
+    return [tensor.transpose(0, 1).flatten(1, 2) for tensor in received.split(widths, dim=2)]
 
 
 class AllToAll(ExchangeKind):
@@ -83,7 +83,7 @@ class AllToAll(ExchangeKind):
     sends_summaries = False
     saved_kv = 2
 
-    def refusal(self, sizes: Sizes, context_size: int, levels: Levels | None = None) -> str | None:
+    def refusal(self, sizes: RankSizes, context_size: int, levels: Levels | None = None) -> str | None:
         """See `ExchangeKind`."""
         divisors = head_divisors(context_size, sizes)
         if context_size in divisors:
@@ -96,14 +96,14 @@ class AllToAll(ExchangeKind):
         )
 
     def messages(
-        self, sizes: Sizes, context_size: int, levels: Levels | None = None, remote_owners: float | None = None
+        self, sizes: RankSizes, context_size: int, levels: Levels | None = None, remote_owners: float | None = None
     ) -> list[Message]:
         """See `ExchangeKind`."""
         width = 2 * sizes.query_width + sizes.kv_width
         once = (context_size - 1) * sizes.tokens * width * sizes.element_bytes // context_size
         return [Message(once, once, context_size)]
 
-    def buffers(self, sizes: Sizes, context_size: int, levels: Levels | None = None) -> int:
+    def buffers(self, sizes: RankSizes, context_size: int, levels: Levels | None = None) -> int:
         """Heads as messages, and as what is made of them."""
         return 2 * sizes.tokens * (sizes.query_width + sizes.kv_width) * sizes.element_bytes
 

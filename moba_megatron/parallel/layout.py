@@ -33,12 +33,12 @@ def padded_boundaries(cu_seqlens: Tensor, context_size: int, *, total_multiple: 
     >>> padded_boundaries(torch.tensor([0, 5, 5, 9]), 2, total_multiple=4).tolist()
     [0, 8, 8, 16]
     """
-    unit = 2 * context_size if context_size > 1 else 1
+    multiple = 2 * context_size if context_size > 1 else 1
     lengths = cu_seqlens.diff()
-    lengths = (lengths + unit - 1) // unit * unit
+    lengths = (lengths + multiple - 1) // multiple * multiple
     whole = context_size * total_multiple
-    # Both numbers have to divide the total: every document keeps to `unit`, the last one makes up the rest.
-    step = torch.lcm(torch.tensor(unit), torch.tensor(whole)).to(lengths)
+    # Both numbers have to divide the total: every document keeps to `multiple`, the last one makes up the rest.
+    step = torch.lcm(torch.tensor(multiple), torch.tensor(whole)).to(lengths)
     lengths[-1] += -lengths.sum() % step
     return torch.cat([cu_seqlens[:1], lengths.cumsum(0).to(cu_seqlens.dtype)])
 
@@ -76,14 +76,15 @@ def shard_positions(cu_seqlens: Tensor, context_size: int, rank: int) -> Tensor:
 def check_divisible(cu_seqlens: Tensor, context_size: int) -> None:
     """Raise ValueError, with the document, its length and the next length that fits, where one is not a multiple of
     2 C."""
-    unit = 2 * context_size
+    multiple = 2 * context_size
     lengths = cu_seqlens.diff()
-    wrong = torch.nonzero(lengths % unit).flatten()
+    wrong = torch.nonzero(lengths % multiple).flatten()
     if wrong.numel():
         number, length = int(wrong[0]), int(lengths[wrong[0]])
         raise ValueError(
-            f"document {number} of the pack has {length} tokens, not a multiple of 2 x context-parallel size = {unit}: "
-            f"pad it to {-(-length // unit) * unit} (moba_megatron.parallel.layout.padded_boundaries)"
+            f"document {number} of the pack has {length} tokens, not a multiple of 2 x context-parallel size = "
+            f"{multiple}: pad it to {-(-length // multiple) * multiple} "
+            "(moba_megatron.parallel.layout.padded_boundaries)"
         )
 
 

@@ -2,8 +2,8 @@
 
 Beside a rank's own shard two are resident: the one that is attended and the one that arrives meanwhile. In the backward
 pass they travel again, and behind them their gradients, in fp32 or wider: the rank after the owner makes the first
-share, each following one adds its own, and C - 1 hops later they are home, where the owner's share joins them. Shares
-are thus added in the order of ranks, beginning after the owner.
+partial dk and dv, each following one adds its own, and C - 1 hops later they are home, where the owner's join them.
+They are thus added in the order of ranks, beginning after the owner.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.parallel.context_plan import ContextPlan
 from moba_megatron.parallel.exchange import KeyExchange, Queries, Task
-from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, Sizes, wide_output
+from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, RankSizes, wide_output
 
 
 class Ring(KeyExchange):
@@ -29,22 +29,22 @@ class Ring(KeyExchange):
         carried = None
         for source, keys in self.shards(queries.q, k, v):
             own = source == plan.rank
-            share = dkv if own else torch.empty_like(dkv)
-            yield Task(queries, keys, ids, plan.fragment(source), share[0], share[1])
+            partial_dkv = dkv if own else torch.empty_like(dkv)
+            yield Task(queries, keys, ids, plan.fragment(source), partial_dkv[0], partial_dkv[1])
             if own:
                 continue
             if carried is not None:
-                share += carried.wait()[0]
-            carried = self.wire.shift([share], "gradients")
+                partial_dkv += carried.wait()[0]
+            carried = self.wire.shift([partial_dkv], "gradients")
         if carried is not None:
             dkv += carried.wait()[0]
 
     def shards(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[int, Keys]]:
         """(rank of origin, keys and values), this rank's own first."""
-        size, rank, group_size = self.wire.size, self.wire.rank, q.shape[1] // k.shape[1]
+        size, rank, qheads_per_kvhead = self.wire.size, self.wire.rank, q.shape[1] // k.shape[1]
         for step in range(size):
             arriving = self.wire.shift([k, v], "keys") if step + 1 < size else None
-            yield (rank - step) % size, Keys(k, v, group_size)
+            yield (rank - step) % size, Keys(k, v, qheads_per_kvhead)
             if arriving is not None:
                 k, v = arriving.wait()
 
@@ -56,14 +56,14 @@ class PeerToPeer(ExchangeKind):
     between = Ring
 
     def messages(
-        self, sizes: Sizes, context_size: int, levels: Levels | None = None, remote_owners: float | None = None
+        self, sizes: RankSizes, context_size: int, levels: Levels | None = None, remote_owners: float | None = None
     ) -> list[Message]:
         """See `ExchangeKind`."""
         once = (context_size - 1) * sizes.tokens * sizes.kv_width
         e, f = sizes.element_bytes, sizes.score_bytes
         return [Message(once * e, once * (e + f), context_size, hidden=True)]
 
-    def buffers(self, sizes: Sizes, context_size: int, levels: Levels | None = None) -> int:
+    def buffers(self, sizes: RankSizes, context_size: int, levels: Levels | None = None) -> int:
         """Two shards of keys and values, and three of their gradients."""
         shard = sizes.tokens * sizes.kv_width
         return 2 * shard * sizes.element_bytes + 3 * shard * sizes.score_bytes + wide_output(sizes)

@@ -48,6 +48,6 @@ def most_touched(plan: ContextPlan) -> int:
     return max(plan.shard(rank).touched.numel() for rank in range(plan.size))
 
 
-def summary_bytes(plan: ContextPlan, groups: int, head_size: int, dtype: torch.dtype) -> int:
-    """Bytes a rank receives: summaries of `groups` key heads of `head_size` for keys of a dtype."""
-    return (plan.size - 1) * most_touched(plan) * groups * head_size * score_dtype(dtype).itemsize
+def summary_bytes(plan: ContextPlan, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> int:
+    """Bytes a rank receives: summaries of `num_kv_heads` kv heads of `head_size` for keys of a dtype."""
+    return (plan.size - 1) * most_touched(plan) * num_kv_heads * head_size * score_dtype(dtype).itemsize

@@ -3,7 +3,7 @@ of each. Both parts are those of `heads` and `ring`."""
 
 from __future__ import annotations
 
-from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, Sizes, head_divisors, heads_of
+from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, RankSizes, head_divisors, heads_of
 from moba_megatron.parallel.heads import A2A
 from moba_megatron.parallel.ring import P2P, Ring
 
@@ -17,12 +17,12 @@ class TwoLevels(ExchangeKind):
     two_levels = True
     sends_summaries = False
 
-    def levels(self, context_size: int, sizes: Sizes) -> Levels:
+    def levels(self, context_size: int, sizes: RankSizes) -> Levels:
         """As many ranks that trade heads as the heads allow, but not all."""
         inner = max(n for n in head_divisors(context_size, sizes) if n < context_size or context_size == 1)
         return inner, context_size // inner
 
-    def refusal(self, sizes: Sizes, context_size: int, levels: Levels | None = None) -> str | None:
+    def refusal(self, sizes: RankSizes, context_size: int, levels: Levels | None = None) -> str | None:
         """See `ExchangeKind`."""
         divisors = head_divisors(context_size, sizes)
         inner, outer = levels or self.levels(context_size, sizes)
@@ -37,7 +37,7 @@ class TwoLevels(ExchangeKind):
         return None
 
     def messages(
-        self, sizes: Sizes, context_size: int, levels: Levels | None = None, remote_owners: float | None = None
+        self, sizes: RankSizes, context_size: int, levels: Levels | None = None, remote_owners: float | None = None
     ) -> list[Message]:
         """See `ExchangeKind`."""
         inner, outer = levels or self.levels(context_size, sizes)
@@ -47,16 +47,16 @@ class TwoLevels(ExchangeKind):
             *(Message(m.forward, m.backward, outer, stride=inner, hidden=m.hidden) for m in ring),
         ]
 
-    def buffers(self, sizes: Sizes, context_size: int, levels: Levels | None = None) -> int:
+    def buffers(self, sizes: RankSizes, context_size: int, levels: Levels | None = None) -> int:
         """See `ExchangeKind`."""
         inner, outer = levels or self.levels(context_size, sizes)
         traded = A2A.buffers(sizes, inner)
         return traded + P2P.buffers(_shard(sizes, inner), outer) if outer > 1 else traded
 
 
-def _shard(sizes: Sizes, inner: int) -> Sizes:
+def _shard(sizes: RankSizes, inner: int) -> RankSizes:
     """What a rank holds after trading heads: the tokens of all inner ranks, and its part of the heads."""
-    return Sizes(
+    return RankSizes(
         sizes.tokens * inner, sizes.heads // inner, sizes.kv_heads // inner, sizes.head_size, sizes.element_bytes
     )
 

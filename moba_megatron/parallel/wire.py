@@ -109,7 +109,7 @@ class Wire:
     def all_to_all(
         self, tensor: Tensor, purpose: str, send: list[int] | None = None, receive: list[int] | None = None
     ) -> Pending:
-        """Send stretches of rows to all ranks and receive theirs, in order of ranks.
+        """Send spans of rows to all ranks and receive theirs, in order of ranks.
 
         Args:
             tensor: [rows, ...].

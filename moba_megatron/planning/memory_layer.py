@@ -24,7 +24,7 @@ from moba_megatron.config import Config
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.ops.gathered.index import ENTRIES_PER_QUERY_ROW
 from moba_megatron.ops.kernel_sizes import default_workspace
-from moba_megatron.parallel.exchange_kind import ExchangeKind, Sizes
+from moba_megatron.parallel.exchange_kind import ExchangeKind, RankSizes
 from moba_megatron.parallel.exchanges import EXCHANGES
 from moba_megatron.planning.plan_stages import tokens_of_rank
 
@@ -131,7 +131,9 @@ def exchange_bytes(config: Config, shape: Shape, layer: LayerAttention, exchange
     """Buffers of context parallelism in a backward pass of one layer; none without an exchange."""
     if exchange is None:
         return 0
-    sizes = Sizes(shape.tokens, shape.heads, shape.groups, shape.head_size, shape.width, layer.block_size, layer.top_k)
+    sizes = RankSizes(
+        shape.tokens, shape.heads, shape.groups, shape.head_size, shape.width, layer.block_size, layer.top_k
+    )
     given = config.parallel.hierarchical_context
     levels = (given[0], given[1]) if given else None
     return EXCHANGES[exchange].buffers(sizes, config.parallel.context, levels)

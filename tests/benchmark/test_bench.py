@@ -21,7 +21,7 @@ from moba_megatron.benchmark.presets import PRESETS
 from moba_megatron.benchmark.settings import BenchResult, BenchRow, BenchSettings, Case, pair_ratio
 from moba_megatron.ops import adapters, select_blocks
 from moba_megatron.ops.gathered import tiles
-from moba_megatron.ops.gathered.kv_heads import ROWS_OF_TRIANGLE
+from moba_megatron.ops.gathered.kv_heads import CAUSAL_ROWS
 from moba_megatron.ops.reference import reference_attend
 from moba_megatron.planning.flops import attended_pairs
 
@@ -80,7 +80,7 @@ def test_refuses_a_broken_mask_in_later_rows_of_a_block(monkeypatch):
     right = tiles.matmul_forward
 
     def wrong(q, k, v, scale, mask=None):
-        later = mask is not None and k.shape[1] > ROWS_OF_TRIANGLE
+        later = mask is not None and k.shape[1] > CAUSAL_ROWS
         return right(q, k, v, scale, None if later else mask)
 
     assert bench.disagreement(TINY, "fp32", 256, 2) is None

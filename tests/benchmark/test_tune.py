@@ -21,22 +21,22 @@ def test_the_fastest_tile_that_runs_stays():
             return None  # does not fit
         return 1.0 - 0.2 * (rows == 32) - 0.1 * (keys == 64) - 0.005 * (warps == 4)
 
-    assert improve(choice, 2, candidates("attend_own", CHOICE, 2), seconds) == pytest.approx(0.305)
+    assert improve(choice, 2, candidates("causal_fwd", CHOICE, 2), seconds) == pytest.approx(0.305)
     assert choice == [*CHOICE[:2], (32, 64, 4, 1)]
 
 
 def test_a_small_gain_changes_nothing_and_what_cannot_run_is_told():
     choice = list(CHOICE)
-    assert improve(choice, 1, candidates("attend_own", CHOICE, 1), lambda: 1.0 - 0.005 * (choice[1][0] == 128)) == 0
-    assert improve(choice, 1, candidates("attend_own", CHOICE, 1), lambda: None) is None
+    assert improve(choice, 1, candidates("causal_fwd", CHOICE, 1), lambda: 1.0 - 0.005 * (choice[1][0] == 128)) == 0
+    assert improve(choice, 1, candidates("causal_fwd", CHOICE, 1), lambda: None) is None
     assert choice == CHOICE
 
 
 def test_keys_vary_only_where_a_kernel_streams_them():
-    assert {tile[1] for tile in candidates("attend_own", CHOICE, 2)} == {32, 64, 128}
-    assert {tile[1] for tile in candidates("attend_own", CHOICE, 1)} == {64}
-    assert {tile[1] for tile in candidates("attend_short_units", CHOICE, 2)} == {128}
-    assert CHOICE[2] not in candidates("attend_own", CHOICE, 2)
+    assert {tile[1] for tile in candidates("causal_fwd", CHOICE, 2)} == {32, 64, 128}
+    assert {tile[1] for tile in candidates("causal_fwd", CHOICE, 1)} == {64}
+    assert {tile[1] for tile in candidates("past_fwd_short", CHOICE, 2)} == {128}
+    assert CHOICE[2] not in candidates("causal_fwd", CHOICE, 2)
     assert [place_of(CHOICE, keys) for keys in (0, 16, 17, 128, 512)] == [0, 0, 1, 2, 2]
 
 
@@ -64,4 +64,4 @@ def test_luck_does_not_stay():
         seen.add(choice[2])
         return 0.5 if first and choice[2] == (32, 64, 4, 1) else 1.0
 
-    assert improve(choice, 2, candidates("attend_own", CHOICE, 2), seconds) == 0 and choice == CHOICE
+    assert improve(choice, 2, candidates("causal_fwd", CHOICE, 2), seconds) == 0 and choice == CHOICE

@@ -29,7 +29,7 @@ class Shape:
     block_size: int
     top_k: int
     heads: int = 4
-    groups: int = 2
+    kv_heads: int = 2
     size: int = 64
 
     @property
@@ -47,16 +47,16 @@ class Shape:
 def inputs(shape: Shape, device: str, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
     """q [T, N, D], k and v [T, G, D], and the gradient of the output [T, N, D]."""
     generator = torch.Generator(device).manual_seed(seed)
-    heads = (shape.heads, shape.groups, shape.groups, shape.heads)
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
     sizes = [(shape.tokens, n, shape.size) for n in heads]
     return [torch.randn(size, generator=generator, device=device).to(dtype) for size in sizes]
 
 
-def results(attention, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
+def results(attention, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> list[Tensor]:
     """Output and gradients."""
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     out = attention(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+    return [out.detach(), *torch.autograd.grad(out, leaves, do)]
 
 
 def operator(shape: Shape, device: str, backend: str, workspace_bytes: int | None = None):
@@ -111,15 +111,15 @@ def check_selection(shape: Shape, device: str, dtype: torch.dtype) -> None:
 
 def check_against_definition(shape: Shape, device: str, dtype: torch.dtype, backend: str) -> None:
     """Output and gradients in fp64 with the same ids: at most twice the error of plain PyTorch, and rounding."""
-    q, k, v, dout = inputs(shape, device, dtype)
+    q, k, v, do = inputs(shape, device, dtype)
     bounds, scale = shape.cu_seqlens(device), 1 / math.sqrt(shape.size)
     clear = clear_rows(q, k, shape).unsqueeze(-1)
-    dout = dout * clear
-    wide = [x.double() for x in (q, k, v, dout)]
+    do = do * clear
+    wide = [x.double() for x in (q, k, v, do)]
     ids = reference_select(wide[0], wide[1], bounds, shape.block_size, shape.top_k - 1)
-    got = results(operator(shape, device, backend), q, k, v, dout)
+    got = results(operator(shape, device, backend), q, k, v, do)
     want = results(lambda *x: reference_attend(*x, ids, bounds, shape.block_size, scale)[0], *wide)
-    plain = results(lambda *x: plain_attend(*x, ids, shape), q, k, v, dout)
+    plain = results(lambda *x: plain_attend(*x, ids, shape), q, k, v, do)
     for name, a, b, c in zip(("out", "dq", "dk", "dv"), got, want, plain, strict=True):
         if name == "out":
             a, b, c = a * clear, b * clear, c * clear
@@ -176,7 +176,7 @@ def check_last_document(
     """The last document of a pack, whose rows have the largest addresses, equals the same document alone."""
     tensors = inputs(shape, device, dtype)
     start, end = shape.bounds[-2:]
-    alone = Shape((0, end - start), shape.block_size, shape.top_k, shape.heads, shape.groups, shape.size)
+    alone = Shape((0, end - start), shape.block_size, shape.top_k, shape.heads, shape.kv_heads, shape.size)
     want = results(operator(alone, device, backend), *(x[start:end] for x in tensors))
     leaves = [x.requires_grad_() for x in tensors[:3]]
     out = operator(shape, device, backend, workspace_bytes)(*leaves)
@@ -203,7 +203,7 @@ def forward_backward_peaks(
 ) -> tuple[int, int]:
     """Bytes held at most on the GPU beyond inputs and outputs: in the forward pass alone, and in the backward."""
     leaves = [x.requires_grad_() for x in inputs(shape, "cuda", dtype)]
-    dout = leaves.pop().detach()
+    do = leaves.pop().detach()
     attend = operator(shape, "cuda", backend, workspace_bytes)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -213,7 +213,7 @@ def forward_backward_peaks(
     forward = torch.cuda.max_memory_allocated() - before - out.nbytes
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    gradients = torch.autograd.grad(out, leaves, dout)
+    gradients = torch.autograd.grad(out, leaves, do)
     torch.cuda.synchronize()
     backward = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in gradients)
     return forward, backward
@@ -230,8 +230,8 @@ def check_decoding(kernels, shape: Shape, device: str, dtype: torch.dtype) -> No
     q, k, v, _ = inputs(shape, device, dtype)
     block, room = shape.block_size, shape.tokens + 5
     lengths = [shape.tokens, shape.tokens // block * block]
-    caches = torch.full((2, 2, room, shape.groups, shape.size), torch.nan, dtype=dtype, device=device)
-    means = torch.full((2, room // block, shape.groups, shape.size), torch.nan, device=device)
+    caches = torch.full((2, 2, room, shape.kv_heads, shape.size), torch.nan, dtype=dtype, device=device)
+    means = torch.full((2, room // block, shape.kv_heads, shape.size), torch.nan, device=device)
     want = []
     for number, length in enumerate(lengths):
         caches[0, number, :length], caches[1, number, :length] = k[:length], v[:length]
@@ -253,35 +253,36 @@ def check_fragments(kernels, device: str, dtype: torch.dtype, top_k: int) -> Non
     """Keys that come in two fragments, as a context-parallel rank sees them: output, log-sum-exp and gradients are
     those of the portable backend.
 
-    The queries are the last 40 of 120 tokens in blocks of 32. The first fragment holds their own rows, in triangles and
-    as a part of the third block; the second all rows before them, with the other part of that block, which is also what
-    its own tokens see of it.
+    The queries are the last 40 of 120 tokens in blocks of 32. The first fragment holds their own rows, in causal
+    spans and as a kv block, the end of the third block; the second all rows before them, with the start of that block,
+    which is also what its own tokens see of it.
     """
     shape = Shape((0, 120), 32, top_k, size=64)
-    q, k, v, dout = inputs(shape, device, dtype)
-    scale, group = 1 / math.sqrt(shape.size), shape.heads // shape.groups
+    q, k, v, do = inputs(shape, device, dtype)
+    scale, qheads = 1 / math.sqrt(shape.size), shape.heads // shape.kv_heads
     ids = reference_select(q.float(), k.float(), shape.cu_seqlens(device), 32, top_k - 1)[80:]
     first_block = torch.zeros(40, dtype=torch.int64, device=device)
-    own_unit = torch.where(torch.arange(80, 120, device=device) < 96, 2, -1).to(torch.int32)
-    near_units, far_units = torch.tensor([[-1, -1, 0, -1], [0, 1, 2, -1]], dtype=torch.int32, device=device)
-    near = Fragment([(0, 16)], [(0, 1, 16), (16, 1, 24)], first_block, near_units)
-    far = Fragment([(0, 32), (32, 64), (64, 80)], [], first_block, far_units, own_unit)
-    tasks = [(Keys(k[80:], v[80:], group), ids, near), (Keys(k[:80], v[:80], group), ids, far)]
+    own_kv_block = torch.where(torch.arange(80, 120, device=device) < 96, 2, -1).to(torch.int32)
+    near_kv_blocks, far_kv_blocks = torch.tensor([[-1, -1, 0, -1], [0, 1, 2, -1]], dtype=torch.int32, device=device)
+    near = Fragment([(0, 16)], [(0, 1, 16), (16, 1, 24)], first_block, near_kv_blocks)
+    far = Fragment([(0, 32), (32, 64), (64, 80)], [], first_block, far_kv_blocks, own_kv_block)
+    tasks = [(Keys(k[80:], v[80:], qheads), ids, near), (Keys(k[:80], v[:80], qheads), ids, far)]
 
     def all_of(ops) -> list[Tensor]:
-        rows, slopes = q[80:].contiguous(), dout[80:].contiguous()
+        rows, do_rows = q[80:].contiguous(), do[80:].contiguous()
         out = torch.zeros(rows.shape, device=device)
         lse = torch.full(rows.shape[:2], -torch.inf, device=device)
         for keys, chosen, fragment in tasks:
             ops.accumulate(rows, keys, chosen, fragment, scale, out, lse)
-        dq, delta, shares = torch.zeros(rows.shape, device=device), ops.output_delta(slopes, out.to(dtype)), []
+        dq, delta = torch.zeros(rows.shape, device=device), ops.output_delta(do_rows, out.to(dtype))
+        partials = []
         for keys, chosen, fragment in tasks:
             dk, dv = torch.full((2, *keys.k.shape), torch.nan, dtype=dtype, device=device)
             ops.accumulate_backward(
-                slopes, rows, keys, chosen, fragment, scale, out.to(dtype), lse, delta, dq, dk, dv
+                do_rows, rows, keys, chosen, fragment, scale, out.to(dtype), lse, delta, dq, dk, dv
             )  # fmt: skip
-            shares += [dk, dv]
-        return [out, lse, dq, *shares]
+            partials += [dk, dv]
+        return [out, lse, dq, *partials]
 
     expected = all_of(gathered)
     whole = moba_attention(q, k, v, backend="gathered", **shape.settings)[80:].float()

@@ -15,7 +15,7 @@ from moba_megatron.ops.backends import BACKENDS, FULL_BACKENDS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-PACK = Shape((0, 1, 1, 700, 733, 2000), block_size=2048, top_k=1, heads=8, groups=2, size=128)
+PACK = Shape((0, 1, 1, 700, 733, 2000), block_size=2048, top_k=1, heads=8, kv_heads=2, size=128)
 
 
 def skip_without(table, name):
@@ -29,13 +29,13 @@ def skip_without(table, name):
 def test_full_attention_equals_the_definition(name, bounds):
     """Blocks longer than every document make MoBA's definition full attention."""
     skip_without(FULL_BACKENDS, name)
-    shape = Shape(bounds, PACK.block_size, 1, PACK.heads, PACK.groups, PACK.size)
-    q, k, v, dout = checks.inputs(shape, "cuda", torch.bfloat16)
+    shape = Shape(bounds, PACK.block_size, 1, PACK.heads, PACK.kv_heads, PACK.size)
+    q, k, v, do = checks.inputs(shape, "cuda", torch.bfloat16)
     cu = None if len(bounds) == 2 else shape.cu_seqlens("cuda")
-    got = checks.results(lambda *x: full_attention(*x, cu, max_seqlen=2000, backend=name), q, k, v, dout)
-    want = checks.results(checks.operator(shape, "cuda", "reference"), *(x.double() for x in (q, k, v, dout)))
+    got = checks.results(lambda *x: full_attention(*x, cu, max_seqlen=2000, backend=name), q, k, v, do)
+    want = checks.results(checks.operator(shape, "cuda", "reference"), *(x.double() for x in (q, k, v, do)))
     none = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device="cuda")
-    plain = checks.results(lambda *x: checks.plain_attend(*x, none, shape), q, k, v, dout)
+    plain = checks.results(lambda *x: checks.plain_attend(*x, none, shape), q, k, v, do)
     for a, b, c in zip(got, want, plain, strict=True):
         rounding = 2 * torch.finfo(a.dtype).eps * float(b.abs().max())
         assert float((a - b).abs().max()) <= 2 * float((c - b).abs().max()) + rounding

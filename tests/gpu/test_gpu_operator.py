@@ -107,7 +107,7 @@ def test_addresses_beyond_32_bits():
         pytest.skip("needs 100 GB")
     resolve_backend("triton", "cuda")
     shape = Shape((0, 2**19, 2**19 + 3001), 512, 3, 32, 32, 128)
-    assert shape.tokens * shape.groups * shape.size > 2**31
+    assert shape.tokens * shape.kv_heads * shape.size > 2**31
     checks.check_last_document(shape, "cuda", torch.bfloat16, "triton", workspace_bytes=2**33)
 
 
@@ -118,17 +118,17 @@ def test_workspace_stays_within_its_bound():
     resolve_backend("triton", "cuda")
     shape = Shape((0, 2**19), 128, 8, 32, 8, 128)
     forward, backward = checks.forward_backward_peaks(shape, torch.bfloat16, "triton")
-    unit = 2 * shape.tokens * (2 * shape.heads + 2 * shape.groups) * shape.size
+    qkvo = 2 * shape.tokens * (2 * shape.heads + 2 * shape.kv_heads) * shape.size
     saved = shape.tokens * shape.heads * 4 * shape.top_k
-    assert forward - saved <= 0.5 * unit, f"{forward - saved} of {unit} bytes"
-    assert backward <= unit, f"{backward} of {unit} bytes"
+    assert forward - saved <= 0.5 * qkvo, f"{forward - saved} of {qkvo} bytes"
+    assert backward <= qkvo, f"{backward} of {qkvo} bytes"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["packed", "large top-k", "large blocks"])
 def test_a_small_workspace_does_not_show(backend, name, dtype):
-    """Passes of single key heads, and of ranges of tokens; for the portable backend, which runs each unit of each pass
-    by itself, of few."""
+    """Passes of single kv heads, and of ranges of tokens; for the portable backend, which runs each kv block of
+    each pass by itself, of few."""
     for workspace_bytes in (2**20, 2**16) if backend == "triton" else (2**20,):
         checks.check_workspace(SHAPES[name], "cuda", dtype, backend, workspace_bytes)
 
@@ -142,17 +142,17 @@ def test_memory_keeps_to_its_formula(workspace_bytes):
     forward, backward = checks.forward_backward_peaks(shape, torch.bfloat16, "triton", workspace_bytes)
     bounds = workspace_bounds(shape.tokens, 16, 4, 128, 2, 128, 8, workspace_bytes)
     rows, blocks = shape.tokens * shape.heads, shape.tokens // 128
-    saved = 4 * rows * shape.top_k + blocks * shape.groups * shape.size * (4 + 3 * 4)
+    saved = 4 * rows * shape.top_k + blocks * shape.kv_heads * shape.size * (4 + 3 * 4)
     assert workspace_bytes // 2 < forward - saved <= bounds[0], (forward, saved, bounds)
     assert workspace_bytes // 2 < backward - 4 * rows <= bounds[1], (backward, bounds)
 
 
 def test_compiled_code_gives_the_same_bits(backend):
     shape = SHAPES["packed"]
-    q, k, v, dout = checks.inputs(shape, "cuda", torch.bfloat16)
+    q, k, v, do = checks.inputs(shape, "cuda", torch.bfloat16)
     eager = checks.operator(shape, "cuda", backend)
     compiled = torch.compile(eager, fullgraph=True)
-    for got, want in zip(checks.results(compiled, q, k, v, dout), checks.results(eager, q, k, v, dout), strict=True):
+    for got, want in zip(checks.results(compiled, q, k, v, do), checks.results(eager, q, k, v, do), strict=True):
         assert torch.equal(got, want)
 
 

@@ -164,7 +164,7 @@ def test_the_two_levels_are_megatron_cores_hierarchical_groups():
                 model={"num_query_groups": 4},
             )
         )
-        groups = model.decoder.layers[0].self_attention.core_attention.context.groups(None)
+        groups = model.decoder.layers[0].self_attention.core_attention.context.cp_groups(None)
         return [dist.get_process_group_ranks(group) for group in (groups.whole, groups.inner, groups.outer)]
 
     # Tensor-parallel ranks are neighbours, so every second rank is of one context-parallel group.

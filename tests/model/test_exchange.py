@@ -11,7 +11,7 @@ from moba_megatron.config import ConfigError, Exchange
 from moba_megatron.model.builder import transformer_config
 from moba_megatron.model.exchange import rank_sizes, resolve_exchange
 from moba_megatron.model.schedule import FULL, LayerAttention
-from moba_megatron.parallel.exchange_kind import Sizes
+from moba_megatron.parallel.exchange_kind import RankSizes
 from moba_megatron.parallel.exchanges import EXCHANGES
 
 HYBRID = {"block_size": 8, "top_k": 2, "last_n_full": 1}
@@ -28,8 +28,8 @@ def test_the_words_of_the_configuration_are_those_of_the_exchanges():
 
 def test_the_sizes_are_those_of_one_rank():
     config = tiny(parallel={"context": 4, "tensor": 2}, training={"precision": "bf16", "micro_batch_size": 2})
-    assert rank_sizes(config, LayerAttention("moba", 8, 2)) == Sizes(32, 2, 1, 8, 2, 8, 2)
-    assert rank_sizes(config, FULL) == Sizes(32, 2, 1, 8, 2, None, None)
+    assert rank_sizes(config, LayerAttention("moba", 8, 2)) == RankSizes(32, 2, 1, 8, 2, 8, 2)
+    assert rank_sizes(config, FULL) == RankSizes(32, 2, 1, 8, 2, None, None)
 
 
 def test_one_rank_exchanges_nothing():

@@ -21,9 +21,9 @@ from moba_megatron.ops import (
 )
 
 
-def qkv(tokens=200, heads=4, groups=2, size=8, dtype=torch.bfloat16):
+def qkv(tokens=200, heads=4, kv_heads=2, size=8, dtype=torch.bfloat16):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(tokens, h, size, generator=generator).to(dtype) for h in (heads, groups, groups)]
+    return [torch.randn(tokens, h, size, generator=generator).to(dtype) for h in (heads, kv_heads, kv_heads)]
 
 
 def install(monkeypatch, name, **functions):

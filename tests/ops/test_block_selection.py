@@ -36,9 +36,9 @@ def test_layout_by_counting(bounds, block_size):
     got = zip(layout.document_T.tolist(), layout.block_T.tolist(), layout.pack_block_T.tolist(), strict=True)
     assert list(got) == expected
     assert layout.num_blocks == number and layout.block_starts().tolist() == starts
-    for start, count, length in layout.runs():
+    for start, count, length in layout.equal_blocks():
         runs += [start + i * length for i in range(count)]
-    assert runs == starts and sum(c * n for _, c, n in layout.runs()) == 100
+    assert runs == starts and sum(c * n for _, c, n in layout.equal_blocks()) == 100
 
 
 def test_summaries_are_means_and_partials_combine():
@@ -69,11 +69,11 @@ def test_hand_made_selection():
 
 
 @pytest.mark.parametrize("bounds", PACKS)
-@pytest.mark.parametrize(("num_heads", "num_groups"), [(4, 2), (2, 2), (3, 1)])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 2), (2, 2), (3, 1)])
 @pytest.mark.parametrize(("block_size", "top_k"), [(1, 3), (4, 2), (8, 4), (16, 50)])
-def test_equals_reference_with_exact_ties(bounds, num_heads, num_groups, block_size, top_k):
+def test_equals_reference_with_exact_ties(bounds, num_heads, num_kv_heads, block_size, top_k):
     """Small integers and blocks of a power of two: every score is exact, so ties are many and must fall alike."""
-    q, k = integers(100, num_heads, 2, seed=2), integers(100, num_groups, 2, seed=3, low=-1, high=2)
+    q, k = integers(100, num_heads, 2, seed=2), integers(100, num_kv_heads, 2, seed=3, low=-1, high=2)
     got = select_blocks(q, k, cu(bounds), block_size=block_size, top_k=top_k)
     assert torch.equal(got[..., 1:], reference_select(q, k, cu(bounds), block_size, top_k - 1))
     assert torch.equal(got[:, 0, 0].long(), block_layout(100, block_size, cu(bounds)).block_T)

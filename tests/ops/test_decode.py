@@ -15,19 +15,19 @@ from moba_megatron.ops.gathered.decode import ONE_BY_ONE
 from moba_megatron.ops.reference import reference_attend, reference_select
 
 
-def text(length, heads=4, groups=2, dtype=torch.float64):
+def text(length, heads=4, kv_heads=2, dtype=torch.float64):
     generator = torch.Generator().manual_seed(length)
-    return [torch.randn(length, h, 8, generator=generator).to(dtype) for h in (heads, groups, groups)]
+    return [torch.randn(length, h, 8, generator=generator).to(dtype) for h in (heads, kv_heads, kv_heads)]
 
 
 def by_definition(q, k, v, block_size, top_k):
     return reference_attend(q, k, v, reference_select(q, k, None, block_size, top_k - 1), None, block_size, 8**-0.5)[0]
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(2, 1), (4, 4), (6, 2)])
-def test_any_end_of_a_text(heads, groups):
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 1), (4, 4), (6, 2)])
+def test_any_end_of_a_text(heads, kv_heads):
     for length, block_size, top_k in itertools.product((1, 7, 33, 64), (1, 7, 8, 16, 200), (1, 3, 50)):
-        q, k, v = text(length, heads, groups)
+        q, k, v = text(length, heads, kv_heads)
         want = by_definition(q, k, v, block_size, top_k)
         for new in {1, min(length, ONE_BY_ONE), min(length, 9), min(length, 20), length}:
             got = continue_text(q[length - new :], k, v, block_size=block_size, top_k=top_k)
@@ -83,7 +83,7 @@ def test_16_bit(new):
 
 def test_a_step_reads_the_chosen_blocks_only():
     """Keys and values of refused blocks may be anything once their summaries are known."""
-    q, k, v = text(50, heads=1, groups=1)
+    q, k, v = text(50, heads=1, kv_heads=1)
     means = block_means(k, 8)
     chosen = reference_select(q, k, None, 8, 2)[-1, 0].tolist()
     refused = torch.ones(50, dtype=torch.bool)

@@ -11,10 +11,11 @@ from moba_megatron.ops.pairs import attended_pairs, chosen_blocks, scored_pairs
 PACK = torch.tensor([0, 37, 37, 100], dtype=torch.int32)
 
 
-def qkv(tokens=100, heads=4, groups=2, size=8, dtype=torch.float32):
+def qkv(tokens=100, heads=4, kv_heads=2, size=8, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     return [
-        torch.randn(tokens, h, size, generator=generator).to(dtype).requires_grad_() for h in (heads, groups, groups)
+        torch.randn(tokens, h, size, generator=generator).to(dtype).requires_grad_()
+        for h in (heads, kv_heads, kv_heads)
     ]
 
 
@@ -103,8 +104,8 @@ def test_counted_pairs_bound_what_an_eager_call_computes(monkeypatch):
     with FlopCounterMode(display=False) as counter:
         moba(*leaves)
     bound = 4 * 8 * (4 * attended_pairs(96, 8, 3) + 2 * scored_pairs(96, 8))
-    triangles = 4 * 4 * 8 * 96 * 8
-    assert bound <= counter.get_total_flops() <= bound + triangles + 2 * 4 * 8 * 96 * 12
+    own_blocks = 4 * 4 * 8 * 96 * 8
+    assert bound <= counter.get_total_flops() <= bound + own_blocks + 2 * 4 * 8 * 96 * 12
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,9 @@ PACKS = {
 }
 
 
-def inputs(num_tokens, num_heads, num_groups, size=16, dtype=torch.float32, seed=0):
+def inputs(num_tokens, num_heads, num_kv_heads, size=16, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(num_tokens, heads, size) for heads in (num_heads, num_groups, num_groups, num_heads)]
+    shapes = [(num_tokens, heads, size) for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)]
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
@@ -36,10 +36,10 @@ def cu(bounds):
     return torch.tensor(bounds, dtype=torch.int32)
 
 
-def results(attention, q, k, v, dout):
+def results(attention, q, k, v, do):
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     out = attention(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
+    return [out.detach(), *torch.autograd.grad(out, leaves, do.to(out.dtype))]
 
 
 def plain_attend(q, k, v, ids, bounds, block_size):
@@ -55,22 +55,22 @@ def plain_attend(q, k, v, ids, bounds, block_size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("num_heads", "num_groups"), [(4, 2), (2, 2), (5, 1)])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 2), (2, 2), (5, 1)])
 @pytest.mark.parametrize("pack", PACKS)
-def test_gathered_equals_reference(pack, num_heads, num_groups, dtype):
+def test_gathered_equals_reference(pack, num_heads, num_kv_heads, dtype):
     """Against fp64 with the same ids: at most twice the error of plain PyTorch in the same dtype, and rounding."""
     bounds, block_size, top_k = PACKS[pack]
     bounds = cu(bounds)
-    q, k, v, dout = inputs(int(bounds[-1]), num_heads, num_groups, dtype=dtype)
+    q, k, v, do = inputs(int(bounds[-1]), num_heads, num_kv_heads, dtype=dtype)
     ids = select_blocks(q, k, bounds, block_size=block_size, top_k=top_k)[..., 1:]
     assert pack == "long blocks" or (ids >= 0).any()
     got = results(
-        lambda *x: moba_attention(*x, bounds, block_size=block_size, top_k=top_k, backend="gathered"), q, k, v, dout
+        lambda *x: moba_attention(*x, bounds, block_size=block_size, top_k=top_k, backend="gathered"), q, k, v, do
     )
-    wide = [x.double() for x in (q, k, v, dout)]
+    wide = [x.double() for x in (q, k, v, do)]
     scale = 1 / math.sqrt(q.shape[2])
     want = results(lambda *x: reference_attend(*x, ids, bounds, block_size, scale)[0], *wide)
-    plain = results(lambda *x: plain_attend(*x, ids, bounds, block_size), q, k, v, dout)
+    plain = results(lambda *x: plain_attend(*x, ids, bounds, block_size), q, k, v, do)
     for name, a, b, c in zip(("out", "dq", "dk", "dv"), got, want, plain, strict=True):
         assert a.dtype == dtype and b.abs().max() > 0
         # fp64 has no wider oracle, so the reference's own rounding over some hundred terms counts as well.
@@ -122,30 +122,28 @@ def test_given_ids_any_order_and_holes():
         torch.testing.assert_close(lse, want_lse)
 
 
-def test_shares_with_global_lse_add_up():
+def test_gradients_with_the_global_lse_add_up():
     """With the whole attention's out and lse, gradients of all picks are those of some plus the others minus own."""
-    q, k, v, dout = inputs(64, 2, 1, dtype=torch.float64)
+    q, k, v, do = inputs(64, 2, 1, dtype=torch.float64)
     layout = block_layout(64, 8)
     ids = select_past(q, summarize(k, layout), layout, 2)
     out, lse = attend_forward(q, k, v, ids, layout, 0.25)
 
-    def share(which):
-        return attend_backward(dout, q, k, v, out, lse, which, layout, 0.25)
+    def given(which):
+        return attend_backward(do, q, k, v, out, lse, which, layout, 0.25)
 
     for whole, first, second, own in zip(
-        share(ids), share(ids[..., :1]), share(ids[..., 1:]), share(ids[..., :0]), strict=True
+        given(ids), given(ids[..., :1]), given(ids[..., 1:]), given(ids[..., :0]), strict=True
     ):
         torch.testing.assert_close(whole, first + second - own)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "gathered"])
 def test_large_top_k_is_full_attention(backend):
-    q, k, v, dout = inputs(100, 4, 2)
+    q, k, v, do = inputs(100, 4, 2)
     for bounds in (None, cu([0, 37, 37, 100])):
-        got = results(
-            lambda *x, c=bounds: moba_attention(*x, c, block_size=16, top_k=7, backend=backend), q, k, v, dout
-        )
-        want = results(lambda *x, c=bounds: full_attention(*x, c), q, k, v, dout)
+        got = results(lambda *x, c=bounds: moba_attention(*x, c, block_size=16, top_k=7, backend=backend), q, k, v, do)
+        want = results(lambda *x, c=bounds: full_attention(*x, c), q, k, v, do)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
 
@@ -172,22 +170,20 @@ def test_the_future_changes_nothing():
 
 def test_packed_equals_separate():
     bounds = [0, 33, 33, 100, 207]
-    q, k, v, dout = inputs(207, 4, 2)
-    packed = results(
-        lambda *x: moba_attention(*x, cu(bounds), block_size=16, top_k=3, backend="gathered"), q, k, v, dout
-    )
+    q, k, v, do = inputs(207, 4, 2)
+    packed = results(lambda *x: moba_attention(*x, cu(bounds), block_size=16, top_k=3, backend="gathered"), q, k, v, do)
     parts = []
     for start, end in ((0, 33), (33, 100), (100, 207)):
-        cut = [x[start:end] for x in (q, k, v, dout)]
+        cut = [x[start:end] for x in (q, k, v, do)]
         parts.append(results(lambda *x: moba_attention(*x, block_size=16, top_k=3, backend="gathered"), *cut))
     for a, b in zip(packed, zip(*parts, strict=True), strict=True):
         torch.testing.assert_close(a, torch.cat(b), rtol=1e-5, atol=1e-5)
 
 
 def test_same_bits_every_time():
-    q, k, v, dout = inputs(700, 4, 2, dtype=torch.bfloat16)
+    q, k, v, do = inputs(700, 4, 2, dtype=torch.bfloat16)
     runs = [
-        results(lambda *x: moba_attention(*x, block_size=64, top_k=3, backend="gathered"), q, k, v, dout)
+        results(lambda *x: moba_attention(*x, block_size=64, top_k=3, backend="gathered"), q, k, v, do)
         for _ in range(2)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -231,9 +227,9 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_is_sparse():
     """No tensor of tokens x blocks x heads, and none larger than a few times q."""
     length, heads, block_size = 16384, 4, 16
-    q, k, v, dout = inputs(length, heads, 2, size=8)
+    q, k, v, do = inputs(length, heads, 2, size=8)
     with LargestTensor() as largest:
-        results(lambda *x: moba_attention(*x, block_size=block_size, top_k=3, backend="gathered"), q, k, v, dout)
+        results(lambda *x: moba_attention(*x, block_size=block_size, top_k=3, backend="gathered"), q, k, v, do)
     assert largest.elements <= 4 * q.numel() < length * heads * (length // block_size) / 8
 
 
@@ -261,44 +257,44 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("num_heads", "num_groups", "top_k"), [(1, 1, 32), (4, 2, 3)])
-def test_memory_does_not_grow_with_top_k(monkeypatch, num_heads, num_groups, top_k):
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "top_k"), [(1, 1, 32), (4, 2, 3)])
+def test_memory_does_not_grow_with_top_k(monkeypatch, num_heads, num_kv_heads, top_k):
     """Beyond inputs, output and gradients at most 8 times q, however few heads and however many blocks."""
     # Tiles have a constant size, which at this short length would drown what grows with the length.
     monkeypatch.setattr("moba_megatron.ops.gathered.kv_heads.SCORES_PER_THREAD", 2**14)
-    monkeypatch.setattr("moba_megatron.ops.gathered.combine.TOKENS_OF_MERGE", 512)
-    q, k, v, dout = inputs(4096, num_heads, num_groups, size=64)
+    monkeypatch.setattr("moba_megatron.ops.gathered.combine.TOKENS_AT_ONCE", 512)
+    q, k, v, do = inputs(4096, num_heads, num_kv_heads, size=64)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    with LiveBytes(*leaves, dout) as memory:
+    with LiveBytes(*leaves, do) as memory:
         out = moba_attention(*leaves, block_size=32, top_k=top_k, backend="gathered")
-        gradients = torch.autograd.grad(out, leaves, dout)
+        gradients = torch.autograd.grad(out, leaves, do)
     returned = sum(x.nbytes for x in (out, *gradients))
     assert returned < memory.peak <= returned + 8 * q.nbytes
 
 
 def test_token_ranges_do_not_show():
     """Many past blocks and few heads are cut by tokens: the same attention, across documents and odd lengths."""
-    q, k, v, dout = inputs(203, 2, 1, dtype=torch.float64)
+    q, k, v, do = inputs(203, 2, 1, dtype=torch.float64)
     bounds, block_size, top_k = cu([0, 37, 203]), 8, 20
     assert len(list(token_ranges(203, 1, top_k - 1, most_entries(q, 2, workspace_bytes=None)))) == 5
     ids = select_blocks(q, k, bounds, block_size=block_size, top_k=top_k)[..., 1:]
-    got = results(lambda *x: moba_attention(*x, bounds, block_size=block_size, top_k=top_k), q, k, v, dout)
-    want = results(lambda *x: reference_attend(*x, ids, bounds, block_size, 0.25)[0], q, k, v, dout)
+    got = results(lambda *x: moba_attention(*x, bounds, block_size=block_size, top_k=top_k), q, k, v, do)
+    want = results(lambda *x: reference_attend(*x, ids, bounds, block_size, 0.25)[0], q, k, v, do)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_units_in_shared_tiles_and_in_their_own(monkeypatch, dtype):
-    """Short units that share tiles, in whatever batches, compute what a tile for each of them does."""
-    q, k, v, dout = inputs(203, 4, 2, dtype=dtype)
+def test_kv_blocks_in_shared_tiles_and_in_their_own(monkeypatch, dtype):
+    """Short kv blocks that share tiles, in whatever batches, compute what a tile for each of them does."""
+    q, k, v, do = inputs(203, 4, 2, dtype=dtype)
     bounds = cu([0, 37, 60, 203])
 
     def run(scores: int, rows: int):
         monkeypatch.setattr("moba_megatron.ops.gathered.kv_heads.SCORES_PER_THREAD", scores)
         monkeypatch.setattr("moba_megatron.ops.gathered.past.ROWS_OF_BATCH", rows)
-        monkeypatch.setattr("moba_megatron.ops.gathered.past.SMALL_UNITS", 2)
-        return results(lambda *x: moba_attention(*x, bounds, block_size=8, top_k=4, backend="gathered"), q, k, v, dout)
+        monkeypatch.setattr("moba_megatron.ops.gathered.past.SMALL_KV_BLOCKS", 2)
+        return results(lambda *x: moba_attention(*x, bounds, block_size=8, top_k=4, backend="gathered"), q, k, v, do)
 
     own = run(1, 64)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]

@@ -1,4 +1,4 @@
-"""Edge cases of the operator, refusals, backends, the merge, documentation examples, and imports."""
+"""Edge cases of the operator, refusals, backends, combining, documentation examples, and imports."""
 
 import doctest
 import importlib
@@ -12,16 +12,16 @@ import torch
 
 import moba_megatron.ops
 from moba_megatron.ops import backend_names, full_attention, moba_attention, resolve_backend, select_blocks
-from moba_megatron.ops.combine import merge, merge_weights
+from moba_megatron.ops.combine import combine, combine_weights
 from moba_megatron.ops.dense import _one_document
 from moba_megatron.ops.layout import block_layout
 
 BACKENDS = ["auto", "reference", "gathered"]
 
 
-def qkv(tokens=20, heads=2, groups=1, size=4, dtype=torch.float32):
+def qkv(tokens=20, heads=2, kv_heads=1, size=4, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(tokens, h, size, generator=generator).to(dtype) for h in (heads, groups, groups)]
+    return [torch.randn(tokens, h, size, generator=generator).to(dtype) for h in (heads, kv_heads, kv_heads)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -56,12 +56,12 @@ def test_empty_documents_and_empty_packs(backend):
 
 
 def test_gqa_selects_per_head_without_repeating_keys():
-    q, k, v = qkv(64, heads=4, groups=2, dtype=torch.float64)
+    q, k, v = qkv(64, heads=4, kv_heads=2, dtype=torch.float64)
     ids = select_blocks(q, k, block_size=4, top_k=2)
     for head in range(4):
-        group = slice(head // 2, head // 2 + 1)
+        kv_head = slice(head // 2, head // 2 + 1)
         assert torch.equal(
-            ids[:, head : head + 1], select_blocks(q[:, head : head + 1], k[:, group], block_size=4, top_k=2)
+            ids[:, head : head + 1], select_blocks(q[:, head : head + 1], k[:, kv_head], block_size=4, top_k=2)
         )
     assert not torch.equal(ids[:, 0], ids[:, 1])
     spread = moba_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), block_size=4, top_k=2)
@@ -83,7 +83,7 @@ def test_large_scores_do_not_overflow(backend):
 
 
 def test_strided_inputs():
-    q, k, v = qkv(64, heads=2, groups=2)
+    q, k, v = qkv(64, heads=2, kv_heads=2)
     fused = torch.stack([q, k, v], dim=2).flatten(1, 2).unflatten(1, (2, 3))
     parts = [x.requires_grad_() for x in fused.detach().unbind(2)]
     want = moba_attention(q, k, v, block_size=8, top_k=3, backend="gathered")
@@ -99,7 +99,7 @@ def test_strided_inputs():
 
 def test_dense_attention_never_goes_quadratic():
     """PyTorch's fused kernel wants a contiguous last dimension and else falls back to a matrix of all scores."""
-    q, k, v = qkv(64, heads=2, groups=1)
+    q, k, v = qkv(64, heads=2, kv_heads=1)
     strided = [x.permute(2, 0, 1).contiguous().permute(1, 2, 0) for x in (q, k, v)]
     assert all(x.stride(-1) != 1 for x in strided)
     for bounds in (None, torch.tensor([0, 20, 64], dtype=torch.int32)):
@@ -139,7 +139,7 @@ def test_autocast_changes_nothing(backend):
 
 
 def test_boundaries_are_checked_wherever_they_are_read():
-    """The values of boundaries on an accelerator are looked at when the host reads them for its work list."""
+    """The values of boundaries on an accelerator are looked at when the host reads them for its index."""
     for bounds, message in (
         ([0, 12, 8, 20], "12 is followed by 8 at 2"),
         ([1, 20], "from 1 to 20"),
@@ -147,9 +147,9 @@ def test_boundaries_are_checked_wherever_they_are_read():
     ):
         layout = block_layout(20, 4, torch.tensor(bounds))
         with pytest.raises(ValueError, match=message):
-            layout.runs()
+            layout.equal_blocks()
     layout = block_layout(20, 4, torch.tensor([0, 9, 20]))
-    assert layout.runs() is layout.runs()
+    assert layout.equal_blocks() is layout.equal_blocks()
 
 
 def test_softmax_scale_leaves_the_selection_alone():
@@ -213,17 +213,17 @@ def test_merge_equals_softmax_over_everything():
     parts = scores.split(8, dim=1)
     out = torch.stack([p.softmax(1) @ v for p, v in zip(parts, values.split(8), strict=True)])
     lse = torch.stack([p.logsumexp(1) for p in parts])
-    whole, whole_lse = merge(out, lse)
+    whole, whole_lse = combine(out, lse)
     torch.testing.assert_close(whole, scores.softmax(1) @ values)
     torch.testing.assert_close(whole_lse, scores.logsumexp(1))
     out, lse = torch.cat([out, torch.zeros_like(out[:1])]), torch.cat([lse, torch.full_like(lse[:1], -torch.inf)])
-    assert torch.equal(merge(out, lse)[0], whole)
+    assert torch.equal(combine(out, lse)[0], whole)
 
 
-def test_merge_of_nothing_is_zero():
-    weights, lse = merge_weights(torch.full((2, 3), -torch.inf))
+def test_combining__nothing_is_zero():
+    weights, lse = combine_weights(torch.full((2, 3), -torch.inf))
     assert torch.equal(weights, torch.zeros(2, 3)) and torch.equal(lse, torch.full((3,), -torch.inf))
-    assert torch.equal(merge(torch.ones(2, 3, 4), torch.full((2, 3), -torch.inf))[0], torch.zeros(3, 4))
+    assert torch.equal(combine(torch.ones(2, 3, 4), torch.full((2, 3), -torch.inf))[0], torch.zeros(3, 4))
 
 
 def test_examples_in_docstrings():

@@ -30,9 +30,9 @@ def cu(bounds):
     return None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
 
 
-def inputs(heads: int, groups: int, dtype=torch.float64, seed: int = 0, tokens: int = 100):
+def inputs(heads: int, kv_heads: int, dtype=torch.float64, seed: int = 0, tokens: int = 100):
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(tokens, n, 8) for n in (heads, groups, groups, heads)]
+    shapes = [(tokens, n, 8) for n in (heads, kv_heads, kv_heads, heads)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
@@ -44,22 +44,22 @@ def definition(q, k, v, ids, bounds, block_size):
             own = (token - start) // block_size
             keys = list(range(start + own * block_size, token + 1))
             for head in range(q.shape[1]):
-                group = head // (q.shape[1] // k.shape[1])
+                kv_head = head // (q.shape[1] // k.shape[1])
                 past = [
                     start + b * block_size + i for b in ids[token, head].tolist() if b >= 0 for i in range(block_size)
                 ]
                 seen = torch.tensor(sorted(past) + keys)
-                weights = (k[seen, group] @ q[token, head] / math.sqrt(q.shape[2])).softmax(dim=0)
-                rows.append(weights @ v[seen, group])
+                weights = (k[seen, kv_head] @ q[token, head] / math.sqrt(q.shape[2])).softmax(dim=0)
+                rows.append(weights @ v[seen, kv_head])
     return torch.stack(rows).view_as(q)
 
 
 @SELECTIONS
 @pytest.mark.parametrize("bounds", PACKS)
-@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (3, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1)])
 @pytest.mark.parametrize(("block_size", "top_k"), [(4, 2), (8, 4), (4, 1), (16, 50), (1, 3)])
-def test_ids_equal_the_definition(selection, bounds, heads, groups, block_size, top_k):
-    q, k, *_ = inputs(heads, groups, seed=3)
+def test_ids_equal_the_definition(selection, bounds, heads, kv_heads, block_size, top_k):
+    q, k, *_ = inputs(heads, kv_heads, seed=3)
     got = select_blocks(q, k, cu(bounds), block_size=block_size, top_k=top_k, **selection.settings)
     assert torch.equal(got[:, 0, 0].long(), block_layout(100, block_size, cu(bounds)).block_T)
     assert torch.equal(got[..., 1:], reference_select(q, k, cu(bounds), block_size, top_k - 1, selection))
@@ -69,15 +69,15 @@ def test_ids_equal_the_definition(selection, bounds, heads, groups, block_size, 
 @pytest.mark.parametrize("backend", ["gathered", "reference"])
 @pytest.mark.parametrize("bounds", PACKS[:2])
 def test_outputs_and_gradients_equal_the_definition(selection, backend, bounds):
-    q, k, v, dout = inputs(4, 2, seed=4)
+    q, k, v, do = inputs(4, 2, seed=4)
     ids = select_blocks(q, k, cu(bounds), block_size=8, top_k=3, **selection.settings)[..., 1:]
     plain = select_blocks(q, k, cu(bounds), block_size=8, top_k=3)[..., 1:]
     assert not torch.equal(ids.sort(dim=-1).values, plain.sort(dim=-1).values), "the variant shows nowhere"
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     expected = definition(*leaves, ids, bounds, 8)
-    wanted = [expected, *torch.autograd.grad(expected, leaves, dout)]
+    wanted = [expected, *torch.autograd.grad(expected, leaves, do)]
     out = moba_attention(*leaves, cu(bounds), block_size=8, top_k=3, backend=backend, **selection.settings)
-    for got, want in zip([out, *torch.autograd.grad(out, leaves, dout)], wanted, strict=True):
+    for got, want in zip([out, *torch.autograd.grad(out, leaves, do)], wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
@@ -161,7 +161,7 @@ def test_no_future_token_shows(selection):
 
 @SELECTIONS
 def test_tracers_see_the_same(selection):
-    q, k, v, dout = inputs(2, 1)
+    q, k, v, do = inputs(2, 1)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
 
     def attend(*tensors):
@@ -170,7 +170,7 @@ def test_tracers_see_the_same(selection):
     eager = attend(*leaves)
     traced = torch.compile(attend, backend="aot_eager", fullgraph=True)(*leaves)
     torch.testing.assert_close(traced, eager, rtol=0, atol=0)
-    for got, want in zip(*(torch.autograd.grad(out, leaves, dout) for out in (traced, eager)), strict=True):
+    for got, want in zip(*(torch.autograd.grad(out, leaves, do) for out in (traced, eager)), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 

@@ -12,9 +12,9 @@ from moba_megatron.ops import moba_attention
 SETTINGS = {"block_size": 16, "top_k": 9}
 
 
-def qkv(tokens, heads=4, groups=2, size=16):
+def qkv(tokens, heads=4, kv_heads=2, size=16):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(tokens, h, size, generator=generator).requires_grad_() for h in (heads, groups, groups)]
+    return [torch.randn(tokens, h, size, generator=generator).requires_grad_() for h in (heads, kv_heads, kv_heads)]
 
 
 def with_gradients(leaves, attention=moba_attention, **settings):
@@ -41,7 +41,7 @@ def test_compiled_code_keeps_to_it():
 
 
 def test_a_small_workspace_holds_less():
-    q, k, v = (x.detach() for x in qkv(4096, heads=2, groups=1))
+    q, k, v = (x.detach() for x in qkv(4096, heads=2, kv_heads=1))
     held = {
         room: peak_bytes(lambda r=room: moba_attention(q, k, v, **SETTINGS, workspace_bytes=r), "cpu")
         for room in (2**18, 2**24)

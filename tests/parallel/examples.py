@@ -24,21 +24,21 @@ def zigzag(bounds: list[int], size: int, rank: int) -> list[int]:
     return positions if size > 1 else list(range(bounds[-1]))
 
 
-def pack_inputs(tokens: int, heads: int, groups: int, dtype=torch.float64, seed: int = 0):
+def pack_inputs(tokens: int, heads: int, kv_heads: int, dtype=torch.float64, seed: int = 0):
     """q, k, v and the gradient of the output, for the whole pack."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(tokens, n, HEAD_SIZE) for n in (heads, groups, groups, heads)]
+    shapes = [(tokens, n, HEAD_SIZE) for n in (heads, kv_heads, kv_heads, heads)]
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
 
 
-def oracle(q, k, v, dout, bounds: list[int], block_size: int | None, top_k: int | None):
+def oracle(q, k, v, do, bounds: list[int], block_size: int | None, top_k: int | None):
     """(out, dq, dk, dv) by the dense definition on the whole pack, and the chosen ids."""
     cu = torch.tensor(bounds, dtype=torch.int32)
     size = block_size or bounds[-1]
     ids = reference_select(q, k, cu, size, (top_k or 1) - 1)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out = reference_attend(*leaves, ids, cu, size, HEAD_SIZE**-0.5)[0]
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)], ids
+    return [out.detach(), *torch.autograd.grad(out, leaves, do)], ids
 
 
 def smallest_margin(q, k, bounds: list[int], block_size: int, top_k: int) -> float:
@@ -75,7 +75,7 @@ def groups_for(exchange: str) -> ContextGroups:
 def run_shard(attention, tensors, bounds: list[int], size: int, rank: int):
     """Out, dq, dk and dv of one rank's tokens, and these tokens' positions."""
     positions = torch.tensor(zigzag(bounds, size, rank))
-    q, k, v, dout = (x[positions] for x in tensors)
+    q, k, v, do = (x[positions] for x in tensors)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out = attention(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)], positions
+    return [out.detach(), *torch.autograd.grad(out, leaves, do)], positions

@@ -39,15 +39,15 @@ def cases(size: int):
 def disagreements() -> dict[str, list[str]]:
     """On one of several ranks: for each exchange the cases that disagree."""
     size, rank = dist.get_world_size(), dist.get_rank()
-    groups = {exchange: groups_for(exchange) for exchange in EXCHANGES[size]}
-    wrong = {exchange: [] for exchange in groups}
+    cp_groups = {exchange: groups_for(exchange) for exchange in EXCHANGES[size]}
+    wrong = {exchange: [] for exchange in cp_groups}
     for bounds, heads, kv_heads, block_size, top_k in cases(size):
         tensors = pack_inputs(bounds[-1], heads, kv_heads, seed=len(bounds))
         expected, _ = oracle(*tensors, bounds, block_size, top_k)
         cu = torch.tensor(bounds, dtype=torch.int32) if len(bounds) > 2 else None
-        for exchange in groups:
-            settings = {"groups": groups[exchange], "exchange": exchange, "block_size": block_size, "top_k": top_k}
-            attention = functools.partial(context_attention, cu_seqlens=cu, **settings)
+        for exchange in cp_groups:
+            settings = {"exchange": exchange, "block_size": block_size, "top_k": top_k}
+            attention = functools.partial(context_attention, cu_seqlens=cu, cp_groups=cp_groups[exchange], **settings)
             got, positions = run_shard(attention, tensors, bounds, size, rank)
             for what, ours, whole in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
                 error = (ours - whole[positions]).abs().max().item()

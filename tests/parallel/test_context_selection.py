@@ -26,13 +26,13 @@ SELECTIONS = [
 EXCHANGES = ("p2p", "all_gather", "a2a", "dispatch")
 
 
-def expected(q, k, v, dout, block_size: int, top_k: int, selection: Selection):
+def expected(q, k, v, do, block_size: int, top_k: int, selection: Selection):
     """(out, dq, dk, dv) by the dense definition on the whole pack."""
     cu = torch.tensor(BOUNDS, dtype=torch.int32)
     ids = reference_select(q, k, cu, block_size, top_k - 1, selection)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out = reference_attend(*leaves, ids, cu, block_size, HEAD_SIZE**-0.5)[0]
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+    return [out.detach(), *torch.autograd.grad(out, leaves, do)]
 
 
 def disagreements() -> dict[str, list[str]]:
@@ -40,14 +40,14 @@ def disagreements() -> dict[str, list[str]]:
     size, rank = dist.get_world_size(), dist.get_rank()
     wrong: dict[str, list[str]] = {}
     for exchange in EXCHANGES:
-        groups, wrong[exchange] = groups_for(exchange), []
+        cp_groups, wrong[exchange] = groups_for(exchange), []
         for selection in SELECTIONS:
             for block_size, top_k in ((5, 4), (16, 2), (60, 200)):
                 tensors = pack_inputs(BOUNDS[-1], 8, 4, seed=block_size)
                 attention = functools.partial(
                     context_attention,
                     cu_seqlens=torch.tensor(BOUNDS, dtype=torch.int32),
-                    groups=groups,
+                    cp_groups=cp_groups,
                     exchange=exchange,
                     block_size=block_size,
                     top_k=top_k,

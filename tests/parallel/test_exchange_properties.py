@@ -24,8 +24,8 @@ from moba_megatron.ops.gathered.routing import select_past
 from moba_megatron.ops.reference import reference_select
 from moba_megatron.parallel import copies
 from moba_megatron.parallel.attention import ContextGroups, context_attention
-from moba_megatron.parallel.context_plan import plan_for
-from moba_megatron.parallel.exchange_kind import Sizes
+from moba_megatron.parallel.context_plan import plan_context
+from moba_megatron.parallel.exchange_kind import RankSizes
 from moba_megatron.parallel.exchanges import traffic
 from moba_megatron.parallel.summaries import SummaryExchange, summary_bytes
 from moba_megatron.parallel.wire import Wire, observe
@@ -40,9 +40,9 @@ def on_four(function):
     return run_ranks(4, function, timeout=200)
 
 
-def attention(exchange, bounds, block_size, top_k, groups):
+def attention(exchange, bounds, block_size, top_k, cp_groups):
     cu = torch.tensor(bounds, dtype=torch.int32)
-    settings = {"groups": groups, "exchange": exchange, "block_size": block_size, "top_k": top_k}
+    settings = {"cp_groups": cp_groups, "exchange": exchange, "block_size": block_size, "top_k": top_k}
     return functools.partial(context_attention, cu_seqlens=cu, **settings)
 
 
@@ -51,7 +51,7 @@ def choices(tensors, bounds, block_size, top_k):
     size, rank = dist.get_world_size(), dist.get_rank()
     positions = torch.tensor(zigzag(bounds, size, rank))
     q, k = (x[positions] for x in tensors[:2])
-    plan = plan_for(torch.tensor(bounds), block_size, (1, size), rank, torch.device("cpu"))
+    plan = plan_context(torch.tensor(bounds), block_size, (1, size), rank, torch.device("cpu"))
     summaries = SummaryExchange(plan, Wire(dist.group.WORLD), k).wait()
     return select_past(q, summaries, plan.queries, top_k - 1), positions
 
@@ -87,13 +87,13 @@ def test_ties_go_to_the_lower_block_on_every_rank():
 
 def test_a2a_equals_one_rank_bit_for_bit():
     def compare():
-        size, rank, groups = dist.get_world_size(), dist.get_rank(), groups_for("a2a")
+        size, rank, cp_groups = dist.get_world_size(), dist.get_rank(), groups_for("a2a")
         cu = torch.tensor(BOUNDS, dtype=torch.int32)
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             for block_size, top_k in ((7, 3), (2, 16), (16, 2)):
                 tensors = pack_inputs(BOUNDS[-1], HEADS, KV_HEADS, dtype=dtype)
                 ours, positions = run_shard(
-                    attention("a2a", BOUNDS, block_size, top_k, groups), tensors, BOUNDS, size, rank
+                    attention("a2a", BOUNDS, block_size, top_k, cp_groups), tensors, BOUNDS, size, rank
                 )
                 leaves = [x.clone().requires_grad_() for x in tensors[:3]]
                 out = moba_attention(*leaves, cu, block_size=block_size, top_k=top_k)
@@ -178,21 +178,21 @@ def test_bytes_are_those_of_the_formulas():
         size, rank = dist.get_world_size(), dist.get_rank()
         block_size, top_k = 5, 3
         tensors = pack_inputs(BOUNDS[-1], HEADS, KV_HEADS, dtype=torch.float32)
-        sizes = Sizes(BOUNDS[-1] // size, HEADS, KV_HEADS, HEAD_SIZE, 4, block_size, top_k)
-        plan = plan_for(torch.tensor(BOUNDS), block_size, (1, size), rank, torch.device("cpu"))
+        sizes = RankSizes(BOUNDS[-1] // size, HEADS, KV_HEADS, HEAD_SIZE, 4, block_size, top_k)
+        plan = plan_context(torch.tensor(BOUNDS), block_size, (1, size), rank, torch.device("cpu"))
         positions = torch.tensor(zigzag(BOUNDS, size, rank))
         for name in NAMES:
-            groups = groups_for(name)
+            cp_groups = groups_for(name)
             leaves = [x[positions].clone().requires_grad_() for x in tensors[:3]]
             with observe() as forward:
-                out = attention(name, BOUNDS, block_size, top_k, groups)(*leaves)
+                out = attention(name, BOUNDS, block_size, top_k, cp_groups)(*leaves)
             with observe() as backward:
                 out.backward(tensors[3][positions])
             summaries = forward.received.pop("summaries", 0)
             if name in ("p2p", "all_gather", "dispatch"):
                 assert summaries == summary_bytes(plan, KV_HEADS, HEAD_SIZE, torch.float32)
             if name != "dispatch":
-                expected = traffic(name, sizes, size, groups.levels(name) if name == "a2a+p2p" else None)
+                expected = traffic(name, sizes, size, cp_groups.levels(name) if name == "a2a+p2p" else None)
                 assert (forward.total, backward.total) == (expected.forward, expected.backward), name
                 continue
             ids = choices(tensors, BOUNDS, block_size, top_k)[0]
@@ -222,10 +222,10 @@ def test_hot_blocks_are_copied_and_nothing_changes():
     def compare():
         size, rank = dist.get_world_size(), dist.get_rank()
         bounds, block_size, top_k = [0, 32, 160], 4, 3
-        q, k, v, dout = pack_inputs(bounds[-1], HEADS, KV_HEADS)
+        q, k, v, do = pack_inputs(bounds[-1], HEADS, KV_HEADS)
         q = q.abs()
         k[32:36] = 3.0
-        tensors = (q, k, v, dout)
+        tensors = (q, k, v, do)
         expected, ids = oracle(*tensors, bounds, block_size, top_k)
         assert (ids[40:] == 0).any(dim=-1).all(), "every query chose the first block"
         call = attention("dispatch", bounds, block_size, top_k, groups_for("dispatch"))
@@ -250,11 +250,11 @@ def test_groups_need_not_be_neighbours():
     def compare():
         rank = dist.get_rank()
         pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-        groups = ContextGroups(pairs[rank % 2])
+        cp_groups = ContextGroups(pairs[rank % 2])
         tensors = pack_inputs(BOUNDS[-1], HEADS, KV_HEADS, seed=rank % 2)
         expected, _ = oracle(*tensors, BOUNDS, 5, 3)
         for name in ("p2p", "all_gather", "a2a", "dispatch"):
-            ours, positions = run_shard(attention(name, BOUNDS, 5, 3, groups), tensors, BOUNDS, 2, rank // 2)
+            ours, positions = run_shard(attention(name, BOUNDS, 5, 3, cp_groups), tensors, BOUNDS, 2, rank // 2)
             for mine, whole in zip(ours, expected, strict=True):
                 torch.testing.assert_close(mine, whole[positions], rtol=0, atol=1e-12)
 
@@ -263,7 +263,7 @@ def test_groups_need_not_be_neighbours():
 
 def test_what_does_not_fit_raises_on_every_rank():
     def messages():
-        groups = groups_for("a2a")
+        cp_groups = groups_for("a2a")
         q, k, v, _ = (x[:40] for x in pack_inputs(40, 8, 2))
         found = []
         for changes in (
@@ -275,7 +275,7 @@ def test_what_does_not_fit_raises_on_every_rank():
             {"top_k": None},
             {"backend": "reference"},
         ):
-            settings = {"groups": groups, "exchange": "p2p", "block_size": 8, "top_k": 2, **changes}
+            settings = {"cp_groups": cp_groups, "exchange": "p2p", "block_size": 8, "top_k": 2, **changes}
             with pytest.raises(ValueError) as error:
                 context_attention(q, k, v, **settings)
             found.append(str(error.value))

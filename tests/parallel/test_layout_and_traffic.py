@@ -12,7 +12,7 @@ from parallel.examples import zigzag
 from moba_megatron.config import Exchange
 from moba_megatron.parallel.context_plan import ContextPlan
 from moba_megatron.parallel.copies import choose_copies
-from moba_megatron.parallel.exchange_kind import Sizes
+from moba_megatron.parallel.exchange_kind import RankSizes
 from moba_megatron.parallel.exchanges import EXCHANGES, choose_exchange, refusal, traffic
 from moba_megatron.parallel.layout import check_positions, padded_boundaries, shard_positions
 
@@ -26,9 +26,9 @@ def test_padding_and_shards(size, lengths, multiple):
     true = torch.tensor([0, *lengths]).cumsum(0)
     padded = padded_boundaries(true, size, total_multiple=multiple)
     extra = padded.diff() - true.diff()
-    unit = 2 * size if size > 1 else 1
-    assert (padded.diff() % unit == 0).all() and (extra >= 0).all() and (extra[:-1] < unit).all()
-    assert padded[-1] % (size * multiple) == 0 and extra[-1] < unit * size * multiple
+    each = 2 * size if size > 1 else 1
+    assert (padded.diff() % each == 0).all() and (extra >= 0).all() and (extra[:-1] < each).all()
+    assert padded[-1] % (size * multiple) == 0 and extra[-1] < each * size * multiple
     shards = [shard_positions(padded, size, rank) for rank in range(size)]
     assert [shard.tolist() for shard in shards] == [zigzag(padded.tolist(), size, rank) for rank in range(size)]
     assert torch.equal(torch.cat(shards).sort().values, torch.arange(int(padded[-1])))
@@ -55,34 +55,34 @@ def test_a_wrong_layout_raises():
 def test_a_plan_by_hand():
     """One document of 16 tokens over two ranks, blocks of 6: rank 0 holds 0-3 and 12-15, rank 1 holds 4-11."""
     first, second = (ContextPlan(torch.tensor([0, 16]), 6, (1, 2), rank, torch.device("cpu")) for rank in (0, 1))
-    assert first.here.units() == [(0, 4), (4, 8)]
-    assert first.here.triangles() == [(0, 2, 4)]
-    assert second.here.units() == [(0, 2), (2, 8)]
-    assert second.here.unit_of_block().tolist() == [0, 1, -1]
+    assert first.here.kv_blocks() == [(0, 4), (4, 8)]
+    assert first.here.causal_spans() == [(0, 2, 4)]
+    assert second.here.kv_blocks() == [(0, 2), (2, 8)]
+    assert second.here.kv_block_of_block().tolist() == [0, 1, -1]
     # Rank 1's tokens 4 and 5 see rank 0's tokens 0 to 3 of their own block; nobody else sees more than choices.
-    assert second.fragment(0).own_unit_T.tolist() == [0, 0, -1, -1, -1, -1, -1, -1]
-    assert first.fragment(1).own_unit_T is None
-    assert second.own_part.triangles == [(0, 1, 2), (2, 1, 6)]
+    assert second.fragment(0).own_kv_block_T.tolist() == [0, 0, -1, -1, -1, -1, -1, -1]
+    assert first.fragment(1).own_kv_block_T is None
+    assert second.own_blocks.causal_spans == [(0, 1, 2), (2, 1, 6)]
 
 
 LLAMA_8B = {"heads": 32, "kv_heads": 8, "head_size": 128, "element_bytes": 2}
 
 
 def test_bytes_of_llama_8b_at_128k_over_8_ranks():
-    sizes = Sizes(tokens=16384, block_size=4096, top_k=12, **LLAMA_8B)
+    sizes = RankSizes(tokens=16384, block_size=4096, top_k=12, **LLAMA_8B)
     assert traffic("p2p", sizes, 8).forward == 448 * MEBIBYTE
     assert traffic("p2p", sizes, 8).backward == (448 + 896) * MEBIBYTE
     assert traffic("all_gather", sizes, 8).backward == (448 + 448) * MEBIBYTE
     assert traffic("a2a", sizes, 8).forward == 280 * MEBIBYTE
-    no_ids = Sizes(tokens=16384, block_size=4096, top_k=1, **LLAMA_8B)
+    no_ids = RankSizes(tokens=16384, block_size=4096, top_k=1, **LLAMA_8B)
     assert traffic("dispatch", no_ids, 8, remote_owners=1).forward == 258 * MEBIBYTE
-    ring_between_nodes = Sizes(tokens=16384 * 8, heads=4, kv_heads=1, head_size=128, element_bytes=2)
+    ring_between_nodes = RankSizes(tokens=16384 * 8, heads=4, kv_heads=1, head_size=128, element_bytes=2)
     assert traffic("p2p", ring_between_nodes, 8).forward == 448 * MEBIBYTE
-    assert traffic("a2a+p2p", Sizes(16384, **LLAMA_8B), 64, (8, 8)).forward == (280 + 448) * MEBIBYTE
+    assert traffic("a2a+p2p", RankSizes(16384, **LLAMA_8B), 64, (8, 8)).forward == (280 + 448) * MEBIBYTE
 
 
 def test_dispatch_does_not_grow_with_the_sequence():
-    sizes = Sizes(tokens=16384, block_size=512, top_k=3, **LLAMA_8B)
+    sizes = RankSizes(tokens=16384, block_size=512, top_k=3, **LLAMA_8B)
     assert traffic("dispatch", sizes, 64) == traffic("dispatch", sizes, 512)
     assert traffic("p2p", sizes, 512).forward > 8 * traffic("p2p", sizes, 64).forward
 
@@ -102,23 +102,23 @@ def test_only_blocks_that_pay_are_copied(size):
     queries want is another matter."""
     plan = ContextPlan(torch.tensor([0, size * 1024]), 64, (1, size), 0, torch.device("cpu"))
     demand = uniform_demand(plan, heads=32, picks=2)
-    hot, load = choose_copies(plan, demand, groups=8)
+    hot, load = choose_copies(plan, demand, num_kv_heads=8)
     assert load.most > 2 * load.mean
     rows = plan.layout.block_lengths()[hot].sum() * 8 * (size - 1)
     assert rows < demand[hot].sum() or not hot.any()
     demand[5] = 32 * size * 1024
-    hot, load = choose_copies(plan, demand, groups=8)
+    hot, load = choose_copies(plan, demand, num_kv_heads=8)
     assert hot[5] and load.most_after < load.most / 4
 
 
 def test_auto_follows_the_bytes():
-    sizes = Sizes(tokens=16384, block_size=512, top_k=3, **LLAMA_8B)
+    sizes = RankSizes(tokens=16384, block_size=512, top_k=3, **LLAMA_8B)
     assert choose_exchange(sizes, 8).name == "a2a"
     assert choose_exchange(sizes, 16).levels == (8, 2)
     # One key head a rank: no heads to trade.
-    one = Sizes(tokens=16384, heads=4, kv_heads=1, head_size=128, element_bytes=2, block_size=4096, top_k=12)
+    one = RankSizes(tokens=16384, heads=4, kv_heads=1, head_size=128, element_bytes=2, block_size=4096, top_k=12)
     assert choose_exchange(one, 4).name == "p2p" and "dispatch" in choose_exchange(one, 4).reason
-    assert choose_exchange(Sizes(16384, 32, 1, 128, 2), 512).name == "p2p"
+    assert choose_exchange(RankSizes(16384, 32, 1, 128, 2), 512).name == "p2p"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_auto_follows_the_bytes():
     ],
 )
 def test_refusals_name_numbers_and_what_works(exchange, size, levels, message):
-    assert re.search(message, refusal(exchange, Sizes(1024, **LLAMA_8B), size, levels))
+    assert re.search(message, refusal(exchange, RankSizes(1024, **LLAMA_8B), size, levels))
 
 
 def test_the_configuration_knows_the_exchanges():

@@ -1,26 +1,26 @@
 """Continuing a text: attention of its newest tokens to all of its keys, in portable PyTorch.
 
-This is what generation needs: one new token (decoding) or many (a further piece of a long prompt) attend to keys and
-values that lie in a cache. The result is exactly what one pass over the whole text gives for these tokens: past blocks
-are complete, a query's own block is attended as far as it is filled, and a short last block is never a candidate.
+This is what generation needs: one new token (decoding) or many (more of a long prompt) attend to keys and values that
+lie in a cache. The result is exactly what one pass over the whole text gives for these tokens: past blocks are
+complete, a query's own block is attended as far as it is filled, and a short last block is never a candidate.
 
-Few queries: each chooses its blocks by the cached summaries, and for each key head the blocks that its query heads
-chose are copied out and attended at once; a step touches the summaries and K blocks per head, however long the text is.
+Few queries: each chooses its blocks by the cached summaries, and for each kv head the blocks that its query heads chose
+are copied out and attended at once; a step touches the summaries and K blocks per head, however long the text is.
 
 Many queries: the work is laid out as fragments (see `fragments`). The new tokens are cut at the end of the block that
-the first of them continues. In each part the part's own keys come first, so that they attend themselves in triangles;
-the blocks before it are units after them, and in the first part so is what the cache holds of its own block.
+the first of them continues, into one or two spans. The keys of a span come first, so that they attend themselves in
+causal spans; the blocks before it are kv blocks after them, and for the first span so is what the cache holds of its
+own block.
 
 Full attention is the same with one block as long as the text.
 
-`decode_tokens` takes one new token of several texts of one length, by the GPU kernels where they run.
-
-Legend: b texts, S tokens of the text, t of them new, N query heads, G key heads, D head size, B block size, K past
-blocks per query, M complete blocks of the text, n query heads of a key head, U blocks that they chose.
+Legend: S tokens of the text, t of them new, N query heads, G kv heads, D head size, B block size, K past blocks per
+query, M complete blocks of the text, n query heads of a kv head, U blocks that they chose.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -105,13 +105,18 @@ def continue_text(
     # Where the block ends that the first new token lies in.
     cut = min(-(-(length - new) // block_size) * block_size, length)
     bounds = sorted({length - new, cut, length})
-    parts = zip(bounds, bounds[1:], strict=False)
-    start = length - new
+    first = length - new
     out = [
-        _attend_part(
-            q_tND[a - start : b - start], k_SGD, v_SGD, ids_tNK[a - start : b - start], (a, b), block_size, scale
+        _attend_span(
+            q_tND[start - first : end - first],
+            k_SGD,
+            v_SGD,
+            ids_tNK[start - first : end - first],
+            (start, end),
+            block_size,
+            scale,
         )
-        for a, b in parts
+        for start, end in itertools.pairwise(bounds)
     ]
     return torch.cat(out)
 
@@ -127,58 +132,60 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _attend_newest(q_ND: Tensor, k_SGD: Tensor, v_SGD: Tensor, ids_NK: Tensor, block_size: int, scale: float) -> Tensor:
     """The last token of a text over given past blocks and its own block: [N, D]."""
-    length, groups, _ = k_SGD.shape
+    length, num_kv_heads, _ = k_SGD.shape
     own = (length - 1) // block_size
     start, dtype = own * block_size, score_dtype(q_ND.dtype)
     out = []
-    for group, (q_nD, ids_nK) in enumerate(zip(q_ND.chunk(groups), ids_NK.chunk(groups), strict=True)):
+    for kv_head, (q_nD, ids_nK) in enumerate(zip(q_ND.chunk(num_kv_heads), ids_NK.chunk(num_kv_heads), strict=True)):
         chosen_U = ids_nK.unique()
         chosen_U = chosen_U[chosen_U >= 0]
         k_UBD, v_UBD = (
-            x[:start, group].unflatten(0, (own, block_size)).index_select(0, chosen_U).to(dtype) if own else None
+            x[:start, kv_head].unflatten(0, (own, block_size)).index_select(0, chosen_U).to(dtype) if own else None
             for x in (k_SGD, v_SGD)
         )
-        q_nD, own_k, own_v = q_nD.to(dtype) * scale, k_SGD[start:, group].to(dtype), v_SGD[start:, group].to(dtype)
-        scores = q_nD @ own_k.T
+        own_k, own_v = (x[start:, kv_head].to(dtype) for x in (k_SGD, v_SGD))
+        q_nD = q_nD.to(dtype) * scale
+        own_s = q_nD @ own_k.T
         if own:
-            past = torch.einsum("nd,ubd->nub", q_nD, k_UBD)
+            past_s = torch.einsum("nd,ubd->nub", q_nD, k_UBD)
             chosen_nU = (ids_nK.unsqueeze(-1) == chosen_U).any(dim=1)
-            past.masked_fill_(~chosen_nU.unsqueeze(-1), -torch.inf)
-            weights = torch.cat([past.flatten(1), scores], dim=-1).softmax(dim=-1)
-            past, scores = weights.split([past[0].numel(), scores.shape[1]], dim=-1)
-            out.append(past @ v_UBD.flatten(0, 1) + scores @ own_v)
+            past_s.masked_fill_(~chosen_nU.unsqueeze(-1), -torch.inf)
+            p = torch.cat([past_s.flatten(1), own_s], dim=-1).softmax(dim=-1)
+            past_p, own_p = p.split([past_s[0].numel(), own_s.shape[1]], dim=-1)
+            out.append(past_p @ v_UBD.flatten(0, 1) + own_p @ own_v)
         else:
-            out.append(scores.softmax(dim=-1) @ own_v)
+            out.append(own_s.softmax(dim=-1) @ own_v)
     return torch.cat(out).to(q_ND.dtype)
 
 
-def _attend_part(
+def _attend_span(
     q_tND: Tensor,
     k_SGD: Tensor,
     v_SGD: Tensor,
     ids_tNK: Tensor,
-    part: tuple[int, int],
+    span: tuple[int, int],
     block_size: int,
     scale: float,
 ) -> Tensor:
-    """Tokens [start, end) of a text: a stretch that lies in one block, or that begins with a block. [t, N, D]."""
-    start, end = part
+    """A span of tokens (start, end) of a text that lies in one block, or that begins with a block: [t, N, D]."""
+    start, end = span
     new, own = end - start, start // block_size
-    # Rows of keys: the part's own, then all earlier ones.
-    units = [(new + block * block_size, new + (block + 1) * block_size) for block in range(own)]
-    own_unit = None
+    # Rows of keys: the span's own, then all earlier ones.
+    kv_blocks = [(new + block * block_size, new + (block + 1) * block_size) for block in range(own)]
+    own_kv_block = None
     if start % block_size:
-        units.append((new + own * block_size, new + start))
-        own_unit = torch.full((new,), own, dtype=torch.int32, device=q_tND.device)
-        triangles = [(0, 1, new)]
+        kv_blocks.append((new + own * block_size, new + start))
+        own_kv_block = torch.full((new,), own, dtype=torch.int32, device=q_tND.device)
+        causal_spans = [(0, 1, new)]
     else:
         full, tail = divmod(new, block_size)
-        units += [(block * block_size, (block + 1) * block_size) for block in range(full)]
-        triangles = [(0, full, block_size)] * (full > 0) + [(new - tail, 1, tail)] * (tail > 0)
+        kv_blocks += [(block * block_size, (block + 1) * block_size) for block in range(full)]
+        causal_spans = [(0, full, block_size)] * (full > 0) + [(new - tail, 1, tail)] * (tail > 0)
     k, v = (torch.cat([x[start:end], x[:start]]) for x in (k_SGD, v_SGD))
     dtype = score_dtype(q_tND.dtype)
     out = torch.empty(q_tND.shape, dtype=dtype, device=q_tND.device)
     lse = torch.empty(q_tND.shape[:2], dtype=dtype, device=q_tND.device)
     keys = Keys(k, v, q_tND.shape[1] // k.shape[1])
-    accumulate(q_tND.contiguous(), keys, ids_tNK, Fragment(units, triangles, own_unit_T=own_unit), scale, out, lse)
+    fragment = Fragment(kv_blocks, causal_spans, own_kv_block_T=own_kv_block)
+    accumulate(q_tND.contiguous(), keys, ids_tNK, fragment, scale, out, lse)
     return out.to(q_tND.dtype)

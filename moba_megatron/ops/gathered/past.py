@@ -1,11 +1,10 @@
-"""The two kinds of work in portable PyTorch: triangles (stretches of tokens that attend themselves) and units (keys
-that gathered query rows attend entirely), for one key head and some of its query heads at a time (a *pass*).
+"""Past blocks, forward and backward: gathered query rows attend kv blocks whole.
 
-Keys and values of the pass's one key head lie dense; tiles are cut so that their scores stay in a core's cache. Units
+The rows of a kv block's entries are gathered, attend all of its keys, and what they get lies in sorted order. Kv blocks
 with few keys and few rows share tiles: one by one, calls would cost more than the products in them.
 
-Legend: T query tokens, N query heads, S key rows, D head size, t tokens of a range, E entries of a list, b batches of a
-tile with n rows against m keys each. A query *row* is token * N + head.
+Legend: T query tokens, N query heads, S key rows, D head size, E entries, b batches of a tile with n rows against m
+keys each, U kv blocks that share tiles.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ import torch
 from torch import Tensor
 
 from moba_megatron.ops.gathered import tiles
-from moba_megatron.ops.gathered.index import Entries
-from moba_megatron.ops.gathered.kv_heads import Pass
+from moba_megatron.ops.gathered.index import Index
+from moba_megatron.ops.gathered.kv_heads import KVHead
 
-# Query rows of a batch where short units share a tile: fewer leave less room unused, more make products longer.
+# Query rows of a batch where short kv blocks share a tile: fewer leave less room unused, more make products longer.
 ROWS_OF_BATCH = 64
-# Units share a tile where it would hold at least so many of them: with larger ones copying costs more than calls.
-SMALL_UNITS = 16
+# Kv blocks share a tile where it would hold at least so many of them: with larger ones copying costs more than calls.
+SMALL_KV_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -69,91 +68,91 @@ class _Tile:
     def add_to_keys(self, total_SD: Tensor, tile: Tensor) -> None:
         """Add a [b, m, D] to the tile's key rows of an [S, D], batch after batch."""
         if isinstance(self.keys, slice):
-            for part in tile:
-                total_SD[self.keys] += part
+            for batch in tile:
+                total_SD[self.keys] += batch
         else:
             total_SD.index_add_(0, self.keys, tile.flatten(0, 1).to(total_SD.dtype))
 
 
-def _unit_tiles(work: Pass, entries: Entries, fused: bool, split: int) -> Iterator[_Tile]:
-    """Tiles of units. A unit with much to compute has tiles of its own, cut in `split` batches to run side by side.
+def _past_tiles(kv: KVHead, index: Index, fused: bool, batches: int) -> Iterator[_Tile]:
+    """Tiles of kv blocks. One with much to compute has tiles of its own, cut into `batches` to run side by side.
 
-    On a CPU adjacent equally long units with little are cut into batches of equal size and share tiles; the large tiles
-    of an accelerator would copy too many keys for that.
+    On a CPU adjacent equally long kv blocks with little are cut into batches of equal size and share tiles; the large
+    tiles of an accelerator would copy too many keys for that.
     """
     # The fused kernel keeps no scores and is at its best with longer tiles.
-    budget = work.scores_budget * (2 if fused else 1)
-    for length, units in itertools.groupby(entries.units, key=lambda unit: unit[1] - unit[0]):
-        units = list(units)
-        count = units[-1][3] - units[0][2]
-        if work.q.device.type == "cpu" and len(units) > 1 and SMALL_UNITS * count * length < budget * len(units):
-            yield from _shared_tiles(units, length, budget)
+    budget = kv.scores_budget * (2 if fused else 1)
+    for length, kv_blocks in itertools.groupby(index.kv_blocks, key=lambda kv_block: kv_block[1] - kv_block[0]):
+        kv_blocks = list(kv_blocks)
+        number, count = len(kv_blocks), kv_blocks[-1][3] - kv_blocks[0][2]
+        if kv.q.device.type == "cpu" and number > 1 and SMALL_KV_BLOCKS * count * length < budget * number:
+            yield from _shared_tiles(kv_blocks, length, budget)
             continue
         rows = max(64, budget // length)
-        for start, end, first, last in units:
+        for start, end, first, last in kv_blocks:
             for low in range(first, last, rows):
                 high = min(low + rows, last)
-                yield _Tile(low, high, (split, -(-(high - low) // split)), None, slice(start, end))
+                yield _Tile(low, high, (batches, -(-(high - low) // batches)), None, slice(start, end))
 
 
-def _shared_tiles(units: list[tuple[int, int, int, int]], length: int, budget: int) -> Iterator[_Tile]:
-    """Tiles of adjacent units of `length` keys, in batches of ROWS_OF_BATCH rows."""
-    start_U, _, first_U, last_U = torch.tensor(units).unbind(1)
+def _shared_tiles(kv_blocks: list[tuple[int, int, int, int]], length: int, budget: int) -> Iterator[_Tile]:
+    """Tiles of adjacent kv blocks of `length` keys, in batches of ROWS_OF_BATCH rows."""
+    start_U, _, first_U, last_U = torch.tensor(kv_blocks).unbind(1)
     batches_U = -((first_U - last_U) // ROWS_OF_BATCH)
-    unit_b = torch.repeat_interleave(batches_U)
-    number_b = torch.arange(unit_b.numel())
-    first_b = first_U[unit_b] + (number_b - (batches_U.cumsum(0) - batches_U)[unit_b]) * ROWS_OF_BATCH
-    last_b = torch.minimum(first_b + ROWS_OF_BATCH, last_U[unit_b])
+    kv_block_b = torch.repeat_interleave(batches_U)
+    number_b = torch.arange(kv_block_b.numel())
+    first_b = first_U[kv_block_b] + (number_b - (batches_U.cumsum(0) - batches_U)[kv_block_b]) * ROWS_OF_BATCH
+    last_b = torch.minimum(first_b + ROWS_OF_BATCH, last_U[kv_block_b])
     step = max(1, budget // (ROWS_OF_BATCH * length))
-    lows = [*first_b[::step].tolist(), units[-1][3]]
+    lows = [*first_b[::step].tolist(), kv_blocks[-1][3]]
     for number, (low, high) in enumerate(itertools.pairwise(lows)):
         batches = slice(number * step, (number + 1) * step)
         first, rows = first_b[batches], (last_b - first_b)[batches]
         shift = number_b[: first.numel()] * ROWS_OF_BATCH - first
         place = torch.arange(low, high) + torch.repeat_interleave(shift, rows)
-        keys = start_U[unit_b[batches]].unsqueeze(1) + torch.arange(length)
+        keys = start_U[kv_block_b[batches]].unsqueeze(1) + torch.arange(length)
         yield _Tile(low, high, (first.numel(), ROWS_OF_BATCH), place, keys.flatten())
 
 
-def units_forward(work: Pass, entries: Entries, part_ED: Tensor, part_lse_E: Tensor) -> None:
-    """Write output and log-sum-exp of every entry, in sorted order; 0 and -inf for pairs without a unit."""
-    part_ED[entries.count :] = 0
-    part_lse_E[entries.count :] = -torch.inf
-    fused = tiles.uses_fused_kernel(work.q)
-    for tile in _unit_tiles(work, entries, fused, split=1 if fused else work.split):
-        inputs = (tile.gather(work.q, entries.row_E), tile.keys_of(work.k), tile.keys_of(work.v))
+def past_forward(kv: KVHead, index: Index, partial_out_ED: Tensor, partial_lse_E: Tensor) -> None:
+    """Write output and log-sum-exp of every entry, in sorted order; 0 and -inf for slots without a kv block."""
+    partial_out_ED[index.count :] = 0
+    partial_lse_E[index.count :] = -torch.inf
+    fused = tiles.uses_fused_kernel(kv.q)
+    for tile in _past_tiles(kv, index, fused, batches=1 if fused else kv.batches):
+        inputs = (tile.gather(kv.q, index.row_E), tile.keys_of(kv.k), tile.keys_of(kv.v))
         if fused:
-            out, lse = tiles.fused_forward(*inputs, work.scale)
+            out, lse = tiles.fused_forward(*inputs, kv.scale)
         else:
-            out, lse = tiles.matmul_forward(*(x.to(work.dtype) for x in inputs), work.scale)
-        part_ED[tile.first : tile.last] = tile.entries_of(out)
-        part_lse_E[tile.first : tile.last] = tile.entries_of(lse)
+            out, lse = tiles.matmul_forward(*(x.to(kv.dtype) for x in inputs), kv.scale)
+        partial_out_ED[tile.first : tile.last] = tile.entries_of(out)
+        partial_lse_E[tile.first : tile.last] = tile.entries_of(lse)
 
 
-def units_backward(
-    work: Pass,
-    entries: Entries,
-    dout_TND: Tensor,
+def past_backward(
+    kv: KVHead,
+    index: Index,
+    do_TND: Tensor,
     out_TND: Tensor | None,
     lse_TN: Tensor,
     delta_TN: Tensor,
-    part_ED: Tensor,
+    partial_dq_ED: Tensor,
     dk_SD: Tensor,
     dv_SD: Tensor,
 ) -> None:
-    """Write dq of every entry, in sorted order, and add the units' shares to dk and dv [S, D]."""
-    part_ED[entries.count :] = 0
+    """Write dq of every entry, in sorted order, and add what the kv blocks get to dk and dv [S, D]."""
+    partial_dq_ED[index.count :] = 0
     # The fused kernel makes delta from the output; without the output at hand, products do.
-    fused = tiles.uses_fused_kernel(work.q) and out_TND is not None
-    for tile in _unit_tiles(work, entries, fused, work.split):
-        rows = entries.row_E
-        q, dout, lse = (tile.gather(x, rows) for x in (work.q, dout_TND, lse_TN))
-        k, v = tile.keys_of(work.k), tile.keys_of(work.v)
+    fused = tiles.uses_fused_kernel(kv.q) and out_TND is not None
+    for tile in _past_tiles(kv, index, fused, kv.batches):
+        rows = index.row_E
+        q, do, lse = (tile.gather(x, rows) for x in (kv.q, do_TND, lse_TN))
+        k, v = tile.keys_of(kv.k), tile.keys_of(kv.v)
         if fused:
-            dq, dk, dv = tiles.fused_backward(dout, q, k, v, tile.gather(out_TND, rows), lse, work.scale)
+            dq, dk, dv = tiles.fused_backward(do, q, k, v, tile.gather(out_TND, rows), lse, kv.scale)
         else:
-            inputs = (x.to(work.dtype) for x in (dout, q, k, v))
-            dq, dk, dv = tiles.matmul_backward(*inputs, lse, tile.gather(delta_TN, rows), work.scale)
-        part_ED[tile.first : tile.last] = tile.entries_of(dq)
+            inputs = (x.to(kv.dtype) for x in (do, q, k, v))
+            dq, dk, dv = tiles.matmul_backward(*inputs, lse, tile.gather(delta_TN, rows), kv.scale)
+        partial_dq_ED[tile.first : tile.last] = tile.entries_of(dq)
         tile.add_to_keys(dk_SD, dk)
         tile.add_to_keys(dv_SD, dv)

@@ -1,7 +1,7 @@
 """Routing: from queries and block summaries to the ids of the past blocks each query attends.
 
 Scores (MoBA report, equation 6: the inner product of the query and the block's summary) are computed for one tile of
-tokens and one key head at a time and thrown away once the tile's ids are chosen, so that nothing of size T x M for all
+tokens and one kv head at a time and thrown away once the tile's ids are chosen, so that nothing of size T x M for all
 heads ever lives in memory. A tile is scored only against the blocks between its first document's first block and its
 own last one. Scores are in fp32, or fp64 for fp64 inputs. No gradient flows: selection is a constant.
 """
@@ -36,7 +36,7 @@ def select_past(
 
     Args:
         q_TND: queries [T, N, D].
-        summaries_MGD: one summary per block of the pack and key head, in the precision scores shall have; None for a
+        summaries_MGD: one summary per block of the pack and kv head, in the precision scores shall have; None for a
             selector that looks at no scores.
         layout: blocks of the queries' tokens, which are all tokens of the pack or some of them in rising order.
         num_past: K - 1, ids per query and head.
@@ -53,15 +53,15 @@ def select_past(
     if not selector.uses_scores:
         return ids_TNK.copy_(selector.choose(None, layout.block_T, num_past).unsqueeze(1))
     assert summaries_MGD is not None and summary is not None
-    num_groups = summaries_MGD.shape[1]
-    group_size = num_heads // num_groups
+    num_kv_heads = summaries_MGD.shape[1]
+    qheads_per_kvhead = num_heads // num_kv_heads
     first_T, own_T = layout.first_block_T, layout.pack_block_T
     on_cpu = q_TND.device.type == "cpu"
     most = min(num_tokens, TOKENS_ON_CPU if on_cpu else TOKENS_ON_ACCELERATOR)
     budget = SCORES_ON_CPU if on_cpu else SCORES_ON_ACCELERATOR
     # The most blocks that `most` tokens in a row may choose from.
     seen = int((own_T[most - 1 :] - first_T[: num_tokens - most + 1]).max()) if on_cpu else layout.num_blocks
-    step = max(1, min(most, budget // max(1, seen * group_size)))
+    step = max(1, min(most, budget // max(1, seen * qheads_per_kvhead)))
     planes_GDM = summaries_MGD.permute(1, 2, 0)
     for start in range(0, num_tokens, step):
         end = min(start + step, num_tokens)
@@ -71,12 +71,12 @@ def select_past(
         first, own = first_T[start:end], own_T[start:end]
         blocks = torch.arange(low, high, device=q_TND.device)
         refused = (blocks < first.unsqueeze(1)) | (blocks >= own.unsqueeze(1))
-        for group in range(num_groups):
-            heads = slice(group * group_size, (group + 1) * group_size)
+        for kv_head in range(num_kv_heads):
+            heads = slice(kv_head * qheads_per_kvhead, (kv_head + 1) * qheads_per_kvhead)
             q = summary.queries(q_TND[start:end, heads].to(planes_GDM.dtype)).flatten(0, 1)
-            scores = (q @ planes_GDM[group, :, low:high]).view(end - start, group_size, high - low)
+            scores = (q @ planes_GDM[kv_head, :, low:high]).view(end - start, qheads_per_kvhead, high - low)
             scores.masked_fill_(refused.unsqueeze(1), -torch.inf)
-            past = (own - first).unsqueeze(1).expand(-1, group_size)
+            past = (own - first).unsqueeze(1).expand(-1, qheads_per_kvhead)
             columns = selector.choose(scores, past, num_past, head_size**-0.5)
             shift = (first - low).view(-1, 1, 1)
             ids_TNK[start:end, heads] = torch.where(columns < 0, columns, columns - shift).to(torch.int32)

@@ -1,15 +1,15 @@
 """Attention on one tile: a batch of query rows against a batch of key rows, small enough to hold their scores.
 
-`forward` returns (out, lse). `backward` takes the *whole* attention's lse and delta (the inner product of output and
-its gradient), not the tile's own: with them exp(score - lse) is the true probability, so that gradients of a tile need
-nothing of the other tiles and simply add up (FlashAttention-2, arXiv 2307.08691, algorithm 2).
+`forward` returns (out, lse). `backward` takes the *whole* attention's lse and delta, not the tile's own: with them
+exp(s - lse) is the true probability, so that gradients of a tile need nothing of the other tiles and simply add up
+(FlashAttention-2, arXiv 2307.08691, algorithm 2).
 
 Two implementations. Matrix products on any device, in fp32 (fp64 for fp64 inputs): on a CPU they are faster than
 PyTorch's fused kernel at these sizes. And for bf16 and fp16 on a CPU that fused kernel, which multiplies in the input's
 dtype with fp32 sums (no matrix product of PyTorch does so on a CPU) and returns its log-sum-exp; its outputs are in the
 input's dtype.
 
-Shapes: q, out, dout [b, n, D]; k, v [b, m, D]; lse, delta [b, n] fp32 or wider.
+Shapes: q, out, do [b, n, D]; k, v [b, m, D]; lse, delta [b, n] fp32 or wider.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ def matmul_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor |
         mask: bool [n, up to m], true where a row does not see one of the last keys. Such scores are overwritten, not
             added to, so that not even a NaN among unseen keys reaches the row. (One among unseen values does: 0 x NaN.)
     """
-    scores = torch.bmm(q * scale, k.transpose(1, 2))
+    s = torch.bmm(q * scale, k.transpose(1, 2))
     if mask is not None:
-        scores[..., -mask.shape[-1] :].masked_fill_(mask, -torch.inf)
-    top = scores.amax(dim=-1, keepdim=True)
-    scores.sub_(top).exp_()
-    total = scores.sum(dim=-1, keepdim=True)
-    out = torch.bmm(scores, v).div_(total)
-    return out, top.add_(total.log_()).squeeze(-1)
+        s[..., -mask.shape[-1] :].masked_fill_(mask, -torch.inf)
+    m = s.amax(dim=-1, keepdim=True)
+    p = s.sub_(m).exp_()
+    l = p.sum(dim=-1, keepdim=True)
+    out = torch.bmm(p, v).div_(l)
+    return out, m.add_(l.log_()).squeeze(-1)
 
 
 def matmul_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float, mask: Tensor | None = None
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [b, n, D], dk and dv [b, m, D] of one tile by matrix products; inputs in fp32 or wider."""
     scaled = q * scale
-    weights = torch.baddbmm(lse.unsqueeze(-1), scaled, k.transpose(1, 2), beta=-1)
+    s = torch.baddbmm(lse.unsqueeze(-1), scaled, k.transpose(1, 2), beta=-1)
     if mask is not None:
-        weights[..., -mask.shape[-1] :].masked_fill_(mask, -torch.inf)
-    weights.exp_()
-    dv = torch.bmm(weights.transpose(1, 2), dout)
-    weights.mul_(torch.baddbmm(delta.unsqueeze(-1), dout, v.transpose(1, 2), beta=-1))
-    dk = torch.bmm(weights.transpose(1, 2), scaled)
-    return torch.bmm(weights, k).mul_(scale), dk, dv
+        s[..., -mask.shape[-1] :].masked_fill_(mask, -torch.inf)
+    p = s.exp_()
+    dv = torch.bmm(p.transpose(1, 2), do)
+    ds = p.mul_(torch.baddbmm(delta.unsqueeze(-1), do, v.transpose(1, 2), beta=-1))
+    dk = torch.bmm(ds.transpose(1, 2), scaled)
+    return torch.bmm(ds, k).mul_(scale), dk, dv
 
 
 def fused_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool = False) -> tuple[Tensor, Tensor]:
@@ -65,8 +65,8 @@ def fused_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool
 
 
 def fused_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of one tile by PyTorch's fused kernel for CPU, which makes delta from `out` itself."""
-    one_head = (x.unsqueeze(1) for x in (dout, q, k, v, out, lse))
+    one_head = (x.unsqueeze(1) for x in (do, q, k, v, out, lse))
     return tuple(x.squeeze(1) for x in _fused_backward(*one_head, 0.0, False, scale=scale))

@@ -1,19 +1,20 @@
-"""The operator by Triton kernels: the twin of the portable backend, step by step with the same contracts.
+"""The operator by Triton kernels: the twin of `ops.gathered`, module by module with the same contracts.
 
 | module | what |
 |---|---|
-| `means` | block summaries, and the planes that 16-bit queries are scored against |
-| `route` | scores and the best past blocks in one pass |
-| `fragment` | which keys queries see, as tensors of boundaries |
-| `index` | which query rows attend a unit: count, prefix sum, scatter; and work lists |
-| `units` | forward of units: gathered query rows against their keys |
-| `own` | forward of own blocks, and the merge |
-| `backward_keys`, `piece_sums` | dk and dv, summed in order |
-| `backward_queries` | delta, dq |
-| `attention` | all of it put together, in passes that fit a workspace; autograd |
-| `decoding` | one query per sequence against cached keys, values and summaries |
-| `config`, `tile_table` | launch settings |
-| `catalog` | all of these, for compiling ahead of time |
+| `summaries` | block summaries, and the planes that 16-bit queries are scored against |
+| `routing` | scores and the best past blocks in one pass |
+| `fragments` | which keys queries see, as tensors of boundaries |
+| `passes` | the work of a call, cut to fit a workspace |
+| `index` | entries sorted by (kv head, kv block): count, prefix sum, scatter; and splits |
+| `past`, `causal` | forward of past blocks and of own blocks |
+| `backward_dkdv`, `backward_dq` | delta, dk, dv and dq of both |
+| `combine` | partial results combined, in order |
+| `attention` | all of it put together; autograd |
+| `decode` | one query per sequence against cached keys, values and summaries |
+| `backend` | the steps of this backend, for `ops.steps` |
+| `common`, `config`, `tile_table` | what kernels share, and their launch settings |
+| `catalog`, `compiled` | every configuration, and what it compiles to without a GPU |
 
 Runs on CUDA devices, and on CPU tensors in Triton's interpreter (`TRITON_INTERPRET=1`, set before Triton is imported).
 """

@@ -1,5 +1,4 @@
-"""The steps of the kernels. They choose by top-k of the means alone: other selections are left to the portable routing,
-which runs on any device."""
+"""The steps of the kernels, with the portable routing for selections that they cannot make."""
 
 from __future__ import annotations
 

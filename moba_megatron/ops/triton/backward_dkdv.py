@@ -1,19 +1,19 @@
-"""Backward, keys' side: dk and dv of units and of triangles, a key tile at a time.
+"""Backward, dk and dv: of past blocks and of causal spans, a key tile at a time.
 
-A program holds a tile of keys and values in fp32 sums and walks query rows: those of a piece of a list (units), or the
-rows of a stretch from the tile's first token on (triangles). With the *global* log-sum-exp and delta (the inner product
-of the output and its gradient) exp(score - lse) is the true probability, so that shares simply add up. Where a unit
-fits one key tile the share of dq of each entry comes out of the same scores and is written at the entry's place
-(`WRITE_DQ`); longer units leave dq to `backward_queries`.
+A program holds a tile of keys and values in fp32 sums and walks query rows: those of a split of a kv block's entries,
+or the rows of a causal span from the tile's first token on. With the *global* lse and delta exp(s - lse) is the true
+probability, so that what each program sums simply adds up. Where a kv block fits one key tile the partial dq of each
+entry comes out of the same scores and is written at the entry's place (`WRITE_DQ`); longer ones leave dq to
+`backward_dq`.
 
-A piece's sums are written to memory, and `piece_sums` adds the pieces of a key tile in their order: no sum depends on
-what ran first.
+A split's sums are written to memory, and `combine_dkdv` adds those of a key tile in the order of splits: no sum depends
+on what ran first.
 
-Traffic per entry: a row of q and of dout read and, with `WRITE_DQ`, a row of dq written, 3 D elements; per piece B rows
-of sums, 16 B D bytes. Pieces hold at least four times as many entries as a unit has keys, so that this is at most half
-of the partials of dq in bf16. Products per entry: 4 B D multiply-adds, 5 B D with dq.
+Traffic per entry: a row of q and of do read and, with `WRITE_DQ`, a row of dq written, 3 D elements; per split B rows
+of sums, 16 B D bytes. Splits hold at least four times as many entries as a kv block has keys, so that this is at most
+half of the partial dq in bf16. Products per entry: 4 B D multiply-adds, 5 B D with dq.
 
-Legend: S key rows, G key heads, D head size, B keys of a unit, E entries of a pass, W rows of piece sums.
+Legend: S key rows, G kv heads of the pass, D head size, B keys of a kv block, E entries of a pass.
 """
 
 from __future__ import annotations
@@ -25,242 +25,238 @@ from torch import Tensor
 
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.combine import (
-    add_sums,
-    room_for_sums,
-)
+from moba_megatron.ops.triton.combine import combine_backward_dkdv, room_for_partials
 from moba_megatron.ops.triton.common import (
     COUNTS,
     LOG2_E,
     dot,
-    load_keys,
+    load_kv,
     load_rows,
+    query_rows,
     quotient,
-    row_offsets,
     safe_lse,
     second_id,
     store_rows,
 )
 from moba_megatron.ops.triton.fragments import DeviceFragment
-from moba_megatron.ops.triton.index import (
-    Index,
-    cut_entries,
-    cut_stretches,
-    entry_rows,
-    piece_members,
-)
-from moba_megatron.ops.triton.passes import (
-    Known,
-    Pass,
-)
+from moba_megatron.ops.triton.index import Index, cut_entries, cut_spans, entries_of_split, rows_of_entries
+from moba_megatron.ops.triton.passes import Pass, QueryRows
 
 
 @triton.jit
-def key_step(keys, values, queries, dout, lse, delta, softmax_scale, seen, dk, dv):
+def dkdv_step(k, v, q, do, lse, delta, softmax_scale, mask, dk, dv):
     """Add one query tile to dk (not yet scaled) and dv of a key tile.
 
     Args:
-        lse: infinite for rows outside the tile, which so get weight 0.
-        seen: bool, broadcastable to [keys, rows], which rows see which keys; None: all, what else may come of keys that
+        lse: infinite for rows outside the tile, which so get probability 0.
+        mask: bool, broadcastable to [keys, rows], which rows see which keys; None: all, what else may come of keys that
             are none being left unused.
 
     Returns:
-        dk, dv, and the scores' gradient [keys, rows], not yet scaled.
+        dk, dv, and ds [keys, rows], not yet scaled.
     """
-    score = dot(keys, tl.trans(queries)) * (softmax_scale * LOG2_E)
-    weight = tl.exp2(score - safe_lse(lse)[None, :])
-    if seen is not None:
-        weight = tl.where(seen, weight, 0.0)
-    dv = dot(weight.to(dout.dtype), dout, dv)
-    slope = weight * (dot(values, tl.trans(dout)) - delta[None, :])
-    slope = slope.to(queries.dtype)
-    return dot(slope, queries, dk), dv, slope
+    s = dot(k, tl.trans(q)) * (softmax_scale * LOG2_E)
+    p = tl.exp2(s - safe_lse(lse)[None, :])
+    if mask is not None:
+        p = tl.where(mask, p, 0.0)
+    dv = dot(p.to(do.dtype), do, dv)
+    dp = dot(v, tl.trans(do))
+    ds = p * (dp - delta[None, :])
+    ds = ds.to(q.dtype)
+    return dot(ds, q, dk), dv, ds
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def units_dkdv(
-    q,
-    k,
-    v,
-    dout,
-    lse,
-    delta,
-    unit_start,
-    unit_end,
-    order,
-    list_first,
-    list_of,
-    piece_first,
-    sum_first,
-    dk_sums,
-    dv_sums,
-    part,
+def past_dkdv(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    kv_block_start_ptr,
+    kv_block_end_ptr,
+    order_ptr,
+    cu_entries_ptr,
+    split_of_ptr,
+    cu_splits_ptr,
+    partial_start_ptr,
+    partial_dk_ptr,
+    partial_dv_ptr,
+    partial_dq_ptr,
     softmax_scale,
-    k_row,
-    k_head,
-    num_lists,
-    num_units,
-    slots,
-    pieces,
-    piece_size,
+    stride_kn,
+    stride_kh,
+    num_head_blocks,
+    num_kv_blocks,
+    num_slots,
+    num_splits,
+    split_size,
     first_token,
     num_tokens,
-    first_group,
+    first_kv_head,
     num_heads,
-    group_size,
-    HEAD_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    qheads_per_kvhead,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     WRITE_DQ: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program per (key tile of a unit, piece of its list). Those of a piece run side by side: its rows are read
-    from memory once and then from cache."""
-    key_tile, piece = tl.program_id(0), second_id()
-    if piece >= pieces:
+    """One program per (key tile of a kv block, split of its entries). Those of a split run side by side: its rows are
+    read from memory once and then from cache."""
+    key_tile, split = tl.program_id(0), second_id()
+    if split >= num_splits:
         return
-    this = tl.load(list_of + piece)
-    if this >= num_lists:
+    head_block = tl.load(split_of_ptr + split)
+    if head_block >= num_head_blocks:
         return
-    group = this // num_units
-    start = tl.load(unit_start + this % num_units)
-    length = (tl.load(unit_end + this % num_units) - start).to(tl.int32)
-    key = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    kv_head = head_block // num_kv_blocks
+    start = tl.load(kv_block_start_ptr + head_block % num_kv_blocks)
+    length = (tl.load(kv_block_end_ptr + head_block % num_kv_blocks) - start).to(tl.int32)
+    offs_n = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if key_tile * BLOCK_N >= length:
         return
-    low, high = piece_members(piece, this, list_first, piece_first, piece_size)
-    base = start * k_row + group.to(tl.int64) * k_head
-    keys = load_keys(k + base, key, k_row, length, HEAD_SIZE, WIDTH)
-    values = load_keys(v + base, key, k_row, length, HEAD_SIZE, WIDTH)
-    dk = tl.zeros([BLOCK_N, WIDTH], dtype=tl.float32)
-    dv = tl.zeros([BLOCK_N, WIDTH], dtype=tl.float32)
+    low, high = entries_of_split(split, head_block, cu_entries_ptr, cu_splits_ptr, split_size)
+    base = start * stride_kn + kv_head.to(tl.int64) * stride_kh
+    k = load_kv(k_ptr + base, offs_n, stride_kn, length, HEAD_DIM, BLOCK_D)
+    v = load_kv(v_ptr + base, offs_n, stride_kn, length, HEAD_DIM, BLOCK_D)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     for first in range(low, high, BLOCK_M):
-        member = first + tl.arange(0, BLOCK_M)
-        inside = member < high
-        entry = tl.load(order + member, mask=inside, other=0)
-        at = entry_rows(entry, group, slots, first_token, num_tokens, first_group, num_heads, group_size)
-        queries = load_rows(q, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
-        slopes = load_rows(dout, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
-        row_lse = tl.load(lse + at, mask=inside, other=float("inf"))
-        row_delta = tl.load(delta + at, mask=inside, other=0.0)
+        offs_m = first + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < high
+        entry = tl.load(order_ptr + offs_m, mask=mask_m, other=0)
+        row = rows_of_entries(
+            entry, kv_head, num_slots, first_token, num_tokens, first_kv_head, num_heads, qheads_per_kvhead
+        )
+        q = load_rows(q_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
+        do = load_rows(do_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
+        lse = tl.load(lse_ptr + row, mask=mask_m, other=float("inf"))
+        delta = tl.load(delta_ptr + row, mask=mask_m, other=0.0)
         # Without dq nothing but the sums of keys that are none, never stored, would come of them.
-        seen = (key < length)[:, None] if WRITE_DQ else None
-        dk, dv, slope = key_step(keys, values, queries, slopes, row_lse, row_delta, softmax_scale, seen, dk, dv)
+        mask = (offs_n < length)[:, None] if WRITE_DQ else None
+        dk, dv, ds = dkdv_step(k, v, q, do, lse, delta, softmax_scale, mask, dk, dv)
         if WRITE_DQ:
-            dq = dot(tl.trans(slope), keys) * softmax_scale
-            store_rows(part, entry.to(tl.int64) * HEAD_SIZE, inside, dq, HEAD_SIZE, WIDTH)
-    target = (tl.load(sum_first + piece) + key) * HEAD_SIZE
-    store_rows(dk_sums, target, key < length, dk * softmax_scale, HEAD_SIZE, WIDTH)
-    store_rows(dv_sums, target, key < length, dv, HEAD_SIZE, WIDTH)
+            dq = dot(tl.trans(ds), k) * softmax_scale
+            store_rows(partial_dq_ptr, entry.to(tl.int64) * HEAD_DIM, mask_m, dq, HEAD_DIM, BLOCK_D)
+    target = (tl.load(partial_start_ptr + split) + offs_n) * HEAD_DIM
+    store_rows(partial_dk_ptr, target, offs_n < length, dk * softmax_scale, HEAD_DIM, BLOCK_D)
+    store_rows(partial_dv_ptr, target, offs_n < length, dv, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def own_dkdv(
-    q,
-    k,
-    v,
-    dout,
-    lse,
-    delta,
-    start,
-    end,
-    list_of,
-    piece_first,
-    dk,
-    dv,
+def causal_dkdv(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    span_start_ptr,
+    span_end_ptr,
+    split_of_ptr,
+    cu_splits_ptr,
+    dk_ptr,
+    dv_ptr,
     softmax_scale,
-    k_row,
-    k_head,
-    num_stretches,
-    first_group,
+    stride_kn,
+    stride_kh,
+    num_spans,
+    first_kv_head,
     num_heads,
-    group_size,
-    HEAD_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    qheads_per_kvhead,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program per (key tile of a stretch, key head): writes dk and dv."""
-    tile, group = tl.program_id(0), tl.program_id(1)
-    stretch = tl.load(list_of + tile)
-    if stretch >= num_stretches:
+    """One program per (key tile of a span, kv head): writes dk and dv."""
+    split, kv_head = tl.program_id(0), tl.program_id(1)
+    span = tl.load(split_of_ptr + split)
+    if span >= num_spans:
         return
-    begin = tl.load(start + stretch)
-    length = (tl.load(end + stretch) - begin).to(tl.int32)
-    low = (tile - tl.load(piece_first + stretch)).to(tl.int32) * BLOCK_N
-    key = low + tl.arange(0, BLOCK_N)
-    base = begin * k_row + group.to(tl.int64) * k_head
-    keys = load_keys(k + base, key, k_row, length, HEAD_SIZE, WIDTH)
-    values = load_keys(v + base, key, k_row, length, HEAD_SIZE, WIDTH)
-    total_k = tl.zeros([BLOCK_N, WIDTH], dtype=tl.float32)
-    total_v = tl.zeros([BLOCK_N, WIDTH], dtype=tl.float32)
-    origin = begin * num_heads + (first_group + group) * group_size
-    for first in range(low * group_size, length * group_size, BLOCK_M):
-        row = first + tl.arange(0, BLOCK_M)
-        inside = row < length * group_size
-        at = row_offsets(origin, row, quotient(row, group_size), num_heads, group_size)
-        queries = load_rows(q, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
-        slopes = load_rows(dout, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
-        row_lse = tl.load(lse + at, mask=inside, other=float("inf"))
-        row_delta = tl.load(delta + at, mask=inside, other=0.0)
-        seen = (key * group_size)[:, None] <= row[None, :]
-        total_k, total_v, _ = key_step(
-            keys, values, queries, slopes, row_lse, row_delta, softmax_scale, seen, total_k, total_v
-        )
-    at = ((begin + key) * tl.num_programs(1) + group) * HEAD_SIZE
-    store_rows(dk, at, key < length, total_k * softmax_scale, HEAD_SIZE, WIDTH)
-    store_rows(dv, at, key < length, total_v, HEAD_SIZE, WIDTH)
+    start = tl.load(span_start_ptr + span)
+    length = (tl.load(span_end_ptr + span) - start).to(tl.int32)
+    low = (split - tl.load(cu_splits_ptr + span)).to(tl.int32) * BLOCK_N
+    offs_n = low + tl.arange(0, BLOCK_N)
+    base = start * stride_kn + kv_head.to(tl.int64) * stride_kh
+    k = load_kv(k_ptr + base, offs_n, stride_kn, length, HEAD_DIM, BLOCK_D)
+    v = load_kv(v_ptr + base, offs_n, stride_kn, length, HEAD_DIM, BLOCK_D)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    origin = start * num_heads + (first_kv_head + kv_head) * qheads_per_kvhead
+    for first in range(low * qheads_per_kvhead, length * qheads_per_kvhead, BLOCK_M):
+        offs_m = first + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < length * qheads_per_kvhead
+        row = query_rows(origin, offs_m, quotient(offs_m, qheads_per_kvhead), num_heads, qheads_per_kvhead)
+        q = load_rows(q_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
+        do = load_rows(do_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
+        lse = tl.load(lse_ptr + row, mask=mask_m, other=float("inf"))
+        delta = tl.load(delta_ptr + row, mask=mask_m, other=0.0)
+        mask = (offs_n * qheads_per_kvhead)[:, None] <= offs_m[None, :]
+        dk, dv, _ = dkdv_step(k, v, q, do, lse, delta, softmax_scale, mask, dk, dv)
+    target = ((start + offs_n) * tl.num_programs(1) + kv_head) * HEAD_DIM
+    store_rows(dk_ptr, target, offs_n < length, dk * softmax_scale, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr, target, offs_n < length, dv, HEAD_DIM, BLOCK_D)
 
 
-def own_keys_backward(
-    known: Known, keys: Keys, work: Pass, fragment: DeviceFragment, softmax_scale: float, dk_SGD: Tensor, dv_SGD: Tensor
+def causal_backward_dkdv(
+    rows: QueryRows,
+    keys: Keys,
+    work: Pass,
+    fragment: DeviceFragment,
+    softmax_scale: float,
+    dk_SGD: Tensor,
+    dv_SGD: Tensor,
 ) -> None:
-    """Write the triangles' dk and dv, fp32 [S, key heads of the pass, D], of all rows under triangles."""
-    triangles = fragment.triangles
-    tiles = config.tiles_for("own_dkdv", known.q, triangles.longest)
-    pieces = cut_stretches(triangles, tiles["BLOCK_N"])
-    if pieces.pieces == 0:
+    """Write the causal spans' dk and dv, fp32 [S, G, D], of all rows in causal spans."""
+    spans = fragment.causal_spans
+    tiles = config.tiles_for("causal_dkdv", rows.q, spans.longest)
+    splits = cut_spans(spans, tiles["BLOCK_N"])
+    if splits.count == 0:
         return
-    first = work.groups.start
-    own_dkdv[(pieces.pieces, work.num_groups)](
-        known.q, keys.k[:, first:], keys.v[:, first:], *known.tensors, triangles.start, triangles.end,
-        pieces.list_of, pieces.first, dk_SGD, dv_SGD,
-        softmax_scale, keys.k.stride(0), keys.k.stride(1), triangles.count, work.first_head_group,
-        known.q.shape[1], work.group_size, **tiles,
+    first = work.kv_heads.start
+    causal_dkdv[(splits.count, work.num_kv_heads)](
+        rows.q, keys.k[:, first:], keys.v[:, first:], rows.do, rows.lse, rows.delta, spans.start, spans.end,
+        splits.split_of, splits.cu_splits, dk_SGD, dv_SGD,
+        softmax_scale, keys.k.stride(0), keys.k.stride(1), spans.count, work.first_kv_head,
+        rows.q.shape[1], work.qheads_per_kvhead, **tiles,
     )  # fmt: skip
 
 
-def units_keys_backward(
-    known: Known,
+def past_backward_dkdv(
+    rows: QueryRows,
     keys: Keys,
     index: Index,
     fragment: DeviceFragment,
     softmax_scale: float,
     dk_SGD: Tensor,
     dv_SGD: Tensor,
-    part_ED: Tensor | None,
+    partial_dq_ED: Tensor | None,
 ) -> None:
-    """Add the units' dk and dv for the entries of a pass to fp32 [S, key heads of the pass, D].
+    """Add the kv blocks' dk and dv for the entries of a pass to fp32 [S, G, D].
 
     Args:
-        part_ED: where not None, the shares of dq are written there too, in the inputs' dtype (short units only).
+        partial_dq_ED: where not None, the entries' dq are written there too, in the inputs' dtype (short kv blocks
+            only).
     """
-    work, units, size = index.work, fragment.units, known.q.shape[2]
-    name = "units_dkdv" if part_ED is None else "units_dkdv_dq"
-    tiles = config.tiles_for(name, known.q, units.longest)
-    pieces = cut_entries(index, config.piece_size(name, tiles, units.longest))
-    if pieces.pieces == 0:
+    work, kv_blocks, size = index.work, fragment.kv_blocks, rows.q.shape[2]
+    name = "past_dkdv" if partial_dq_ED is None else "past_dkdv_dq"
+    tiles = config.tiles_for(name, rows.q, kv_blocks.longest)
+    splits = cut_entries(index, config.split_size(name, tiles, kv_blocks.longest))
+    if splits.count == 0:
         return
-    sum_first, rows = room_for_sums(index, pieces, units)
-    dk_sums, dv_sums = torch.empty(2, rows, size, dtype=torch.float32, device=known.q.device)
-    key_tiles = triton.cdiv(units.longest, tiles["BLOCK_N"])
-    first, bounds = work.groups.start, (units.start, units.end)
-    units_dkdv[(key_tiles, *config.spread(pieces.pieces))](
-        known.q, keys.k[:, first:], keys.v[:, first:], *known.tensors, *bounds,
-        index.order, index.list_first, pieces.list_of, pieces.first, sum_first, dk_sums, dv_sums,
-        dk_sums if part_ED is None else part_ED, softmax_scale, keys.k.stride(0), keys.k.stride(1),
-        index.num_lists, index.num_units, work.slots, pieces.pieces, pieces.size,
-        work.tokens.start, work.num_tokens, work.first_head_group, known.q.shape[1], work.group_size,
-        WRITE_DQ=part_ED is not None, **tiles,
+    partial_start, num_partials = room_for_partials(index, splits, kv_blocks)
+    partial_dk, partial_dv = torch.empty(2, num_partials, size, dtype=torch.float32, device=rows.q.device)
+    key_tiles = triton.cdiv(kv_blocks.longest, tiles["BLOCK_N"])
+    first = work.kv_heads.start
+    past_dkdv[(key_tiles, *config.spread(splits.count))](
+        rows.q, keys.k[:, first:], keys.v[:, first:], rows.do, rows.lse, rows.delta, kv_blocks.start, kv_blocks.end,
+        index.order, index.cu_entries, splits.split_of, splits.cu_splits, partial_start, partial_dk, partial_dv,
+        partial_dk if partial_dq_ED is None else partial_dq_ED, softmax_scale, keys.k.stride(0), keys.k.stride(1),
+        index.num_head_blocks, index.num_kv_blocks, work.num_slots, splits.count, splits.size,
+        work.tokens.start, work.num_tokens, work.first_kv_head, rows.q.shape[1], work.qheads_per_kvhead,
+        WRITE_DQ=partial_dq_ED is not None, **tiles,
     )  # fmt: skip
-    add_sums(index, pieces, units, sum_first, dk_sums, dv_sums, dk_SGD, dv_SGD)
+    combine_backward_dkdv(index, splits, kv_blocks, partial_start, partial_dk, partial_dv, dk_SGD, dv_SGD)

@@ -1,13 +1,12 @@
-"""Backward, queries' side: delta, dq of triangles and of long units, and the merge of the shares of dq.
+"""Backward, delta and dq: of causal spans and of long past blocks.
 
-`own_dq` holds a tile of query rows, walks the keys of its stretch, adds the row's shares of dq of past blocks in slot
-order, and writes the whole: in a whole pack nothing of dq but these shares is ever in memory twice. `add_dq` adds the
-shares alone, for fragments without triangles.
+`causal_dq` holds a tile of query rows, walks the keys of its span, adds the row's partial dq of past blocks in slot
+order, and writes the whole: in a whole pack nothing of dq but these is ever in memory twice.
 
-Traffic per query row: q, dout and dq once, S D elements of shares. Products: 3 B D multiply-adds per entry of a long
-unit.
+Traffic per query row: q, do and dq once, D elements of a partial dq per slot. Products: 3 B D multiply-adds per entry
+of a long kv block.
 
-Legend: T tokens, N query heads, D head size, B keys of a unit, S slots of a row, E entries of a pass.
+Legend: T tokens, N query heads, D head size, B keys of a kv block, E entries of a pass.
 """
 
 from __future__ import annotations
@@ -19,241 +18,239 @@ from torch import Tensor
 
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.combine import (
-    add_shares,
-)
+from moba_megatron.ops.triton.combine import add_partials
 from moba_megatron.ops.triton.common import (
     COUNTS,
     LOG2_E,
     dot,
-    load_keys,
+    load_kv,
     load_rows,
+    query_rows,
     quotient,
-    row_offsets,
     safe_lse,
     store_rows,
 )
 from moba_megatron.ops.triton.devices import on_its_device
 from moba_megatron.ops.triton.fragments import DeviceFragment
-from moba_megatron.ops.triton.index import (
-    Index,
-    cut_entries,
-    cut_stretches,
-    entry_rows,
-    piece_members,
-)
-from moba_megatron.ops.triton.passes import (
-    Known,
-    Pass,
-)
+from moba_megatron.ops.triton.index import Index, cut_entries, cut_spans, entries_of_split, rows_of_entries
+from moba_megatron.ops.triton.passes import Pass, QueryRows
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def output_delta_rows(out, dout, delta, num_rows, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr):
+def output_delta_rows(
+    out_ptr, do_ptr, delta_ptr, num_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """One program per tile of rows: inner products of the output and its gradient."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = row < num_rows
-    product = load_rows(out, row * HEAD_SIZE, inside, HEAD_SIZE, WIDTH).to(tl.float32)
-    product *= load_rows(dout, row * HEAD_SIZE, inside, HEAD_SIZE, WIDTH).to(tl.float32)
-    tl.store(delta + row, tl.sum(product, axis=1), mask=inside)
+    mask_m = row < num_rows
+    product = load_rows(out_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D).to(tl.float32)
+    product *= load_rows(do_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D).to(tl.float32)
+    tl.store(delta_ptr + row, tl.sum(product, axis=1), mask=mask_m)
 
 
 @triton.jit
-def query_step(queries, dout, keys, values, lse, delta, softmax_scale, seen, dq):
+def dq_step(q, do, k, v, lse, delta, softmax_scale, mask, dq):
     """Add one key tile to dq (not yet scaled) of a query tile."""
-    score = dot(queries, tl.trans(keys)) * (softmax_scale * LOG2_E)
-    weight = tl.where(seen, tl.exp2(score - lse[:, None]), 0.0)
-    slope = weight * (dot(dout, tl.trans(values)) - delta[:, None])
-    return dot(slope.to(keys.dtype), keys, dq)
+    s = dot(q, tl.trans(k)) * (softmax_scale * LOG2_E)
+    p = tl.where(mask, tl.exp2(s - lse[:, None]), 0.0)
+    dp = dot(do, tl.trans(v))
+    ds = p * (dp - delta[:, None])
+    return dot(ds.to(k.dtype), k, dq)
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def units_dq(
-    q,
-    k,
-    v,
-    dout,
-    lse,
-    delta,
-    unit_start,
-    unit_end,
-    order,
-    list_first,
-    list_of,
-    piece_first,
-    part,
+def past_dq(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    kv_block_start_ptr,
+    kv_block_end_ptr,
+    order_ptr,
+    cu_entries_ptr,
+    split_of_ptr,
+    cu_splits_ptr,
+    partial_dq_ptr,
     softmax_scale,
-    k_row,
-    k_head,
-    num_lists,
-    num_units,
-    slots,
-    piece_size,
+    stride_kn,
+    stride_kh,
+    num_head_blocks,
+    num_kv_blocks,
+    num_slots,
+    split_size,
     first_token,
     num_tokens,
-    first_group,
+    first_kv_head,
     num_heads,
-    group_size,
-    HEAD_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    qheads_per_kvhead,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program per piece of a list, which is one tile of query rows: writes their shares of dq."""
-    piece = tl.program_id(0)
-    this = tl.load(list_of + piece)
-    if this >= num_lists:
+    """One program per split of the entries of a head block, which is one tile of rows: writes their partial dq."""
+    split = tl.program_id(0)
+    head_block = tl.load(split_of_ptr + split)
+    if head_block >= num_head_blocks:
         return
-    low, high = piece_members(piece, this, list_first, piece_first, piece_size)
-    group = this // num_units
-    member = low + tl.arange(0, BLOCK_M)
-    inside = member < high
-    entry = tl.load(order + member, mask=inside, other=0)
-    at = entry_rows(entry, group, slots, first_token, num_tokens, first_group, num_heads, group_size)
-    queries = load_rows(q, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
-    slopes = load_rows(dout, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
-    row_lse = safe_lse(tl.load(lse + at, mask=inside, other=0.0))
-    row_delta = tl.load(delta + at, mask=inside, other=0.0)
-    start = tl.load(unit_start + this % num_units)
-    length = (tl.load(unit_end + this % num_units) - start).to(tl.int32)
-    base = start * k_row + group.to(tl.int64) * k_head
-    dq = tl.zeros([BLOCK_M, WIDTH], dtype=tl.float32)
+    low, high = entries_of_split(split, head_block, cu_entries_ptr, cu_splits_ptr, split_size)
+    kv_head = head_block // num_kv_blocks
+    offs_m = low + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < high
+    entry = tl.load(order_ptr + offs_m, mask=mask_m, other=0)
+    row = rows_of_entries(
+        entry, kv_head, num_slots, first_token, num_tokens, first_kv_head, num_heads, qheads_per_kvhead
+    )
+    q = load_rows(q_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
+    do = load_rows(do_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
+    lse = safe_lse(tl.load(lse_ptr + row, mask=mask_m, other=0.0))
+    delta = tl.load(delta_ptr + row, mask=mask_m, other=0.0)
+    start = tl.load(kv_block_start_ptr + head_block % num_kv_blocks)
+    length = (tl.load(kv_block_end_ptr + head_block % num_kv_blocks) - start).to(tl.int32)
+    base = start * stride_kn + kv_head.to(tl.int64) * stride_kh
+    dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for first in range(0, length, BLOCK_N):
-        key = first + tl.arange(0, BLOCK_N)
-        keys = load_keys(k + base, key, k_row, length, HEAD_SIZE, WIDTH)
-        values = load_keys(v + base, key, k_row, length, HEAD_SIZE, WIDTH)
-        seen = (key < length)[None, :]
-        dq = query_step(queries, slopes, keys, values, row_lse, row_delta, softmax_scale, seen, dq)
-    store_rows(part, entry.to(tl.int64) * HEAD_SIZE, inside, dq * softmax_scale, HEAD_SIZE, WIDTH)
+        offs_n = first + tl.arange(0, BLOCK_N)
+        k = load_kv(k_ptr + base, offs_n, stride_kn, length, HEAD_DIM, BLOCK_D)
+        v = load_kv(v_ptr + base, offs_n, stride_kn, length, HEAD_DIM, BLOCK_D)
+        mask = (offs_n < length)[None, :]
+        dq = dq_step(q, do, k, v, lse, delta, softmax_scale, mask, dq)
+    store_rows(partial_dq_ptr, entry.to(tl.int64) * HEAD_DIM, mask_m, dq * softmax_scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def own_dq(
-    q,
-    k,
-    v,
-    dout,
-    lse,
-    delta,
-    start,
-    end,
-    list_of,
-    piece_first,
-    part,
-    units,
-    dq,
+def causal_dq(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    span_start_ptr,
+    span_end_ptr,
+    split_of_ptr,
+    cu_splits_ptr,
+    partial_dq_ptr,
+    entry_kv_block_ptr,
+    dq_ptr,
     softmax_scale,
-    k_row,
-    k_head,
-    num_stretches,
-    slots,
+    stride_kn,
+    stride_kh,
+    num_spans,
+    num_slots,
     first_token,
     num_tokens,
-    first_group,
+    first_kv_head,
     num_heads,
-    group_size,
-    HEAD_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MERGE: tl.constexpr,
+    qheads_per_kvhead,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COMBINE: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program per (tile of rows of a stretch, key head); only tokens of the pass are written, or added to."""
-    tile, group = tl.program_id(0), tl.program_id(1)
-    stretch = tl.load(list_of + tile)
-    if stretch >= num_stretches:
+    """One program per (split of a span's rows, kv head); only tokens of the pass are written, or added to."""
+    split, kv_head = tl.program_id(0), tl.program_id(1)
+    span = tl.load(split_of_ptr + split)
+    if span >= num_spans:
         return
-    begin = tl.load(start + stretch)
-    length = (tl.load(end + stretch) - begin).to(tl.int32)
-    row = (tile - tl.load(piece_first + stretch)).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
-    own = quotient(row, group_size)
-    token = begin + own
-    inside = (own < length) & (token >= first_token) & (token < first_token + num_tokens)
-    if tl.max(inside.to(tl.int32), axis=0) == 0:
+    start = tl.load(span_start_ptr + span)
+    length = (tl.load(span_end_ptr + span) - start).to(tl.int32)
+    offs_m = (split - tl.load(cu_splits_ptr + span)).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
+    position = quotient(offs_m, qheads_per_kvhead)
+    token = start + position
+    mask_m = (position < length) & (token >= first_token) & (token < first_token + num_tokens)
+    if tl.max(mask_m.to(tl.int32), axis=0) == 0:
         return
-    origin = begin * num_heads + (first_group + group) * group_size
-    at = row_offsets(origin, row, own, num_heads, group_size)
-    queries = load_rows(q, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
-    slopes = load_rows(dout, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
-    row_lse = safe_lse(tl.load(lse + at, mask=inside, other=0.0))
-    row_delta = tl.load(delta + at, mask=inside, other=0.0)
-    base = begin * k_row + group.to(tl.int64) * k_head
-    total = tl.zeros([BLOCK_M, WIDTH], dtype=tl.float32)
-    for first in range(0, tl.minimum(tl.max(own, axis=0) + 1, length), BLOCK_N):
-        key = first + tl.arange(0, BLOCK_N)
-        keys = load_keys(k + base, key, k_row, length, HEAD_SIZE, WIDTH)
-        values = load_keys(v + base, key, k_row, length, HEAD_SIZE, WIDTH)
-        seen = key[None, :] <= own[:, None]
-        total = query_step(queries, slopes, keys, values, row_lse, row_delta, softmax_scale, seen, total)
-    total *= softmax_scale
-    if MERGE:
-        entry = ((group * num_tokens + begin - first_token) * group_size + row) * slots
-        total = add_shares(total, part, units, entry, inside, slots, HEAD_SIZE, WIDTH)
+    origin = start * num_heads + (first_kv_head + kv_head) * qheads_per_kvhead
+    row = query_rows(origin, offs_m, position, num_heads, qheads_per_kvhead)
+    q = load_rows(q_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
+    do = load_rows(do_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
+    lse = safe_lse(tl.load(lse_ptr + row, mask=mask_m, other=0.0))
+    delta = tl.load(delta_ptr + row, mask=mask_m, other=0.0)
+    base = start * stride_kn + kv_head.to(tl.int64) * stride_kh
+    dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    for first in range(0, tl.minimum(tl.max(position, axis=0) + 1, length), BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        k = load_kv(k_ptr + base, offs_n, stride_kn, length, HEAD_DIM, BLOCK_D)
+        v = load_kv(v_ptr + base, offs_n, stride_kn, length, HEAD_DIM, BLOCK_D)
+        mask = offs_n[None, :] <= position[:, None]
+        dq = dq_step(q, do, k, v, lse, delta, softmax_scale, mask, dq)
+    dq *= softmax_scale
+    if COMBINE:
+        entry = ((kv_head * num_tokens + start - first_token) * qheads_per_kvhead + offs_m) * num_slots
+        dq = add_partials(dq, partial_dq_ptr, entry_kv_block_ptr, entry, mask_m, num_slots, HEAD_DIM, BLOCK_D)
     if ADD:
-        total += load_rows(dq, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH).to(tl.float32)
-    store_rows(dq, at * HEAD_SIZE, inside, total, HEAD_SIZE, WIDTH)
+        dq += load_rows(dq_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D).to(tl.float32)
+    store_rows(dq_ptr, row * HEAD_DIM, mask_m, dq, HEAD_DIM, BLOCK_D)
 
 
 @on_its_device
-def output_delta(dout_TND: Tensor, out_TND: Tensor) -> Tensor:
+def output_delta(do_TND: Tensor, out_TND: Tensor) -> Tensor:
     """fp32 [T, N]: inner products of the output and its gradient, both contiguous [T, N, D]."""
     tokens, heads, size = out_TND.shape
     delta_TN = torch.empty(tokens, heads, dtype=torch.float32, device=out_TND.device)
     tiles = config.tiles_for("output_delta_rows", out_TND)
     output_delta_rows[(triton.cdiv(tokens * heads, tiles["BLOCK_M"]),)](
-        out_TND, dout_TND, delta_TN, tokens * heads, **tiles
+        out_TND, do_TND, delta_TN, tokens * heads, **tiles
     )
     return delta_TN
 
 
-def units_queries_backward(
-    known: Known, keys: Keys, index: Index, fragment: DeviceFragment, softmax_scale: float, part_ED: Tensor
+def past_backward_dq(
+    rows: QueryRows,
+    keys: Keys,
+    index: Index,
+    fragment: DeviceFragment,
+    softmax_scale: float,
+    partial_dq_ED: Tensor,
 ) -> None:
-    """Write the share of dq of every entry of a pass that has a unit, in the inputs' dtype."""
-    work, units = index.work, fragment.units
-    tiles = config.tiles_for("units_dq", known.q, units.longest)
-    pieces = cut_entries(index, config.piece_size("units_dq", tiles))
-    if pieces.pieces == 0:
+    """Write the partial dq of every attended entry of a pass, in the inputs' dtype."""
+    work, kv_blocks = index.work, fragment.kv_blocks
+    tiles = config.tiles_for("past_dq", rows.q, kv_blocks.longest)
+    splits = cut_entries(index, config.split_size("past_dq", tiles))
+    if splits.count == 0:
         return
-    first = work.groups.start
-    units_dq[(pieces.pieces,)](
-        known.q, keys.k[:, first:], keys.v[:, first:], *known.tensors, units.start, units.end,
-        index.order, index.list_first, pieces.list_of, pieces.first, part_ED,
+    first = work.kv_heads.start
+    past_dq[(splits.count,)](
+        rows.q, keys.k[:, first:], keys.v[:, first:], rows.do, rows.lse, rows.delta, kv_blocks.start, kv_blocks.end,
+        index.order, index.cu_entries, splits.split_of, splits.cu_splits, partial_dq_ED,
         softmax_scale, keys.k.stride(0), keys.k.stride(1),
-        index.num_lists, index.num_units, work.slots, pieces.size,
-        work.tokens.start, work.num_tokens, work.first_head_group, known.q.shape[1], work.group_size,
+        index.num_head_blocks, index.num_kv_blocks, work.num_slots, splits.size,
+        work.tokens.start, work.num_tokens, work.first_kv_head, rows.q.shape[1], work.qheads_per_kvhead,
         **tiles,
     )  # fmt: skip
 
 
-def own_queries_backward(
-    known: Known,
+def causal_backward_dq(
+    rows: QueryRows,
     keys: Keys,
     work: Pass,
     fragment: DeviceFragment,
     softmax_scale: float,
-    parts: tuple[Tensor, Tensor] | None,
+    partials: tuple[Tensor, Tensor] | None,
     dq_TND: Tensor,
     add: bool,
 ) -> None:
-    """Write dq of the pass's rows under triangles, or add to it.
+    """Write dq of the pass's rows in causal spans, or add to it.
 
     Args:
-        parts: shares of dq [E, D] and units int32 [E], added in; None for none.
+        partials: partial dq [E, D] and kv blocks int32 [E], added in; None for none.
         dq_TND: contiguous; fp32 where `add`, else any floating dtype.
     """
-    triangles, merge = fragment.triangles, parts is not None
-    tiles = config.tiles_for("own_dq", known.q, triangles.longest)
-    pieces = cut_stretches(triangles, tiles["BLOCK_M"], work.group_size)
-    if pieces.pieces == 0:
+    spans, combine = fragment.causal_spans, partials is not None
+    tiles = config.tiles_for("causal_dq", rows.q, spans.longest)
+    splits = cut_spans(spans, tiles["BLOCK_M"], work.qheads_per_kvhead)
+    if splits.count == 0:
         return
-    part, units = parts if merge else (known.q, pieces.list_of)
-    first = work.groups.start
-    own_dq[(pieces.pieces, work.num_groups)](
-        known.q, keys.k[:, first:], keys.v[:, first:], *known.tensors, triangles.start, triangles.end,
-        pieces.list_of, pieces.first, part, units, dq_TND,
-        softmax_scale, keys.k.stride(0), keys.k.stride(1), triangles.count,
-        work.slots, work.tokens.start, work.num_tokens, work.first_head_group, known.q.shape[1],
-        work.group_size, MERGE=merge, ADD=add, **tiles,
+    first = work.kv_heads.start
+    causal_dq[(splits.count, work.num_kv_heads)](
+        rows.q, keys.k[:, first:], keys.v[:, first:], rows.do, rows.lse, rows.delta, spans.start, spans.end,
+        splits.split_of, splits.cu_splits, *(partials if combine else (rows.q, splits.split_of)), dq_TND,
+        softmax_scale, keys.k.stride(0), keys.k.stride(1), spans.count,
+        work.num_slots, work.tokens.start, work.num_tokens, work.first_kv_head, rows.q.shape[1],
+        work.qheads_per_kvhead, COMBINE=combine, ADD=add, **tiles,
     )  # fmt: skip

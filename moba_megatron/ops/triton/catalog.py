@@ -32,17 +32,26 @@ from moba_megatron.ops.triton import (
 )
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-# Keys of the longest unit or triangle: the short ones each have a tile of their own, the others share one.
+# Keys of the longest kv block or causal span: the short ones each have a tile of their own, the others share one.
 LENGTHS = (16, 32, 64, 128, 512)
 NUM_PAST = (1, 2, 7, 15, 31, 63)
 
-ELEMENTS = ("q", "k", "v", "dout", "part", "planes", "out", "dq")
-SUMS = ("lse", "delta", "part_lse", "means", "dk", "dv", "dk_sums", "dv_sums", "scores")
-INT32 = ("ids", "units", "counts", "offsets", "order", "list_first", "list_of", "unit_of_block", "own_unit", "lengths")
-INT64 = ("start", "end", "unit_start", "unit_end", "piece_first", "sum_first", "first_block", "block")
+ELEMENTS = ("q_ptr", "k_ptr", "v_ptr", "do_ptr", "partial_out_ptr", "partial_dq_ptr", "planes_ptr", "out_ptr", "dq_ptr")
+SUMS = (
+    "lse_ptr", "delta_ptr", "partial_lse_ptr", "means_ptr", "dk_ptr", "dv_ptr", "partial_dk_ptr", "partial_dv_ptr",
+    "scores_ptr",
+)  # fmt: skip
+INT32 = (
+    "ids_ptr", "entry_kv_block_ptr", "counts_ptr", "offsets_ptr", "order_ptr", "cu_entries_ptr", "split_of_ptr",
+    "kv_block_of_block_ptr", "own_kv_block_ptr", "lengths_ptr",
+)  # fmt: skip
+INT64 = (
+    "block_start_ptr", "block_end_ptr", "span_start_ptr", "span_end_ptr", "kv_block_start_ptr", "kv_block_end_ptr",
+    "cu_splits_ptr", "partial_start_ptr", "first_block_ptr", "block_ptr",
+)  # fmt: skip
 FLOATS = ("softmax_scale", "plane_shrink")
 # Integers that are multiples of 16, as strides of rows and heads are.
-STRIDES = ("k_row", "k_head", "k_sequence")
+STRIDES = ("stride_kn", "stride_kh", "stride_kb")
 
 
 @dataclass(frozen=True)
@@ -69,9 +78,8 @@ class Configuration:
     @property
     def element_type(self) -> str:
         """Of the rows that it reads, in Triton's notation."""
-        return next((self.signature[name] for name in ("q", "k", "part", "dout") if name in self.signature), "*fp32")[
-            1:
-        ]
+        names = ("q_ptr", "k_ptr", "partial_out_ptr", "partial_dq_ptr", "do_ptr")
+        return next((self.signature[name] for name in names if name in self.signature), "*fp32")[1:]
 
     def __str__(self) -> str:
         sizes = " ".join(f"{name}={value}" for name, value in self.constexprs.items())
@@ -129,7 +137,7 @@ def configurations(
     """The configurations of one architecture, each once: all, or those of some types and sizes.
 
     Args:
-        lengths: keys of the longest unit or triangle, which is the block size.
+        lengths: keys of the longest kv block or causal span, which is the block size.
         num_past: past blocks per query.
     """
     found: dict[str, Configuration] = {}
@@ -146,9 +154,9 @@ def _cases(
     lengths: Sequence[int],
     num_past: Sequence[int],
 ) -> Iterator[_Case]:
-    # A whole pack, a rank's fragment with and without own blocks, and ids that are unit numbers.
-    for first, table, own_unit in ((1, 0, 0), (1, 1, 0), (1, 1, 1), (0, 0, 0)):
-        flags = {"HAS_FIRST": bool(first), "HAS_TABLE": bool(table), "HAS_OWN": bool(own_unit)}
+    # A whole pack, a rank's fragment with and without own kv blocks, and ids that are numbers of kv blocks.
+    for first, table, own in ((1, 0, 0), (1, 1, 0), (1, 1, 1), (0, 0, 0)):
+        flags = {"HAS_FIRST": bool(first), "HAS_TABLE": bool(table), "HAS_OWN": bool(own)}
         yield _Case(index.count_entries, config.tiles("count_entries") | flags)
     yield _Case(index.scatter_entries, config.tiles("scatter_entries"))
     for dtype in dtypes:
@@ -159,23 +167,27 @@ def _cases(
 
 
 def _rows(dtype: torch.dtype, size: int, num_past: Sequence[int], architecture: int) -> Iterator[_Case]:
-    for kernel in (summaries.block_means, combine.add_pieces, backward_dq.output_delta_rows):
+    for kernel in (summaries.block_means, combine.combine_dkdv, backward_dq.output_delta_rows):
         yield _Case(kernel, config.tiles(kernel.__name__, dtype, size, architecture=architecture), dtype)
-    # Fragments are merged into fp32 or into outputs in the inputs' dtype; shares of dq always into fp32.
-    merges = ((combine.merge_rows, {}), (combine.merge_rows, {"out": "*fp32"}), (combine.add_dq, {"dq": "*fp32"}))
-    for kernel, types in merges:
+    # Fragments are combined with outputs in fp32 or in the inputs' dtype; partial dq always with dq in fp32.
+    combines = (
+        (combine.combine_out, {}),
+        (combine.combine_out, {"out_ptr": "*fp32"}),
+        (combine.combine_dq, {"dq_ptr": "*fp32"}),
+    )
+    for kernel, types in combines:
         yield _Case(kernel, config.tiles(kernel.__name__, dtype, size, architecture=architecture), dtype, types)
     for kept in num_past:
         settings = config.route_tiles(dtype, size, kept, architecture=architecture)
-        yield _Case(routing.select_blocks, settings | {"SPLIT": False}, dtype)
+        yield _Case(routing.route, settings | {"SPLIT": False}, dtype)
         if dtype == torch.float32:
             settings = config.route_tiles(dtype, size, kept, 1, architecture)
-            yield _Case(routing.select_blocks, settings | {"SPLIT": True}, dtype)
+            yield _Case(routing.route, settings | {"SPLIT": True}, dtype)
     yield _Case(
-        decode.attend_cached,
-        config.tiles("attend_cached", dtype, size, architecture=architecture),
+        decode.decode_fwd,
+        config.tiles("decode_fwd", dtype, size, architecture=architecture),
         dtype,
-        {"part": "*fp32"},
+        {"partial_out_ptr": "*fp32"},
     )
 
 
@@ -184,18 +196,18 @@ def _attention(dtype: torch.dtype, size: int, length: int, architecture: int) ->
         settings = config.tiles(name, dtype, size, length, architecture)
         return _Case(kernel, settings | flags, dtype, types or {})
 
-    if config.holds_unit("attend_short_units", dtype, size, length, architecture):
-        yield case("attend_short_units", past.attend_short_units)
+    if config.holds_kv_block("past_fwd_short", dtype, size, length, architecture):
+        yield case("past_fwd_short", past.past_fwd_short)
     else:
-        yield case("attend_long_units", past.attend_long_units)
-    if config.holds_unit("units_dkdv_dq", dtype, size, length, architecture):
-        yield case("units_dkdv_dq", backward_dkdv.units_dkdv, WRITE_DQ=True)
+        yield case("past_fwd_long", past.past_fwd_long)
+    if config.holds_kv_block("past_dkdv_dq", dtype, size, length, architecture):
+        yield case("past_dkdv_dq", backward_dkdv.past_dkdv, WRITE_DQ=True)
     else:
-        yield case("units_dkdv", backward_dkdv.units_dkdv, WRITE_DQ=False)
-        yield case("units_dq", backward_dq.units_dq)
-    wide = {"out": "*fp32", "dq": "*fp32"}
-    yield case("own_dkdv", backward_dkdv.own_dkdv)
-    for types, merge in (({}, True), ({}, False), (wide, False)):
-        yield case("attend_own", causal.attend_own, types, MERGE=merge)
-    for types, merge, add in (({}, True, False), ({}, False, False), (wide, False, True)):
-        yield case("own_dq", backward_dq.own_dq, types, MERGE=merge, ADD=add)
+        yield case("past_dkdv", backward_dkdv.past_dkdv, WRITE_DQ=False)
+        yield case("past_dq", backward_dq.past_dq)
+    wide = {"out_ptr": "*fp32", "dq_ptr": "*fp32"}
+    yield case("causal_dkdv", backward_dkdv.causal_dkdv)
+    for types, combines in (({}, True), ({}, False), (wide, False)):
+        yield case("causal_fwd", causal.causal_fwd, types, COMBINE=combines)
+    for types, combines, adds in (({}, True, False), ({}, False, False), (wide, False, True)):
+        yield case("causal_dq", backward_dq.causal_dq, types, COMBINE=combines, ADD=adds)

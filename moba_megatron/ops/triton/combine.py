@@ -1,11 +1,16 @@
-"""Sums of dk and dv over the pieces of a list, added in order.
+"""Partial results combined in a fixed order, so that no sum depends on what ran first.
 
-Each piece of a list writes its sums for all keys of its unit; the pieces of a key tile are then added one after the
-other, those of units that start at the same row together, so that no sum depends on what ran first.
+A row's partial outputs and its partial dq are those of its slots. In a whole pack `causal_fwd` and `causal_dq` combine
+them as they finish a row (`combine_partials`, `add_partials`); for fragments `combine_out` and `combine_dq` do it
+alone, into results that are there already. A kv block's partial dk and dv are those of the splits of its entries: each
+split writes its sums for all keys, and `combine_dkdv` adds them one after the other, those of kv blocks that start at
+the same row together.
 
-Traffic: 8 D bytes read per row of sums, 16 D bytes read and written per key row.
+Traffic: D elements per slot of a row; for dk and dv 8 D bytes read per partial row, 16 D bytes read and written per key
+row.
 
-Legend: S key rows, G key heads of the pass, D head size, W rows of sums.
+Legend: T tokens, N query heads, S key rows, G kv heads of the pass, D head size, E entries of a pass, W rows of all
+partial dk.
 """
 
 from __future__ import annotations
@@ -16,214 +21,204 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.common import (
-    COUNTS,
-    LN_2,
-    LOG2_E,
-    load_rows,
-    row_offsets,
-    second_id,
-    store_rows,
-)
-from moba_megatron.ops.triton.fragments import Stretches
-from moba_megatron.ops.triton.index import (
-    Index,
-    WorkList,
-)
-from moba_megatron.ops.triton.passes import (
-    Pass,
-)
+from moba_megatron.ops.triton.common import COUNTS, LN_2, LOG2_E, load_rows, query_rows, second_id, store_rows
+from moba_megatron.ops.triton.fragments import Spans
+from moba_megatron.ops.triton.index import Index, Splits
+from moba_megatron.ops.triton.passes import Pass
 
 
 @triton.jit
-def merge_parts(acc, top, total, part, part_lse, units, entry, inside, slots,
-                HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """Merge a row's partial outputs, in slot order, into its running (acc, top, total) by log-sum-exp in base 2.
+def combine_partials(acc, m, l, partial_out_ptr, partial_lse_ptr, entry_kv_block_ptr, entry, mask_m, num_slots,
+                     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Combine a row's partial outputs, in slot order, with its running (acc, m, l) by log-sum-exp in base 2.
 
     Args:
-        acc [rows, WIDTH], top [rows], total [rows]: sum of exp2(score - top) * value, largest score, sum of weights.
-        entry [rows]: int64 number of each row's first entry.
-        slots: entries per row; those whose unit is -1 were never written.
+        entry [rows]: int64 number of each row's first entry; entries whose kv block is -1 were never written.
     """
-    for slot in range(0, slots):
-        there = inside & (tl.load(units + entry + slot, mask=inside, other=-1) >= 0)
-        lse = tl.load(part_lse + entry + slot, mask=there, other=float("-inf")) * LOG2_E
-        rows = load_rows(part, (entry + slot) * HEAD_SIZE, there, HEAD_SIZE, WIDTH)
-        higher = tl.maximum(top, lse)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        keep = tl.exp2(top - shift)
-        weight = tl.exp2(lse - shift)
-        acc = acc * keep[:, None] + rows.to(tl.float32) * weight[:, None]
-        total = total * keep + weight
-        top = higher
-    return acc, top, total
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def merge_rows(
-    part,
-    part_lse,
-    units,
-    out,
-    lse,
-    num_rows,
-    slots,
-    first_token,
-    num_tokens,
-    first_group,
-    num_heads,
-    group_size,
-    HEAD_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """One program per tile of rows of the pass: merge partial outputs into out and lse, in place."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = row < num_rows
-    token = row // group_size
-    group = token // num_tokens
-    origin = (first_token - group * num_tokens) * num_heads + (first_group + group) * group_size
-    at = row_offsets(origin, row, token, num_heads, group_size)
-    top = tl.load(lse + at, mask=inside, other=float("-inf")) * LOG2_E
-    total = tl.where(top == float("-inf"), 0.0, 1.0)
-    acc = load_rows(out, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH).to(tl.float32) * total[:, None]
-    acc, top, total = merge_parts(acc, top, total, part, part_lse, units, row * slots, inside, slots, HEAD_SIZE, WIDTH)
-    empty = total == 0
-    store_rows(out, at * HEAD_SIZE, inside, acc / tl.where(empty, 1.0, total)[:, None], HEAD_SIZE, WIDTH)
-    merged = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * LN_2)
-    tl.store(lse + at, merged, mask=inside)
-
-
-def merge_forward(work: Pass, parts: tuple[Tensor, Tensor, Tensor], out_TND: Tensor, lse_TN: Tensor) -> None:
-    """Merge partial outputs (as for `own_forward`) into the out and lse of all rows of the pass, in place."""
-    tiles = config.tiles_for("merge_rows", parts[0])
-    merge_rows[(triton.cdiv(work.rows, tiles["BLOCK_M"]),)](
-        *parts, out_TND, lse_TN, work.rows, work.slots,
-        work.tokens.start, work.num_tokens, work.first_head_group, out_TND.shape[1], work.group_size,
-        **tiles,
-    )  # fmt: skip
+    for slot in range(0, num_slots):
+        attended = mask_m & (tl.load(entry_kv_block_ptr + entry + slot, mask=mask_m, other=-1) >= 0)
+        lse = tl.load(partial_lse_ptr + entry + slot, mask=attended, other=float("-inf")) * LOG2_E
+        partial_out = load_rows(partial_out_ptr, (entry + slot) * HEAD_DIM, attended, HEAD_DIM, BLOCK_D)
+        m_new = tl.maximum(m, lse)
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(m - shift)
+        p = tl.exp2(lse - shift)
+        acc = acc * alpha[:, None] + partial_out.to(tl.float32) * p[:, None]
+        l = l * alpha + p
+        m = m_new
+    return acc, m, l
 
 
 @triton.jit
-def add_shares(total, part, units, entry, inside, slots, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Add a row's shares in slot order; slots whose unit is -1 were never written."""
-    for slot in range(0, slots):
-        there = inside & (tl.load(units + entry + slot, mask=inside, other=-1) >= 0)
-        total += load_rows(part, (entry + slot) * HEAD_SIZE, there, HEAD_SIZE, WIDTH).to(tl.float32)
-    return total
+def add_partials(dq, partial_dq_ptr, entry_kv_block_ptr, entry, mask_m, num_slots,
+                 HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Add a row's partial dq in slot order; arguments as for `combine_partials`."""
+    for slot in range(0, num_slots):
+        attended = mask_m & (tl.load(entry_kv_block_ptr + entry + slot, mask=mask_m, other=-1) >= 0)
+        dq += load_rows(partial_dq_ptr, (entry + slot) * HEAD_DIM, attended, HEAD_DIM, BLOCK_D).to(tl.float32)
+    return dq
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def add_dq(
-    part,
-    units,
-    dq,
+def combine_out(
+    partial_out_ptr,
+    partial_lse_ptr,
+    entry_kv_block_ptr,
+    out_ptr,
+    lse_ptr,
     num_rows,
-    slots,
+    num_slots,
     first_token,
     num_tokens,
-    first_group,
+    first_kv_head,
     num_heads,
-    group_size,
-    HEAD_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    qheads_per_kvhead,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """One program per tile of rows of the pass: adds their shares to dq."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = row < num_rows
-    token = row // group_size
-    group = token // num_tokens
-    origin = (first_token - group * num_tokens) * num_heads + (first_group + group) * group_size
-    at = row_offsets(origin, row, token, num_heads, group_size)
-    total = load_rows(dq, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH).to(tl.float32)
-    total = add_shares(total, part, units, row * slots, inside, slots, HEAD_SIZE, WIDTH)
-    store_rows(dq, at * HEAD_SIZE, inside, total, HEAD_SIZE, WIDTH)
+    """One program per tile of rows of the pass: combines their partial outputs with out and lse, in place."""
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < num_rows
+    token = offs_m // qheads_per_kvhead
+    kv_head = token // num_tokens
+    origin = (first_token - kv_head * num_tokens) * num_heads + (first_kv_head + kv_head) * qheads_per_kvhead
+    row = query_rows(origin, offs_m, token, num_heads, qheads_per_kvhead)
+    m = tl.load(lse_ptr + row, mask=mask_m, other=float("-inf")) * LOG2_E
+    l = tl.where(m == float("-inf"), 0.0, 1.0)
+    acc = load_rows(out_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D).to(tl.float32) * l[:, None]
+    acc, m, l = combine_partials(
+        acc, m, l, partial_out_ptr, partial_lse_ptr, entry_kv_block_ptr, offs_m * num_slots, mask_m, num_slots,
+        HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
+    empty = l == 0
+    store_rows(out_ptr, row * HEAD_DIM, mask_m, acc / tl.where(empty, 1.0, l)[:, None], HEAD_DIM, BLOCK_D)
+    lse = tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, l))) * LN_2)
+    tl.store(lse_ptr + row, lse, mask=mask_m)
 
 
-def merge_dq(work: Pass, parts: tuple[Tensor, Tensor], dq_TND: Tensor) -> None:
-    """Add the shares (as for `own_queries_backward`) to dq of all rows of the pass."""
-    tiles = config.tiles_for("add_dq", parts[0])
-    add_dq[(triton.cdiv(work.rows, tiles["BLOCK_M"]),)](
-        *parts, dq_TND, work.rows, work.slots,
-        work.tokens.start, work.num_tokens, work.first_head_group, dq_TND.shape[1], work.group_size,
+@triton.jit(do_not_specialize=COUNTS)
+def combine_dq(
+    partial_dq_ptr,
+    entry_kv_block_ptr,
+    dq_ptr,
+    num_rows,
+    num_slots,
+    first_token,
+    num_tokens,
+    first_kv_head,
+    num_heads,
+    qheads_per_kvhead,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """One program per tile of rows of the pass: adds their partial dq to dq, in place."""
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < num_rows
+    token = offs_m // qheads_per_kvhead
+    kv_head = token // num_tokens
+    origin = (first_token - kv_head * num_tokens) * num_heads + (first_kv_head + kv_head) * qheads_per_kvhead
+    row = query_rows(origin, offs_m, token, num_heads, qheads_per_kvhead)
+    dq = load_rows(dq_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D).to(tl.float32)
+    dq = add_partials(dq, partial_dq_ptr, entry_kv_block_ptr, offs_m * num_slots, mask_m, num_slots, HEAD_DIM, BLOCK_D)
+    store_rows(dq_ptr, row * HEAD_DIM, mask_m, dq, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def combine_dkdv(
+    partial_dk_ptr,
+    partial_dv_ptr,
+    kv_block_start_ptr,
+    kv_block_end_ptr,
+    split_of_ptr,
+    cu_splits_ptr,
+    partial_start_ptr,
+    dk_ptr,
+    dv_ptr,
+    num_kv_blocks,
+    num_kv_heads,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program per (head block, key tile): adds all splits of the kv blocks that start where this one does, in
+    order.
+
+    Only the first of such kv blocks does the work.
+    """
+    head_block, key_tile = tl.program_id(0), second_id()
+    kv_head, kv_block = head_block // num_kv_blocks, head_block % num_kv_blocks
+    start = tl.load(kv_block_start_ptr + kv_block)
+    before = tl.load(kv_block_start_ptr + kv_block - 1, mask=kv_block > 0, other=-1)
+    if (before == start) | (tl.load(kv_block_end_ptr + kv_block) == start):
+        return
+    offs_n = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    longest = tl.full([], 0, tl.int32)
+    more = kv_block < num_kv_blocks
+    while more:
+        length = (tl.load(kv_block_end_ptr + kv_block) - start).to(tl.int32)
+        longest = tl.maximum(longest, length)
+        low, high = tl.load(cu_splits_ptr + head_block), tl.load(cu_splits_ptr + head_block + 1)
+        if key_tile * BLOCK_N >= length:
+            high = low
+        for split in range(low, high):
+            source = (tl.load(partial_start_ptr + split) + offs_n) * HEAD_DIM
+            dk += load_rows(partial_dk_ptr, source, offs_n < length, HEAD_DIM, BLOCK_D)
+            dv += load_rows(partial_dv_ptr, source, offs_n < length, HEAD_DIM, BLOCK_D)
+        kv_block += 1
+        head_block += 1
+        more = tl.load(kv_block_start_ptr + kv_block, mask=kv_block < num_kv_blocks, other=-1) == start
+    target = ((start + offs_n) * num_kv_heads + kv_head) * HEAD_DIM
+    mask_n = offs_n < longest
+    store_rows(dk_ptr, target, mask_n, load_rows(dk_ptr, target, mask_n, HEAD_DIM, BLOCK_D) + dk, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr, target, mask_n, load_rows(dv_ptr, target, mask_n, HEAD_DIM, BLOCK_D) + dv, HEAD_DIM, BLOCK_D)
+
+
+def combine_forward(work: Pass, partials: tuple[Tensor, Tensor, Tensor], out_TND: Tensor, lse_TN: Tensor) -> None:
+    """Combine partial outputs (as for `causal.causal_forward`) with out and lse of all rows of the pass, in place."""
+    tiles = config.tiles_for("combine_out", partials[0])
+    combine_out[(triton.cdiv(work.num_rows, tiles["BLOCK_M"]),)](
+        *partials, out_TND, lse_TN, work.num_rows, work.num_slots,
+        work.tokens.start, work.num_tokens, work.first_kv_head, out_TND.shape[1], work.qheads_per_kvhead,
         **tiles,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def add_pieces(
-    dk_sums,
-    dv_sums,
-    unit_start,
-    unit_end,
-    list_of,
-    piece_first,
-    sum_first,
-    dk,
-    dv,
-    num_units,
-    num_groups,
-    HEAD_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One program per (list, key tile): adds all pieces of the units that start where this one does, in order.
-
-    Only the first of such units does the work.
-    """
-    this, key_tile = tl.program_id(0), second_id()
-    group, unit = this // num_units, this % num_units
-    start = tl.load(unit_start + unit)
-    before = tl.load(unit_start + unit - 1, mask=unit > 0, other=-1)
-    if (before == start) | (tl.load(unit_end + unit) == start):
-        return
-    key = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    total_k = tl.zeros([BLOCK_N, WIDTH], dtype=tl.float32)
-    total_v = tl.zeros([BLOCK_N, WIDTH], dtype=tl.float32)
-    longest = tl.full([], 0, tl.int32)
-    more = unit < num_units
-    while more:
-        length = (tl.load(unit_end + unit) - start).to(tl.int32)
-        longest = tl.maximum(longest, length)
-        low, high = tl.load(piece_first + this), tl.load(piece_first + this + 1)
-        if key_tile * BLOCK_N >= length:
-            high = low
-        for piece in range(low, high):
-            source = (tl.load(sum_first + piece) + key) * HEAD_SIZE
-            total_k += load_rows(dk_sums, source, key < length, HEAD_SIZE, WIDTH)
-            total_v += load_rows(dv_sums, source, key < length, HEAD_SIZE, WIDTH)
-        unit += 1
-        this += 1
-        more = tl.load(unit_start + unit, mask=unit < num_units, other=-1) == start
-    at = ((start + key) * num_groups + group) * HEAD_SIZE
-    inside = key < longest
-    store_rows(dk, at, inside, load_rows(dk, at, inside, HEAD_SIZE, WIDTH) + total_k, HEAD_SIZE, WIDTH)
-    store_rows(dv, at, inside, load_rows(dv, at, inside, HEAD_SIZE, WIDTH) + total_v, HEAD_SIZE, WIDTH)
+def combine_backward_dq(work: Pass, partials: tuple[Tensor, Tensor], dq_TND: Tensor) -> None:
+    """Add partial dq (as for `backward_dq.causal_backward_dq`) to dq of all rows of the pass."""
+    tiles = config.tiles_for("combine_dq", partials[0])
+    combine_dq[(triton.cdiv(work.num_rows, tiles["BLOCK_M"]),)](
+        *partials, dq_TND, work.num_rows, work.num_slots,
+        work.tokens.start, work.num_tokens, work.first_kv_head, dq_TND.shape[1], work.qheads_per_kvhead,
+        **tiles,
+    )  # fmt: skip
 
 
-def room_for_sums(index: Index, pieces: WorkList, units: Stretches) -> tuple[Tensor, int]:
-    """Where each piece's sums begin (int64), and an upper bound on the rows of all of them."""
-    lengths = (units.end - units.start).repeat(index.work.num_groups)
-    lengths = torch.cat([lengths, lengths.new_zeros(1)])[pieces.list_of]
-    rows = units.total * index.work.num_groups + index.work.entries // pieces.size * units.longest
+def room_for_partials(index: Index, splits: Splits, kv_blocks: Spans) -> tuple[Tensor, int]:
+    """Where each split's partial dk and dv begin (int64), and an upper bound on the rows of all of them."""
+    lengths = (kv_blocks.end - kv_blocks.start).repeat(index.work.num_kv_heads)
+    lengths = torch.cat([lengths, lengths.new_zeros(1)])[splits.split_of]
+    rows = kv_blocks.total * index.work.num_kv_heads + index.work.num_entries // splits.size * kv_blocks.longest
     return lengths.cumsum(0) - lengths, rows
 
 
-def add_sums(
+def combine_backward_dkdv(
     index: Index,
-    pieces: WorkList,
-    units: Stretches,
-    sum_first: Tensor,
-    dk_sums: Tensor,
-    dv_sums: Tensor,
+    splits: Splits,
+    kv_blocks: Spans,
+    partial_start: Tensor,
+    partial_dk: Tensor,
+    partial_dv: Tensor,
     dk_SGD: Tensor,
     dv_SGD: Tensor,
 ) -> None:
-    """Add the pieces' sums fp32 [W, D], each from row `sum_first` on, to fp32 dk and dv [S, G, D]."""
-    tiles = config.tiles_for("add_pieces", dk_SGD)
-    key_tiles = triton.cdiv(units.longest, tiles["BLOCK_N"])
-    add_pieces[(index.num_lists, *config.spread(key_tiles))](
-        dk_sums, dv_sums, units.start, units.end, pieces.list_of, pieces.first, sum_first, dk_SGD, dv_SGD,
-        index.num_units, index.work.num_groups, **tiles,
+    """Add the splits' partial dk and dv fp32 [W, D], each from row `partial_start` on, to fp32 dk and dv [S, G, D]."""
+    tiles = config.tiles_for("combine_dkdv", dk_SGD)
+    key_tiles = triton.cdiv(kv_blocks.longest, tiles["BLOCK_N"])
+    combine_dkdv[(index.num_head_blocks, *config.spread(key_tiles))](
+        partial_dk, partial_dv, kv_blocks.start, kv_blocks.end, splits.split_of, splits.cu_splits, partial_start,
+        dk_SGD, dv_SGD, index.num_kv_blocks, index.work.num_kv_heads, **tiles,
     )  # fmt: skip

@@ -1,10 +1,15 @@
-"""What all kernels share: matrix products, and where a query row lies.
+"""What all kernels share: matrix products, and how rows are addressed, loaded and stored.
 
-Conventions of every kernel here. Tensors are contiguous but for keys and values, which have a row and a head stride.
-`HEAD_SIZE` is D and `WIDTH` the power of two that holds it; columns beyond D are read as zero. `group_size` is the
-number of query heads per key head: the rows of a key head are numbered token by token and, within a token, head by
-head, so that any number of heads fills a tile. Scores are kept in base 2: exp(x) is exp2(x * LOG2_E). Addresses are
-64-bit.
+Conventions of every kernel here, beside the words of `ops`:
+
+- `q_ptr` is an address, `q` the tile loaded from it; `offs_m`, `offs_n` and `offs_d` are offsets of query rows, of keys
+  within their kv block or causal span, and of channels; `mask_m` and `mask_n` say which of them there are.
+- Tensors are contiguous but for keys and values, which have the strides `stride_kn` of a row and `stride_kh` of a head.
+- `HEAD_DIM` is D and `BLOCK_D` the power of two that holds it; channels beyond D are read as zero. `BLOCK_M` and
+  `BLOCK_N` are the query rows and keys of a tile.
+- The rows of a kv head are numbered token by token and, within a token, head by head, so that any number of query heads
+  fills a tile.
+- Scores are kept in base 2: exp(x) is exp2(x * LOG2_E). Addresses are 64-bit.
 """
 
 from __future__ import annotations
@@ -20,24 +25,22 @@ COUNTS = [
     "num_rows",
     "num_tokens",
     "num_blocks",
-    "num_lists",
-    "num_units",
-    "num_stretches",
+    "num_head_blocks",
+    "num_kv_blocks",
+    "num_spans",
     "num_heads",
-    "num_groups",
+    "num_kv_heads",
     "num_past",
-    "group_size",
+    "qheads_per_kvhead",
     "first_token",
-    "first_group",
-    "slots",
+    "first_kv_head",
+    "num_slots",
     "block_size",
-    "pieces",
-    "parts",
-    "part_blocks",
-    "chunks",
-    "chunk_entries",
-    "entries",
-    "piece_size",
+    "num_splits",
+    "split_size",
+    "num_chunks",
+    "chunk_size",
+    "num_entries",
     "tile_rows",
 ]
 
@@ -70,9 +73,10 @@ def quotient(number, divisor):
 
 
 @triton.jit
-def row_offsets(origin, row, token, num_heads, group_size):
-    """Places in a [T, N] tensor, as int64, of rows (token * group_size + head) that count from the place `origin`."""
-    return origin + row + token.to(tl.int64) * (num_heads - group_size)
+def query_rows(origin, offs_m, token, num_heads, qheads_per_kvhead):
+    """Query rows (token * N + head), as int64, of the rows offs_m (token * qheads_per_kvhead + head) of a kv head,
+    which count from the query row `origin`."""
+    return origin + offs_m + token.to(tl.int64) * (num_heads - qheads_per_kvhead)
 
 
 @triton.jit
@@ -82,32 +86,32 @@ def second_id():
 
 
 @triton.jit
-def load_rows(source, offset, inside, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows of HEAD_SIZE elements at `source + offset` as a tile [rows, WIDTH]; zero outside."""
-    column = tl.arange(0, WIDTH)
-    mask = inside[:, None]
-    if HEAD_SIZE < WIDTH:
-        mask = mask & (column < HEAD_SIZE)[None, :]
-    return tl.load(source + offset[:, None] + column[None, :], mask=mask, other=0.0)
+def load_rows(ptr, offset, mask_m, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of HEAD_DIM elements at `ptr + offset` as a tile [rows, BLOCK_D]; zero where masked."""
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = mask_m[:, None]
+    if HEAD_DIM < BLOCK_D:
+        mask = mask & (offs_d < HEAD_DIM)[None, :]
+    return tl.load(ptr + offset[:, None] + offs_d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def load_keys(source, key, row_stride, length, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows `key` of `length` adjacent keys or values from `source` on, as a tile; zero beyond them."""
-    return load_rows(source, key.to(tl.int64) * row_stride, key < length, HEAD_SIZE, WIDTH)
+def load_kv(ptr, offs_n, stride_kn, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows offs_n of `length` adjacent keys or values from `ptr` on, as a tile; zero beyond them."""
+    return load_rows(ptr, offs_n.to(tl.int64) * stride_kn, offs_n < length, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
-def store_rows(target, offset, inside, tile, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr):
+def store_rows(ptr, offset, mask_m, tile, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """The reverse of `load_rows`, in the target's dtype."""
-    column = tl.arange(0, WIDTH)
-    mask = inside[:, None]
-    if HEAD_SIZE < WIDTH:
-        mask = mask & (column < HEAD_SIZE)[None, :]
-    tl.store(target + offset[:, None] + column[None, :], tile.to(target.dtype.element_ty), mask=mask)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = mask_m[:, None]
+    if HEAD_DIM < BLOCK_D:
+        mask = mask & (offs_d < HEAD_DIM)[None, :]
+    tl.store(ptr + offset[:, None] + offs_d[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def safe_lse(lse):
-    """Log-sum-exps in base 2 for exp2(score - lse): rows without keys (-inf) get weight 0 instead of NaN."""
+    """Log-sum-exps in base 2 for exp2(s - lse): rows without keys (-inf) get probability 0 instead of NaN."""
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)

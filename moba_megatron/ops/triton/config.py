@@ -24,22 +24,22 @@ HEAD_SIZES = (64, 96, 128, 192, 256)
 # What the interpreter takes.
 DEFAULT_ARCHITECTURE = 90
 
-# Kernels bound by memory alone: (elements of a tile [rows, width], what its rows are, warps).
+# Kernels bound by memory alone: (elements of a tile [rows, BLOCK_D], what its rows are, warps).
 STREAMING = {
     "block_means": (4096, "BLOCK_N", 4),
-    "add_pieces": (4096, "BLOCK_N", 16),
-    "attend_cached": (4096, "BLOCK_N", 8),
-    "merge_rows": (2048, "BLOCK_M", 2),
-    "add_dq": (4096, "BLOCK_M", 8),
+    "combine_dkdv": (4096, "BLOCK_N", 16),
+    "decode_fwd": (4096, "BLOCK_N", 8),
+    "combine_out": (2048, "BLOCK_M", 2),
+    "combine_dq": (4096, "BLOCK_M", 8),
     "output_delta_rows": (4096, "BLOCK_M", 4),
 }
-# Warps where a head has more than 128 columns, if not as above: with as few there, or as many here, registers spill.
-WIDE_WARPS = {"merge_rows": 4}
-# Members of a tile, warps.
+# Warps where a tile has more than 128 channels, if not as above: with as few there, or as many here, registers spill.
+WIDE_WARPS = {"combine_out": 4}
+# Entries of a tile, warps.
 INDEX_TILES = {"count_entries": (1024, 4), "scatter_entries": (64, 4)}
 
 # Decoding: programs that score blocks, about two for each multiprocessor of a large chip, and the least blocks for one.
-DECODING_PROGRAMS, LEAST_PART = 256, 256
+DECODING_PROGRAMS, LEAST_SPLIT = 256, 256
 # Programs that build an index, at most: each counts for itself, so that this bounds the counts in memory.
 MOST_CHUNKS = 1024
 
@@ -72,10 +72,10 @@ def checked(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def width_of(head_size: int) -> int:
-    """Columns of a tile that holds a head.
+def block_d_of(head_size: int) -> int:
+    """Channels of a tile that holds a head: the constant `BLOCK_D`.
 
-    >>> width_of(96), width_of(8)
+    >>> block_d_of(96), block_d_of(8)
     (128, 16)
     """
     return max(16, triton.next_power_of_2(head_size))
@@ -115,19 +115,19 @@ def tiles(
 
     Args:
         dtype, head_size: of the inputs; for kernels that read rows.
-        longest: keys of the longest unit or triangle; no tile has more keys than it needs.
+        longest: keys of the longest kv block or causal span; no tile has more keys than it needs.
     """
     if kernel in INDEX_TILES:
-        members, warps = INDEX_TILES[kernel]
+        entries, warps = INDEX_TILES[kernel]
         # One stage: a tile's loads may not run ahead of the stores of the one before.
-        return {"BLOCK_E": members, "num_warps": warps, "num_stages": 1}
+        return {"BLOCK_E": entries, "num_warps": warps, "num_stages": 1}
     assert dtype is not None
-    width = width_of(head_size)
-    settings = {"HEAD_SIZE": head_size, "WIDTH": width}
+    block_d = block_d_of(head_size)
+    settings = {"HEAD_DIM": head_size, "BLOCK_D": block_d}
     if kernel in STREAMING:
         elements, side, warps = STREAMING[kernel]
-        warps = WIDE_WARPS.get(kernel, warps) if width > 128 else warps
-        return settings | {side: max(16, elements // width), "num_warps": warps}
+        warps = WIDE_WARPS.get(kernel, warps) if block_d > 128 else warps
+        return settings | {side: max(16, elements // block_d), "num_warps": warps}
     tile = _tile(kernel, dtype, head_size, architecture, longest)
     keys = min(tile.keys, max(16, triton.next_power_of_2(longest)))
     return settings | {"BLOCK_M": tile.rows, "BLOCK_N": keys, "num_warps": tile.warps, "num_stages": tile.stages}
@@ -141,13 +141,13 @@ def route_tiles(
     architecture: int = DEFAULT_ARCHITECTURE,
 ) -> dict[str, int]:
     """Launch settings of routing, for K = `num_past` blocks to keep and, in decoding, only so many rows in a tile."""
-    tile = _tile("select_blocks", dtype, head_size, architecture, 0)
+    tile = _tile("route", dtype, head_size, architecture, 0)
     if rows is not None:
         # Few rows, in fp32, on any chip.
-        tile = Tile(max(16, triton.next_power_of_2(rows)), 64, max(4, width_of(head_size) // 32), 1)
+        tile = Tile(max(16, triton.next_power_of_2(rows)), 64, max(4, block_d_of(head_size) // 32), 1)
     return {
-        "HEAD_SIZE": head_size,
-        "WIDTH": width_of(head_size),
+        "HEAD_DIM": head_size,
+        "BLOCK_D": block_d_of(head_size),
         "PLANES": 1 if dtype == torch.float32 else PLANES,
         "KEEP": triton.next_power_of_2(num_past),
         "BLOCK_M": tile.rows,
@@ -157,10 +157,10 @@ def route_tiles(
     }
 
 
-def holds_unit(
+def holds_kv_block(
     kernel: str, dtype: torch.dtype, head_size: int, longest: int, architecture: int = DEFAULT_ARCHITECTURE
 ) -> bool:
-    """Whether a kernel that takes whole units (`attend_short_units`, `units_dkdv_dq`) takes units of `longest` keys."""
+    """Whether a kernel that holds whole kv blocks (`past_fwd_short`, `past_dkdv_dq`) holds one of `longest` keys."""
     return longest <= _tile(kernel, dtype, head_size, architecture, longest).keys
 
 
@@ -169,16 +169,16 @@ def tiles_for(kernel: str, tensor: Tensor, longest: int = 0) -> dict[str, int]:
     return tiles(kernel, tensor.dtype, tensor.shape[-1], longest, architecture_of(tensor))
 
 
-def holds_unit_for(kernel: str, tensor: Tensor, longest: int) -> bool:
-    """`holds_unit` for a tensor of the inputs, [.., D], on the device where it lies."""
-    return holds_unit(kernel, tensor.dtype, tensor.shape[-1], longest, architecture_of(tensor))
+def holds_kv_block_for(kernel: str, tensor: Tensor, longest: int) -> bool:
+    """`holds_kv_block` for a tensor of the inputs, [.., D], on the device where it lies."""
+    return holds_kv_block(kernel, tensor.dtype, tensor.shape[-1], longest, architecture_of(tensor))
 
 
-def piece_size(kernel: str, settings: dict[str, int], longest: int = 0) -> int:
-    """Members of a piece of a list, for the launch settings of `tiles`."""
-    if kernel == "attend_short_units":
+def split_size(kernel: str, settings: dict[str, int], longest: int = 0) -> int:
+    """Entries of a split, for the launch settings of `tiles`."""
+    if kernel == "past_fwd_short":
         return SPLIT_ENTRIES
-    if kernel in ("units_dkdv", "units_dkdv_dq"):
+    if kernel in ("past_dkdv", "past_dkdv_dq"):
         return max(SPLIT_ENTRIES, SPLIT_ENTRIES_PER_KEY * triton.next_power_of_2(longest))
     return settings["BLOCK_M"]
 
@@ -193,27 +193,27 @@ def spread(count: int) -> tuple[int, int]:
     return each, -(-count // each)
 
 
-def chunks(entries: int, groups: int) -> tuple[int, int]:
-    """(chunks, entries per chunk) for the index of `groups` key heads with so many entries each.
+def chunks(entries: int, kv_heads: int) -> tuple[int, int]:
+    """(chunks, entries per chunk) for the index of `kv_heads` kv heads with so many entries each.
 
     >>> chunks(5000, 2)
     (5, 1024)
     """
     size = INDEX_TILES["count_entries"][0]
-    most = max(1, MOST_CHUNKS // groups)
+    most = max(1, MOST_CHUNKS // kv_heads)
     per_chunk = size * max(1, -(-entries // (size * most)))
     return max(1, -(-entries // per_chunk)), per_chunk
 
 
-def decoding_parts(programs: int, blocks: int) -> tuple[int, int]:
-    """(parts, blocks of a part) into which decoding cuts the blocks of a cache, for so many sequences and key heads.
+def decode_splits(programs: int, blocks: int) -> tuple[int, int]:
+    """(splits, blocks of a split) into which decoding cuts the blocks of a cache, for so many sequences and kv heads.
 
-    >>> decoding_parts(8, 8192), decoding_parts(1024, 8192), decoding_parts(1, 300)
+    >>> decode_splits(8, 8192), decode_splits(1024, 8192), decode_splits(1, 300)
     ((32, 256), (1, 8192), (2, 150))
     """
-    parts = max(1, min(DECODING_PROGRAMS // programs, -(-blocks // LEAST_PART)))
-    part_blocks = -(-blocks // parts)
-    return -(-blocks // part_blocks), part_blocks
+    splits = max(1, min(DECODING_PROGRAMS // programs, -(-blocks // LEAST_SPLIT)))
+    size = -(-blocks // splits)
+    return -(-blocks // size), size
 
 
 def architecture_of(tensor: Tensor) -> int:

@@ -1,18 +1,17 @@
-"""The dispatch index: for each (key head, unit) the list of query rows that attend it, made on the device by counting,
-one prefix sum and a scatter.
+"""The index: entries sorted by (kv head, kv block), made on the device by counting, one prefix sum and a scatter.
 
-An *entry* is a (query row, slot): entry = row * S + slot, where the rows of a *pass* (some key heads, a range of
-tokens) are numbered key head by key head, token by token, head by head. The entry's number says which row to gather
-and where its partial result goes, so that partials of a row lie together. Entries are cut into chunks of equal size;
-each chunk counts its entries per list, a prefix sum over (list, chunk) tells every chunk where its entries of a list
-begin, and a second walk puts them there: in rising order within each list, whatever ran first. Counting uses integer
-atomics, whose sum does not depend on their order. Nothing waits for the host: launches are as large as the worst case,
-and surplus programs return at once.
+The rows of a *pass* are numbered kv head by kv head, token by token, head by head, and an entry by row * num_slots +
+slot. The number says which row to gather and where its partial result goes, so that partial results of a row lie
+together. Entries are cut into chunks of equal size; each chunk counts its entries of each (kv head, kv block), a prefix
+sum over these and the chunks tells every chunk where its entries begin, and a second walk puts them there: in rising
+order within each kv block, whatever ran first. Counting uses integer atomics, whose sum does not depend on their order.
+Nothing waits for the host: launches are as large as the worst case, and surplus programs return at once.
 
-Traffic per entry: 4 bytes of ids, 8 of units, 4 of order; the counts take lists x chunks x 8 bytes.
+A (kv head, kv block) has a number too, kv_head * num_kv_blocks + kv_block: a *head block*, of which there are L.
 
-Legend: T tokens, N query heads, R query heads per key head, K ids per query, S slots per row, U units, L lists (key
-heads of the pass x U), E entries of a pass.
+Traffic per entry: 4 bytes of ids, 8 of kv blocks, 4 of order; the counts take L x chunks x 8 bytes.
+
+Legend: T tokens, N query heads, K ids per query, E entries of a pass, attended or not, L head blocks.
 """
 
 from __future__ import annotations
@@ -25,215 +24,214 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.common import (
-    COUNTS,
-    quotient,
-    row_offsets,
-)
-from moba_megatron.ops.triton.fragments import DeviceFragment, Stretches
-from moba_megatron.ops.triton.passes import (
-    Pass,
-)
+from moba_megatron.ops.triton.common import COUNTS, query_rows, quotient
+from moba_megatron.ops.triton.fragments import DeviceFragment, Spans
+from moba_megatron.ops.triton.passes import Pass
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def count_entries(
-    ids,
-    first_block,
-    unit_of_block,
-    own_unit,
-    units,
-    counts,
+    ids_ptr,
+    first_block_ptr,
+    kv_block_of_block_ptr,
+    own_kv_block_ptr,
+    entry_kv_block_ptr,
+    counts_ptr,
     first_token,
     num_tokens,
-    first_group,
+    first_kv_head,
     num_heads,
     num_past,
-    slots,
-    num_units,
-    chunks,
-    chunk_entries,
-    group_size,
+    num_slots,
+    num_kv_blocks,
+    num_chunks,
+    chunk_size,
+    qheads_per_kvhead,
     HAS_FIRST: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     HAS_OWN: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One program per (chunk, key head): translates ids to units and counts them per list."""
-    chunk, group = tl.program_id(0), tl.program_id(1)
-    entries = num_tokens * group_size * slots
-    origin = first_token.to(tl.int64) * num_heads + (first_group + group) * group_size
-    low = chunk * chunk_entries
-    high = tl.minimum(low + chunk_entries, entries)
+    """One program per (chunk, kv head): translates ids to kv blocks and counts the entries of each."""
+    chunk, kv_head = tl.program_id(0), tl.program_id(1)
+    num_entries = num_tokens * qheads_per_kvhead * num_slots
+    origin = first_token.to(tl.int64) * num_heads + (first_kv_head + kv_head) * qheads_per_kvhead
+    low = chunk * chunk_size
+    high = tl.minimum(low + chunk_size, num_entries)
     for first in range(low, high, BLOCK_E):
         entry = first + tl.arange(0, BLOCK_E)
         inside = entry < high
-        row = quotient(entry, slots)
-        slot = entry - row * slots
-        own = quotient(row, group_size)
-        token = first_token + own
+        offs_m = quotient(entry, num_slots)
+        slot = entry - offs_m * num_slots
+        position = quotient(offs_m, qheads_per_kvhead)
+        token = first_token + position
         picked = inside & (slot < num_past)
-        at = row_offsets(origin, row, own, num_heads, group_size)
-        unit = tl.load(ids + at * num_past + slot, mask=picked, other=-1)
+        row = query_rows(origin, offs_m, position, num_heads, qheads_per_kvhead)
+        kv_block = tl.load(ids_ptr + row * num_past + slot, mask=picked, other=-1)
         if HAS_FIRST:
-            picked = picked & (unit >= 0)
-            number = unit + tl.load(first_block + token, mask=picked, other=0).to(tl.int32)
+            picked = picked & (kv_block >= 0)
+            number = kv_block + tl.load(first_block_ptr + token, mask=picked, other=0).to(tl.int32)
             if HAS_TABLE:
-                number = tl.load(unit_of_block + number, mask=picked, other=-1)
-            unit = tl.where(picked, number, -1)
+                number = tl.load(kv_block_of_block_ptr + number, mask=picked, other=-1)
+            kv_block = tl.where(picked, number, -1)
         if HAS_OWN:
             own = inside & (slot == num_past)
-            unit = tl.where(own, tl.load(own_unit + token, mask=own, other=-1), unit)
-        tl.store(units + group.to(tl.int64) * entries + entry, unit, mask=inside)
-        bin_of = (group.to(tl.int64) * num_units + unit) * chunks + chunk
-        tl.atomic_add(counts + bin_of, 1, mask=inside & (unit >= 0), sem="relaxed")
+            kv_block = tl.where(own, tl.load(own_kv_block_ptr + token, mask=own, other=-1), kv_block)
+        tl.store(entry_kv_block_ptr + kv_head.to(tl.int64) * num_entries + entry, kv_block, mask=inside)
+        count = (kv_head.to(tl.int64) * num_kv_blocks + kv_block) * num_chunks + chunk
+        tl.atomic_add(counts_ptr + count, 1, mask=inside & (kv_block >= 0), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def scatter_entries(
-    units,
-    offsets,
-    order,
-    entries,
-    num_units,
-    chunks,
-    chunk_entries,
+    entry_kv_block_ptr,
+    offsets_ptr,
+    order_ptr,
+    num_entries,
+    num_kv_blocks,
+    num_chunks,
+    chunk_size,
     BLOCK_E: tl.constexpr,
 ):
-    """One program per (chunk, key head): puts the chunk's entries in their lists, in rising order."""
-    chunk, group = tl.program_id(0), tl.program_id(1)
-    low = chunk * chunk_entries
-    high = tl.minimum(low + chunk_entries, entries)
+    """One program per (chunk, kv head): puts the chunk's entries where those of their kv block lie, in rising order."""
+    chunk, kv_head = tl.program_id(0), tl.program_id(1)
+    low = chunk * chunk_size
+    high = tl.minimum(low + chunk_size, num_entries)
     place = tl.arange(0, BLOCK_E)
     for first in range(low, high, BLOCK_E):
         entry = first + place
-        unit = tl.load(units + group.to(tl.int64) * entries + entry, mask=entry < high, other=-1)
-        there = unit >= 0
-        same = unit[:, None] == unit[None, :]
+        kv_block = tl.load(entry_kv_block_ptr + kv_head.to(tl.int64) * num_entries + entry, mask=entry < high, other=-1)
+        attended = kv_block >= 0
+        same = kv_block[:, None] == kv_block[None, :]
         before = tl.sum((same & (place[None, :] < place[:, None])).to(tl.int32), axis=1)
         last = tl.sum(same.to(tl.int32), axis=1) == before + 1
-        offset = offsets + (group.to(tl.int64) * num_units + unit) * chunks + chunk
-        target = tl.load(offset, mask=there, other=0) + before
-        tl.store(order + target, (group * entries + entry).to(tl.int32), mask=there)
+        offset_ptr = offsets_ptr + (kv_head.to(tl.int64) * num_kv_blocks + kv_block) * num_chunks + chunk
+        target = tl.load(offset_ptr, mask=attended, other=0) + before
+        tl.store(order_ptr + target, (kv_head * num_entries + entry).to(tl.int32), mask=attended)
         # All of a tile's loads come before its stores, and these before the next tile's loads.
         tl.debug_barrier()
-        tl.store(offset, target + 1, mask=there & last)
+        tl.store(offset_ptr, target + 1, mask=attended & last)
         tl.debug_barrier()
+
+
+@triton.jit
+def entries_of_split(split, head_block, cu_entries_ptr, cu_splits_ptr, split_size):
+    """(first, one past the last) place in `order` of a split of the entries of a head block."""
+    low = tl.load(cu_entries_ptr + head_block) + (split - tl.load(cu_splits_ptr + head_block)).to(tl.int32) * split_size
+    return low, tl.minimum(low + split_size, tl.load(cu_entries_ptr + head_block + 1))
+
+
+@triton.jit
+def rows_of_entries(entry, kv_head, num_slots, first_token, num_tokens, first_kv_head, num_heads, qheads_per_kvhead):
+    """Query rows of entries of one kv head of a pass."""
+    offs_m = quotient(entry, num_slots)
+    origin = (first_token - kv_head * num_tokens).to(tl.int64) * num_heads + (
+        first_kv_head + kv_head
+    ) * qheads_per_kvhead
+    return query_rows(origin, offs_m, quotient(offs_m, qheads_per_kvhead), num_heads, qheads_per_kvhead)
 
 
 @dataclass(frozen=True)
 class Index:
-    """Entries of a pass by list.
+    """Entries of a pass, sorted by (kv head, kv block).
 
     Attributes:
         work: the pass.
-        num_units: U; list l is unit l % U of the pass's key head l // U.
-        units: int32 [E], the unit of each entry, -1 for none.
-        order: int32 [E], entries by list; what lies past the last list is undefined.
-        list_first: int32 [L + 1], where each list begins in `order`.
+        num_kv_blocks: of a kv head.
+        entry_kv_blocks: int32 [E], the kv block of each entry, -1 for none.
+        order: int32 [E], the attended entries sorted; what lies past them is undefined.
+        cu_entries: int32 [L + 1], where the entries of each head block begin in `order`.
     """
 
     work: Pass
-    num_units: int
-    units: Tensor
+    num_kv_blocks: int
+    entry_kv_blocks: Tensor
     order: Tensor
-    list_first: Tensor
+    cu_entries: Tensor
 
     @property
-    def num_lists(self) -> int:
-        return self.list_first.numel() - 1
+    def num_head_blocks(self) -> int:
+        """L."""
+        return self.cu_entries.numel() - 1
 
 
 def build_index(work: Pass, ids_TNK: Tensor, fragment: DeviceFragment) -> Index:
-    """List the entries of a pass by (key head, unit), in rising order; no host synchronisation.
+    """Sort the entries of a pass by (kv head, kv block), in rising order; no host synchronisation.
 
     Args:
-        ids_TNK: contiguous int32 [T, N, K], block numbers within the document (unit numbers where the fragment has no
-            `first_block_T`), -1 for none, none twice in a row.
+        ids_TNK: contiguous int32 [T, N, K], block numbers within the document (numbers of kv blocks where the fragment
+            has no `first_block_T`), -1 for none, none twice in a row.
     """
-    device, num_units = ids_TNK.device, fragment.units.count
-    per_group = work.entries // work.num_groups
-    chunks, chunk_entries = config.chunks(per_group, work.num_groups)
-    units = torch.empty(work.entries, dtype=torch.int32, device=device)
-    counts = torch.zeros(work.num_groups * num_units, chunks, dtype=torch.int32, device=device)
+    device, num_kv_blocks = ids_TNK.device, fragment.kv_blocks.count
+    entries_per_kv_head = work.num_entries // work.num_kv_heads
+    num_chunks, chunk_size = config.chunks(entries_per_kv_head, work.num_kv_heads)
+    entry_kv_blocks = torch.empty(work.num_entries, dtype=torch.int32, device=device)
+    counts = torch.zeros(work.num_kv_heads * num_kv_blocks, num_chunks, dtype=torch.int32, device=device)
     dummy = ids_TNK
-    grid = (chunks, work.num_groups)
+    grid = (num_chunks, work.num_kv_heads)
     count_entries[grid](
         ids_TNK,
         dummy if fragment.first_block_T is None else fragment.first_block_T,
-        dummy if fragment.unit_of_block is None else fragment.unit_of_block,
-        dummy if fragment.own_unit_T is None else fragment.own_unit_T,
-        units, counts, work.tokens.start, work.num_tokens, work.first_head_group, ids_TNK.shape[1], ids_TNK.shape[2],
-        work.slots, num_units, chunks, chunk_entries, work.group_size,
+        dummy if fragment.kv_block_of_block is None else fragment.kv_block_of_block,
+        dummy if fragment.own_kv_block_T is None else fragment.own_kv_block_T,
+        entry_kv_blocks, counts, work.tokens.start, work.num_tokens, work.first_kv_head, *ids_TNK.shape[1:],
+        work.num_slots, num_kv_blocks, num_chunks, chunk_size, work.qheads_per_kvhead,
         HAS_FIRST=fragment.first_block_T is not None,
-        HAS_TABLE=fragment.unit_of_block is not None,
-        HAS_OWN=fragment.own_unit_T is not None,
+        HAS_TABLE=fragment.kv_block_of_block is not None,
+        HAS_OWN=fragment.own_kv_block_T is not None,
         **config.tiles("count_entries"),
     )  # fmt: skip
     ends = torch.cumsum(counts.view(-1), 0, dtype=torch.int32).view_as(counts)
-    list_first = torch.cat([ends.new_zeros(1), ends[:, -1]])
-    order = torch.empty_like(units)
+    cu_entries = torch.cat([ends.new_zeros(1), ends[:, -1]])
+    order = torch.empty_like(entry_kv_blocks)
     scatter_entries[grid](
-        units, ends.sub_(counts), order, per_group, num_units, chunks, chunk_entries, **config.tiles("scatter_entries")
-    )
-    return Index(work, num_units, units, order, list_first)
+        entry_kv_blocks, ends.sub_(counts), order, entries_per_kv_head, num_kv_blocks, num_chunks, chunk_size,
+        **config.tiles("scatter_entries"),
+    )  # fmt: skip
+    return Index(work, num_kv_blocks, entry_kv_blocks, order, cu_entries)
 
 
 @dataclass(frozen=True)
-class WorkList:
-    """Lists cut into pieces of at most `size` members, in order: piece i is members (i - first[list]) * size and on.
+class Splits:
+    """The entries of L head blocks, or the rows of L spans, cut in order: split i takes of the one it is part of,
+    `split_of[i]`, those from (i - cu_splits[split_of[i]]) * size on.
 
     Attributes:
-        list_of: int32 [pieces], the list of each piece; the number of lists for surplus pieces.
-        first: int64 [lists + 1], number of each list's first piece; the last is the true number of pieces.
-        size: members of a piece.
+        split_of: int32 [splits], head block or span of each split; L for surplus splits.
+        cu_splits: int64 [L + 1], number of the first split of each; the last is the true number of splits.
+        size: entries or rows of a split, at most.
     """
 
-    list_of: Tensor
-    first: Tensor
+    split_of: Tensor
+    cu_splits: Tensor
     size: int
 
     @property
-    def pieces(self) -> int:
-        """Pieces to launch, surplus ones included."""
-        return self.list_of.numel()
+    def count(self) -> int:
+        """Splits to launch, surplus ones included."""
+        return self.split_of.numel()
 
 
-def cut(counts_L: Tensor, size: int, total: int) -> WorkList:
-    """Cut lists of these lengths, at most `total` members together, into pieces.
+def cut(counts_L: Tensor, size: int, total: int) -> Splits:
+    """Cut so many entries or rows each, at most `total` together, into splits.
 
-    >>> work = cut(torch.tensor([3, 0, 4]), 2, 7)
-    >>> work.list_of.tolist(), work.first.tolist()
+    >>> splits = cut(torch.tensor([3, 0, 4]), 2, 7)
+    >>> splits.split_of.tolist(), splits.cu_splits.tolist()
     ([0, 0, 2, 2, 3, 3], [0, 2, 2, 4])
     """
     last = ((counts_L + (size - 1)) // size).cumsum(0)
-    # A list of n members is cut into at most n // size + 1 pieces, and no list is cut into more pieces than members.
-    pieces = torch.arange(min(total, total // size + counts_L.numel()), device=counts_L.device)
-    list_of = torch.searchsorted(last, pieces, right=True, out_int32=True)
-    return WorkList(list_of, torch.cat([last.new_zeros(1), last]), size)
+    # n entries are cut into at most n // size + 1 splits, and never into more splits than entries.
+    splits = torch.arange(min(total, total // size + counts_L.numel()), device=counts_L.device)
+    split_of = torch.searchsorted(last, splits, right=True, out_int32=True)
+    return Splits(split_of, torch.cat([last.new_zeros(1), last]), size)
 
 
-def cut_entries(index: Index, size: int) -> WorkList:
-    """Pieces of the lists of an index."""
-    return cut(index.list_first.diff(), size, index.work.entries)
+def cut_entries(index: Index, size: int) -> Splits:
+    """Splits of the entries of each head block."""
+    return cut(index.cu_entries.diff(), size, index.work.num_entries)
 
 
-def cut_stretches(stretches: Stretches, size: int, rows_per_token: int = 1) -> WorkList:
-    """Pieces of stretches, whose members are rows: `rows_per_token` for each of their tokens."""
-    counts = (stretches.end - stretches.start) * rows_per_token
-    return cut(counts, size, stretches.total * rows_per_token)
-
-
-@triton.jit
-def piece_members(piece, this, list_first, piece_first, piece_size):
-    """(first, one past the last) of the members in `order` of a piece of list `this`."""
-    low = tl.load(list_first + this) + (piece - tl.load(piece_first + this)).to(tl.int32) * piece_size
-    return low, tl.minimum(low + piece_size, tl.load(list_first + this + 1))
-
-
-@triton.jit
-def entry_rows(entry, group, slots, first_token, num_tokens, first_group, num_heads, group_size):
-    """Place in [T, N] of the query rows of entries of one key head (`group`) of a pass."""
-    row = quotient(entry, slots)
-    origin = (first_token - group * num_tokens).to(tl.int64) * num_heads + (first_group + group) * group_size
-    return row_offsets(origin, row, quotient(row, group_size), num_heads, group_size)
+def cut_spans(spans: Spans, size: int, rows_per_token: int = 1) -> Splits:
+    """Splits of the rows of each span: `rows_per_token` for each of its tokens."""
+    counts = (spans.end - spans.start) * rows_per_token
+    return cut(counts, size, spans.total * rows_per_token)

@@ -1,18 +1,18 @@
-"""Forward of units: gathered query rows attend keys they see entirely, as experts get their tokens.
+"""Forward of past blocks: gathered query rows attend kv blocks whole, as experts get their tokens.
 
 Two forms with one result, a partial output in the inputs' dtype and a log-sum-exp in fp32 at each entry's place:
 
-- `attend_short_units`: the whole unit fits a tile (block sizes up to 128). Its keys and values stay, and query tiles
+- `past_fwd_short`: the whole kv block fits a tile (block sizes up to 128). Its keys and values stay, and query tiles
   stream past them; there is nothing to rescale.
-- `attend_long_units`: a tile of query rows stays and key tiles stream past, with the online softmax.
+- `past_fwd_long`: a tile of query rows stays and key tiles stream past, with the online softmax.
 
-All query heads of a key head are rows of the same list and so share the loads of keys and values.
+All query heads of a kv head attend a kv block together and so share the loads of keys and values.
 
-Traffic per entry: a query row read and a partial row written, 2 D elements (short units: and a piece's share of a
-unit's keys and values); long units read 2 D B elements from cache for each tile of query rows. Products per entry:
-2 B D multiply-adds.
+Traffic per entry: a query row read and a partial row written, 2 D elements (short kv blocks: and a split's part of
+their keys and values); long ones read 2 D B elements from cache for each tile of query rows. Products per entry: 2 B D
+multiply-adds.
 
-Legend: D head size, B keys of a unit, S slots of a row, E entries of a pass.
+Legend: D head size, B keys of a kv block, E entries of a pass.
 """
 
 from __future__ import annotations
@@ -23,177 +23,167 @@ from torch import Tensor
 
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.common import (
-    COUNTS,
-    LN_2,
-    LOG2_E,
-    dot,
-    load_keys,
-    load_rows,
-    store_rows,
-)
+from moba_megatron.ops.triton.common import COUNTS, LN_2, LOG2_E, dot, load_kv, load_rows, store_rows
 from moba_megatron.ops.triton.fragments import DeviceFragment
-from moba_megatron.ops.triton.index import (
-    Index,
-    cut_entries,
-    entry_rows,
-    piece_members,
-)
+from moba_megatron.ops.triton.index import Index, cut_entries, entries_of_split, rows_of_entries
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def attend_short_units(
-    q,
-    k,
-    v,
-    unit_start,
-    unit_end,
-    order,
-    list_first,
-    list_of,
-    piece_first,
-    part,
-    part_lse,
+def past_fwd_short(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    kv_block_start_ptr,
+    kv_block_end_ptr,
+    order_ptr,
+    cu_entries_ptr,
+    split_of_ptr,
+    cu_splits_ptr,
+    partial_out_ptr,
+    partial_lse_ptr,
     softmax_scale,
-    k_row,
-    k_head,
-    num_lists,
-    num_units,
-    slots,
-    piece_size,
+    stride_kn,
+    stride_kh,
+    num_head_blocks,
+    num_kv_blocks,
+    num_slots,
+    split_size,
     first_token,
     num_tokens,
-    first_group,
+    first_kv_head,
     num_heads,
-    group_size,
-    HEAD_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    qheads_per_kvhead,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program per piece of a list; BLOCK_N holds the longest unit."""
-    piece = tl.program_id(0)
-    this = tl.load(list_of + piece)
-    if this >= num_lists:
+    """One program per split of the entries of a head block; BLOCK_N holds the longest kv block."""
+    split = tl.program_id(0)
+    head_block = tl.load(split_of_ptr + split)
+    if head_block >= num_head_blocks:
         return
-    low, high = piece_members(piece, this, list_first, piece_first, piece_size)
-    group = this // num_units
-    start = tl.load(unit_start + this % num_units)
-    length = (tl.load(unit_end + this % num_units) - start).to(tl.int32)
-    base = start * k_row + group.to(tl.int64) * k_head
-    key = tl.arange(0, BLOCK_N)
-    seen = key < length
-    keys = load_keys(k + base, key, k_row, length, HEAD_SIZE, WIDTH)
-    values = load_keys(v + base, key, k_row, length, HEAD_SIZE, WIDTH)
+    low, high = entries_of_split(split, head_block, cu_entries_ptr, cu_splits_ptr, split_size)
+    kv_head = head_block // num_kv_blocks
+    start = tl.load(kv_block_start_ptr + head_block % num_kv_blocks)
+    length = (tl.load(kv_block_end_ptr + head_block % num_kv_blocks) - start).to(tl.int32)
+    base = start * stride_kn + kv_head.to(tl.int64) * stride_kh
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < length
+    k = load_kv(k_ptr + base, offs_n, stride_kn, length, HEAD_DIM, BLOCK_D)
+    v = load_kv(v_ptr + base, offs_n, stride_kn, length, HEAD_DIM, BLOCK_D)
     for first in range(low, high, BLOCK_M):
-        member = first + tl.arange(0, BLOCK_M)
-        inside = member < high
-        entry = tl.load(order + member, mask=inside, other=0)
-        at = entry_rows(entry, group, slots, first_token, num_tokens, first_group, num_heads, group_size)
-        queries = load_rows(q, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
-        score = tl.where(seen[None, :], dot(queries, tl.trans(keys)) * (softmax_scale * LOG2_E), float("-inf"))
-        top = tl.max(score, axis=1)
-        weight = tl.exp2(score - top[:, None])
-        total = tl.sum(weight, axis=1)
-        out = dot(weight.to(values.dtype), values) / total[:, None]
-        store_rows(part, entry.to(tl.int64) * HEAD_SIZE, inside, out, HEAD_SIZE, WIDTH)
-        tl.store(part_lse + entry, (top + tl.log2(total)) * LN_2, mask=inside)
+        offs_m = first + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < high
+        entry = tl.load(order_ptr + offs_m, mask=mask_m, other=0)
+        row = rows_of_entries(
+            entry, kv_head, num_slots, first_token, num_tokens, first_kv_head, num_heads, qheads_per_kvhead
+        )
+        q = load_rows(q_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
+        s = tl.where(mask_n[None, :], dot(q, tl.trans(k)) * (softmax_scale * LOG2_E), float("-inf"))
+        m = tl.max(s, axis=1)
+        p = tl.exp2(s - m[:, None])
+        l = tl.sum(p, axis=1)
+        out = dot(p.to(v.dtype), v) / l[:, None]
+        store_rows(partial_out_ptr, entry.to(tl.int64) * HEAD_DIM, mask_m, out, HEAD_DIM, BLOCK_D)
+        tl.store(partial_lse_ptr + entry, (m + tl.log2(l)) * LN_2, mask=mask_m)
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def attend_long_units(
-    q,
-    k,
-    v,
-    unit_start,
-    unit_end,
-    order,
-    list_first,
-    list_of,
-    piece_first,
-    part,
-    part_lse,
+def past_fwd_long(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    kv_block_start_ptr,
+    kv_block_end_ptr,
+    order_ptr,
+    cu_entries_ptr,
+    split_of_ptr,
+    cu_splits_ptr,
+    partial_out_ptr,
+    partial_lse_ptr,
     softmax_scale,
-    k_row,
-    k_head,
-    num_lists,
-    num_units,
-    slots,
-    piece_size,
+    stride_kn,
+    stride_kh,
+    num_head_blocks,
+    num_kv_blocks,
+    num_slots,
+    split_size,
     first_token,
     num_tokens,
-    first_group,
+    first_kv_head,
     num_heads,
-    group_size,
-    HEAD_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    qheads_per_kvhead,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program per piece of a list; a piece is one tile of BLOCK_M query rows."""
-    piece = tl.program_id(0)
-    this = tl.load(list_of + piece)
-    if this >= num_lists:
+    """One program per split of the entries of a head block; a split is one tile of BLOCK_M query rows."""
+    split = tl.program_id(0)
+    head_block = tl.load(split_of_ptr + split)
+    if head_block >= num_head_blocks:
         return
-    low, high = piece_members(piece, this, list_first, piece_first, piece_size)
-    group = this // num_units
-    member = low + tl.arange(0, BLOCK_M)
-    inside = member < high
-    entry = tl.load(order + member, mask=inside, other=0)
-    at = entry_rows(entry, group, slots, first_token, num_tokens, first_group, num_heads, group_size)
-    queries = load_rows(q, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
-    start = tl.load(unit_start + this % num_units)
-    length = (tl.load(unit_end + this % num_units) - start).to(tl.int32)
-    base = start * k_row + group.to(tl.int64) * k_head
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    acc = tl.zeros([BLOCK_M, WIDTH], dtype=tl.float32)
+    low, high = entries_of_split(split, head_block, cu_entries_ptr, cu_splits_ptr, split_size)
+    kv_head = head_block // num_kv_blocks
+    offs_m = low + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < high
+    entry = tl.load(order_ptr + offs_m, mask=mask_m, other=0)
+    row = rows_of_entries(
+        entry, kv_head, num_slots, first_token, num_tokens, first_kv_head, num_heads, qheads_per_kvhead
+    )
+    q = load_rows(q_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
+    start = tl.load(kv_block_start_ptr + head_block % num_kv_blocks)
+    length = (tl.load(kv_block_end_ptr + head_block % num_kv_blocks) - start).to(tl.int32)
+    base = start * stride_kn + kv_head.to(tl.int64) * stride_kh
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for first in range(0, length, BLOCK_N):
-        key = first + tl.arange(0, BLOCK_N)
-        seen = key < length
-        keys = load_keys(k + base, key, k_row, length, HEAD_SIZE, WIDTH)
-        score = tl.where(seen[None, :], dot(queries, tl.trans(keys)) * (softmax_scale * LOG2_E), float("-inf"))
-        higher = tl.maximum(top, tl.max(score, axis=1))
-        weight = tl.exp2(score - higher[:, None])
-        keep = tl.exp2(top - higher)
-        total = total * keep + tl.sum(weight, axis=1)
-        values = load_keys(v + base, key, k_row, length, HEAD_SIZE, WIDTH)
-        acc = dot(weight.to(values.dtype), values, acc * keep[:, None])
-        top = higher
-    store_rows(part, entry.to(tl.int64) * HEAD_SIZE, inside, acc / total[:, None], HEAD_SIZE, WIDTH)
-    tl.store(part_lse + entry, (top + tl.log2(total)) * LN_2, mask=inside)
+        offs_n = first + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < length
+        k = load_kv(k_ptr + base, offs_n, stride_kn, length, HEAD_DIM, BLOCK_D)
+        s = tl.where(mask_n[None, :], dot(q, tl.trans(k)) * (softmax_scale * LOG2_E), float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, axis=1))
+        p = tl.exp2(s - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        l = l * alpha + tl.sum(p, axis=1)
+        v = load_kv(v_ptr + base, offs_n, stride_kn, length, HEAD_DIM, BLOCK_D)
+        acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
+        m = m_new
+    store_rows(partial_out_ptr, entry.to(tl.int64) * HEAD_DIM, mask_m, acc / l[:, None], HEAD_DIM, BLOCK_D)
+    tl.store(partial_lse_ptr + entry, (m + tl.log2(l)) * LN_2, mask=mask_m)
 
 
-def units_forward(
+def past_forward(
     q_TND: Tensor,
     keys: Keys,
     index: Index,
     fragment: DeviceFragment,
     softmax_scale: float,
-    part_ED: Tensor,
-    part_lse_E: Tensor,
+    partial_out_ED: Tensor,
+    partial_lse_E: Tensor,
 ) -> None:
-    """Write output and log-sum-exp of every entry of a pass that has a unit; the others are left as they are.
+    """Write output and log-sum-exp of every attended entry of a pass; the others are left as they are.
 
     Args:
         keys: with k and v of equal strides and a contiguous last dimension.
-        part_ED: [E, D] in q's dtype.
-        part_lse_E: fp32 [E].
+        partial_out_ED: [E, D] in q's dtype.
+        partial_lse_E: fp32 [E].
     """
-    work, units = index.work, fragment.units
-    short = config.holds_unit_for("attend_short_units", q_TND, units.longest)
-    name = "attend_short_units" if short else "attend_long_units"
-    tiles = config.tiles_for(name, q_TND, units.longest)
-    pieces = cut_entries(index, config.piece_size(name, tiles))
-    if pieces.pieces == 0:
+    work, kv_blocks = index.work, fragment.kv_blocks
+    short = config.holds_kv_block_for("past_fwd_short", q_TND, kv_blocks.longest)
+    name, kernel = ("past_fwd_short", past_fwd_short) if short else ("past_fwd_long", past_fwd_long)
+    tiles = config.tiles_for(name, q_TND, kv_blocks.longest)
+    splits = cut_entries(index, config.split_size(name, tiles))
+    if splits.count == 0:
         return
-    kernel = attend_short_units if short else attend_long_units
-    first = work.groups.start
-    kernel[(pieces.pieces,)](
-        q_TND, keys.k[:, first:], keys.v[:, first:], units.start, units.end,
-        index.order, index.list_first, pieces.list_of, pieces.first, part_ED, part_lse_E,
+    first = work.kv_heads.start
+    kernel[(splits.count,)](
+        q_TND, keys.k[:, first:], keys.v[:, first:], kv_blocks.start, kv_blocks.end,
+        index.order, index.cu_entries, splits.split_of, splits.cu_splits, partial_out_ED, partial_lse_E,
         softmax_scale, keys.k.stride(0), keys.k.stride(1),
-        index.num_lists, index.num_units, work.slots, pieces.size,
-        work.tokens.start, work.num_tokens, work.first_head_group, q_TND.shape[1], work.group_size,
+        index.num_head_blocks, index.num_kv_blocks, work.num_slots, splits.size,
+        work.tokens.start, work.num_tokens, work.first_kv_head, q_TND.shape[1], work.qheads_per_kvhead,
         **tiles,
     )  # fmt: skip

@@ -1,15 +1,15 @@
 """Routing: scores and the best blocks in one pass over the summaries; no score ever reaches memory.
 
-A program holds 64 query rows of one key head and their best blocks so far, and walks the summaries from the most
-recent block back to the document's first: recent blocks are often the best, and then few later ones displace anything.
-Of a tile of scores the best of each row is taken out and put in the place of the row's worst kept block, as long as any
-row gains by it. "Better" is a total order, higher score first and then lower number, so that the result does not depend
-on the order of the walk. NaN is never chosen.
+A program holds 64 query rows of one kv head and their best blocks so far, and walks the summaries from the most recent
+block back to the document's first: recent blocks are often the best, and then few later ones displace anything. Of a
+tile of scores the best of each row is taken out and put in the place of the row's worst kept block, as long as any row
+gains by it. "Better" is a total order, higher score first and then lower number, so that the result does not depend on
+the order of the walk. NaN is never chosen.
 
 Traffic: each program reads the summaries of its documents, which live in cache; the cost is the choosing, about
 K (1 + ln(M / K)) rounds per row.
 
-Legend: T tokens, N query heads, G key heads, D head size, M blocks, K past blocks per query.
+Legend: T tokens, N query heads, G kv heads, D head size, M blocks, K past blocks per query.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moba_megatron.ops.layout import TokenBlocks
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.common import COUNTS, dot, load_rows, quotient, row_offsets
+from moba_megatron.ops.triton.common import COUNTS, dot, load_rows, query_rows, quotient
 from moba_megatron.ops.triton.devices import on_its_device
 from moba_megatron.ops.triton.summaries import planes_of
 
@@ -30,16 +30,16 @@ NO_BLOCK = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _best(score, number):
+def _best(s, number):
     """Of each row the highest score, and the lowest number that has it."""
-    best = tl.max(score, axis=1)
-    return best, tl.min(tl.where(score == best[:, None], number, NO_BLOCK), axis=1)
+    best = tl.max(s, axis=1)
+    return best, tl.min(tl.where(s == best[:, None], number, NO_BLOCK), axis=1)
 
 
 @triton.jit
-def _worst(score, number):
-    worst = tl.min(score, axis=1)
-    return worst, tl.max(tl.where(score == worst[:, None], number, -1), axis=1)
+def _worst(s, number):
+    worst = tl.min(s, axis=1)
+    return worst, tl.max(tl.where(s == worst[:, None], number, -1), axis=1)
 
 
 @triton.jit
@@ -49,85 +49,85 @@ def _gains(best, best_number, worst, worst_number):
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def select_blocks(
-    q,
-    planes,
-    first_block,
-    block,
-    ids,
-    scores,
+def route(
+    q_ptr,
+    planes_ptr,
+    first_block_ptr,
+    block_ptr,
+    ids_ptr,
+    scores_ptr,
     num_rows,
     num_heads,
     num_blocks,
     num_past,
     plane_shrink,
     tile_rows,
-    group_size,
-    part_blocks,
-    HEAD_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    qheads_per_kvhead,
+    split_size,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PLANES: tl.constexpr,
     KEEP: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program per (tile of `tile_rows` query rows, at most BLOCK_M, and key head); see the module.
+    """One program per (tile of `tile_rows` query rows, at most BLOCK_M, and kv head); see the module.
 
-    With `SPLIT`, one per part of `part_blocks` blocks of the tile's only document too, which keeps the best of its part
-    and writes ids and scores [.., parts, num_past].
+    With `SPLIT`, one per split of `split_size` blocks of the tile's only document too, which keeps the best of its
+    split and writes ids and scores [.., splits, num_past].
     """
-    group, groups = tl.program_id(1), tl.num_programs(1)
-    top_row = tl.program_id(0) * tile_rows
-    row = top_row + tl.arange(0, BLOCK_M)
-    inside = (row < num_rows) & (row < top_row + tile_rows)
-    token = quotient(row, group_size)
-    at = row_offsets(group * group_size, row, token, num_heads, group_size)
-    queries = load_rows(q, at * HEAD_SIZE, inside, HEAD_SIZE, WIDTH)
-    first = tl.load(first_block + token, mask=inside, other=0).to(tl.int32)
-    own = first + tl.load(block + token, mask=inside, other=0).to(tl.int32)
-    low, high = tl.load(first_block + top_row // group_size).to(tl.int32), tl.max(own, axis=0)
-    least, list_at = first, at
+    kv_head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
+    first_row = tl.program_id(0) * tile_rows
+    offs_m = first_row + tl.arange(0, BLOCK_M)
+    mask_m = (offs_m < num_rows) & (offs_m < first_row + tile_rows)
+    token = quotient(offs_m, qheads_per_kvhead)
+    row = query_rows(kv_head * qheads_per_kvhead, offs_m, token, num_heads, qheads_per_kvhead)
+    q = load_rows(q_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
+    first = tl.load(first_block_ptr + token, mask=mask_m, other=0).to(tl.int32)
+    own = first + tl.load(block_ptr + token, mask=mask_m, other=0).to(tl.int32)
+    low, high = tl.load(first_block_ptr + first_row // qheads_per_kvhead).to(tl.int32), tl.max(own, axis=0)
+    least, ids_row = first, row
     if SPLIT:
-        low += tl.program_id(2) * part_blocks
-        high = tl.minimum(high, low + part_blocks)
+        low += tl.program_id(2) * split_size
+        high = tl.minimum(high, low + split_size)
         least = tl.maximum(first, low)
-        list_at = at * tl.num_programs(2) + tl.program_id(2)
+        ids_row = row * tl.num_programs(2) + tl.program_id(2)
 
     slot = tl.arange(0, KEEP)[None, :]
     # Surplus slots are never the worst; empty ones are told apart by their numbers.
     kept = tl.zeros([BLOCK_M, KEEP], dtype=tl.float32) + tl.where(slot < num_past, float("-inf"), float("inf"))
     numbers = tl.zeros([BLOCK_M, KEEP], dtype=tl.int32) + (NO_BLOCK - slot)
-    plane = num_blocks.to(tl.int64) * groups * HEAD_SIZE
+    plane = num_blocks.to(tl.int64) * num_kv_heads * HEAD_DIM
     for back in range(0, high - low, BLOCK_N):
-        column = high - BLOCK_N - back + tl.arange(0, BLOCK_N)
-        place = (tl.maximum(column, 0).to(tl.int64) * groups + group) * HEAD_SIZE
-        score = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        offs_n = high - BLOCK_N - back + tl.arange(0, BLOCK_N)
+        place = (tl.maximum(offs_n, 0).to(tl.int64) * num_kv_heads + kv_head) * HEAD_DIM
+        s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for rest in tl.static_range(PLANES):
-            keys = load_rows(planes + (PLANES - 1 - rest) * plane, place, column >= low, HEAD_SIZE, WIDTH)
-            score = dot(queries, tl.trans(keys), score * plane_shrink)
-        number = tl.broadcast_to(column[None, :], (BLOCK_M, BLOCK_N))
-        candidate = (number >= least[:, None]) & (number < own[:, None]) & (score == score)
-        score = tl.where(candidate, score, float("-inf"))
-        best, best_number = _best(score, number)
+            means = load_rows(planes_ptr + (PLANES - 1 - rest) * plane, place, offs_n >= low, HEAD_DIM, BLOCK_D)
+            s = dot(q, tl.trans(means), s * plane_shrink)
+        number = tl.broadcast_to(offs_n[None, :], (BLOCK_M, BLOCK_N))
+        candidate = (number >= least[:, None]) & (number < own[:, None]) & (s == s)
+        s = tl.where(candidate, s, float("-inf"))
+        best, best_number = _best(s, number)
         worst, worst_number = _worst(kept, numbers)
         gains = _gains(best, best_number, worst, worst_number)
         while tl.max(gains.to(tl.int32), axis=0) > 0:
             goes = gains[:, None] & (numbers == worst_number[:, None])
             kept = tl.where(goes, best[:, None], kept)
             numbers = tl.where(goes, best_number[:, None], numbers)
-            score = tl.where(number == best_number[:, None], float("-inf"), score)
-            best, best_number = _best(score, number)
+            s = tl.where(number == best_number[:, None], float("-inf"), s)
+            best, best_number = _best(s, number)
             worst, worst_number = _worst(kept, numbers)
             gains = _gains(best, best_number, worst, worst_number)
 
     kept = tl.where(slot < num_past, kept, float("-inf"))
     for place in range(0, num_past):
         best, best_number = _best(kept, numbers)
-        target = list_at * num_past + place
-        tl.store(ids + target, tl.where(best > float("-inf"), best_number - first, -1), mask=inside)
+        target = ids_row * num_past + place
+        tl.store(ids_ptr + target, tl.where(best > float("-inf"), best_number - first, -1), mask=mask_m)
         if SPLIT:
-            tl.store(scores + target, best, mask=inside)
+            tl.store(scores_ptr + target, best, mask=mask_m)
         kept = tl.where(numbers == best_number[:, None], float("-inf"), kept)
         numbers = tl.where(numbers == best_number[:, None], NO_BLOCK, numbers)
 
@@ -135,11 +135,11 @@ def select_blocks(
 @torch.no_grad()
 @on_its_device
 def select_past(q_TND: Tensor, summaries_MGD: Tensor, layout: TokenBlocks, num_past: int) -> Tensor:
-    """Choose the past blocks of every query and head, as `ops.gathered.routing.select_past` does.
+    """Choose the past blocks of every query and head, as `gathered.routing.select_past` does.
 
     Args:
         q_TND: queries [T, N, D] in bf16, fp16 or fp32.
-        summaries_MGD: fp32 means of the pack's blocks, at most 2^31 / D of them per key head.
+        summaries_MGD: fp32 means of the pack's blocks, at most 2^31 / D of them per kv head.
         layout: blocks of the queries' tokens, which are all tokens of the pack or some of them in rising order.
         num_past: K, ids per query and head, at most 64.
 
@@ -157,17 +157,18 @@ def select_past(q_TND: Tensor, summaries_MGD: Tensor, layout: TokenBlocks, num_p
         )
     q = config.checked(q_TND).contiguous()
     num_tokens, num_heads, size = q.shape
-    num_blocks, groups, _ = summaries_MGD.shape
+    num_blocks, num_kv_heads, _ = summaries_MGD.shape
     ids = torch.empty(num_tokens, num_heads, num_past, dtype=torch.int32, device=q.device)
     if ids.numel() == 0:
         return ids
     means = summaries_MGD.float()
     planes, step = planes_of(means, q.dtype)
     tiles = config.route_tiles(q.dtype, size, num_past, architecture=config.architecture_of(q))
-    rows = num_tokens * (num_heads // groups)
-    select_blocks[(triton.cdiv(rows, tiles["BLOCK_M"]), groups)](
+    qheads_per_kvhead = num_heads // num_kv_heads
+    rows = num_tokens * qheads_per_kvhead
+    route[(triton.cdiv(rows, tiles["BLOCK_M"]), num_kv_heads)](
         q, planes.contiguous(), layout.first_block_T, layout.block_T, ids, means,
-        rows, num_heads, num_blocks, num_past, 1 / step, tiles["BLOCK_M"], num_heads // groups, num_blocks,
+        rows, num_heads, num_blocks, num_past, 1 / step, tiles["BLOCK_M"], qheads_per_kvhead, num_blocks,
         SPLIT=False, **tiles,
     )  # fmt: skip
     return ids

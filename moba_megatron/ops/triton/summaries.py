@@ -7,7 +7,7 @@ subnormal. Three products with fp32 sums then score as exactly as one in fp32, o
 
 Traffic: keys once, T G D elements; means M G D fp32.
 
-Legend: T tokens, G key heads, D head size, M blocks, B tokens per block.
+Legend: T tokens, G kv heads, D head size, M blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from moba_megatron.ops.kernel_sizes import PLANES
 from moba_megatron.ops.layout import BlockLayout
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.common import load_rows
+from moba_megatron.ops.triton.common import load_kv
 from moba_megatron.ops.triton.devices import on_its_device
 
 # A plane's rest is at most half a unit in the last place, so that enlarged by this it is of the plane's size again.
@@ -29,30 +29,30 @@ PLANE_STEP = {torch.bfloat16: 2.0**8, torch.float16: 2.0**11}
 
 @triton.jit
 def block_means(
-    k,
-    start,
-    end,
-    means,
-    k_row,
-    k_head,
-    HEAD_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    k_ptr,
+    block_start_ptr,
+    block_end_ptr,
+    means_ptr,
+    stride_kn,
+    stride_kh,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program per (block, key head): rows are added tile by tile, in order; zero for an empty block."""
-    block, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    first = tl.load(start + block)
-    length = (tl.load(end + block) - first).to(tl.int32)
-    base = k + first * k_row + group.to(tl.int64) * k_head
-    total = tl.zeros([WIDTH], dtype=tl.float32)
-    for low in range(0, length, BLOCK_N):
-        row = low + tl.arange(0, BLOCK_N)
-        tile = load_rows(base, row.to(tl.int64) * k_row, row < length, HEAD_SIZE, WIDTH)
-        total += tl.sum(tile.to(tl.float32), axis=0)
+    """One program per (block, kv head): rows are added tile by tile, in order; zero for an empty block."""
+    block, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start = tl.load(block_start_ptr + block)
+    length = (tl.load(block_end_ptr + block) - start).to(tl.int32)
+    base_ptr = k_ptr + start * stride_kn + kv_head.to(tl.int64) * stride_kh
+    total = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for first in range(0, length, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        k = load_kv(base_ptr, offs_n, stride_kn, length, HEAD_DIM, BLOCK_D)
+        total += tl.sum(k.to(tl.float32), axis=0)
     mean = total / tl.maximum(length, 1).to(tl.float32)
-    column = tl.arange(0, WIDTH)
-    at = (block * tl.num_programs(1) + group) * HEAD_SIZE + column
-    tl.store(means + at, mean, mask=column < HEAD_SIZE)
+    offs_d = tl.arange(0, BLOCK_D)
+    target = (block * tl.num_programs(1) + kv_head) * HEAD_DIM + offs_d
+    tl.store(means_ptr + target, mean, mask=offs_d < HEAD_DIM)
 
 
 def summarize(k_TGD: Tensor, layout: BlockLayout) -> Tensor:
@@ -67,12 +67,12 @@ def summarize(k_TGD: Tensor, layout: BlockLayout) -> Tensor:
 @torch.no_grad()
 @on_its_device
 def mean_rows(k_TGD: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
-    """fp32 means [M, G, D] of the stretches of rows from int64 `starts` [M] to `ends`; zero for empty ones."""
+    """fp32 means [M, G, D] of the spans of rows from int64 `starts` [M] to `ends`; zero for empty ones."""
     k = config.checked(k_TGD)
-    groups, size = k.shape[1:]
-    means = torch.empty(starts.numel(), groups, size, dtype=torch.float32, device=k.device)
+    kv_heads, size = k.shape[1:]
+    means = torch.empty(starts.numel(), kv_heads, size, dtype=torch.float32, device=k.device)
     if means.numel():
-        block_means[(starts.numel(), groups)](
+        block_means[(starts.numel(), kv_heads)](
             k, starts, ends, means, k.stride(0), k.stride(1), **config.tiles_for("block_means", k)
         )
     return means

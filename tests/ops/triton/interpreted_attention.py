@@ -26,24 +26,24 @@ PACKS = {
 }
 
 
-def compare(pack, num_heads, num_groups, size, dtype, seed=0):
+def compare(pack, num_heads, num_kv_heads, size, dtype, seed=0):
     """Kernels and reference with the same ids, against fp64."""
     bounds, block_size, top_k = pack
     bounds = cu(bounds)
-    q, k, v, dout = inputs(int(bounds[-1]), num_heads, num_groups, size, dtype, seed)
+    q, k, v, do = inputs(int(bounds[-1]), num_heads, num_kv_heads, size, dtype, seed)
     layout = block_layout(q.shape[0], block_size, bounds)
     ids = reference_select(q, k, bounds, block_size, top_k - 1)
     scale = 1 / math.sqrt(size)
-    got = results(lambda *x: attend(*x, ids, layout, scale)[0], q, k, v, dout)
-    wide = [x.double() for x in (q, k, v, dout)]
+    got = results(lambda *x: attend(*x, ids, layout, scale)[0], q, k, v, do)
+    wide = [x.double() for x in (q, k, v, do)]
     want = results(lambda *x: reference_attend(*x, ids, bounds, block_size, scale)[0], *wide)
-    assert_as_good(got, want, plain_results(q, k, v, dout, ids, layout, scale), dtype)
+    assert_as_good(got, want, plain_results(q, k, v, do, ids, layout, scale), dtype)
     lse = attend_forward(q, k, v, ids, layout, scale)[1]
     want_lse = reference_attend(*wide[:3], ids, bounds, block_size, scale)[1]
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
 
 
-def plain_results(q, k, v, dout, ids, layout, scale):
+def plain_results(q, k, v, do, ids, layout, scale):
     """What one would write in the inputs' own dtype: the yardstick of the tolerance."""
     position, repeat = torch.arange(q.shape[0]), q.shape[1] // k.shape[1]
     own = (layout.pack_block_T[:, None] == layout.pack_block_T) & (position[:, None] >= position)
@@ -54,7 +54,7 @@ def plain_results(q, k, v, dout, ids, layout, scale):
         scores = scores.masked_fill(~(own | chosen.transpose(0, 1)), -torch.inf)
         return torch.einsum("nts,snd->tnd", scores.softmax(-1), v.repeat_interleave(repeat, 1))
 
-    return results(attention, q, k, v, dout)
+    return results(attention, q, k, v, do)
 
 
 @pytest.mark.parametrize("pack", PACKS)
@@ -67,14 +67,14 @@ def test_16_bit_is_as_good_as_plain_pytorch(dtype):
     compare(PACKS["uneven, an empty document"], 4, 2, 32, dtype)
 
 
-@pytest.mark.parametrize(("num_heads", "num_groups"), [(1, 1), (5, 1), (6, 2)])
-def test_any_group_size(num_heads, num_groups):
-    compare(((0, 30, 90), 16, 3), num_heads, num_groups, 16, torch.float32)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (5, 1), (6, 2)])
+def test_any_number_of_query_heads_per_kv_head(num_heads, num_kv_heads):
+    compare(((0, 30, 90), 16, 3), num_heads, num_kv_heads, 16, torch.float32)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_heads", [24, 150])
-def test_large_groups(num_heads):
+def test_many_query_heads_per_kv_head(num_heads):
     compare(((0, 30, 90), 16, 3), num_heads, 1, 16, torch.float32)
 
 
@@ -94,19 +94,20 @@ def test_all_head_sizes(size, dtype):
 def test_passes_do_not_show():
     """Workspaces for one key head, and for a few tokens of one: the same attention and gradients."""
     bounds, block_size, num_past = cu([0, 25, 60]), 8, 3
-    q, k, v, dout = inputs(60, 4, 2)
+    q, k, v, do = inputs(60, 4, 2)
     layout, per_token = block_layout(60, block_size, bounds), 2 * num_past * forward_entry_bytes(q)
 
     def attention(workspace):
         settings = {"block_size": block_size, "top_k": num_past + 1, "backend": "triton"}
-        return results(lambda *x: moba_attention(*x, bounds, **settings, workspace_bytes=workspace), q, k, v, dout)
+        return results(lambda *x: moba_attention(*x, bounds, **settings, workspace_bytes=workspace), q, k, v, do)
 
     whole = attention(None)
-    # Room for 17 tokens makes four passes a key head, of 15 each.
-    for groups, room, tokens in ((1, 60, 60), (1, 17, 15)):
-        workspace = groups * room * per_token
+    # Room for 17 tokens makes four passes a kv head, of 15 each.
+    for heads_at_once, room, tokens in ((1, 60, 60), (1, 17, 15)):
+        workspace = heads_at_once * room * per_token
         cut = list(passes(q, Keys(k, v, 2), num_past, whole_pack(layout), forward_entry_bytes(q), workspace))
-        assert {(w.num_groups, w.num_tokens) for w in cut} >= {(groups, tokens)} and len(cut) == -(-60 // tokens) * 2
+        assert len(cut) == -(-60 // tokens) * 2
+        assert {(w.num_kv_heads, w.num_tokens) for w in cut} >= {(heads_at_once, tokens)}
         for a, b in zip(whole, attention(workspace), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
@@ -114,12 +115,12 @@ def test_passes_do_not_show():
 def test_memory_keeps_to_its_formula():
     """What the docstring of the module promises, under a workspace for a few tokens of one key head."""
     tokens, block_size, top_k, workspace = 192, 16, 9, 60_000
-    q, k, v, dout = inputs(tokens, 4, 2)
+    q, k, v, do = inputs(tokens, 4, 2)
     layout = block_layout(tokens, block_size)
     ids = select_past(q, summarize(k, layout), layout, top_k - 1)
     saved = []
     forward = peak_bytes(lambda: saved.extend(attend_forward(q, k, v, ids, layout, 0.25, workspace)), "cpu")
-    backward = peak_bytes(lambda: attend_backward(dout, q, k, v, *saved, ids, layout, 0.25, workspace), "cpu")
+    backward = peak_bytes(lambda: attend_backward(do, q, k, v, *saved, ids, layout, 0.25, workspace), "cpu")
     forward_bound, backward_bound = workspace_bounds(tokens, 4, 2, 16, 4, block_size, top_k, workspace)
     results_forward = q.nbytes + saved[1].nbytes
     results_backward = q.nbytes + k.nbytes + v.nbytes + saved[1].nbytes  # delta is as large as lse
@@ -127,15 +128,15 @@ def test_memory_keeps_to_its_formula():
     assert 0.3 * workspace < backward - results_backward <= backward_bound
 
 
-def test_hot_unit_is_cut_and_summed_in_order(monkeypatch):
-    """All queries choose the first block: its list is cut into pieces, whose sums are added in order."""
+def test_hot_block_is_cut_and_summed_in_order(monkeypatch):
+    """All queries choose the first block: its entries are cut into splits, whose sums are added in order."""
     monkeypatch.setattr(config, "SPLIT_ENTRIES", 16)
-    q, k, v, dout = inputs(60, 2, 1)
+    q, k, v, do = inputs(60, 2, 1)
     layout = block_layout(60, 4)
     ids = torch.where(layout.block_T > 0, 0, -1).view(-1, 1, 1).expand(-1, 2, 1).to(torch.int32)
-    got = results(lambda *x: attend(*x, ids, layout, 0.25)[0], q, k, v, dout)
-    again = results(lambda *x: attend(*x, ids, layout, 0.25)[0], q, k, v, dout)
-    want = results(lambda *x: reference_attend(*x, ids, None, 4, 0.25)[0], q, k, v, dout)
+    got = results(lambda *x: attend(*x, ids, layout, 0.25)[0], q, k, v, do)
+    again = results(lambda *x: attend(*x, ids, layout, 0.25)[0], q, k, v, do)
+    want = results(lambda *x: reference_attend(*x, ids, None, 4, 0.25)[0], q, k, v, do)
     for a, b, c in zip(got, again, want, strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5)
@@ -154,7 +155,7 @@ def test_given_ids_any_order_and_holes():
 
 def test_strides_of_the_inputs():
     """Views into a fused projection, whose heads lie apart, and keys whose last dimension is not contiguous."""
-    q, k, v, dout = inputs(50, 2, 1)
+    q, k, v, do = inputs(50, 2, 1)
     layout = block_layout(50, 8)
     ids = reference_select(q, k, None, 8, 2)
     want = attend_forward(q, k, v, ids, layout, 0.25)[0]
@@ -167,19 +168,19 @@ def test_strides_of_the_inputs():
 def test_unused_block_numbers():
     """Where boundaries live on a device the number of blocks is an upper bound: unused ones are empty."""
     bounds = cu([0, 20, 50])
-    q, k, v, dout = inputs(50, 2, 1)
+    q, k, v, do = inputs(50, 2, 1)
     layout = block_layout(50, 8, bounds)
     loose = dataclasses.replace(layout, num_blocks=layout.num_blocks + 5)
     ids = reference_select(q, k, bounds, 8, 2)
-    exact, same = (results(lambda *x, y=y: attend(*x, ids, y, 0.25)[0], q, k, v, dout) for y in (layout, loose))
+    exact, same = (results(lambda *x, y=y: attend(*x, ids, y, 0.25)[0], q, k, v, do) for y in (layout, loose))
     assert all(torch.equal(a, b) for a, b in zip(exact, same, strict=True))
 
 
 def test_the_public_operator():
-    q, k, v, dout = inputs(100, 4, 2)
+    q, k, v, do = inputs(100, 4, 2)
     bounds = cu([0, 33, 100])
     got, want = (
-        results(lambda *x, b=b: moba_attention(*x, bounds, block_size=16, top_k=3, backend=b), q, k, v, dout)
+        results(lambda *x, b=b: moba_attention(*x, bounds, block_size=16, top_k=3, backend=b), q, k, v, do)
         for b in ("triton", "gathered")
     )
     for a, b in zip(got, want, strict=True):

@@ -24,7 +24,7 @@ def differences() -> dict[str, float]:
             if exchange == "dispatch" and block_size is None:
                 continue
             settings = dict(
-                groups=ContextGroups(dist.group.WORLD), exchange=exchange, block_size=block_size, top_k=top_k
+                cp_groups=ContextGroups(dist.group.WORLD), exchange=exchange, block_size=block_size, top_k=top_k
             )
             got, want = (
                 results(lambda *x, b=b, s=settings: context_attention(*x, cu(BOUNDS), backend=b, **s), *tensors)

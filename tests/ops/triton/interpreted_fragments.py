@@ -24,24 +24,24 @@ def accumulated(ops, tasks, q, dtype):
     return out, lse
 
 
-def gradients(ops, tasks, q, dout, out, lse):
+def gradients(ops, tasks, q, do, out, lse):
     """dq, and dk and dv of each task; their memory is filled with NaN before."""
-    dq, shares = torch.zeros(q.shape), []
+    dq, partials = torch.zeros(q.shape), []
     for keys, ids, fragment in tasks:
         dk, dv = torch.full((2, *keys.k.shape), torch.nan, dtype=q.dtype)
-        delta = ops.output_delta(dout, out)
-        ops.accumulate_backward(dout, q, keys, ids, fragment, SCALE, out, lse, delta, dq, dk, dv)
-        shares += [dk, dv]
-    return [dq, *shares]
+        delta = ops.output_delta(do, out)
+        ops.accumulate_backward(do, q, keys, ids, fragment, SCALE, out, lse, delta, dq, dk, dv)
+        partials += [dk, dv]
+    return [dq, *partials]
 
 
 def tasks_of(rank, block_size, num_past, dtype=torch.float32):
     """A rank's part of a pack over two ranks: its queries, and the keys of both as fragments.
 
-    Blocks straddle the ranks, so that units of one block overlap and some units are of the query's own block.
+    Blocks straddle the ranks, so that kv blocks of one block overlap and some are of the query's own block.
     """
     total = int(BOUNDS[-1])
-    q, k, v, dout = inputs(total, 4, 2, dtype=dtype)
+    q, k, v, do = inputs(total, 4, 2, dtype=dtype)
     plan = ContextPlan(BOUNDS, block_size, (1, 2), rank, torch.device("cpu"))
     ids = reference_select(q, k, cu(BOUNDS.tolist()), plan.layout.block_size, num_past)
     mine = plan.here.positions
@@ -49,21 +49,21 @@ def tasks_of(rank, block_size, num_past, dtype=torch.float32):
     for source in (rank, 1 - rank):
         rows = plan.shard(source).positions
         tasks.append((Keys(k[rows], v[rows], 2), ids[mine], plan.fragment(source)))
-    return q[mine].contiguous(), dout[mine].contiguous(), tasks
+    return q[mine].contiguous(), do[mine].contiguous(), tasks
 
 
 @pytest.mark.parametrize("block_size", [13, None])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_of_two(rank, block_size):
     """MoBA with blocks that straddle ranks, and full attention (one block per document, nothing chosen)."""
-    q, dout, tasks = tasks_of(rank, block_size, 2 if block_size else 0)
-    assert any(fragment.own_unit_T is not None for _, _, fragment in tasks)
+    q, do, tasks = tasks_of(rank, block_size, 2 if block_size else 0)
+    assert any(fragment.own_kv_block_T is not None for _, _, fragment in tasks)
     out, lse = accumulated(kernels, tasks, q, torch.float32)
     want_out, want_lse = accumulated(gathered, tasks, q, torch.float32)
     torch.testing.assert_close(out, want_out, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
-    got = gradients(kernels, tasks, q, dout, want_out, want_lse)
-    want = gradients(gathered, tasks, q, dout, want_out, want_lse)
+    got = gradients(kernels, tasks, q, do, want_out, want_lse)
+    want = gradients(gathered, tasks, q, do, want_out, want_lse)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -87,12 +87,12 @@ def test_device_form_is_made_once():
     fragment, device = tasks[0][2], torch.device("cpu")
     form = kernels.on_device(fragment, device)
     assert kernels.on_device(fragment, device) is form and kernels.on_device(form, device) is form
-    changed = kernels.on_device(dataclasses.replace(fragment, triangles=[]), device)
-    assert changed.triangles.count == 0 < form.triangles.count
+    changed = kernels.on_device(dataclasses.replace(fragment, causal_spans=[]), device)
+    assert changed.causal_spans.count == 0 < form.causal_spans.count
 
 
-def test_unit_numbers_as_ids_and_some_heads():
-    """Guests of another rank: ids are unit numbers, there are no triangles, and keys are of one head of several."""
+def test_kv_block_numbers_as_ids_and_some_heads():
+    """Guests of another rank: ids are numbers of kv blocks, no causal spans, and keys of one kv head of several."""
     q, k, v, _ = inputs(40, 4, 2)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(-1, 3, (40, 4, 1), generator=generator, dtype=torch.int32)
@@ -106,13 +106,13 @@ def test_unit_numbers_as_ids_and_some_heads():
 
 
 def test_nothing_to_attend():
-    """No units, no rows with units, no tokens: accumulators stay, gradients are zero."""
-    q, k, v, dout = inputs(12, 2, 1)
+    """No kv blocks, no entries, no tokens: accumulators stay, gradients are zero."""
+    q, k, v, do = inputs(12, 2, 1)
     keys, none = Keys(k, v, 2), torch.full((12, 2, 1), -1, dtype=torch.int32)
     for fragment in (Fragment([], []), Fragment([(0, 12)], [])):
         out, lse = accumulated(kernels, [(keys, none, fragment)], q, torch.float32)
         assert (out == 0).all() and (lse == -torch.inf).all()
-        found = gradients(kernels, [(keys, none, fragment)], q, dout, out, lse.zero_())
+        found = gradients(kernels, [(keys, none, fragment)], q, do, out, lse.zero_())
         assert all((x == 0).all() for x in found)
 
 

@@ -44,7 +44,7 @@ def test_planes_hold_the_whole_mean():
 
 
 @pytest.mark.parametrize(
-    ("pack", "num_heads", "num_groups", "dtype"),
+    ("pack", "num_heads", "num_kv_heads", "dtype"),
     [
         ("tail", 2, 2, torch.float32),
         ("odd", 5, 1, torch.float32),
@@ -54,10 +54,10 @@ def test_planes_hold_the_whole_mean():
         ("blocks of 24", 3, 1, torch.bfloat16),
     ],
 )
-def test_selection_of_random_keys(pack, num_heads, num_groups, dtype):
+def test_selection_of_random_keys(pack, num_heads, num_kv_heads, dtype):
     """Exactly the reference's ids: the smallest margin between two scores exceeds what sums in fp32 may differ by."""
     bounds, block_size, num_past = PACKS[pack]
-    q, k, _, _ = inputs(bounds[-1], num_heads, num_groups, dtype=dtype)
+    q, k, _, _ = inputs(bounds[-1], num_heads, num_kv_heads, dtype=dtype)
     layout = block_layout(bounds[-1], block_size, cu(bounds))
     want = reference_select(q.double(), k.double(), cu(bounds), block_size, num_past)
     assert torch.equal(select_past(q, summarize(k, layout), layout, num_past), want)
@@ -120,7 +120,7 @@ def test_refusals_name_the_values():
 
 
 @pytest.mark.parametrize("most_chunks", [1, 8])
-def test_index_lists_every_entry_once_and_in_order(monkeypatch, most_chunks):
+def test_index_has_every_entry_once_and_in_order(monkeypatch, most_chunks):
     monkeypatch.setattr(config, "MOST_CHUNKS", most_chunks)
     bounds, block_size, num_past = cu([0, 5, 5, 68, 400]), 16, 3
     q, k, _, _ = inputs(400, 6, 2)
@@ -130,29 +130,29 @@ def test_index_lists_every_entry_once_and_in_order(monkeypatch, most_chunks):
     index = build_index(work, ids, whole_pack(layout))
     entries = ids[30:390].view(360, 2, 3, num_past).transpose(0, 1)
     blocks = torch.where(entries >= 0, entries + layout.first_block_T[30:390].view(1, -1, 1, 1), -1)
-    assert torch.equal(index.units, blocks.flatten().to(torch.int32))
-    lists = [[] for _ in range(index.num_lists)]
+    assert torch.equal(index.entry_kv_blocks, blocks.flatten().to(torch.int32))
+    expected = [[] for _ in range(index.num_head_blocks)]
     for entry, block in enumerate(blocks.flatten().tolist()):
         if block >= 0:
-            lists[entry // (entries.numel() // 2) * layout.num_blocks + block].append(entry)
-    first = index.list_first.tolist()
-    assert [index.order[a:b].tolist() for a, b in zip(first, first[1:], strict=False)] == lists
+            expected[entry // (entries.numel() // 2) * layout.num_blocks + block].append(entry)
+    first = index.cu_entries.tolist()
+    assert [index.order[a:b].tolist() for a, b in zip(first, first[1:], strict=False)] == expected
 
 
-def test_pieces_cover_every_list():
+def test_splits_cover_every_entry():
     q, k, _, _ = inputs(300, 2, 1)
     layout = block_layout(300, 16)
     ids = reference_select(q, k, None, 16, 3)
     index = build_index(Pass(slice(0, 1), slice(0, 300), 2, 0, 3), ids, whole_pack(layout))
-    work = cut_entries(index, 32)
-    seen = [0] * index.num_lists
-    for piece, unit in enumerate(work.list_of.tolist()):
-        if unit < index.num_lists:
-            low = (piece - int(work.first[unit])) * 32
-            assert low == seen[unit]
-            seen[unit] += min(32, int(index.list_first[unit + 1] - index.list_first[unit]) - low)
-    assert seen == index.list_first.diff().tolist()
-    assert int(work.first[-1]) <= work.pieces
+    splits = cut_entries(index, 32)
+    seen = [0] * index.num_head_blocks
+    for split, head_block in enumerate(splits.split_of.tolist()):
+        if head_block < index.num_head_blocks:
+            low = (split - int(splits.cu_splits[head_block])) * 32
+            assert low == seen[head_block]
+            seen[head_block] += min(32, int(index.cu_entries[head_block + 1] - index.cu_entries[head_block]) - low)
+    assert seen == index.cu_entries.diff().tolist()
+    assert int(splits.cu_splits[-1]) <= splits.count
 
 
 def test_examples_in_docstrings():

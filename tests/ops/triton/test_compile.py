@@ -61,15 +61,15 @@ def test_kernels_fit_their_chips(tmp_path):
     rows = list(compiled.compile_all(listed(), processes=2, cache=tmp_path))
     assert [row for row in rows if row.problem] == []
     assert all(row.registers > 4 for row in rows)
-    for architecture, unit in ((80, "mma.sync"), (90, "wgmma"), (100, "tcgen05.mma")):
+    for architecture, instruction in ((80, "mma.sync"), (90, "wgmma"), (100, "tcgen05.mma")):
         used = [row.matrix for row in rows if row.architecture == architecture and row.dtype == "bf16"]
-        assert unit in used
+        assert instruction in used
 
 
 def test_what_cannot_run_is_told(tmp_path):
     """A tile too large for one chip's shared memory and for another's tensor memory."""
     kernels = catalog.configurations(90, dtypes=[torch.bfloat16], head_sizes=[256], lengths=[32], num_past=[1])
-    fused = next(made for made in kernels if made.name == "units_dkdv" and made.constexprs["WRITE_DQ"])
+    fused = next(made for made in kernels if made.name == "past_dkdv" and made.constexprs["WRITE_DQ"])
     wide = dataclasses.replace(fused, constexprs=fused.constexprs | {"BLOCK_M": 64, "BLOCK_N": 64}, num_stages=1)
     first, second = compiled.compile_all([(wide, 80), (wide, 100)], processes=2, cache=tmp_path)
     assert "of shared memory, the chip has 101376" in first.problem

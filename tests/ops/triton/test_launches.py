@@ -15,7 +15,7 @@ import moba_megatron.ops.triton as kernels  # noqa: E402
 from moba_megatron.ops.fragments import Keys  # noqa: E402
 from moba_megatron.ops.layout import block_layout  # noqa: E402
 from moba_megatron.ops.triton import catalog, config  # noqa: E402
-from moba_megatron.ops.triton.fragments import DeviceFragment, Stretches  # noqa: E402
+from moba_megatron.ops.triton.fragments import DeviceFragment, Spans  # noqa: E402
 
 TOKENS = 2**20
 # Room for passes as large as the numbers of their entries allow, which is what makes launches large.
@@ -51,15 +51,15 @@ def check(launches):
     return names
 
 
-def tensors(dtype, size, heads=32, groups=8):
-    return [torch.empty(TOKENS, n, size, dtype=dtype, device="meta") for n in (heads, groups, groups, heads)]
+def tensors(dtype, size, heads=32, kv_heads=8):
+    return [torch.empty(TOKENS, n, size, dtype=dtype, device="meta") for n in (heads, kv_heads, kv_heads, heads)]
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 128), (torch.float32, 256)])
 def test_a_million_tokens(launches, monkeypatch, architecture, dtype, size):
     monkeypatch.setattr(config, "architecture_of", lambda tensor: architecture)
-    q, k, v, dout = tensors(dtype, size)
+    q, k, v, do = tensors(dtype, size)
     documents = torch.empty(4097, dtype=torch.int32, device="meta")
     seen = set()
     for block_size, top_k in SETTINGS:
@@ -67,34 +67,34 @@ def test_a_million_tokens(launches, monkeypatch, architecture, dtype, size):
             layout = block_layout(TOKENS, block_size, bounds, device="meta")
             ids = kernels.select_past(q, kernels.summarize(k, layout), layout, top_k - 1)
             out, lse = kernels.attend_forward(q, k, v, ids, layout, 1.0, WORKSPACE)
-            kernels.attend_backward(dout, q, k, v, out, lse, ids, layout, 1.0, WORKSPACE)
+            kernels.attend_backward(do, q, k, v, out, lse, ids, layout, 1.0, WORKSPACE)
             seen |= check(launches)
-    assert seen >= {"select_blocks", "attend_short_units", "attend_long_units", "units_dkdv", "units_dq", "own_dq"}
+    assert seen >= {"route", "past_fwd_short", "past_fwd_long", "past_dkdv", "past_dq", "causal_dq"}
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 256), (torch.float32, 256)])
 def test_full_attention_of_a_fragment(launches, monkeypatch, architecture, dtype, size):
-    """One document of all tokens: one unit of the keys of another rank, one triangle of the rank's own. Sums have tiles
-    of 16 keys at this head size, more than one axis holds."""
+    """One document of all tokens: one kv block of the keys of another rank, one causal span of the rank's own. Sums
+    have tiles of 16 keys at this head size, more than one axis holds."""
     monkeypatch.setattr(config, "architecture_of", lambda tensor: architecture)
-    q, k, v, dout = tensors(dtype, size)
+    q, k, v, do = tensors(dtype, size)
     keys, out = Keys(k, v, 4), torch.empty_like(q, dtype=torch.float32)
     lse = torch.empty(q.shape[:2], device="meta")
     none = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device="meta")
     bound = torch.empty(1, dtype=torch.int64, device="meta")
-    whole, nothing = Stretches(bound, bound, TOKENS, TOKENS), Stretches(bound[:0], bound[:0], 0, 0)
-    own_unit = torch.empty(TOKENS, dtype=torch.int32, device="meta")
-    for fragment in (DeviceFragment(whole, nothing, own_unit_T=own_unit), DeviceFragment(nothing, whole)):
+    whole, nothing = Spans(bound, bound, TOKENS, TOKENS), Spans(bound[:0], bound[:0], 0, 0)
+    own_kv_block = torch.empty(TOKENS, dtype=torch.int32, device="meta")
+    for fragment in (DeviceFragment(whole, nothing, own_kv_block_T=own_kv_block), DeviceFragment(nothing, whole)):
         kernels.accumulate(q, keys, none, fragment, 1.0, out, lse, WORKSPACE)
         kernels.accumulate_backward(
-            dout, q, keys, none, fragment, 1.0, None, lse, lse, torch.empty_like(out), torch.empty_like(k),
+            do, q, keys, none, fragment, 1.0, None, lse, lse, torch.empty_like(out), torch.empty_like(k),
             torch.empty_like(v), WORKSPACE,
         )  # fmt: skip
-    tiles = TOKENS // config.tiles("units_dkdv", dtype, size, TOKENS, architecture)["BLOCK_N"]
+    tiles = TOKENS // config.tiles("past_dkdv", dtype, size, TOKENS, architecture)["BLOCK_N"]
     grids = dict(launches)
-    assert grids["units_dkdv"][0] == tiles and grids["add_pieces"][1:] == (32_768, 2)
-    assert check(launches) >= {"attend_long_units", "merge_rows", "units_dkdv", "add_pieces", "units_dq", "add_dq"}
+    assert grids["past_dkdv"][0] == tiles and grids["combine_dkdv"][1:] == (32_768, 2)
+    assert check(launches) >= {"past_fwd_long", "combine_out", "past_dkdv", "combine_dkdv", "past_dq", "combine_dq"}
 
 
 @pytest.mark.parametrize(("sequences", "block_size"), [(1, 16), (1, 4096), (70_000, 64)])
@@ -106,6 +106,6 @@ def test_decoding(launches, sequences, block_size):
     lengths = torch.empty(sequences, dtype=torch.int32, device="meta")
     kernels.decode_cached(q, k, k, summaries, lengths, block_size=block_size, top_k=65, softmax_scale=1.0)
     kernels.complete_summaries(k, summaries, lengths, block_size)
-    programs = {name: grid for name, grid in launches}["select_blocks"]
+    programs = {name: grid for name, grid in launches}["route"]
     assert programs[2] == (32 if (sequences, block_size) == (1, 16) else 1)
-    assert check(launches) == {"select_blocks", "attend_cached", "merge_rows", "block_means"}
+    assert check(launches) == {"route", "decode_fwd", "combine_out", "block_means"}

@@ -6,7 +6,7 @@ from kernel_examples import inputs, whole_numbers
 
 from moba_megatron.ops import moba_attention
 from moba_megatron.ops.triton import complete_summaries, config, decode_cached
-from moba_megatron.ops.triton.decode import PIECE, choose_cached
+from moba_megatron.ops.triton.decode import SPLIT_KEYS, choose_cached
 
 
 @pytest.mark.parametrize(("block_size", "top_k"), [(8, 3), (7, 1), (16, 2)])
@@ -32,14 +32,14 @@ def test_token_by_token_equals_one_pass(block_size, top_k):
 
 
 @pytest.mark.parametrize("num_past", [1, 5])
-def test_parts_of_the_blocks_choose_the_same(monkeypatch, num_past):
-    """Whole numbers, so that ties abound: between parts too they go to the lower block. One text ends in the first
-    part, one has no past block."""
+def test_splits_of_the_blocks_choose_the_same(monkeypatch, num_past):
+    """Whole numbers, so that ties abound: between splits too they go to the lower block. One text ends in the first
+    split, one has no past block."""
     q, k = whole_numbers(3, 2, 1)[0], whole_numbers(3 * 50, 1, 1)[1].view(3, 50, 1, 16)
     lengths = torch.tensor([50 * 8 + 3, 4 * 8 + 1, 5])
     whole = choose_cached(q, k, lengths, 8, num_past + 1)
-    monkeypatch.setattr(config, "LEAST_PART", 7)
-    assert config.decoding_parts(3, 50) == (8, 7)
+    monkeypatch.setattr(config, "LEAST_SPLIT", 7)
+    assert config.decode_splits(3, 50) == (8, 7)
     assert torch.equal(choose_cached(q, k, lengths, 8, num_past + 1), whole)
     scores = torch.einsum("bnd,bmd->bnm", q, k[:, :, 0])
     for ids, score, length in zip(whole, scores, lengths, strict=True):
@@ -49,8 +49,8 @@ def test_parts_of_the_blocks_choose_the_same(monkeypatch, num_past):
         assert (ids[:, want.shape[1] : -1] == -1).all()
 
 
-def test_long_blocks_are_read_in_pieces():
-    block_size = PIECE + 100
+def test_long_blocks_are_read_in_splits():
+    block_size = SPLIT_KEYS + 100
     q, k, v, _ = inputs(2 * block_size + 30, 2, 1)
     want = moba_attention(q, k, v, block_size=block_size, top_k=2, backend="gathered")[-1:]
     summaries = k[: 2 * block_size].view(2, block_size, 1, 16).mean(dim=1)
