@@ -20,8 +20,9 @@ The words of these modules, portable and Triton alike:
 | kv head | a head of keys and values, also key head; `qheads_per_kvhead` query heads attend it |
 | row | a query row, token * N + head |
 | slot | place of a row's ids; one more where its own block has a kv block before it |
-| entry | (query row, kv block) that is attended: a slot that is filled |
-| index | entries sorted by (kv head, kv block): their `order` and the offsets `cu_entries` |
+| entry | one (query row, kv block) that is attended; the kernels number all slots, with kv block -1 for none |
+| head block | a (kv head, kv block), numbered kv_head * num_kv_blocks + kv_block |
+| index | entries sorted by head block: their `order` and the offsets `cu_entries`, as cu_seqlens has for documents |
 | pass | some kv heads and a range of tokens, whose entries fit the workspace (Triton) |
 | split | what one program takes of a kv block's entries, of a causal span's rows, or, in decoding, of a block |
 | tile | the rows and keys that a program or a product holds at a time |

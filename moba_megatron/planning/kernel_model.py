@@ -3,7 +3,7 @@
 A kernel takes the longest of three times, plus its launches: matrix products at a share of the peak, bytes at a share
 of the memory bandwidth, and the instructions of the selection. Work is counted for one document, exactly: an *entry* is
 one (query, head, chosen past block); it moves a row of q to its block and a partial output in the inputs' dtype to its
-place, and the merge reads that again. Keys and values of a block are read once, whatever reads follow from cache.
+place, and combining reads that again. Keys and values of a block are read once, whatever reads follow from cache.
 
 Nothing here is a measurement of these kernels. The data sheets give peaks; the shares are named below with what stands
 behind them, and are the first thing to replace once a GPU has spoken.
@@ -79,10 +79,10 @@ class AttentionSizes:
 
     @property
     def sum_bytes(self) -> float:
-        """Sums of dk and dv in fp32 that splits of the entries write and their addition reads."""
+        """Partial dk and dv in fp32 that splits of entries write and combining reads."""
         split = max(SPLIT_ENTRIES, SPLIT_ENTRIES_PER_KEY * self.block_size)
-        blocks = self.groups * (self.tokens // self.block_size)
-        return max(blocks, self.entries / split) * self.block_size * self.head_size * 16
+        head_blocks = self.groups * (self.tokens // self.block_size)
+        return max(head_blocks, self.entries / split) * self.block_size * self.head_size * 16
 
     @property
     def query_bytes(self) -> int:
@@ -154,13 +154,13 @@ def forward_work(sizes: AttentionSizes) -> list[Work]:
         Work("route", PLANES * 2 * size * scores, 0, sizes.query_bytes + means + 4 * slots, select * scores),
         Work("index", stream_bytes=16 * slots, launches=5),
         Work(
-            "units, short blocks" if sizes.short else "units, long blocks",
+            "past blocks, short" if sizes.short else "past blocks, long",
             4 * size * sizes.past_pairs,
             entries * (sizes.row_bytes + partial),
             sizes.key_bytes + 4 * entries,
         ),
         Work(
-            "own block + merge",
+            "own block + combine",
             4 * size * sizes.own_pairs,
             entries * partial,
             2 * sizes.query_bytes + sizes.key_bytes + statistics,
@@ -181,19 +181,19 @@ def backward_work(sizes: AttentionSizes, fused: bool | None = None) -> list[Work
     sums = sizes.key_bytes / sizes.element_bytes * 4
     summing = keys + sizes.sum_bytes + 2 * sums
     if sizes.short if fused is None else fused:
-        units = [Work("units: dk, dv, dq", 10 * size * sizes.past_pairs, rows + entries * partial, summing)]
+        past = [Work("past blocks: dk, dv, dq", 10 * size * sizes.past_pairs, rows + entries * partial, summing)]
     else:
-        units = [
-            Work("units: dk, dv", 8 * size * sizes.past_pairs, rows, summing),
-            Work("units: dq", 6 * size * sizes.past_pairs, rows + entries * partial, keys),
+        past = [
+            Work("past blocks: dk, dv", 8 * size * sizes.past_pairs, rows, summing),
+            Work("past blocks: dq", 6 * size * sizes.past_pairs, rows + entries * partial, keys),
         ]
     own = 2 * sizes.query_bytes + sizes.key_bytes + statistics
     return [
         Work("delta", stream_bytes=2 * sizes.query_bytes + statistics / 2),
         Work("index", stream_bytes=16 * slots, launches=5),
-        *units,
+        *past,
         Work("own block: dk, dv", 8 * size * sizes.own_pairs, 0, own + sums + sizes.key_bytes),
-        Work("own block: dq + merge", 6 * size * sizes.own_pairs, entries * partial, own + sizes.query_bytes),
+        Work("own block: dq + combine", 6 * size * sizes.own_pairs, entries * partial, own + sizes.query_bytes),
     ]
 
 

@@ -51,15 +51,15 @@ def test_the_roofline_of_the_design(block):
         return value == pytest.approx(printed, abs=1 if isinstance(printed, int) else 0.06)
 
     case = sizes(*block)
-    *_, units, own = forward_work(case)
-    assert near(milliseconds([units, own], "products", RATE), products)
-    assert near(milliseconds([units, own], "bytes", BANDWIDTH), memory)
+    *_, past, own = forward_work(case)
+    assert near(milliseconds([past, own], "products", RATE), products)
+    assert near(milliseconds([past, own], "bytes", BANDWIDTH), memory)
     assert near(milliseconds(forward_work(replace(case, partial_bytes=4))[-2:], "bytes", BANDWIDTH), wide_memory)
     for expected, is_fused in ((fused, True), (split, False)):
         if expected is not None:
             works = backward_work(case, fused=is_fused)
             assert near(milliseconds(works, "entry_bytes", BANDWIDTH), expected[0])
-            past = [work for work in works if work.name.startswith("units")]
+            past = [work for work in works if work.name.startswith("past blocks")]
             assert len(past) == (1 if is_fused else 2) and near(milliseconds(past, "products", RATE), expected[1])
     assert dense_seconds(case, MACHINES[2], False) * MACHINES[2].peak * 0.6 / RATE == pytest.approx(0.178, abs=5e-4)
 
@@ -94,7 +94,7 @@ def test_the_table_covers_the_grid(tmp_path):
     assert {row.length for row in rows} == {2**n for n in range(13, 21)} and len(rows) == 4 * 2 * (8 * 5 - 3)
     assert all(0 < row.forward_seconds < row.both_seconds for row in rows)
     assert len(list(csv.DictReader(open(tmp_path / "model.csv")))) == len(rows)
-    for word in ("A100", "B200", "1048576", "own block + merge", "not measured"):
+    for word in ("A100", "B200", "1048576", "own block + combine", "not measured"):
         assert word in text.getvalue()
     result = CliRunner().invoke(app, ["bench", "--model", "--output", str(tmp_path)])
     assert result.exit_code == 0 and "expected ms forward" in result.output

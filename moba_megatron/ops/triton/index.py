@@ -1,13 +1,11 @@
 """The index: entries sorted by (kv head, kv block), made on the device by counting, one prefix sum and a scatter.
 
-The rows of a *pass* are numbered kv head by kv head, token by token, head by head, and an entry by row * num_slots +
+The rows of a pass are numbered kv head by kv head, token by token, head by head, and an entry by row * num_slots +
 slot. The number says which row to gather and where its partial result goes, so that partial results of a row lie
-together. Entries are cut into chunks of equal size; each chunk counts its entries of each (kv head, kv block), a prefix
+together. Entries are cut into chunks of equal size; each chunk counts its entries of each head block, a prefix
 sum over these and the chunks tells every chunk where its entries begin, and a second walk puts them there: in rising
 order within each kv block, whatever ran first. Counting uses integer atomics, whose sum does not depend on their order.
 Nothing waits for the host: launches are as large as the worst case, and surplus programs return at once.
-
-A (kv head, kv block) has a number too, kv_head * num_kv_blocks + kv_block: a *head block*, of which there are L.
 
 Traffic per entry: 4 bytes of ids, 8 of kv blocks, 4 of order; the counts take L x chunks x 8 bytes.
 
