@@ -22,14 +22,3 @@ def default_workspace(query_bytes: int) -> int:
     (1073741824, 268435456)
     """
     return max(SMALLEST_WORKSPACE, query_bytes)
-
-
-def forward_entry_bytes(head_size: int, element_bytes: int) -> int:
-    """Workspace of an entry in a forward pass: its partial output, log-sum-exp, block and place in the index."""
-    return head_size * element_bytes + 12
-
-
-def backward_entry_bytes(head_size: int, element_bytes: int) -> int:
-    """Workspace of an entry in a backward pass: its part of dq, block, place in the index, and at most its part of the
-    sums of dk and dv."""
-    return head_size * (element_bytes + 2) + 8

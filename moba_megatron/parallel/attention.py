@@ -2,8 +2,8 @@
 
 One autograd function serves every exchange: attend the keys of one's own block at hand while the block summaries (if
 the selection asks for any) travel, choose past blocks for one's own queries among all blocks of the pack, then work
-through the tasks that the exchange yields and combine by log-sum-exp. The backward pass works through its tasks with
-the output and the log-sum-exp of the whole attention, so that what tasks give to the gradients simply adds up. Full
+through the partial attentions that the exchange yields and combine by log-sum-exp. The backward pass takes each with
+the output and the log-sum-exp of the whole attention, so that what they give to the gradients simply adds up. Full
 attention is the case of one block per document, in which nothing is chosen.
 
 | exchange | what happens |
@@ -35,7 +35,7 @@ from moba_megatron.ops.precision import score_dtype, without_autocast
 from moba_megatron.ops.selection import MOBA, Selection
 from moba_megatron.ops.steps import Steps, has_steps, steps_of
 from moba_megatron.parallel.context_plan import ContextPlan, host_boundaries, inner_order, plan_context
-from moba_megatron.parallel.exchange import Exchange, Queries, Task
+from moba_megatron.parallel.exchange import Exchange, Queries, PartialAttention
 from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, RankSizes
 from moba_megatron.parallel.exchanges import EXCHANGES
 from moba_megatron.parallel.heads import to_heads, to_tokens
@@ -219,11 +219,11 @@ class _ContextAttention(torch.autograd.Function):
         nothing = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device=q.device)
         summaries = SummaryExchange(plan, wire, k, steps.summary) if num_past and steps.summary else None
         own_keys = Keys(k, v, q.shape[1] // k.shape[1])
-        _attend(steps, Task(queries, own_keys, nothing, plan.own_blocks), scale)
+        _attend(steps, PartialAttention(queries, own_keys, nothing, plan.own_blocks), scale)
         gathered = summaries.wait() if summaries else None
         ids = steps.select_past(q, gathered, plan.queries, num_past) if num_past else nothing
-        for task in exchange.forward(plan, queries, k, v, ids):
-            _attend(steps, task, scale)
+        for partial in exchange.forward(plan, queries, k, v, ids):
+            _attend(steps, partial, scale)
         out = queries.out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, queries.lse, ids)
         ctx.plan, ctx.exchange, ctx.scale, ctx.steps = plan, exchange, scale, steps
@@ -238,19 +238,19 @@ class _ContextAttention(torch.autograd.Function):
         dq = torch.zeros_like(q, dtype=lse.dtype)
         queries = Queries(q, lse, out, do, ctx.steps.output_delta(do, out), dq)
         dkv = torch.zeros(2, *k.shape, dtype=lse.dtype, device=k.device)
-        for task in ctx.exchange.backward(ctx.plan, queries, k, v, ids, dkv):
-            _attend_backward(ctx.steps, task, ctx.scale)
+        for partial in ctx.exchange.backward(ctx.plan, queries, k, v, ids, dkv):
+            _attend_backward(ctx.steps, partial, ctx.scale)
         return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), *[None] * 6
 
 
-def _attend(steps: Steps, task: Task, scale: float) -> None:
-    queries = task.queries
-    steps.accumulate(queries.q, task.keys, task.ids, task.fragment, scale, queries.out, queries.lse)
+def _attend(steps: Steps, partial: PartialAttention, scale: float) -> None:
+    queries = partial.queries
+    steps.accumulate(queries.q, partial.keys, partial.ids, partial.fragment, scale, queries.out, queries.lse)
 
 
-def _attend_backward(steps: Steps, task: Task, scale: float) -> None:
-    queries = task.queries
+def _attend_backward(steps: Steps, partial: PartialAttention, scale: float) -> None:
+    queries = partial.queries
     steps.accumulate_backward(
-        queries.do, queries.q, task.keys, task.ids, task.fragment, scale,
-        queries.out, queries.lse, queries.delta, queries.dq, task.dk, task.dv,
+        queries.do, queries.q, partial.keys, partial.ids, partial.fragment, scale,
+        queries.out, queries.lse, queries.delta, queries.dq, partial.dk, partial.dv,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moba_megatron.ops.fragments import Fragment, Keys
 from moba_megatron.parallel.context_plan import ContextPlan
-from moba_megatron.parallel.exchange import Queries, Task
+from moba_megatron.parallel.exchange import Queries, PartialAttention
 from moba_megatron.parallel.wire import Pending, Wire
 
 FAIR = 1.25
@@ -74,7 +74,7 @@ def choose_copies(plan: ContextPlan, demand_M: Tensor, num_kv_heads: int) -> tup
 
 
 class Copies:
-    """Copies of the hot blocks' keys and values, on all ranks: tasks for this rank's queries.
+    """Copies of the hot blocks' keys and values, on all ranks, for this rank's queries.
 
     Args:
         hot_M: bool [M] on the host.
@@ -93,26 +93,26 @@ class Copies:
             message = torch.stack([k[self.mine], v[self.mine]], dim=1)
             self.pending = wire.all_to_all(message.repeat(plan.size - 1, 1, 1, 1), "keys", self.sent, self.received)
 
-    def tasks(
+    def partials(
         self, queries: Queries, ids: Tensor, qheads_per_kvhead: int, partial_dkv: Tensor | None = None
-    ) -> list[Task]:
-        """One task for each other rank that owns hot blocks.
+    ) -> list[PartialAttention]:
+        """One partial attention for each other rank that owns hot blocks.
 
         Args:
             partial_dkv: in the backward pass, [copied rows, 2, G, D] for the gradients.
         """
         if self.pending is None:
             return []
-        copies, tasks, end = self.pending.wait(), [], 0
+        copies, partials, end = self.pending.wait(), [], 0
         for source, count in enumerate(self.received):
             start, end = end, end + count
             if count:
                 keys = Keys(copies[start:end, 0], copies[start:end, 1], qheads_per_kvhead)
-                task = Task(queries, keys, ids, self._fragment(source))
+                partial = PartialAttention(queries, keys, ids, self._fragment(source))
                 if partial_dkv is not None:
-                    task.dk, task.dv = partial_dkv[start:end, 0], partial_dkv[start:end, 1]
-                tasks.append(task)
-        return tasks
+                    partial.dk, partial.dv = partial_dkv[start:end, 0], partial_dkv[start:end, 1]
+                partials.append(partial)
+        return partials
 
     def partial_dkv(self, k: Tensor) -> Tensor:
         """Zeros [copied rows, 2, G, D] for the gradients of all copies here, in the keys' dtype."""

@@ -24,7 +24,7 @@ from moba_megatron.ops.combine import combine_weights
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.parallel.context_plan import ContextPlan
 from moba_megatron.parallel.copies import Copies, choose_copies, demanded
-from moba_megatron.parallel.exchange import Queries, Task
+from moba_megatron.parallel.exchange import Queries, PartialAttention
 from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, RankSizes, wide_output
 from moba_megatron.parallel.wire import Wire, report_load
 
@@ -55,7 +55,9 @@ class Dispatch:
     def __init__(self, wire: Wire):
         self.wire = wire
 
-    def forward(self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor) -> Iterator[Task]:
+    def forward(
+        self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor
+    ) -> Iterator[PartialAttention]:
         """See `Exchange`."""
         qheads_per_kvhead = queries.q.shape[1] // k.shape[1]
         hot_M, load = self._choose_copies(plan, ids, k.shape[1])
@@ -63,24 +65,24 @@ class Dispatch:
         journey = self._travel(plan, ids, hot_M, k.shape[1])
         report_load(dataclasses.replace(load, guests=sum(journey.coming)))
         coming_q = self._send(journey, queries.q)
-        yield Task(queries, Keys(k, v, qheads_per_kvhead), ids, plan.own_choices)
+        yield PartialAttention(queries, Keys(k, v, qheads_per_kvhead), ids, plan.own_choices)
         q_RD = coming_q.wait()[journey.order]
         guests = Queries(
             q=q_RD.unsqueeze(1),
             out=torch.zeros_like(q_RD, dtype=queries.lse.dtype).unsqueeze(1),
             lse=queries.lse.new_full((q_RD.shape[0], 1), -torch.inf),
         )
-        for _, task in self._guest_tasks(plan, journey, guests, k, v):
-            yield task
+        for _, partial in self._guest_partials(plan, journey, guests, k, v):
+            yield partial
         home = [self._return(journey, x) for x in (guests.out.squeeze(1).to(k.dtype), guests.lse.squeeze(1))]
-        yield from copies.tasks(queries, ids, qheads_per_kvhead)
+        yield from copies.partials(queries, ids, qheads_per_kvhead)
         partials = (pending.wait().split(journey.leaving) for pending in home)
         for rows, partial_out, partial_lse in zip(journey.rows.split(journey.leaving), *partials, strict=True):
             _combine_rows(queries, rows, partial_out, partial_lse)
 
     def backward(
         self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor, dkv: Tensor
-    ) -> Iterator[Task]:
+    ) -> Iterator[PartialAttention]:
         """See `Exchange`."""
         qheads_per_kvhead = queries.q.shape[1] // k.shape[1]
         hot_M, _ = self._choose_copies(plan, ids, k.shape[1])
@@ -88,7 +90,7 @@ class Dispatch:
         journey = self._travel(plan, ids, hot_M, k.shape[1])
         coming_rows = self._send(journey, torch.stack([queries.q, queries.do], dim=2))
         coming_numbers = self._send(journey, torch.stack([queries.lse, queries.delta], dim=2))
-        yield Task(queries, Keys(k, v, qheads_per_kvhead), ids, plan.fragment(plan.rank), dkv[0], dkv[1])
+        yield PartialAttention(queries, Keys(k, v, qheads_per_kvhead), ids, plan.fragment(plan.rank), dkv[0], dkv[1])
         rows, numbers = coming_rows.wait()[journey.order], coming_numbers.wait()[journey.order]
         guests = Queries(
             q=rows[:, 0].unsqueeze(1).contiguous(),
@@ -97,14 +99,14 @@ class Dispatch:
             delta=numbers[:, 1].unsqueeze(1).contiguous(),
             dq=torch.zeros_like(rows[:, 0], dtype=numbers.dtype).unsqueeze(1),
         )
-        for kv_head, task in self._guest_tasks(plan, journey, guests, k, v):
+        for kv_head, partial in self._guest_partials(plan, journey, guests, k, v):
             partial_dkv = torch.zeros_like(dkv[:, :, :1])
-            task.dk, task.dv = partial_dkv[0], partial_dkv[1]
-            yield task
+            partial.dk, partial.dv = partial_dkv[0], partial_dkv[1]
+            yield partial
             dkv[:, :, kv_head : kv_head + 1] += partial_dkv
         home = self._return(journey, guests.dq.squeeze(1).to(k.dtype))
         partial_dkv = copies.partial_dkv(k)
-        yield from copies.tasks(queries, ids, qheads_per_kvhead, partial_dkv)
+        yield from copies.partials(queries, ids, qheads_per_kvhead, partial_dkv)
         copies.bring_home(partial_dkv, dkv)
         dq, partials = queries.dq.flatten(0, 1), home.wait().split(journey.leaving)
         for rows, partial_dq in zip(journey.rows.split(journey.leaving), partials, strict=True):
@@ -154,9 +156,9 @@ class Dispatch:
         return self.wire.all_to_all(arrived, "outputs", journey.coming, journey.leaving)
 
     @staticmethod
-    def _guest_tasks(
+    def _guest_partials(
         plan: ContextPlan, journey: _Journey, guests: Queries, k: Tensor, v: Tensor
-    ) -> Iterator[tuple[int, Task]]:
+    ) -> Iterator[tuple[int, PartialAttention]]:
         """For each kv head its guests, as queries of one head, against this rank's keys."""
         kv_blocks = journey.kv_blocks[journey.order].unsqueeze(1)
         last = 0
@@ -168,7 +170,7 @@ class Dispatch:
                     for field in dataclasses.fields(guests)
                 }
                 keys = Keys(k[:, kv_head : kv_head + 1], v[:, kv_head : kv_head + 1], 1)
-                yield kv_head, Task(Queries(**some), keys, kv_blocks[first:last], plan.guest_choices)
+                yield kv_head, PartialAttention(Queries(**some), keys, kv_blocks[first:last], plan.guest_choices)
 
 
 def _leave_for(

@@ -1,8 +1,8 @@
 """What an exchange is: a way to bring queries and keys of different ranks together, and their gradients home.
 
-The attention itself (`attention.py`) is the same for all of them. An exchange yields *tasks*, each some queries against
-some keys that are both here now; when it is asked for the next task, the last one is done. Between two tasks it sends
-and receives, so that the next keys travel while these are attended.
+The attention itself (`attention.py`) is the same for all of them. An exchange yields *partial attentions*, each some
+queries against some keys that are both here now; when it is asked for the next one, the last one is done. Between two
+of them it sends and receives, so that the next keys travel while these are attended.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Queries:
 
 
 @dataclass
-class Task:
+class PartialAttention:
     """Queries against keys. In the backward pass `dk` and `dv` [S, G, D] are written."""
 
     queries: Queries
@@ -53,8 +53,10 @@ class Task:
 class Exchange(Protocol):
     """Brings queries and keys together. All ranks of the group call the same methods in the same order."""
 
-    def forward(self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor) -> Iterator[Task]:
-        """Tasks that complete the attention of this rank's queries.
+    def forward(
+        self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor
+    ) -> Iterator[PartialAttention]:
+        """Partial attentions that complete the attention of this rank's queries.
 
         Args:
             queries: of this rank; their own blocks' keys on this rank are attended already.
@@ -65,9 +67,9 @@ class Exchange(Protocol):
 
     def backward(
         self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor, dkv: Tensor
-    ) -> Iterator[Task]:
-        """Tasks of the backward pass; afterwards dq in `queries` and `dkv` [2, t, G, D] (fp32 or wider, zero before)
-        are complete."""
+    ) -> Iterator[PartialAttention]:
+        """Partial attentions of the backward pass; afterwards dq in `queries` and `dkv` [2, t, G, D] (fp32 or wider,
+        zero before) are complete."""
         ...
 
 
@@ -77,10 +79,14 @@ class KeyExchange:
     def __init__(self, wire: Wire):
         self.wire = wire
 
-    def forward(self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor) -> Iterator[Task]:
+    def forward(
+        self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor
+    ) -> Iterator[PartialAttention]:
         """See `Exchange`."""
         for source, keys in self.shards(queries.q, k, v):
-            yield Task(queries, keys, ids, plan.fragment(source) if source != plan.rank else plan.own_choices)
+            yield PartialAttention(
+                queries, keys, ids, plan.fragment(source) if source != plan.rank else plan.own_choices
+            )
 
     def shards(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[int, Keys]]:
         """(rank of origin, keys and values of some heads); for these heads this rank's own first."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.parallel.context_plan import ContextPlan
-from moba_megatron.parallel.exchange import KeyExchange, Queries, Task
+from moba_megatron.parallel.exchange import KeyExchange, Queries, PartialAttention
 from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, RankSizes, wide_output
 from moba_megatron.parallel.wire import Pending
 
@@ -24,7 +24,7 @@ class Gather(KeyExchange):
 
     def backward(
         self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor, dkv: Tensor
-    ) -> Iterator[Task]:
+    ) -> Iterator[PartialAttention]:
         """See `Exchange`."""
         size = self.wire.size
         going: list[tuple[int, Pending]] = []
@@ -33,11 +33,13 @@ class Gather(KeyExchange):
             if source == plan.rank:
                 partial_dkv = k.new_empty(size, 2, *keys.k.shape)
                 own = dkv[:, :, keys.first_kv_head : keys.first_kv_head + 1]
-                yield Task(queries, keys, ids, plan.fragment(source), own[0], own[1])
+                yield PartialAttention(queries, keys, ids, plan.fragment(source), own[0], own[1])
                 # What the owner itself gives stays in its wide dtype.
                 partial_dkv[source] = 0
             else:
-                yield Task(queries, keys, ids, plan.fragment(source), partial_dkv[source, 0], partial_dkv[source, 1])
+                yield PartialAttention(
+                    queries, keys, ids, plan.fragment(source), partial_dkv[source, 0], partial_dkv[source, 1]
+                )
             if source == (plan.rank + 1) % size:
                 going.append((keys.first_kv_head, self.wire.all_to_all(partial_dkv, "gradients")))
                 self._add(dkv, going[:-1])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.parallel.context_plan import ContextPlan
-from moba_megatron.parallel.exchange import KeyExchange, Queries, Task
+from moba_megatron.parallel.exchange import KeyExchange, Queries, PartialAttention
 from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, RankSizes, wide_output
 
 
@@ -24,13 +24,13 @@ class Ring(KeyExchange):
 
     def backward(
         self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor, dkv: Tensor
-    ) -> Iterator[Task]:
+    ) -> Iterator[PartialAttention]:
         """See `Exchange`."""
         carried = None
         for source, keys in self.shards(queries.q, k, v):
             own = source == plan.rank
             partial_dkv = dkv if own else torch.empty_like(dkv)
-            yield Task(queries, keys, ids, plan.fragment(source), partial_dkv[0], partial_dkv[1])
+            yield PartialAttention(queries, keys, ids, plan.fragment(source), partial_dkv[0], partial_dkv[1])
             if own:
                 continue
             if carried is not None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moba_megatron.ops import kernel_sizes
 from moba_megatron.ops.fragments import Keys
+from moba_megatron.ops.kernel_sizes import default_workspace
 from moba_megatron.ops.triton.fragments import DeviceFragment
 
 # Entry numbers of a pass are int32.
@@ -71,7 +71,7 @@ def passes(
 ) -> Iterator[Pass]:
     """Cut a call into passes whose entries fit the workspace, all of about one size: kv head by kv head, then by
     tokens."""
-    budget = kernel_sizes.default_workspace(q_TND.nbytes) if workspace_bytes is None else workspace_bytes
+    budget = default_workspace(q_TND.nbytes) if workspace_bytes is None else workspace_bytes
     tokens, kv_heads, slots = q_TND.shape[0], keys.k.shape[1], fragment.num_slots(num_past)
     per_token = keys.qheads_per_kvhead * max(1, slots)
     most = max(per_token, min(budget // entry_bytes, MOST_ENTRIES))
@@ -95,10 +95,11 @@ def even_step(count: int, most: int) -> int:
 
 
 def forward_entry_bytes(q_TND: Tensor) -> int:
-    """Workspace for an entry of a forward pass."""
-    return kernel_sizes.forward_entry_bytes(q_TND.shape[2], q_TND.element_size())
+    """Workspace for an entry: its partial output, log-sum-exp, kv block and place in the index."""
+    return q_TND.shape[2] * q_TND.element_size() + 12
 
 
 def backward_entry_bytes(q_TND: Tensor) -> int:
-    """Workspace for an entry of a backward pass."""
-    return kernel_sizes.backward_entry_bytes(q_TND.shape[2], q_TND.element_size())
+    """Workspace for an entry: its partial dq, kv block, place in the index, and at most its part of the partial dk and
+    dv."""
+    return q_TND.shape[2] * (q_TND.element_size() + 2) + 8
