@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moba_megatron.ops.fragments import Fragment, Keys
 from moba_megatron.parallel.context_plan import ContextPlan
-from moba_megatron.parallel.exchange import Queries, PartialAttention
+from moba_megatron.parallel.exchange import PartialAttention, Queries
 from moba_megatron.parallel.wire import Pending, Wire
 
 FAIR = 1.25

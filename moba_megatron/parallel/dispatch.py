@@ -24,7 +24,7 @@ from moba_megatron.ops.combine import combine_weights
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.parallel.context_plan import ContextPlan
 from moba_megatron.parallel.copies import Copies, choose_copies, demanded
-from moba_megatron.parallel.exchange import Queries, PartialAttention
+from moba_megatron.parallel.exchange import PartialAttention, Queries
 from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, RankSizes, wide_output
 from moba_megatron.parallel.wire import Wire, report_load
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.parallel.context_plan import ContextPlan
-from moba_megatron.parallel.exchange import KeyExchange, Queries, PartialAttention
+from moba_megatron.parallel.exchange import KeyExchange, PartialAttention, Queries
 from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, RankSizes, wide_output
 from moba_megatron.parallel.wire import Pending
 

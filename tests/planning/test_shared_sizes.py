@@ -63,7 +63,7 @@ def test_the_kernels_take_that_workspace():
     from moba_megatron.ops.triton.passes import forward_entry_bytes, passes
 
     class NoOwnBlocks:
-        def per_query(self, num_past: int) -> int:
+        def num_slots(self, num_past: int) -> int:
             return num_past
 
     def entries(tokens: int, workspace_bytes: int | None) -> list[int]:
@@ -82,5 +82,5 @@ def test_the_longest_block_that_one_kernel_takes(head_size):
     from moba_megatron.ops.triton import config
 
     for block_size in (16, 64, kernel_sizes.SHORT_BLOCK, 2 * kernel_sizes.SHORT_BLOCK):
-        short = config.holds_unit("units_dkdv_dq", torch.bfloat16, head_size, block_size, 90)
+        short = config.holds_kv_block("past_dkdv_dq", torch.bfloat16, head_size, block_size, 90)
         assert short == (block_size <= kernel_sizes.SHORT_BLOCK)
