@@ -69,7 +69,7 @@ def test_the_kernels_take_that_workspace():
     def entries(tokens: int, workspace_bytes: int | None) -> list[int]:
         q, k = (torch.empty(tokens, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
         cut = passes(q, Keys(k, k, 4), 7, NoOwnBlocks(), forward_entry_bytes(q), workspace_bytes)
-        return [work.entries for work in cut]
+        return [work.num_entries for work in cut]
 
     for tokens in (2**16, 2**20):
         default = kernel_sizes.default_workspace(tokens * 8 * 128 * 2)
