@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from snapshot.texts import describe, describe_all, write_lines
 from torch import Tensor
 
 from moba_megatron.ops import full_attention, moba_attention, select_blocks
 from moba_megatron.ops.decode import continue_text, decode_tokens
+from snapshot.texts import describe, describe_all, write_lines
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Boundaries of documents; None is one document of 100 tokens.
@@ -81,7 +81,8 @@ def take_kernels(out: Path) -> None:
     sizes = ((16, 3), (13, 2), (16, 1), (70, 3), (5, 9))
     heads = ((1, 1), (4, 1))
     write_lines(out, "kernels/attention.txt", _moba("triton", fp32, sizes, few, heads, plain, tokens=48))
-    write_lines(out, "kernels/key_heads.txt", _moba("triton", fp32, sizes[:1], {"one": None}, ((2, 2),), plain, tokens=48))
+    one = {"one": None}
+    write_lines(out, "kernels/key_heads.txt", _moba("triton", fp32, sizes[:1], one, ((2, 2),), plain, tokens=48))
     write_lines(out, "kernels/selections.txt", _moba("triton", fp32, sizes[:1], few, ((1, 1),), some, tokens=48))
     fp16 = {"fp16": torch.float16}
     write_lines(out, "kernels/half.txt", _moba("triton", fp16, sizes[:1], few, ((1, 1),), plain, tokens=48))
@@ -102,9 +103,7 @@ def _moba(
         yield f"{selection} {name} heads={queries}/{groups} {pack} B={block_size} K={top_k}: {found}"
 
 
-def _in_parts(
-    backend: str, workspaces: tuple[int, ...], heads: tuple = HEADS, tokens: int = TOKENS
-) -> Iterator[str]:
+def _in_parts(backend: str, workspaces: tuple[int, ...], heads: tuple = HEADS, tokens: int = TOKENS) -> Iterator[str]:
     cu = boundaries((0, 5, 5, 37, tokens))
     for workspace, (queries, groups) in itertools.product(workspaces, heads):
         settings = {"block_size": 8, "top_k": 4, "backend": backend, "workspace_bytes": workspace}

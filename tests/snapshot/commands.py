@@ -13,12 +13,13 @@ from pathlib import Path
 
 import megatron.core.models.gpt  # noqa: F401  (what every command would import anew)
 import transformers  # noqa: F401
-from snapshot.texts import ROOT, without_places, without_times, write_lines
 
 from moba_megatron.cli import COMMANDS, app
 from moba_megatron.config import ConfigError, load_config
+from snapshot.texts import ROOT, without_places, without_times, write_lines
 
-CONFIGS = ROOT / "configs"
+# As seen from `elsewhere`: the length of an absolute path would show in the layout of tables.
+CONFIGS = Path("configs")
 # Overrides of the quickstart that are refused: the words of each refusal.
 REFUSED = (
     "attention.block_size=0",
@@ -152,10 +153,11 @@ def forked(function: Callable[[], None]) -> str:
 
 @contextmanager
 def elsewhere() -> Iterator[Path]:
-    """Work in an empty folder, so that no data and no runs of this checkout are seen."""
+    """Work in a folder with nothing but configs/, so that no data and no runs of this checkout are seen."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
+        CONFIGS.symlink_to(ROOT / CONFIGS)
         try:
             yield Path(folder)
         finally:

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 from parallel.examples import groups_for, pack_inputs, run_shard
-from snapshot.texts import describe_all, write_lines
 
 from moba_megatron.ops.selection import Selection
 from moba_megatron.parallel.attention import context_attention
+from snapshot.texts import describe_all, write_lines
 
 EXCHANGES = {
     1: ("a2a", "p2p", "all_gather", "dispatch"),

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from snapshot.commands import elsewhere, run
 from snapshot.texts import as_json, sha256, write_lines
 
-WORDS = "alpha beta gamma def return import class self value tensor block naïve 東京 für 12 345 +-= () \U0001f600".split()
+WORDS = "alpha beta gamma def return import class self value tensor naïve 東京 für 12 345 +-= () \U0001f600".split()
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -31,7 +32,7 @@ def take_data(out: Path) -> None:
     """Prepare each kind of source, with a tokenizer trained here, in shares as well, and blends of the datasets."""
     with elsewhere():
         write_corpus()
-        bpe = {"kind": "bpe", "vocab_size": 400, "engine": "tokenizers"}
+        bpe = {"kind": "bpe", "vocab_size": 320, "engine": "tokenizers"}
         _prepare(out, "texts", [SOURCES["texts"]], bpe)
         _prepare(out, "fast_engine", [SOURCES["texts"]], bpe | {"engine": "auto"})
         shutil.copytree("texts_data/tokenizer", "chat_tokenizer")
@@ -68,8 +69,8 @@ def write_corpus() -> None:
         _write_rows(f"rows/{part}.jsonl", [*rows, *rows[:5]])
     _write_rows("answers.jsonl", [{"question": text(12), "reply": text(draw.choice([5, 90]))} for _ in range(80)])
     roles = ("user", "assistant", "user", "assistant")
-    chats = [{"messages": [{"role": role, "content": text(15)} for role in roles[: draw.choice([2, 4])]]} for _ in range(60)]
-    _write_rows("chats.jsonl", chats)
+    chats = [[{"role": role, "content": text(15)} for role in roles[: draw.choice([2, 4])]] for _ in range(60)]
+    _write_rows("chats.jsonl", [{"messages": messages} for messages in chats])
 
 
 def files_of(folder: Path) -> list[str]:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from snapshot.texts import describe, write_lines
 from transformers import DynamicCache, StaticCache
 
 import moba_megatron.hf as hf
+from snapshot.texts import describe, write_lines
 
 # The tests of this folder import its helpers by their bare names.
 sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))

@@ -57,7 +57,13 @@ def without_places(text: str, *folders: Path) -> str:
 
 
 def without_times(text: str) -> str:
-    """A text without dates, times of day, durations and commits."""
-    text = re.sub(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\.\d+)?(Z|[+-]\d\d:?\d\d)?", "<time>", text)
+    """A text without dates, times of day, durations, commits, bars of progress, and what made a dataset when."""
+    kept = [line for line in text.splitlines() if not _PASSING_LINE.search(line)]
+    text = re.sub(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\.\d+)?(Z|[+-]\d\d:?\d\d)?", "<time>", "\n".join(kept))
     text = re.sub(r"\b\d+:\d\d:\d\d\b", "<time>", text)
-    return re.sub(r"\b(?:commit )[0-9a-f]{7,40}\b", "commit <commit>", text)
+    text = re.sub(r"\bin [\d,.]+ (?:s|ms|minutes)\b", "in <seconds>", text)
+    return re.sub(r"\bcommit [0-9a-f]{7,40}\b", "commit <commit>", text)
+
+
+# A bar has no corners, as the heads of tables do.
+_PASSING_LINE = re.compile(r"^[^┏┡╞]*━━[^┓┩]*$|^made \d{4}-|^versions: ")

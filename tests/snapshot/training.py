@@ -11,6 +11,7 @@ import torch
 from distributed import run_ranks
 from safetensors.torch import load_file
 from small_run import TOKENS, read_metrics, small_config, train_here
+
 from snapshot.commands import elsewhere, run, run_training
 from snapshot.texts import as_json, describe, sha256, without_places, write_lines
 
@@ -39,8 +40,14 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
         {"parallel__context": 2, "parallel__exchange": "p2p", "attention__key_convolution": 5},
     ),
 }
-# With what the others do not have: evaluated, exported and generated from.
-LOOKED_AT = ("moba", "stages", "bf16")
+EVALUATIONS = {
+    "losses": ("--trailing", "16", "--samples", "4"),
+    "choices": ("--losses-choice", "16:3", "--losses-choice", "8:4:recent", "--samples", "2"),
+    "routing": ("--routing", "--routing-samples", "2"),
+    "tasks": ("--tasks", "all", "--lengths", "96", "--task-samples", "2", "--depths", "0,0.5,1"),
+}
+# Runs that are evaluated, exported and generated from; what of `EVALUATIONS`.
+LOOKED_AT = {"moba": tuple(EVALUATIONS), "stages": ("losses", "routing"), "bf16": ("losses",)}
 STEP_NUMBERS = ("step", "tokens", "loss", "grad_norm", "lr", "stage")
 PASSING = ("created", "seconds", "time", "tokens_per_second", "commit", "versions", "host")
 
@@ -82,23 +89,18 @@ def _run_lines(run_folder: Path, root: Path) -> Iterator[str]:
 
 
 def _look_at(out: Path, name: str, run_folder: Path, root: Path) -> None:
-    evaluations = {
-        "losses": ("--trailing", "16", "--samples", "4"),
-        "choices": ("--losses-choice", "16:3", "--losses-choice", "8:4:recent", "--samples", "2"),
-        "routing": ("--routing", "--routing-samples", "2"),
-        "tasks": ("--tasks", "all", "--lengths", "96", "--task-samples", "2", "--depths", "0,0.5,1"),
-    }
-    codes = [f"{what}: {run('evaluate', run_folder, *options)}" for what, options in evaluations.items()]
-    write_lines(out, f"losses/{name}_evaluate_said.txt", codes)
+    said = [f"{what}: {run('evaluate', run_folder, *EVALUATIONS[what])}" for what in LOOKED_AT[name]]
+    write_lines(out, f"losses/{name}_evaluate_said.txt", said)
     for path in sorted((run_folder / "evaluation").rglob("*.json")):
         values = without_passing(json.loads(path.read_text()), root)
         write_lines(out, f"losses/{name}_evaluation/{path.name}", [as_json(values)])
     prompt = ("generate", run_folder, "--prompt", "w5 w7 w9 w3", "--tokens", "24")
     write_lines(out, f"losses/{name}_generated.txt", [run(*prompt, "--temperature", t) for t in ("0", "0.8")])
-    for decode, more in (("full", ()), ("moba", ("--self-contained",))):
+    ways = {"full": (), "moba": ("--self-contained",)} if name == "moba" else {"full": ()}
+    for decode, more in ways.items():
         exported = root / f"{name}_{decode}"
         said = run("export-hf", run_folder, exported, "--decode", decode, *more)
-        lines = [said.splitlines()[-1]]
+        lines = [said, *sorted(path.name for path in exported.glob("*"))]
         for path in sorted(exported.glob("*.safetensors")):
             lines += [f"{key}: {describe(tensor)}" for key, tensor in sorted(load_file(path).items())]
         for path in ("config.json", "generation_config.json"):
