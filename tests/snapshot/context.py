@@ -36,7 +36,7 @@ def take_context(out: Path) -> None:
     """Write a file for each number of ranks."""
     torch.set_num_threads(1)
     for ranks in EXCHANGES:
-        found = run_ranks(ranks, lines_of_rank, ranks, timeout=300)
+        found = run_ranks(ranks, lines_of_rank, ranks, timeout=900)
         write_lines(out, f"context/{ranks}_ranks.txt", (line for rank in found for line in rank))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -50,6 +51,7 @@ def take_data(out: Path) -> None:
         Path("mix.yaml").write_text(yaml.safe_dump(mix))
         said = [run("prepare", "blend", "mix.yaml", "blend_data"), run("prepare", "inspect", "blend_data")]
         write_lines(out, "data/blend.txt", [*said, *files_of(Path("blend_data"))])
+        write_lines(out, "data/inputs.txt", map(inputs_of, sorted(Path().glob("*_data"))))
 
 
 def write_corpus() -> None:
@@ -71,6 +73,14 @@ def write_corpus() -> None:
     roles = ("user", "assistant", "user", "assistant")
     chats = [[{"role": role, "content": text(15)} for role in roles[: draw.choice([2, 4])]] for _ in range(60)]
     _write_rows("chats.jsonl", [{"messages": messages} for messages in chats])
+    # A dataset's identity knows when its inputs were last changed.
+    for path in [*Path("texts").rglob("*.txt"), *Path("rows").iterdir(), *Path().glob("*.jsonl")]:
+        os.utime(path, ns=(1_700_000_000_000_000_000,) * 2)
+
+
+def inputs_of(folder: Path) -> str:
+    """The hashes by which a dataset knows its inputs. They are made of the names in the code that lists these."""
+    return f"{folder} {' '.join(json.loads((folder / 'manifest.json').read_text())['identity'].get('inputs', []))}"
 
 
 def files_of(folder: Path) -> list[str]:
@@ -87,9 +97,10 @@ def files_of(folder: Path) -> list[str]:
 
 
 def without_passing(values: Any) -> Any:
-    """A manifest without times, versions and places."""
+    """A manifest without times, versions, and the hashes of `inputs_of`."""
     if isinstance(values, dict):
-        return {key: without_passing(value) for key, value in values.items() if key not in PASSING}
+        kept = {key: value for key, value in values.items() if key not in PASSING}
+        return {key: without_passing(value) for key, value in kept.items() if (key, type(value)) != ("inputs", list)}
     return [without_passing(value) for value in values] if isinstance(values, list) else values
 
 

@@ -65,5 +65,5 @@ def without_times(text: str) -> str:
     return re.sub(r"\bcommit [0-9a-f]{7,40}\b", "commit <commit>", text)
 
 
-# A bar has no corners, as the heads of tables do.
-_PASSING_LINE = re.compile(r"^[^┏┡╞]*━━[^┓┩]*$|^made \d{4}-|^versions: ")
+# A bar has no corners, as the heads of tables do. How often samples are counted depends on the time.
+_PASSING_LINE = re.compile(r"^[^┏┡╞]*━━[^┓┩]*$|^made \d{4}-|^versions: |: \d+ of \d+ samples$")

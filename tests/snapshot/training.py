@@ -59,7 +59,7 @@ def take_losses(out: Path) -> None:
         for name, (ranks, changes) in RUNS.items():
             config = small_config(_made(folder / name), training__steps=10, **changes)
             try:
-                run_ranks(ranks, train_here, config, ranks)
+                run_ranks(ranks, train_here, config, ranks, timeout=600)
             except AssertionError as error:
                 write_lines(out, f"losses/{name}.txt", [without_places(str(error).splitlines()[-1], folder)])
                 continue
