@@ -5,6 +5,8 @@ import importlib.machinery
 import importlib.util
 import io
 import math
+import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -38,6 +40,15 @@ def test_writes_table_csv_and_plot(tmp_path):
     assert (tmp_path / "bench.md").read_text().count("\n") == 2 + len(result.rows)
     assert (tmp_path / "bench.png").stat().st_size > 1000
     assert "beats full attention" in text.getvalue()
+
+
+def test_the_command_says_nothing_of_its_profiler(tmp_path):
+    options = "bench --lengths 64 --blocks 16:2 --dtypes fp32 --modes fwd --runs 1 --head-size 8 --output"
+    command = [sys.executable, "-m", "moba_megatron", *options.split(), str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "extra" in done.stdout and "USDT" not in done.stdout + done.stderr
 
 
 def test_refuses_a_wrong_operator(tmp_path, monkeypatch):
