@@ -4,6 +4,9 @@ Scores (MoBA report, equation 6: the inner product of the query and the block's 
 tokens and one key head at a time and thrown away once the tile's ids are chosen, so that nothing of size T x M for all
 heads ever lives in memory. A tile is scored only against the blocks between its first document's first block and its
 own last one. Scores are in fp32, or fp64 for fp64 inputs. No gradient flows: selection is a constant.
+
+Blocks with equal summaries must have equal scores, or chance would break their tie. A CPU's matrix products do not see
+to that: the order in which they sum depends on the column. So where summaries repeat, each has the score of the first.
 """
 
 from __future__ import annotations
@@ -30,6 +33,25 @@ def summarize(k_TGD: Tensor, layout: BlockLayout, summary: Summary | None = MEAN
     if summary is None:
         return None
     return summary.finish(summary.partial(k_TGD, layout.pack_block_T, layout.num_blocks), layout.block_lengths())
+
+
+def _repeated(summaries_MGD: Tensor) -> Tensor | None:
+    """int64 [G, M]: numbers that are equal where summaries of a key head are; None where one channel tells all apart,
+    as it mostly does."""
+    if summaries_MGD[..., 0].sort(dim=0).values.diff(dim=0).all():
+        return None
+    return torch.stack([x_MD.unique(dim=0, return_inverse=True)[1] for x_MD in summaries_MGD.unbind(1)])
+
+
+def _first_with(number_C: Tensor) -> Tensor:
+    """int64 [C]: for each column the first that has its number.
+
+    >>> _first_with(torch.tensor([4, 0, 4, 1, 0])).tolist()
+    [0, 1, 0, 3, 1]
+    """
+    columns = torch.arange(len(number_C))
+    first = columns.new_full((int(number_C.max()) + 1,), len(columns)).scatter_reduce_(0, number_C, columns, "amin")
+    return first[number_C]
 
 
 @torch.no_grad()
@@ -73,6 +95,7 @@ def select_past(
     seen = int((own_T[most - 1 :] - first_T[: num_tokens - most + 1]).max()) if on_cpu else layout.num_blocks
     step = max(1, min(most, budget // max(1, seen * group_size)))
     planes_GDM = summaries_MGD.permute(1, 2, 0)
+    repeated_GM = _repeated(summaries_MGD) if on_cpu else None
     for start in range(0, num_tokens, step):
         end = min(start + step, num_tokens)
         low, high = (int(first_T[start]), int(own_T[end - 1])) if on_cpu else (0, layout.num_blocks)
@@ -85,6 +108,8 @@ def select_past(
             heads = slice(group * group_size, (group + 1) * group_size)
             q = summary.queries(q_TND[start:end, heads].to(planes_GDM.dtype)).flatten(0, 1)
             scores = (q @ planes_GDM[group, :, low:high]).view(end - start, group_size, high - low)
+            if repeated_GM is not None:
+                scores = scores[..., _first_with(repeated_GM[group, low:high])]
             scores.masked_fill_(refused.unsqueeze(1), -torch.inf)
             past = (own - first).unsqueeze(1).expand(-1, group_size)
             columns = selector.choose(scores, past, num_past, head_size**-0.5)
