@@ -7,7 +7,7 @@ import re
 from typing import Literal
 
 from moba_megatron.model.schedule import LayerAttention
-from moba_megatron.ops.selection import SUMMARIES, Selection
+from moba_megatron.ops.selection import MOBA, Selection
 
 Attention = Literal["moba", "full"]
 
@@ -50,9 +50,8 @@ def parse_choice(option: str, text: str) -> LayerAttention:
     match = re.fullmatch(r"(\d+):(\d+)(?::(\w+))?", text)
     if not match or int(match[1]) < 1 or int(match[2]) < 2:
         raise ValueError(f"{option} {text}: a block size and a top-k of at least 2, such as 512:3 or 512:3:recent")
-    word = match[3] or "top_k"
     try:
-        selection = Selection(summary=word) if word in SUMMARIES else Selection(selector=word)
+        selection = MOBA if match[3] is None else Selection.of_word(match[3])
     except ValueError as error:
         raise ValueError(f"{option} {text}: {error}") from error
     return LayerAttention("moba", int(match[1]), int(match[2]), selection)

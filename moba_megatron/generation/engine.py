@@ -1,8 +1,8 @@
 """Continuing a prompt through a key/value cache: prefill in pieces, then one token at a time.
 
-In decode mode `moba` the tokens are those that `sampling.generate` gives, which passes over the whole text for each:
-a step reads the chosen blocks only. In decode mode `full` the prompt goes under MoBA and each new token attends to
-everything before it (MoBA report); the first new token comes from the prefill and is the same in both.
+In decode mode `moba` the tokens are those of a model that passes over the whole text for each; a step reads the chosen
+blocks only. In decode mode `full` the prompt goes under MoBA and each new token attends to everything before it (MoBA
+report); the first new token comes from the prefill and is the same in both.
 """
 
 from __future__ import annotations

@@ -246,15 +246,10 @@ def _stage_layers(attention: AttentionConfig, stage: AttentionStage, num_layers:
         block_size = override.block_size if override and override.block_size else setting("block_size")
         top_k = override.top_k if override and override.top_k else setting("top_k")
         selector = override.selector if override and override.selector else setting("selector")
-        layers.append(LayerAttention("moba", block_size, top_k, _selection(attention, selector)))
+        # The section's summary and threshold are those of the layers whose selector asks for them.
+        selection = Selection.of_settings(selector, attention.summary, attention.threshold)
+        layers.append(LayerAttention("moba", block_size, top_k, selection))
     return tuple(layers)
-
-
-def _selection(attention: AttentionConfig, selector: str) -> Selection:
-    """The section's summary and threshold are those of the layers whose selector asks for them."""
-    if selector == "threshold":
-        return Selection(selector, attention.summary, attention.threshold)
-    return Selection(selector, attention.summary) if selector == "top_k" else Selection(selector)
 
 
 def _runs(layers: tuple[LayerAttention, ...]) -> list[tuple[int, int, LayerAttention]]:

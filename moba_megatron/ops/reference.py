@@ -25,12 +25,15 @@ def _widen(x: Tensor) -> Tensor:
 
 
 def _scores(q: Tensor, past_keys: Tensor, summary: str) -> Tensor:
-    """[t, n, blocks]: queries [t, n, D] against blocks of keys [blocks, B, n, D]."""
+    """[t, n, blocks]: queries [t, n, D] against blocks of keys [blocks, B, n, D].
+
+    Each score is a sum of its own over D, so that equal summaries have equal scores: in a matrix product the order of
+    a sum depends on its column.
+    """
+    q, keys = q.unsqueeze(2), past_keys.transpose(0, 2)  # [t, n, 1, D] and [n, B, blocks, D]
     if summary == "mean":
-        return torch.einsum("tnd,mnd->tnm", q, past_keys.mean(dim=1))
-    bounds = (past_keys.amin(dim=1), past_keys.amax(dim=1))
-    low, high = (torch.einsum("tnd,mnd->tnmd", q, bound) for bound in bounds)
-    return torch.maximum(low, high).sum(dim=-1)
+        return (q * keys.mean(dim=1)).sum(dim=-1)
+    return torch.maximum(q * keys.amin(dim=1), q * keys.amax(dim=1)).sum(dim=-1)
 
 
 def _ranking(q: Tensor, past_keys: Tensor, num_past: int, selection: Selection) -> Tensor:

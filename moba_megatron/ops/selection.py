@@ -8,7 +8,8 @@
 | `recent` | the K - 1 nearest | sliding window |
 | `sink_recent` | the document's first and the K - 2 nearest | attention sink |
 
-A selection is a summary and a selector, and nothing else in the package looks at these words.
+A selection is a summary and a selector. Other modules ask it and do not look at its words, but for two that share
+nothing with it on purpose: the definition (`reference`), and the checks of a configuration.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from moba_megatron.ops.summaries import MEAN, MIN_MAX, Summary
 
 SELECTORS = ("top_k", "recent", "sink_recent", "threshold")
 SUMMARIES = {"mean": MEAN, "min_max": MIN_MAX}
+_USE_SCORES = ("top_k", "threshold")
 _WITHOUT_SETTINGS = {"top_k": TOP_K, "recent": RECENT, "sink_recent": SINK_RECENT}
 
 
@@ -58,6 +60,21 @@ class Selection:
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise ValueError(f"threshold = {self.threshold}: a share above 0 and up to 1")
 
+    @classmethod
+    def of_settings(cls, selector: str, summary: str, threshold: float | None) -> Selection:
+        """A selector with those of the settings that it looks at.
+
+        >>> [str(Selection.of_settings(selector, "min_max", 0.9)) for selector in SELECTORS]
+        ['top_k of min_max', 'recent', 'sink_recent', 'threshold of min_max 0.9']
+        """
+        scored = selector in _USE_SCORES
+        return cls(selector, summary if scored else "mean", threshold if selector == "threshold" else None)
+
+    @classmethod
+    def of_word(cls, word: str) -> Selection:
+        """A selector, or a summary under top-k. Raises ValueError where the word is neither or does not say it all."""
+        return cls(summary=word) if word in SUMMARIES else cls(selector=word)
+
     @property
     def is_plain(self) -> bool:
         """Whether this is MoBA as its report defines it: top-k of the means."""
@@ -66,7 +83,7 @@ class Selection:
     @property
     def uses_scores(self) -> bool:
         """Whether queries are scored against summaries of the blocks; ids follow from positions alone otherwise."""
-        return self.selector in ("top_k", "threshold")
+        return self.selector in _USE_SCORES
 
     @property
     def fills_up(self) -> bool:

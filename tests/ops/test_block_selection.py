@@ -7,6 +7,7 @@ from moba_megatron.ops import select_blocks
 from moba_megatron.ops.gathered import select_past, summarize
 from moba_megatron.ops.layout import block_layout
 from moba_megatron.ops.reference import reference_select
+from moba_megatron.ops.selection import Selection
 from moba_megatron.ops.selectors import Recent, SinkAndRecent
 from moba_megatron.ops.summaries import MEAN
 
@@ -82,6 +83,64 @@ def test_equals_reference_with_exact_ties(bounds, num_heads, num_kv_heads, block
 def test_all_scores_equal_takes_the_lowest_blocks():
     ids = select_blocks(torch.ones(40, 1, 4), torch.ones(40, 1, 4), block_size=4, top_k=4)
     assert ids[39, 0].tolist() == [9, 0, 1, 2]
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+
+
+def repeated_blocks(pattern, block_size, num_heads, num_groups, head_size, dtype):
+    """Random q, and k in which equal letters of the pattern are equal blocks of random keys."""
+    generator = torch.Generator().manual_seed(len(pattern))
+    blocks = {x: torch.randn(block_size, num_groups, head_size, generator=generator) for x in sorted(set(pattern))}
+    q = torch.randn(len(pattern) * block_size, num_heads, head_size, generator=generator)
+    return q.to(dtype), torch.cat([blocks[letter] for letter in pattern]).to(dtype)
+
+
+def by_letters(q, k, pattern, block_size, summary):
+    """int32 [T, N, blocks]: all past blocks by the score of their letter in fp64, then by number; -1 where fewer."""
+    repeat = q.shape[1] // k.shape[1]
+    blocks = k.double().repeat_interleave(repeat, dim=1).unflatten(0, (-1, block_size))
+    scores = {}
+    for letter in set(pattern):
+        keys = blocks[pattern.index(letter)]
+        bounds = [keys.mean(0)] * 2 if summary == "mean" else [keys.amin(0), keys.amax(0)]
+        scores[letter] = torch.maximum(*(q.double() * bound for bound in bounds)).sum(-1)
+    scores_TNM = torch.stack([scores[letter] for letter in pattern], dim=-1)
+    number = torch.arange(len(pattern))
+    past = number < (torch.arange(len(q)) // block_size).view(-1, 1, 1)
+    order = scores_TNM.masked_fill(~past, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    return order.where(number < past.sum(-1, keepdim=True), -1).to(torch.int32)
+
+
+@DTYPES
+@pytest.mark.parametrize("summary", ["mean", "min_max"])
+@pytest.mark.parametrize("pattern", ["A" * 7, "A" * 10, "ABBABAABAAB", "ABC" * 11])
+@pytest.mark.parametrize(("num_heads", "num_groups", "head_size"), [(1, 1, 16), (6, 2, 20), (4, 1, 64)])
+def test_equal_blocks_are_taken_from_the_lowest_on(
+    pattern, dtype, summary, num_heads, num_groups, head_size, monkeypatch
+):
+    """Whatever the keys' values: a product may sum every column in another order."""
+    q, k = repeated_blocks(pattern, 5, num_heads, num_groups, head_size, dtype)
+    want = by_letters(q, k, pattern, 5, summary)
+    past = len(pattern)
+    assert torch.equal(reference_select(q, k, None, 5, past, Selection(summary=summary)), want)
+    for tokens in (1024, 1, 7):
+        monkeypatch.setattr("moba_megatron.ops.gathered.routing.TOKENS_ON_CPU", tokens)
+        assert torch.equal(select_blocks(q, k, block_size=5, top_k=past + 1, summary=summary)[..., 1:], want)
+
+
+@DTYPES
+def test_equal_blocks_of_several_documents(dtype):
+    pattern = "AABAABAAABBABAAAABABA"
+    q, k = repeated_blocks(pattern, 4, 4, 2, 20, dtype)
+    parts = [(0, 7), (7, 8), (8, 21)]
+    want = torch.full((len(q), 4, 20), -1, dtype=torch.int32)
+    for start, end in parts:
+        rows, past = slice(4 * start, 4 * end), end - start
+        want[rows, :, :past] = by_letters(q[rows], k[rows], pattern[start:end], 4, "mean")
+    bounds = cu([0, *(4 * end for _, end in parts)])
+    assert torch.equal(reference_select(q, k, bounds, 4, 20), want)
+    assert torch.equal(select_blocks(q, k, bounds, block_size=4, top_k=21)[..., 1:], want)
 
 
 def test_random_selection_with_a_margin_equals_fp64():

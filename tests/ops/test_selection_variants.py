@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+import moba_megatron
 from moba_megatron.ops import full_attention, moba_attention, select_blocks
 from moba_megatron.ops.adapters import flash_moba_attention
 from moba_megatron.ops.layout import block_layout
@@ -120,6 +123,22 @@ def test_threshold_takes_at_least_one_and_at_most_k():
     assert torch.equal(counts[1e-6], past.clamp(max=1).expand(-1, 2))
     assert torch.equal(counts[1.0], past.clamp(max=5).expand(-1, 2))
     assert (counts[0.5] <= counts[0.9]).all() and counts[0.5].sum() < counts[0.9].sum() < counts[1.0].sum()
+
+
+def test_other_modules_do_not_look_at_its_words():
+    """But for the definition and the configuration; defaults of arguments say MoBA and are in no comparison."""
+    package = Path(moba_megatron.__file__).parent
+    alone = {package / "ops/selection.py", package / "ops/reference.py", *package.glob("config/*.py")}
+    words = {*SELECTORS, *SUMMARIES}
+    looking = []
+    for path in {*package.rglob("*.py")} - alone:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                found = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)} & words
+                looking += [f"{path.relative_to(package)}:{node.lineno}"] if found else []
+            names = isinstance(node, ast.ImportFrom) and {alias.name for alias in node.names}
+            looking += [str(path.relative_to(package))] if names and names & {"SELECTORS", "SUMMARIES"} else []
+    assert looking == []
 
 
 def test_windows_cost_what_moba_costs():

@@ -15,8 +15,8 @@ from moba_megatron.cli import app
 from moba_megatron.config import ConfigError, check_world, load_config
 from moba_megatron.config.checks import combination_problems
 from moba_megatron.model.schedule import AttentionSchedule
-from moba_megatron.planning.plan_layouts import _cut, _slowest, suggest_layouts
-from moba_megatron.planning.plan_machines import GPUS, LINK_SHARE, MEMORY_SHARE, Cluster
+from moba_megatron.planning.plan_layouts import _cut, suggest_layouts
+from moba_megatron.planning.plan_machines import GPUS, LINK_SHARE, Cluster
 from moba_megatron.planning.plan_time import step_time
 from moba_megatron.planning.run_plan import plan_run
 from moba_megatron.training.dry_run import print_dry_run
@@ -123,7 +123,7 @@ def test_the_command_prints_a_plan_and_writes_it(tmp_path):
     assert plan["tokens_per_second"] == pytest.approx(2**23 / parts)
     assert plan["step_seconds_full_attention"] > 3 * plan["step_seconds"]
     assert len(written["layouts"]) == 5
-    # What is suggested can be asked for, and is what was promised.
+    # The overrides of a suggestion ask for that layout, whatever the configuration has.
     first = written["layouts"][0]
     again = call(MOBA_1M, *first["overrides"], "--gpus", 64, "--layouts", 0, "--json", tmp_path / "again.json")
     assert "layouts that fit" not in again
@@ -150,24 +150,29 @@ def test_mistakes_end_with_what_would_work(arguments, code, words):
     assert words in call(MOBA_1M, *arguments, code=code)
 
 
-def test_layouts_pass_the_checks_of_a_run_and_fit():
+def test_layouts_pass_the_checks_of_a_run():
     config = load_config(MOBA_1M)
     cluster = Cluster(GPUS["h200"], 128)
     layouts = suggest_layouts(config, schedule_of(config), 128256, cluster, 1000)
     assert len(layouts) > 20
-    assert [layout.step_seconds for layout in layouts] == sorted(layout.step_seconds for layout in layouts)
     uneven = [layout.parallel.pipeline_layers for layout in layouts if layout.parallel.pipeline_layers]
     assert uneven and all(sum(layers) == 32 and layers[-1] < layers[0] for layers in uneven)
     for layout in layouts:
         trial = config.model_copy(update={"parallel": layout.parallel})
         assert not combination_problems(trial) and check_world(trial, 128) == layout.data
-        assert layout.memory <= MEMORY_SHARE * cluster.gpu.memory
 
 
 def test_nothing_fits_where_nothing_can():
     config = load_config(MOBA_1M)
     assert suggest_layouts(config, schedule_of(config), 128256, Cluster(GPUS["a100"], 4)) == []
     assert "no layout of these GPUs fits" in call(MOBA_1M, "--gpus", 4, "--gpu", "a100", code=1)
+
+
+def longest(seconds, counts, tail):
+    """Of consecutive stages with so many layers each; the tail belongs to the last."""
+    ends = list(itertools.accumulate(counts))
+    stages = [sum(seconds[end - count : end]) for count, end in zip(counts, ends, strict=True)]
+    return max([*stages[:-1], stages[-1] + tail])
 
 
 def test_pipeline_stages_are_cut_as_well_as_can_be():
@@ -178,8 +183,7 @@ def test_pipeline_stages_are_cut_as_well_as_can_be():
             counts = _cut(seconds, stages, tail)
             assert len(counts) == stages and sum(counts) == layers and min(counts) >= 1
             every = [cut for cut in itertools.product(range(1, layers + 1), repeat=stages) if sum(cut) == layers]
-            best = min(_slowest(seconds, list(cut), tail) for cut in every)
-            assert _slowest(seconds, counts, tail) == pytest.approx(best)
+            assert longest(seconds, counts, tail) == pytest.approx(min(longest(seconds, cut, tail) for cut in every))
 
 
 def times(folder, gpus: int = 8, **changes):

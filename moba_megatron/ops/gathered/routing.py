@@ -4,6 +4,9 @@ Scores (MoBA report, equation 6: the inner product of the query and the block's 
 tokens and one kv head at a time and thrown away once the tile's ids are chosen, so that nothing of size T x M for all
 heads ever lives in memory. A tile is scored only against the blocks between its first document's first block and its
 own last one. Scores are in fp32, or fp64 for fp64 inputs. No gradient flows: selection is a constant.
+
+Blocks with equal summaries must have equal scores, or chance would break their tie. A CPU's matrix products do not see
+to that: the order in which they sum depends on the column. So where summaries repeat, each has the score of the first.
 """
 
 from __future__ import annotations
@@ -20,6 +23,25 @@ from moba_megatron.ops.summaries import MEAN, Summary
 # they may not choose; an accelerator wants long launches.
 SCORES_ON_CPU, TOKENS_ON_CPU = 2**19, 2**10
 SCORES_ON_ACCELERATOR, TOKENS_ON_ACCELERATOR = 2**26, 2**12
+
+
+def _repeated(summaries_MGD: Tensor) -> Tensor | None:
+    """int64 [G, M]: numbers that are equal where summaries of a kv head are; None where one channel tells all apart,
+    as it mostly does."""
+    if summaries_MGD[..., 0].sort(dim=0).values.diff(dim=0).all():
+        return None
+    return torch.stack([x_MD.unique(dim=0, return_inverse=True)[1] for x_MD in summaries_MGD.unbind(1)])
+
+
+def _first_with(number_C: Tensor) -> Tensor:
+    """int64 [C]: for each column the first that has its number.
+
+    >>> _first_with(torch.tensor([4, 0, 4, 1, 0])).tolist()
+    [0, 1, 0, 3, 1]
+    """
+    columns = torch.arange(len(number_C))
+    first = columns.new_full((int(number_C.max()) + 1,), len(columns)).scatter_reduce_(0, number_C, columns, "amin")
+    return first[number_C]
 
 
 @torch.no_grad()
@@ -63,6 +85,7 @@ def select_past(
     seen = int((own_T[most - 1 :] - first_T[: num_tokens - most + 1]).max()) if on_cpu else layout.num_blocks
     step = max(1, min(most, budget // max(1, seen * qheads_per_kvhead)))
     planes_GDM = summaries_MGD.permute(1, 2, 0)
+    repeated_GM = _repeated(summaries_MGD) if on_cpu else None
     for start in range(0, num_tokens, step):
         end = min(start + step, num_tokens)
         low, high = (int(first_T[start]), int(own_T[end - 1])) if on_cpu else (0, layout.num_blocks)
@@ -75,6 +98,8 @@ def select_past(
             heads = slice(kv_head * qheads_per_kvhead, (kv_head + 1) * qheads_per_kvhead)
             q = summary.queries(q_TND[start:end, heads].to(planes_GDM.dtype)).flatten(0, 1)
             scores = (q @ planes_GDM[kv_head, :, low:high]).view(end - start, qheads_per_kvhead, high - low)
+            if repeated_GM is not None:
+                scores = scores[..., _first_with(repeated_GM[kv_head, low:high])]
             scores.masked_fill_(refused.unsqueeze(1), -torch.inf)
             past = (own - first).unsqueeze(1).expand(-1, qheads_per_kvhead)
             columns = selector.choose(scores, past, num_past, head_size**-0.5)

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 
+import numpy as np
 import pytest
 import torch
 from kernel_examples import cu, inputs, whole_numbers
@@ -72,6 +73,21 @@ def test_ties_go_to_the_lower_block(num_past, dtype):
     layout = block_layout(200, 16, bounds)
     want = reference_select(q, k, bounds, 16, num_past)
     assert torch.equal(select_past(q, summarize(k, layout), layout, num_past), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_blocks", [7, 10, 70])
+def test_equal_blocks_are_taken_from_the_lowest_on(num_blocks, dtype, monkeypatch):
+    """Whatever the keys' values. The interpreter multiplies by numpy's BLAS, which sums the columns of a product in
+    different orders; here every column is summed alike, as a matrix unit does."""
+    monkeypatch.setattr(np, "matmul", lambda a, b, dtype: (a[:, :, None] * b).sum(axis=1, dtype=dtype))
+    q, k, _, _ = inputs(num_blocks * 5, 2, 1, size=20, dtype=dtype)
+    k = k[:5].repeat(num_blocks, 1, 1)
+    layout = block_layout(num_blocks * 5, 5)
+    lowest = torch.arange(5, dtype=torch.int32)
+    want = lowest.where(lowest < layout.block_T.unsqueeze(1), -1).unsqueeze(1).expand(-1, 2, -1)
+    assert torch.equal(reference_select(q, k, None, 5, 5), want)
+    assert torch.equal(select_past(q, summarize(k, layout), layout, 5), want)
 
 
 def test_all_scores_equal():
