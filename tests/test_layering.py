@@ -23,7 +23,7 @@ ALLOWED = {
     "model": {"parallel", "ops", "platform", "config"},
     "checkpoint": {"runs", "platform", "config"},
     "planning": {"model", "corpus", "parallel", "ops", "config"},
-    "benchmark": {"planning", "hf", "parallel", "ops"},
+    "benchmark": {"planning", "hf", "parallel", "ops", "before_torch"},
     "convert": {"checkpoint", "model", "hf", "corpus", "runs", "platform", "config"},
     "generation": {"convert", "checkpoint", "model", "hf", "runs", "platform", "config"},
     "evaluation": {*("generation", "convert", "checkpoint", "data", "corpus", "model", "hf", "ops", "runs", "config")},

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from moba_megatron.before_torch import wait_briefly
 from moba_megatron.benchmark.settings import BenchSettings
 
 DEFAULTS = BenchSettings()
@@ -148,4 +149,5 @@ def _block(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
+    wait_briefly()
     typer.run(bench_command)

@@ -180,7 +180,7 @@ def run_bench(
     Args:
         settings: what to measure; a preset changes what it names and leaves the rest.
         output: folder for the files, made if missing.
-        preset: a name in `bench_presets.PRESETS`.
+        preset: a name in `presets.PRESETS`.
         console: where to print; None for the terminal.
 
     Raises:

@@ -13,8 +13,8 @@ Exchange = Literal["auto", "p2p", "all_gather", "a2a", "a2a+p2p", "dispatch"]
 
 class ExchangeConfig(Section):
     """How context-parallel ranks bring queries, keys and values together. A single word sets both keys.
-    `p2p`: keys and values travel a ring. `all_gather`: they are gathered, by groups of heads. `a2a`: tokens are traded
-    for heads, so the ranks must divide the key heads of a tensor-parallel rank. `a2a+p2p`: a2a within groups of
+    `p2p`: keys and values travel a ring. `all_gather`: they are gathered, one key head at a time. `a2a`: tokens are
+    traded for heads, so the ranks must divide the key heads of a tensor-parallel rank. `a2a+p2p`: a2a within groups of
     neighbours, a ring between them (`parallel.hierarchical_context`). `dispatch`: queries travel to the ranks that own
     their selected blocks. `auto`: `a2a` where the heads allow it, otherwise the one that moves the fewest bytes;
     decided once, at start, and written into the run's config.yaml.

@@ -17,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_megatron.config import Config, ParallelConfig
-from moba_megatron.model.exchange import resolve_exchange
+from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.model.gpt import ChunkedLossGPTModel
 from moba_megatron.model.rotary import rotary_frequencies, softmax_scale
 from moba_megatron.model.schedule import AttentionSchedule

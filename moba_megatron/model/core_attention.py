@@ -31,7 +31,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moba_megatron.model.context import ContextParallel
+from moba_megatron.model.context_parallel import ContextParallel
 from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
 from moba_megatron.ops import full_attention, moba_attention
 from moba_megatron.parallel.attention import ContextGroups

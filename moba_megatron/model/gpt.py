@@ -11,7 +11,7 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from moba_megatron.model.context import check_layout
+from moba_megatron.model.context_parallel import check_layout
 from moba_megatron.model.loss import chunked_cross_entropy
 from moba_megatron.model.rotary import DocumentRotaryEmbedding, RotaryFrequencies
 

@@ -34,11 +34,11 @@ from moba_megatron.ops.layout import check_inputs, check_settings
 from moba_megatron.ops.precision import score_dtype, without_autocast
 from moba_megatron.ops.selection import MOBA, Selection
 from moba_megatron.ops.steps import Steps, has_steps, steps_of
+from moba_megatron.parallel.a2a import to_heads, to_tokens
 from moba_megatron.parallel.context_plan import ContextPlan, host_boundaries, inner_order, plan_context
 from moba_megatron.parallel.exchange import Exchange, PartialAttention, Queries
 from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, RankSizes
 from moba_megatron.parallel.exchanges import EXCHANGES
-from moba_megatron.parallel.heads import to_heads, to_tokens
 from moba_megatron.parallel.layout import check_divisible
 from moba_megatron.parallel.summaries import SummaryExchange
 from moba_megatron.parallel.wire import Wire

@@ -21,12 +21,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moba_megatron.parallel.a2a import A2A
+from moba_megatron.parallel.a2a_p2p import A2A_P2P
+from moba_megatron.parallel.all_gather import ALL_GATHER
 from moba_megatron.parallel.dispatch import DISPATCH
 from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, RankSizes
-from moba_megatron.parallel.gather import ALL_GATHER
-from moba_megatron.parallel.heads import A2A
-from moba_megatron.parallel.ring import P2P
-from moba_megatron.parallel.two_levels import A2A_P2P
+from moba_megatron.parallel.p2p import P2P
 
 EXCHANGES: dict[str, ExchangeKind] = {kind.name: kind for kind in (P2P, ALL_GATHER, A2A, A2A_P2P, DISPATCH)}
 

@@ -1,1 +1,5 @@
-"""Estimates before a run: FLOPs, bytes and memory; and measurements of the operator."""
+"""Estimates before a run, from sizes alone: operations, bytes, memory and time, and the layouts that fit.
+
+`run_plan` is the plan of one configuration, of `memory` (`memory_layer`) and `plan_time` (`kernel_model`,
+`plan_traffic`); `plan_layouts` suggests others, `plan_cluster` prints it all for the command `plan_command`.
+"""

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moba_megatron.config import Config
-from moba_megatron.model.exchange import resolve_exchange
+from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
 from moba_megatron.planning.memory_layer import (
     LayerBytes,

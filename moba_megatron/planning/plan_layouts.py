@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from moba_megatron.config import Config, ConfigError, ParallelConfig, check_world
 from moba_megatron.config.checks import combination_problems
-from moba_megatron.model.exchange import resolve_exchange
+from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.planning.memory import estimate_memory, fullest
 from moba_megatron.planning.plan_machines import MEMORY_SHARE, Cluster

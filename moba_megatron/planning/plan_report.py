@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moba_megatron.model.exchange import resolve_exchange
+from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.planning.memory import MemoryEstimate
 from moba_megatron.planning.plan_layouts import Layout
 from moba_megatron.planning.plan_machines import LINK_SHARE, MATRIX_SHARE, MEMORY_SHARE, Cluster

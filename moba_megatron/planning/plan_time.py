@@ -14,7 +14,7 @@ import functools
 from dataclasses import dataclass
 
 from moba_megatron.config import Config
-from moba_megatron.model.exchange import ExchangeChoice, resolve_exchange
+from moba_megatron.model.exchange_choice import ExchangeChoice, resolve_exchange
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.planning.kernel_model import STREAM_SHARE, AttentionSizes, Machine, dense_seconds, expected_seconds
 from moba_megatron.planning.plan_machines import MATRIX_SHARE, Cluster

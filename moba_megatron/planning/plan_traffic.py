@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moba_megatron.config import Config
-from moba_megatron.model.exchange import ExchangeChoice, rank_sizes
+from moba_megatron.model.exchange_choice import ExchangeChoice, rank_sizes
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.parallel.exchanges import EXCHANGES
 from moba_megatron.planning.plan_machines import Cluster

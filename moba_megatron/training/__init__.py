@@ -1,1 +1,3 @@
-"""Pretraining: the step, the loop around it, and what a run leaves behind."""
+"""Pretraining: `preflight` checks everything before a process group exists, `run` builds everything, `trainer` is the
+step and the loop around it, `faults` ends it well; `resume` says from which checkpoint a run goes on.
+"""

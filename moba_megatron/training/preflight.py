@@ -12,7 +12,7 @@ from moba_megatron.config import Config, ConfigError, check_world
 from moba_megatron.convert.initial import check_initial_weights
 from moba_megatron.data.datasets import DataSummary, check_data
 from moba_megatron.model.builder import DTYPES
-from moba_megatron.model.exchange import resolve_exchange
+from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.model.schedule import AttentionSchedule, checked_schedule
 from moba_megatron.model.specs import choose_implementation
 from moba_megatron.ops.backends import resolve_backend, resolve_full_backend

@@ -18,7 +18,7 @@ from moba_megatron.convert.initial import load_initial_weights
 from moba_megatron.data.datasets import build_datasets
 from moba_megatron.data.packing_report import packing_lines
 from moba_megatron.model.builder import build_model
-from moba_megatron.model.exchange import resolve_exchange
+from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.platform.start import start_rank
 from moba_megatron.runs.claim import check_shared, claimed
 from moba_megatron.runs.folder import RunFolder

@@ -54,7 +54,7 @@ def config_of(prefix: Path, context: int = 1, **changes) -> Config:
 def start_model(config: Config) -> list[torch.nn.Module]:
     """The model of a configuration on this rank, the same weights at any context-parallel size."""
     from moba_megatron.model.builder import build_model
-    from moba_megatron.model.exchange import resolve_exchange
+    from moba_megatron.model.exchange_choice import resolve_exchange
     from moba_megatron.model.schedule import AttentionSchedule
     from moba_megatron.platform.start import start_rank
 

@@ -55,7 +55,7 @@ def one_step(settings, whole=None):
 
     from moba_megatron import platform
     from moba_megatron.model.builder import build_model
-    from moba_megatron.model.exchange import resolve_exchange
+    from moba_megatron.model.exchange_choice import resolve_exchange
     from moba_megatron.model.schedule import AttentionSchedule
     from moba_megatron.training.optimizer import wrap_data_parallel
 

@@ -11,6 +11,7 @@ from distributed import run_ranks
 from parallel.examples import groups_for, oracle, pack_inputs, run_shard
 
 from moba_megatron.parallel.attention import context_attention
+from moba_megatron.parallel.exchanges import EXCHANGES as TABLE
 
 PACKS = {"one": [0, 96], "uneven": [0, 16, 16, 72, 96], "tiny": [0, 8, 16, 24, 40, 48, 96]}
 # Blocks that divide a chunk, that do not, that straddle chunks, exceed the shard, exceed every document; of one token.
@@ -18,9 +19,9 @@ BLOCKS = (4, 5, 16, 60, 100, 1)
 TOP_KS = (1, 2, 4, 200)
 # For three ranks, which trade no heads.
 PACKS_OF_THREE = {"three": [0, 6, 18, 18, 90]}
-WITHOUT_HEADS = ("p2p", "all_gather", "dispatch")
-EXCHANGES = {1: ("a2a", *WITHOUT_HEADS), 2: ("a2a", *WITHOUT_HEADS), 3: WITHOUT_HEADS}
-EXCHANGES[4] = ("a2a+p2p", *EXCHANGES[2])
+ONE_LEVEL = [name for name, kind in TABLE.items() if not kind.two_levels]
+WITHOUT_HEADS = [name for name, kind in TABLE.items() if not kind.trades_heads]
+EXCHANGES = {1: ONE_LEVEL, 2: ONE_LEVEL, 3: WITHOUT_HEADS, 4: list(TABLE)}
 
 
 def cases(size: int):

@@ -13,6 +13,7 @@ from parallel.examples import HEAD_SIZE, groups_for, pack_inputs, run_shard
 from moba_megatron.ops.reference import reference_attend, reference_select
 from moba_megatron.ops.selection import Selection
 from moba_megatron.parallel.attention import context_attention
+from moba_megatron.parallel.exchanges import EXCHANGES as TABLE
 from moba_megatron.parallel.wire import observe
 
 BOUNDS = [0, 16, 16, 72, 96]
@@ -23,7 +24,7 @@ SELECTIONS = [
     Selection("recent"),
     Selection("sink_recent"),
 ]
-EXCHANGES = ("p2p", "all_gather", "a2a", "dispatch")
+EXCHANGES = [name for name, kind in TABLE.items() if not kind.two_levels]
 
 
 def expected(q, k, v, do, block_size: int, top_k: int, selection: Selection):

@@ -26,13 +26,13 @@ from moba_megatron.parallel import copies
 from moba_megatron.parallel.attention import ContextGroups, context_attention
 from moba_megatron.parallel.context_plan import plan_context
 from moba_megatron.parallel.exchange_kind import RankSizes
-from moba_megatron.parallel.exchanges import traffic
+from moba_megatron.parallel.exchanges import EXCHANGES, traffic
 from moba_megatron.parallel.summaries import SummaryExchange, summary_bytes
 from moba_megatron.parallel.wire import Wire, observe
 
 BOUNDS = [0, 16, 72, 96, 160]
 HEADS, KV_HEADS = 8, 4
-NAMES = ("p2p", "all_gather", "a2a", "a2a+p2p", "dispatch")
+NAMES = tuple(EXCHANGES)
 
 
 def on_four(function):

@@ -19,6 +19,7 @@ from moba_megatron.evaluation.tasks.options import TaskOptions
 from moba_megatron.evaluation.tasks.puzzles import TASKS
 from moba_megatron.evaluation.tasks.sample import Sample
 from moba_megatron.evaluation.tasks.scoring import SampleScore, score_sample
+from moba_megatron.runs.folder import RunFolder
 from moba_megatron.runs.records import EvaluationRecords
 
 
@@ -78,7 +79,7 @@ def evaluate_folder_tasks(folder: Path, options: TaskOptions, console: Console, 
     Raises:
         ValueError, OSError: see `from_huggingface` and `evaluate_tasks`.
     """
-    with EvaluationRecords(folder) as records:
+    with EvaluationRecords(RunFolder(folder)) as records:
         evaluate_tasks(from_huggingface(folder, attention), options, records, console)
 
 

@@ -136,7 +136,7 @@ def test_the_group_of_a_batch_wins_over_that_of_the_layer():
 
 def test_a_layer_takes_the_exchange_of_its_kind_in_each_stage():
     def attend():
-        from moba_megatron.model import context
+        from moba_megatron.model import context_parallel as context
 
         platform.start_model_parallel(tiny(parallel={"context": 2}).parallel)
         real, asked = context.context_attention, []

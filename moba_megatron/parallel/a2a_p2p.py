@@ -1,11 +1,11 @@
 """`a2a+p2p`: heads are traded among neighbours (the inner ranks), and keys travel a ring between their groups, one rank
-of each. Both parts are those of `heads` and `ring`."""
+of each. Both parts are those of `a2a` and `p2p`."""
 
 from __future__ import annotations
 
+from moba_megatron.parallel.a2a import A2A
 from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, Message, RankSizes, head_divisors, heads_of
-from moba_megatron.parallel.heads import A2A
-from moba_megatron.parallel.ring import P2P, Ring
+from moba_megatron.parallel.p2p import P2P, Ring
 
 
 class TwoLevels(ExchangeKind):

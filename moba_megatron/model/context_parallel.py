@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moba_megatron.model.exchange import exchange_of_kind
+from moba_megatron.model.exchange_choice import exchange_of_kind
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.parallel.attention import ContextGroups, context_attention
 from moba_megatron.parallel.exchange_kind import RankSizes

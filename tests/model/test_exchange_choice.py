@@ -9,7 +9,7 @@ from model_examples import tiny
 
 from moba_megatron.config import ConfigError, Exchange
 from moba_megatron.model.builder import transformer_config
-from moba_megatron.model.exchange import rank_sizes, resolve_exchange
+from moba_megatron.model.exchange_choice import rank_sizes, resolve_exchange
 from moba_megatron.model.schedule import FULL, LayerAttention
 from moba_megatron.parallel.exchange_kind import RankSizes
 from moba_megatron.parallel.exchanges import EXCHANGES
