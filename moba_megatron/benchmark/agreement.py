@@ -80,19 +80,19 @@ def _by_head(
 ) -> list[Tensor]:
     """Output and gradients of an attention with a dense mask, one query head after the other."""
     out, dq, dk, dv = (torch.zeros_like(x) for x in (q, q, k, v))
-    group_size = q.shape[1] // k.shape[1]
+    qheads_per_kvhead = q.shape[1] // k.shape[1]
     for head in range(q.shape[1]):
-        one, group = slice(head, head + 1), slice(head // group_size, head // group_size + 1)
+        one, kv_head = slice(head, head + 1), slice(head // qheads_per_kvhead, head // qheads_per_kvhead + 1)
         results = _results(
             lambda *x, one=one: attention(*x, ids[:, one], block_size),
             q[:, one],
-            k[:, group],
-            v[:, group],
+            k[:, kv_head],
+            v[:, kv_head],
             dout[:, one],
         )
         out[:, one], dq[:, one] = results[:2]
-        dk[:, group] += results[2]
-        dv[:, group] += results[3]
+        dk[:, kv_head] += results[2]
+        dv[:, kv_head] += results[3]
     return [out, dq, dk, dv]
 
 

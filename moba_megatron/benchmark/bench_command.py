@@ -27,7 +27,7 @@ def bench_command(
     dtypes: Annotated[str, typer.Option(help="Out of fp32, bf16, fp16, fp64, by commas.")] = "fp32,bf16",
     modes: Annotated[str, typer.Option(help="fwd, fwd+bwd or both, by commas.")] = "fwd,fwd+bwd",
     heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = DEFAULTS.num_heads,
-    groups: Annotated[int, typer.Option(min=1, help="Key/value heads.")] = DEFAULTS.num_groups,
+    groups: Annotated[int, typer.Option(min=1, help="Key/value heads.")] = DEFAULTS.num_kv_heads,
     head_size: Annotated[int, typer.Option(min=1, help="Size of a head.")] = DEFAULTS.head_size,
     backend: Annotated[str, typer.Option(help="auto, reference, gathered, triton or flash_moba.")] = "auto",
     full: Annotated[
@@ -85,7 +85,7 @@ def bench_command(
             dtypes=tuple(dtypes.split(",")),
             modes=tuple(modes.split(",")),
             num_heads=heads,
-            num_groups=groups,
+            num_kv_heads=groups,
             head_size=head_size,
             backend=backend,
             full=tuple(full.split(",")),

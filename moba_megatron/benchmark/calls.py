@@ -32,17 +32,17 @@ def kernel_errors() -> tuple[type[Exception], ...]:
 
 
 def random_inputs(
-    length: int, heads: int, groups: int, head_size: int, dtype: str, device: str, seed: int
+    length: int, heads: int, kv_heads: int, head_size: int, dtype: str, device: str, seed: int
 ) -> list[Tensor]:
     """q [T, N, D], k and v [T, G, D] from a standard normal; made on the device, so other devices draw others."""
     generator = torch.Generator(device).manual_seed(seed)
-    shapes = [(length, h, head_size) for h in (heads, groups, groups)]
+    shapes = [(length, h, head_size) for h in (heads, kv_heads, kv_heads)]
     return [torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(DTYPES[dtype])
             for shape in shapes]  # fmt: skip
 
 
 def clear_inputs(
-    length: int, heads: int, groups: int, head_size: int, dtype: str, device: str, seed: int, block_size: int
+    length: int, heads: int, kv_heads: int, head_size: int, dtype: str, device: str, seed: int, block_size: int
 ) -> list[Tensor]:
     """Inputs whose best blocks stand far apart, also where block means are rounded to 8 bits.
 
@@ -50,7 +50,7 @@ def clear_inputs(
     levels between 0 and 1. Queries have at least 1 there, with either sign, so that half of them want the highest
     levels and half the lowest.
     """
-    q, k, v = random_inputs(length, heads, groups, head_size, "fp32", device, seed)
+    q, k, v = random_inputs(length, heads, kv_heads, head_size, "fp32", device, seed)
     blocks = -(-length // block_size)
     generator = torch.Generator().manual_seed(seed)
     levels = (torch.randperm(blocks, generator=generator) / blocks).to(device)

@@ -37,7 +37,7 @@ class DecodeSettings:
         lengths: tokens before the new one.
         prefill_up_to: the prefill is timed up to this length.
         block_size, top_k: of MoBA, in all layers.
-        layers, num_heads, num_groups, head_size: of the random Llama; its width is num_heads * head_size.
+        layers, num_heads, num_kv_heads, head_size: of the random Llama; its width is num_heads * head_size.
         runs: timed runs of each.
         threads: CPU threads; 0 leaves the process's setting.
     """
@@ -48,7 +48,7 @@ class DecodeSettings:
     top_k: int = 3
     layers: int = 4
     num_heads: int = 8
-    num_groups: int = 2
+    num_kv_heads: int = 2
     head_size: int = 64
     runs: int = 10
     threads: int = 1
@@ -70,7 +70,7 @@ def decode_settings(settings: BenchSettings) -> DecodeSettings:
         block_size=block_size,
         top_k=top_k,
         num_heads=settings.num_heads,
-        num_groups=settings.num_groups,
+        num_kv_heads=settings.num_kv_heads,
         head_size=settings.head_size,
         runs=settings.runs,
         threads=settings.threads,
@@ -121,8 +121,8 @@ def measure(settings: DecodeSettings) -> Iterator[DecodeRow]:
         ValueError: sizes that make no model.
         RuntimeError: steps do not give what one pass gives.
     """
-    if settings.num_heads % settings.num_groups:
-        raise ValueError(f"{settings.num_heads} query heads are no multiple of {settings.num_groups} key heads")
+    if settings.num_heads % settings.num_kv_heads:
+        raise ValueError(f"{settings.num_heads} query heads are no multiple of {settings.num_kv_heads} key heads")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     model = _random_model(settings)
@@ -140,7 +140,7 @@ def _random_model(settings: DecodeSettings) -> Any:
         intermediate_size=3 * width,
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.num_heads,
-        num_key_value_heads=settings.num_groups,
+        num_key_value_heads=settings.num_kv_heads,
         head_dim=settings.head_size,
         max_position_embeddings=2 * max(settings.lengths),
     )
@@ -193,7 +193,7 @@ def _measure_length(model: Any, settings: DecodeSettings, length: int) -> Decode
 
 def _fill(cache: Cache, settings: DecodeSettings, length: int) -> None:
     for layer in range(settings.layers):
-        keys, values = torch.randn(2, 1, settings.num_groups, length, settings.head_size)
+        keys, values = torch.randn(2, 1, settings.num_kv_heads, length, settings.head_size)
         cache.update(keys, values, layer)
 
 

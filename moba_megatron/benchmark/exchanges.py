@@ -127,7 +127,7 @@ def _measure_all(settings: BenchSettings, context_size: int) -> list[ContextRow]
         for length in settings.lengths:
             for block_size, top_k in (*settings.blocks, (None, None)):
                 sizes = RankSizes(
-                    length // context_size, settings.num_heads, settings.num_groups, settings.head_size,
+                    length // context_size, settings.num_heads, settings.num_kv_heads, settings.head_size,
                     DTYPES[dtype].itemsize, block_size, top_k,
                 )  # fmt: skip
                 for exchange in EXCHANGES:
@@ -165,7 +165,7 @@ def _attention(sizes: RankSizes, exchange: str, q: Tensor, k: Tensor, v: Tensor)
 def _inputs(settings: BenchSettings, dtype: torch.dtype, length: int) -> list[Tensor]:
     """Queries, keys and values of the whole sequence, the same on all ranks."""
     generator = torch.Generator().manual_seed(settings.seed)
-    heads = (settings.num_heads, settings.num_groups, settings.num_groups)
+    heads = (settings.num_heads, settings.num_kv_heads, settings.num_kv_heads)
     return [torch.randn(length, n, settings.head_size, generator=generator).to(settings.device, dtype) for n in heads]
 
 

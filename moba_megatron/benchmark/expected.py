@@ -29,7 +29,7 @@ class ModelRow:
 
     machine: str
     num_heads: int
-    num_groups: int
+    num_kv_heads: int
     length: int
     block_size: int
     top_k: int
@@ -42,11 +42,11 @@ class ModelRow:
 def model_rows() -> list[ModelRow]:
     """Every machine and every setting of the GPU grid whose blocks do not cover the whole document."""
     rows = []
-    for heads, groups in GPU_HEADS:
+    for heads, kv_heads in GPU_HEADS:
         for length in GPU_LENGTHS:
             for block_size, top_k in GPU_BLOCKS:
                 if block_size * top_k < length:
-                    sizes = AttentionSizes(length, heads, groups, GPU_HEAD_SIZE, block_size, top_k)
+                    sizes = AttentionSizes(length, heads, kv_heads, GPU_HEAD_SIZE, block_size, top_k)
                     rows += [_row(sizes, machine) for machine in MACHINES]
     return rows
 
@@ -56,7 +56,7 @@ def _row(sizes: AttentionSizes, machine: Machine) -> ModelRow:
         seconds(sizes, machine, backward) for seconds in (expected_seconds, dense_seconds) for backward in (False, True)
     )
     return ModelRow(
-        machine.name, sizes.heads, sizes.groups, sizes.tokens, sizes.block_size, sizes.top_k, *times
+        machine.name, sizes.heads, sizes.kv_heads, sizes.tokens, sizes.block_size, sizes.top_k, *times
     )  # fmt: skip
 
 
@@ -66,12 +66,12 @@ def run_model(output: Path, console: Console) -> list[ModelRow]:
     output.mkdir(parents=True, exist_ok=True)
     write_csv(output / "model.csv", ModelRow, rows)
     names = [machine.name for machine in MACHINES]
-    for heads, groups in GPU_HEADS:
+    for heads, kv_heads in GPU_HEADS:
         settings: dict[tuple[int, int, int], dict[str, ModelRow]] = {}
         for row in rows:
-            if (row.num_heads, row.num_groups) == (heads, groups):
+            if (row.num_heads, row.num_kv_heads) == (heads, kv_heads):
                 settings.setdefault((row.length, row.block_size, row.top_k), {})[row.machine] = row
-        title = f"expected ms forward / forward + backward (times faster than full), N = {heads}, G = {groups}, bf16"
+        title = f"expected ms forward / forward + backward (times faster than full), N = {heads}, G = {kv_heads}, bf16"
         lines = [
             [f"{length}", f"{block}, {top_k}", *(_cell(by_machine[name]) for name in names)]
             for (length, block, top_k), by_machine in settings.items()
@@ -90,13 +90,13 @@ def _cell(row: ModelRow) -> str:
 
 def _print_kernels(console: Console) -> None:
     machine = next(machine for machine in MACHINES if machine.name == DETAIL_MACHINE)
-    (heads, groups), *_ = GPU_HEADS
+    (heads, kv_heads), *_ = GPU_HEADS
     lines = []
     for block_size, top_k in GPU_BLOCKS:
-        sizes = AttentionSizes(DETAIL_TOKENS, heads, groups, GPU_HEAD_SIZE, block_size, top_k)
+        sizes = AttentionSizes(DETAIL_TOKENS, heads, kv_heads, GPU_HEAD_SIZE, block_size, top_k)
         for direction, works in (("forward", forward_work(sizes)), ("backward", backward_work(sizes))):
             for work in works:
                 numbers = (work.products / 1e12, work.bytes / 1e9, work.seconds(machine) * 1e3)
                 lines.append([f"{block_size}, {top_k}", direction, work.name, *(f"{n:.3g}" for n in numbers)])
-    title = f"kernels at {DETAIL_TOKENS} tokens on {machine.name}, N = {heads}, G = {groups}, bf16"
+    title = f"kernels at {DETAIL_TOKENS} tokens on {machine.name}, N = {heads}, G = {kv_heads}, bf16"
     print_table(console, title, ["B, K", "pass", "kernel", "TFLOP", "GB", "expected ms"], lines)

@@ -51,7 +51,7 @@ def _attended_flops(settings: BenchSettings, case: Case) -> float:
 
 
 def _inputs(settings: BenchSettings, length: int, dtype: str) -> list[Tensor]:
-    heads = (settings.num_heads, settings.num_groups, settings.head_size)
+    heads = (settings.num_heads, settings.num_kv_heads, settings.head_size)
     return random_inputs(length, *heads, dtype, settings.device, settings.seed)
 
 
@@ -103,10 +103,10 @@ def disagreement(settings: BenchSettings, dtype: str, block_size: int, top_k: in
     scores with rounded means, gets a document whose best blocks stand far apart.
     """
     tested_size = min(block_size, LARGEST_TESTED_BLOCK)
-    groups = min(settings.num_groups, 2)
-    heads = groups * min(settings.num_heads // settings.num_groups, 2)
+    kv_heads = min(settings.num_kv_heads, 2)
+    heads = kv_heads * min(settings.num_heads // settings.num_kv_heads, 2)
     length = (top_k + 2) * tested_size + tested_size // 2 + 1
-    sizes = (length, heads, groups, settings.head_size, dtype, settings.device)
+    sizes = (length, heads, kv_heads, settings.head_size, dtype, settings.device)
     backend = resolve_backend(settings.backend, settings.device)[0]
     if backend == "flash_moba":
         q, k, v = clear_inputs(*sizes, settings.seed, tested_size)
@@ -141,7 +141,7 @@ def measure(settings: BenchSettings, case: Case, with_flash_moba: bool = False) 
     """Time one case."""
     backend, _ = resolve_backend(settings.backend, settings.device)
     q_bytes = case.length * settings.num_heads * settings.head_size * DTYPES[case.dtype].itemsize
-    gradients = q_bytes * (1 + 2 * settings.num_groups / settings.num_heads) if case.mode == "fwd+bwd" else 0
+    gradients = q_bytes * (1 + 2 * settings.num_kv_heads / settings.num_heads) if case.mode == "fwd+bwd" else 0
     times, peak = _times(settings, case, backend, with_flash_moba)
     extra = max(0, int(peak - q_bytes - gradients))
     moba, flash_moba = times.pop("moba"), times.pop("flash_moba", None)
@@ -151,7 +151,7 @@ def measure(settings: BenchSettings, case: Case, with_flash_moba: bool = False) 
     return BenchRow(
         dtype=case.dtype,
         num_heads=settings.num_heads,
-        num_groups=settings.num_groups,
+        num_kv_heads=settings.num_kv_heads,
         length=case.length,
         block_size=case.block_size,
         top_k=case.top_k,
@@ -278,7 +278,7 @@ class _Gate:
     def _look(self, backend: str, dtype: str, block_size: int, top_k: int) -> str | None:
         verdict = disagreement(replace(self.settings, backend=backend), dtype, block_size, top_k)
         if verdict:
-            heads = f"{self.settings.num_heads}/{self.settings.num_groups} heads"
+            heads = f"{self.settings.num_heads}/{self.settings.num_kv_heads} heads"
             self.result.refused.append(f"{backend} {dtype} ({block_size}, {top_k}) {heads}: {verdict}")
             self.console.print(f"[red]no speed reported for {self.result.refused[-1]}")
         return verdict

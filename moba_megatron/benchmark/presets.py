@@ -23,13 +23,13 @@ def _gpu_grid(lengths: tuple[int, ...]) -> tuple[dict, ...]:
             "dtypes": ("bf16",),
             "modes": ("fwd", "fwd+bwd"),
             "num_heads": heads,
-            "num_groups": groups,
+            "num_kv_heads": kv_heads,
             "head_size": GPU_HEAD_SIZE,
             "full": ("torch_flash", "cudnn", "flash_attn"),
             # Full attention of a million tokens takes most of a minute, forward and backward.
             "limit": 20.0,
         }
-        for heads, groups in GPU_HEADS
+        for heads, kv_heads in GPU_HEADS
     )
 
 

@@ -87,7 +87,7 @@ def _cells(row: BenchRow) -> list[str]:
 
     return [
         row.dtype,
-        f"{row.num_heads}, {row.num_groups}",
+        f"{row.num_heads}, {row.num_kv_heads}",
         f"{row.length}",
         f"{row.block_size}, {row.top_k}",
         row.mode,
@@ -134,8 +134,8 @@ def write_bench(result: BenchResult, folder: Path, only_csv: bool = False) -> No
 
 
 def _label(curve: tuple) -> str:
-    dtype, heads, groups, block_size, top_k, mode = curve
-    return f"({block_size}, {top_k}) {dtype} {heads}/{groups} heads {mode}"
+    dtype, heads, kv_heads, block_size, top_k, mode = curve
+    return f"({block_size}, {top_k}) {dtype} {heads}/{kv_heads} heads {mode}"
 
 
 def _plot(rows: list[BenchRow], path: Path) -> None:

@@ -17,7 +17,7 @@ class BenchSettings:
         blocks: (block size in tokens, top-k in blocks) pairs.
         dtypes: names out of fp32, bf16, fp16, fp64.
         modes: `fwd`, `fwd+bwd`.
-        num_heads, num_groups, head_size: query heads, key heads, head size.
+        num_heads, num_kv_heads, head_size: query heads, key heads, head size.
         backend: as in `moba_attention`; `auto` is resolved and reported.
         full: full-attention backends, the fastest of which is the baseline; those that cannot run are left out.
         runs: timed runs of each side, after one warm-up.
@@ -32,7 +32,7 @@ class BenchSettings:
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     modes: tuple[str, ...] = MODES
     num_heads: int = 4
-    num_groups: int = 2
+    num_kv_heads: int = 2
     head_size: int = 64
     backend: str = "gathered"
     full: tuple[str, ...] = ("torch",)
@@ -77,7 +77,7 @@ class BenchRow:
 
     dtype: str
     num_heads: int
-    num_groups: int
+    num_kv_heads: int
     length: int
     block_size: int
     top_k: int
@@ -99,7 +99,7 @@ class BenchRow:
     @property
     def curve(self) -> tuple[str, int, int, int, int, str]:
         """What rows of different lengths have in common."""
-        return self.dtype, self.num_heads, self.num_groups, self.block_size, self.top_k, self.mode
+        return self.dtype, self.num_heads, self.num_kv_heads, self.block_size, self.top_k, self.mode
 
 
 @dataclass

@@ -149,7 +149,7 @@ def run_tune(settings: BenchSettings, output: Path, console: Console) -> Path:
 def _timer(settings: BenchSettings, dtype: str, block_size: int, top_k: int, mode: str) -> Callable[[], float | None]:
     """Time of a call, None where its kernels do not compile or do not fit."""
     tensors = random_inputs(
-        max(settings.lengths), settings.num_heads, settings.num_groups, settings.head_size, dtype, settings.device,
+        max(settings.lengths), settings.num_heads, settings.num_kv_heads, settings.head_size, dtype, settings.device,
         settings.seed,
     )  # fmt: skip
     call = call_of(

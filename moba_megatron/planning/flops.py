@@ -22,8 +22,8 @@ PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 def matrix_parameters(model: ModelConfig, vocab_size: int) -> int:
     """Parameters that multiply every token: projections and feed-forward of all layers, and the output layer."""
     hidden, size = model.hidden_size, model.head_size
-    heads, groups = model.num_attention_heads, model.query_groups
-    attention = hidden * size * (heads + 2 * groups) + heads * size * hidden
+    heads, kv_heads = model.num_attention_heads, model.query_groups
+    attention = hidden * size * (heads + 2 * kv_heads) + heads * size * hidden
     return model.num_layers * (attention + 3 * hidden * model.ffn_size) + hidden * vocab_size
 
 

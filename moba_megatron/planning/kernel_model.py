@@ -57,7 +57,7 @@ class AttentionSizes:
 
     tokens: int
     heads: int
-    groups: int
+    kv_heads: int
     head_size: int
     block_size: int
     top_k: int
@@ -81,7 +81,7 @@ class AttentionSizes:
     def sum_bytes(self) -> float:
         """Partial dk and dv in fp32 that splits of entries write and combining reads."""
         split = max(SPLIT_ENTRIES, SPLIT_ENTRIES_PER_KEY * self.block_size)
-        head_blocks = self.groups * (self.tokens // self.block_size)
+        head_blocks = self.kv_heads * (self.tokens // self.block_size)
         return max(head_blocks, self.entries / split) * self.block_size * self.head_size * 16
 
     @property
@@ -92,7 +92,7 @@ class AttentionSizes:
     @property
     def key_bytes(self) -> int:
         """Size of k and v together."""
-        return 2 * self.tokens * self.groups * self.head_size * self.element_bytes
+        return 2 * self.tokens * self.kv_heads * self.head_size * self.element_bytes
 
     @property
     def row_bytes(self) -> int:
@@ -143,7 +143,7 @@ def forward_work(sizes: AttentionSizes) -> list[Work]:
     size, entries = sizes.head_size, sizes.entries
     slots = sizes.tokens * sizes.heads * (sizes.top_k - 1)
     blocks = -(-sizes.tokens // sizes.block_size)
-    means = blocks * sizes.groups * size * 4
+    means = blocks * sizes.kv_heads * size * 4
     scores = sizes.heads * scored_pairs(sizes.tokens, sizes.block_size)
     partial = size * sizes.partial_bytes + 4  # and its log-sum-exp
     statistics = sizes.tokens * sizes.heads * 4

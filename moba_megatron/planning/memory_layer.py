@@ -58,7 +58,7 @@ class Shape:
     hidden: int
     ffn: int
     heads: int
-    groups: int
+    kv_heads: int
     head_size: int
     width: int
     norm_split: int
@@ -73,7 +73,7 @@ class Shape:
             hidden=model.hidden_size,
             ffn=model.ffn_size // tensor,
             heads=model.num_attention_heads // tensor,
-            groups=model.query_groups // tensor,
+            kv_heads=model.query_groups // tensor,
             head_size=model.head_size,
             width=2 if config.training.precision == "bf16" else 4,
             norm_split=tensor if config.parallel.sequence else 1,
@@ -95,7 +95,7 @@ def layer_bytes(shape: Shape, layer: LayerAttention, exchange: str | None) -> La
     t, size, width = shape.tokens, shape.head_size, shape.width
     norm = shape.width + (shape.width if shape.cuda else 8)
     saved_kv = ExchangeKind.saved_kv if exchange is None else EXCHANGES[exchange].saved_kv
-    shards = 3 * shape.heads + saved_kv * shape.groups
+    shards = 3 * shape.heads + saved_kv * shape.kv_heads
     rotary = 0 if shape.cuda else 4
     past = 0 if layer.kind == "full" else layer.top_k - 1
     return LayerBytes(
@@ -118,13 +118,13 @@ def mlp_backward_bytes(shape: Shape) -> int:
 def attention_backward_bytes(shape: Shape, layer: LayerAttention) -> int:
     """Gradients alive at once in attention's backward (of queries also in fp32), and the backend's workspace."""
     t, size, width = shape.tokens, shape.head_size, shape.width
-    queries, keys = t * shape.heads * size, t * shape.groups * size
-    gradients = queries * (4 + 4 * width) + keys * (6 * width + 8 // shape.groups)
+    queries, keys = t * shape.heads * size, t * shape.kv_heads * size
+    gradients = queries * (4 + 4 * width) + keys * (6 * width + 8 // shape.kv_heads)
     if layer.kind == "full":
         return gradients
     if shape.cuda:
         return gradients + default_workspace(queries * width)
-    return gradients + ENTRIES_PER_QUERY_ROW * queries * (width + 8) // shape.groups
+    return gradients + ENTRIES_PER_QUERY_ROW * queries * (width + 8) // shape.kv_heads
 
 
 def exchange_bytes(config: Config, shape: Shape, layer: LayerAttention, exchange: str | None) -> int:
@@ -132,7 +132,7 @@ def exchange_bytes(config: Config, shape: Shape, layer: LayerAttention, exchange
     if exchange is None:
         return 0
     sizes = RankSizes(
-        shape.tokens, shape.heads, shape.groups, shape.head_size, shape.width, layer.block_size, layer.top_k
+        shape.tokens, shape.heads, shape.kv_heads, shape.head_size, shape.width, layer.block_size, layer.top_k
     )
     given = config.parallel.hierarchical_context
     levels = (given[0], given[1]) if given else None

@@ -59,10 +59,10 @@ def tokens_of_rank(config: Config) -> int:
 def layer_parameters(config: Config) -> int:
     """Parameters of one layer on one tensor-parallel rank."""
     model, tensor = config.model, config.parallel.tensor
-    hidden, size, heads, groups = model.hidden_size, model.head_size, model.num_attention_heads, model.query_groups
-    joint = (heads + 2 * groups) * size
+    hidden, size, heads, kv_heads = model.hidden_size, model.head_size, model.num_attention_heads, model.query_groups
+    joint = (heads + 2 * kv_heads) * size
     split = joint * hidden + heads * size * hidden + 3 * hidden * model.ffn_size + joint * model.add_qkv_bias
-    split += groups * size * (config.attention.key_convolution or 0)
+    split += kv_heads * size * (config.attention.key_convolution or 0)
     return split // tensor + 2 * hidden + 2 * size * model.qk_layernorm
 
 

@@ -108,7 +108,7 @@ def layer_seconds(
     sizes = AttentionSizes(
         tokens=config.data.sequence_length,
         heads=config.model.num_attention_heads // parallel.tensor,
-        groups=config.model.query_groups // parallel.tensor,
+        kv_heads=config.model.query_groups // parallel.tensor,
         head_size=config.model.head_size,
         block_size=layer.block_size or 0,
         top_k=layer.top_k or 0,

@@ -121,12 +121,28 @@ def test_pair_ratio_counts_pairs(length, block_size, top_k):
 
 
 def test_crossover_needs_all_longer_lengths():
-    def row(length, speedup, groups=1):
+    def row(length, speedup, kv_heads=1):
         return BenchRow(
-            "fp32", 2, groups, length, 16, 2, "fwd", "gathered", 1.0, speedup, "torch", speedup, 1.0, 1.0, None, 0, 0.0
+            "fp32",
+            2,
+            kv_heads,
+            length,
+            16,
+            2,
+            "fwd",
+            "gathered",
+            1.0,
+            speedup,
+            "torch",
+            speedup,
+            1.0,
+            1.0,
+            None,
+            0,
+            0.0,
         )
 
-    result = BenchResult([row(1, 2.0), row(2, 0.9), row(4, 1.1), row(8, 3.0), row(8, 0.9, groups=2)])
+    result = BenchResult([row(1, 2.0), row(2, 0.9), row(4, 1.1), row(8, 3.0), row(8, 0.9, kv_heads=2)])
     assert result.crossovers() == {("fp32", 2, 1, 16, 2, "fwd"): 4, ("fp32", 2, 2, 16, 2, "fwd"): None}
 
 
@@ -166,7 +182,7 @@ def test_runs_end_at_the_limit():
 def test_the_gpu_preset_is_the_grid_of_the_targets():
     first, second = PRESETS["gpu"]
     assert len(first["lengths"]) == 8 and first["lengths"][-1] == 2**20 and len(first["blocks"]) == 5
-    assert [(part["num_heads"], part["num_groups"]) for part in (first, second)] == [(32, 8), (16, 16)]
+    assert [(part["num_heads"], part["num_kv_heads"]) for part in (first, second)] == [(32, 8), (16, 16)]
     for part in (first, second):
         assert replace(TINY, **part).full == ("torch_flash", "cudnn", "flash_attn")
 

@@ -44,14 +44,14 @@ def test_full_attention_equals_the_definition(name, bounds):
 @pytest.mark.parametrize(("block_size", "top_k"), [(64, 16), (128, 8), (512, 3)])
 def test_flash_moba_counts_blocks_as_we_do(block_size, top_k):
     skip_without(BACKENDS, "flash_moba")
-    settings = BenchSettings(num_heads=4, num_groups=2, head_size=128, backend="flash_moba", device="cuda")
+    settings = BenchSettings(num_heads=4, num_kv_heads=2, head_size=128, backend="flash_moba", device="cuda")
     assert disagreement(settings, "bf16", block_size, top_k) is None
 
 
 def test_the_benchmark_runs(tmp_path):
     settings = BenchSettings(
         lengths=(4096, 8192), blocks=((128, 8),), dtypes=("bf16",), backend="auto", device="cuda", runs=2,
-        num_heads=8, num_groups=2, head_size=128, full=("torch_flash", "cudnn", "flash_attn"),
+        num_heads=8, num_kv_heads=2, head_size=128, full=("torch_flash", "cudnn", "flash_attn"),
     )  # fmt: skip
     result = run_bench(settings, tmp_path, console=Console(file=io.StringIO()))
     assert len(result.rows) == 4 and not [line for line in result.refused if not line.startswith("flash_moba")]

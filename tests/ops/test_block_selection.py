@@ -88,10 +88,10 @@ def test_all_scores_equal_takes_the_lowest_blocks():
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 
 
-def repeated_blocks(pattern, block_size, num_heads, num_groups, head_size, dtype):
+def repeated_blocks(pattern, block_size, num_heads, num_kv_heads, head_size, dtype):
     """Random q, and k in which equal letters of the pattern are equal blocks of random keys."""
     generator = torch.Generator().manual_seed(len(pattern))
-    blocks = {x: torch.randn(block_size, num_groups, head_size, generator=generator) for x in sorted(set(pattern))}
+    blocks = {x: torch.randn(block_size, num_kv_heads, head_size, generator=generator) for x in sorted(set(pattern))}
     q = torch.randn(len(pattern) * block_size, num_heads, head_size, generator=generator)
     return q.to(dtype), torch.cat([blocks[letter] for letter in pattern]).to(dtype)
 
@@ -115,12 +115,12 @@ def by_letters(q, k, pattern, block_size, summary):
 @DTYPES
 @pytest.mark.parametrize("summary", ["mean", "min_max"])
 @pytest.mark.parametrize("pattern", ["A" * 7, "A" * 10, "ABBABAABAAB", "ABC" * 11])
-@pytest.mark.parametrize(("num_heads", "num_groups", "head_size"), [(1, 1, 16), (6, 2, 20), (4, 1, 64)])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size"), [(1, 1, 16), (6, 2, 20), (4, 1, 64)])
 def test_equal_blocks_are_taken_from_the_lowest_on(
-    pattern, dtype, summary, num_heads, num_groups, head_size, monkeypatch
+    pattern, dtype, summary, num_heads, num_kv_heads, head_size, monkeypatch
 ):
     """Whatever the keys' values: a product may sum every column in another order."""
-    q, k = repeated_blocks(pattern, 5, num_heads, num_groups, head_size, dtype)
+    q, k = repeated_blocks(pattern, 5, num_heads, num_kv_heads, head_size, dtype)
     want = by_letters(q, k, pattern, 5, summary)
     past = len(pattern)
     assert torch.equal(reference_select(q, k, None, 5, past, Selection(summary=summary)), want)

@@ -79,7 +79,7 @@ def _cumulative_probabilities(seen: Captured, queries: Tensor) -> Iterator[tuple
     """For a few neighbouring queries of one document at a time: which they are, the first token of the document, and
     their probabilities summed up from it, fp32 [Q', N, tokens + 1], starting with 0."""
     cu_seqlens = [0, seen.q.shape[0]] if seen.cu_seqlens is None else seen.cu_seqlens.tolist()
-    group = seen.q.shape[1] // seen.k.shape[1]
+    qheads_per_kvhead = seen.q.shape[1] // seen.k.shape[1]
     positions = queries.tolist()
     at = 0
     while at < len(positions):
@@ -90,7 +90,7 @@ def _cumulative_probabilities(seen: Captured, queries: Tensor) -> Iterator[tuple
         while stop < len(positions) and stop - at < step and positions[stop] < end:
             stop += 1
         last = positions[stop - 1] + 1
-        q = seen.q[queries[at:stop]].float().unflatten(1, (-1, group))
+        q = seen.q[queries[at:stop]].float().unflatten(1, (-1, qheads_per_kvhead))
         scores = torch.einsum("qgrd,tgd->qgrt", q, seen.k[first:last].float()).flatten(1, 2) * seen.softmax_scale
         future = torch.arange(first, last, device=queries.device) > queries[at:stop, None]
         probabilities = scores.masked_fill_(future[:, None], -torch.inf).softmax(dim=-1)
