@@ -192,7 +192,8 @@ def test_bytes_are_those_of_the_formulas():
             if name in ("p2p", "all_gather", "dispatch"):
                 assert summaries == summary_bytes(plan, KV_HEADS, HEAD_SIZE, torch.float32)
             if name != "dispatch":
-                expected = traffic(name, sizes, size, cp_groups.levels(name) if name == "a2a+p2p" else None)
+                levels = cp_groups.levels(EXCHANGES[name]) if EXCHANGES[name].two_levels else None
+                expected = traffic(name, sizes, size, levels)
                 assert (forward.total, backward.total) == (expected.forward, expected.backward), name
                 continue
             ids = choices(tensors, BOUNDS, block_size, top_k)[0]
