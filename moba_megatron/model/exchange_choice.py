@@ -103,8 +103,7 @@ def exchange_of_kind(
         reason = "full layers have no blocks to dispatch to: a2a where the heads allow it, else p2p"
         choice = _named(name, reason, sizes, context_size)
     else:
-        found = EXCHANGES[wanted]
-        chosen = (levels or found.levels(context_size, sizes)) if found.two_levels else None
+        chosen = EXCHANGES[wanted].levels(context_size, sizes, levels)
         choice = _named(wanted, "asked for by name", sizes, context_size, chosen)
     if problem := refusal(choice.name, sizes, context_size, choice.levels):
         raise ValueError(problem)

@@ -17,15 +17,17 @@ class TwoLevels(ExchangeKind):
     two_levels = True
     sends_summaries = False
 
-    def levels(self, context_size: int, sizes: RankSizes) -> Levels:
-        """As many ranks that trade heads as the heads allow, but not all."""
+    def levels(self, context_size: int, sizes: RankSizes, given: Levels | None = None) -> Levels:
+        """As given, or as many ranks that trade heads as the heads allow, but not all."""
+        if given:
+            return given
         inner = max(n for n in head_divisors(context_size, sizes) if n < context_size or context_size == 1)
         return inner, context_size // inner
 
     def refusal(self, sizes: RankSizes, context_size: int, levels: Levels | None = None) -> str | None:
         """See `ExchangeKind`."""
         divisors = head_divisors(context_size, sizes)
-        inner, outer = levels or self.levels(context_size, sizes)
+        inner, outer = self.levels(context_size, sizes, levels)
         if inner * outer != context_size:
             return f"exchange {self.name}: levels {inner} x {outer} are not the {context_size} context-parallel ranks"
         if inner not in divisors:
@@ -40,7 +42,7 @@ class TwoLevels(ExchangeKind):
         self, sizes: RankSizes, context_size: int, levels: Levels | None = None, remote_owners: float | None = None
     ) -> list[Message]:
         """See `ExchangeKind`."""
-        inner, outer = levels or self.levels(context_size, sizes)
+        inner, outer = self.levels(context_size, sizes, levels)
         ring = P2P.messages(_shard(sizes, inner), outer)
         return [
             *A2A.messages(sizes, inner),
@@ -49,7 +51,7 @@ class TwoLevels(ExchangeKind):
 
     def buffers(self, sizes: RankSizes, context_size: int, levels: Levels | None = None) -> int:
         """See `ExchangeKind`."""
-        inner, outer = levels or self.levels(context_size, sizes)
+        inner, outer = self.levels(context_size, sizes, levels)
         traded = A2A.buffers(sizes, inner)
         return traded + P2P.buffers(_shard(sizes, inner), outer) if outer > 1 else traded
 

@@ -94,8 +94,8 @@ class ExchangeKind:
     saved_kv = 3
     depends_on_choices = False
 
-    def levels(self, context_size: int, sizes: RankSizes) -> Levels | None:
-        """(ranks that trade heads, shards) where nothing else is said; None for an exchange of one level."""
+    def levels(self, context_size: int, sizes: RankSizes, given: Levels | None = None) -> Levels | None:
+        """(ranks that trade heads, shards), as given or else as the heads allow; None for an exchange of one level."""
         return None
 
     def refusal(self, sizes: RankSizes, context_size: int, levels: Levels | None = None) -> str | None:

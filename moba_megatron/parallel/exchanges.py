@@ -103,9 +103,7 @@ def choose_exchange(sizes: RankSizes, context_size: int, levels: Levels | None =
     best = min(possible, key=lambda name: possible[name].total)
     others = ", ".join(f"{name} {_mebibytes(bytes_)}" for name, bytes_ in possible.items() if name != best)
     reason = f"fewest bytes a layer, {_mebibytes(possible[best])}" + (f" against {others}" if others else "")
-    kind = EXCHANGES[best]
-    chosen = (levels or kind.levels(context_size, sizes)) if kind.two_levels else None
-    return ChosenExchange(best, chosen, reason)
+    return ChosenExchange(best, EXCHANGES[best].levels(context_size, sizes, levels), reason)
 
 
 def _mebibytes(bytes_: Traffic) -> str:
