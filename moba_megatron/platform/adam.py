@@ -25,9 +25,10 @@ class Adam(torch.optim.Optimizer):
         eps: term added to the denominator.
         weight_decay: decoupled decay, or an L2 term in the gradient if `adam_w_mode` is false.
         adam_w_mode: as in FusedAdam.
+        capturable: as in FusedAdam; megatron-core from 0.17 on passes it. Only False.
 
     Raises:
-        ValueError: for a negative lr, eps or weight_decay, or a beta outside [0, 1).
+        ValueError: for `capturable`, a negative lr, eps or weight_decay, or a beta outside [0, 1).
     """
 
     def __init__(
@@ -38,7 +39,13 @@ class Adam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ):
+        if capturable:
+            raise ValueError(
+                "capturable = True (the optimizer in a CUDA graph) needs FusedAdam: install Transformer Engine, or "
+                "leave optimizer_cuda_graph off"
+            )
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(
                 f"lr = {lr}, eps = {eps} and weight_decay = {weight_decay} must not be negative, "

@@ -52,6 +52,23 @@ def _synchronize() -> list[Replacement]:
     return [(torch.cuda, "synchronize", lambda device=None: None)]
 
 
+class _OneStream:
+    """Stands for the one order of work that a CPU has: whatever is waited for has been done."""
+
+    def wait_stream(self, stream) -> None: ...
+
+    def wait_event(self, event) -> None: ...
+
+    def record_event(self, event=None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def _current_stream() -> list[Replacement]:
+    stream = _OneStream()
+    return [(torch.cuda, "current_stream", lambda device=None: stream)]
+
+
 def _tensor_cuda() -> list[Replacement]:
     def cuda(self, device=None, non_blocking=False, memory_format=torch.preserve_format):
         return self
@@ -120,14 +137,18 @@ def _tensor_type() -> list[Replacement]:
 def _results_queue() -> list[Replacement]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    def write_results_queue():
+    def write_results_queue(mp_mode="fork"):
         if filesystem_async._results_queue is None:
             manager = SyncManager(ctx=torch.multiprocessing.get_context("fork"))
             manager.start(initializer=die_with_parent)
             filesystem_async._results_queue = manager.Queue()
         return filesystem_async._results_queue
 
-    return [(filesystem_async, "_get_write_results_queue", write_results_queue)]
+    # It lost its underscore in megatron-core 0.17.
+    names = [
+        name for name in ("get_write_results_queue", "_get_write_results_queue") if hasattr(filesystem_async, name)
+    ]
+    return [(filesystem_async, name, write_results_queue) for name in names]
 
 
 def _adam() -> list[Replacement]:
@@ -155,6 +176,11 @@ DIFFERENCES: tuple[Difference, ...] = (
         _current_device,
     ),
     Difference("synchronize", "raises without CUDA; pipeline communication calls it", _synchronize),
+    Difference(
+        "current stream",
+        "starts CUDA, which is not there; megatron-core from 0.19 on asks for it at every reduction of gradients",
+        _current_stream,
+    ),
     Difference(
         "Tensor.cuda",
         "raises without CUDA; tied embeddings, the distributed optimizer and checkpoint exchange call it",

@@ -158,9 +158,11 @@ def test_checkpoint_results_queue():
         from megatron.core.dist_checkpointing.strategies import filesystem_async
 
         row("checkpoint results queue").apply()
-        queue = filesystem_async._get_write_results_queue()
+        names = ("get_write_results_queue", "_get_write_results_queue")
+        results_queue = next(getattr(filesystem_async, name) for name in names if hasattr(filesystem_async, name))
+        queue = results_queue()
         queue.put("written")
-        return queue.get(), queue is filesystem_async._get_write_results_queue()
+        return queue.get(), queue is results_queue()
 
     assert run_ranks(1, action, prepare=False) == [("written", True)]
 
