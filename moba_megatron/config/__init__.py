@@ -1,6 +1,7 @@
 """The one configuration: a strict, typed schema, loaded from YAML files and command-line overrides."""
 
-from moba_megatron.config.checks import ConfigError, check_world
+from moba_megatron.config.attention_file import AttentionFile, load_attention
+from moba_megatron.config.checks import ConfigError, attention_checks, check_world
 from moba_megatron.config.load import config_from_dict, load_config
 from moba_megatron.config.model import ModelConfig
 from moba_megatron.config.parallel import Exchange, ExchangeConfig, ParallelConfig
@@ -23,6 +24,7 @@ from moba_megatron.config.section import Section
 
 __all__ = [
     "AttentionConfig",
+    "AttentionFile",
     "AttentionKind",
     "AttentionStage",
     "BlendEntry",
@@ -41,7 +43,9 @@ __all__ = [
     "RunConfig",
     "Section",
     "TrainingConfig",
+    "attention_checks",
     "check_world",
     "config_from_dict",
+    "load_attention",
     "load_config",
 ]

@@ -11,7 +11,12 @@ from moba_megatron.config.schema import AttentionConfig, Config, ParallelConfig
 class ConfigError(ValueError):
     """A configuration that cannot work. `problems` holds one line for each key."""
 
-    def __init__(self, problems: list[str]):
+    def __init__(self, problems: list[str] | str):
+        if isinstance(problems, str):
+            # megatron-core raises what a layer raised anew, from its text, with the layer's name added.
+            self.problems = [problems]
+            super().__init__(problems)
+            return
         self.problems = problems
         super().__init__("the configuration cannot be used:\n" + "\n".join(f"  - {line}" for line in problems))
 
@@ -88,7 +93,7 @@ def combination_problems(config: Config) -> list[str]:
             *_model_checks(config.model, config.parallel),
             *_parallel_checks(config),
             _packing_check(config),
-            *_attention_checks(config),
+            *attention_checks(config.attention, config.model.num_layers, config.data.sequence_length),
             *_training_checks(config),
         ]
         if wrong
@@ -209,8 +214,13 @@ def _packing_check(config: Config) -> tuple[bool, str]:
     )
 
 
-def _attention_checks(config: Config) -> list[tuple[bool, str]]:
-    attention, length, layers = config.attention, config.data.sequence_length, config.model.num_layers
+def attention_checks(attention: AttentionConfig, layers: int, length: int | None = None) -> list[tuple[bool, str]]:
+    """Settings of the attention that cannot work: (wrong, what to say) for each.
+
+    Args:
+        layers: layers of the whole model that attend.
+        length: tokens of a sequence, where that is known.
+    """
     checks = []
     for name, part in [("attention", attention)] + [
         (f"attention.stages.{i}", s) for i, s in enumerate(attention.stages)
@@ -218,7 +228,10 @@ def _attention_checks(config: Config) -> list[tuple[bool, str]]:
         sizes = [(f"{name}.block_size", part.block_size if (part.kind or attention.kind) == "moba" else None)]
         sizes += [(f"{name}.layers.{n}.block_size", layer.block_size) for n, layer in (part.layers or {}).items()]
         checks += [
-            (size is not None and size > length, f"{key} = {size} is over data.sequence_length = {length}")
+            (
+                size is not None and length is not None and size > length,
+                f"{key} = {size} is over data.sequence_length = {length}",
+            )
             for key, size in sizes
         ]
         numbers = [(f"{name}.full_layers", n) for n in part.full_layers or []]

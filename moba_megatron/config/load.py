@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from moba_megatron.config.checks import ConfigError, combination_problems
 from moba_megatron.config.pretrained import with_pretrained_model
 from moba_megatron.config.schema import Config
+from moba_megatron.config.section import Section
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -29,7 +30,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         ConfigError: with one line for each unknown key, wrong type or impossible combination.
     """
-    tree = _read_yaml(Path(path), seen=())
+    tree = read_yaml(Path(path))
     try:
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(_check_overrides(overrides or [])))
         values = OmegaConf.to_container(tree, resolve=True)
@@ -49,14 +50,15 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError([_explain(item) for item in error.errors()]) from error
+        raise ConfigError([explain(item, Config) for item in error.errors()]) from error
     problems = combination_problems(config)
     if problems:
         raise ConfigError(problems)
     return config
 
 
-def _read_yaml(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
+    """What a file and the files that its `base:` names say, unchecked."""
     path = path.resolve()
     if path in seen:
         raise ConfigError([f"base: {path} includes itself"])
@@ -76,7 +78,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, Sequence) or not all(isinstance(base, str) for base in bases):
         raise ConfigError([f"{path}: base = {bases!r} must be a path or a list of paths"])
-    return OmegaConf.merge(*[_read_yaml(path.parent / base, (*seen, path)) for base in bases], tree)
+    return OmegaConf.merge(*[read_yaml(path.parent / base, (*seen, path)) for base in bases], tree)
 
 
 def _check_overrides(overrides: list[str]) -> list[str]:
@@ -86,12 +88,12 @@ def _check_overrides(overrides: list[str]) -> list[str]:
     return overrides
 
 
-def _explain(error: Any) -> str:
-    """One pydantic error as `key = value: what is wrong`, with the closest known name for a misspelt key."""
+def explain(error: Any, schema: type[Section]) -> str:
+    """One pydantic error as `key = value: what is wrong`, with the closest name of the schema for a misspelt key."""
     location = [str(part) for part in error["loc"] if part not in ("str", "list[BlendEntry]")]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(location[-1], _known_keys(schema, location[:-1]), n=1, cutoff=0.5)
         hint = f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
         return f"{key}: unknown key{hint}"
     if error["type"] == "missing":
@@ -99,8 +101,8 @@ def _explain(error: Any) -> str:
     return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _known_keys(location: list[str]) -> list[str]:
-    section: Any = Config
+def _known_keys(schema: type[Section], location: list[str]) -> list[str]:
+    section: Any = schema
     for name in location:
         field = getattr(section, "model_fields", {}).get(name)
         section = field.annotation if field else None

@@ -31,6 +31,9 @@ def _one_word_for_both(value: Any) -> Any:
     return {"moba": value, "full": value} if isinstance(value, str) else value
 
 
+ExchangeSetting = Annotated[ExchangeConfig, BeforeValidator(_one_word_for_both)]
+
+
 class ParallelConfig(Section):
     tensor: int = Field(default=1, ge=1)
     """Tensor-parallel size: heads and feed-forward columns over this many ranks."""
@@ -49,7 +52,7 @@ class ParallelConfig(Section):
     """Context-parallel size: one sequence over this many ranks. Each document is cut into twice as many chunks, and a
     rank holds one early and one late chunk of it (zigzag), so that all ranks work alike. Documents of a pack are padded
     to fit; where a sample is one sequence, `data.sequence_length` must be a multiple of 2 x context."""
-    exchange: Annotated[ExchangeConfig, BeforeValidator(_one_word_for_both)] = ExchangeConfig()
+    exchange: ExchangeSetting = ExchangeConfig()
     """How they exchange keys, values or queries: one word for all layers, or one for each kind (`{moba: dispatch, full:
     a2a}`). See `parallel.exchange` below."""
     hierarchical_context: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=2, max_length=2)] | None = None

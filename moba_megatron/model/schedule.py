@@ -139,6 +139,36 @@ class AttentionSchedule:
         """Whether this layer (counted from 1) attends fully in every stage."""
         return all(layers[layer_number - 1].kind == "full" for layers in self.stages)
 
+    def over_pattern(self, pattern: str) -> AttentionSchedule:
+        """This schedule of the attention layers alone, spread over all layers of a hybrid model.
+
+        megatron-core's `HybridModel` counts layers of all kinds in `layer_number`. Layers that have no attention are
+        full in the result, which nobody asks for.
+
+        Args:
+            pattern: one letter a layer, `*` for attention; `|` between pipeline stages.
+
+        Raises:
+            ValueError: if the pattern has another number of attention layers, or layers of multi-token prediction.
+
+        >>> schedule = AttentionSchedule.uniform(2, LayerAttention("moba", 512, 3))
+        >>> [layer.kind for layer in schedule.over_pattern("M*-M*-").stages[0]]
+        ['full', 'moba', 'full', 'full', 'moba', 'full']
+        """
+        if "/" in pattern:
+            raise ValueError(f"pattern {pattern!r} has layers of multi-token prediction, which are not supported")
+        layers = pattern.replace("|", "")
+        found = layers.count("*")
+        if found != self.num_layers:
+            raise ValueError(
+                f"pattern {pattern!r} has {found} attention layers (*), but the schedule has {self.num_layers}"
+            )
+        stages = []
+        for stage in self.stages:
+            attention = iter(stage)
+            stages.append(tuple(next(attention) if letter == "*" else FULL for letter in layers))
+        return AttentionSchedule(tuple(stages), self.until)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, for JSON or a checkpoint; `from_dict` reads them back."""
         return {"until": list(self.until), "stages": [[_to_list(layer) for layer in layers] for layers in self.stages]}

@@ -1,8 +1,10 @@
 """Layer specs: stock megatron-core layers whose core attention is MoBA.
 
-megatron-core describes a layer by a tree of specs. `moba_layer_spec` copies the path from the layer to its core
-attention and puts ours there; everything else, local or Transformer Engine, stays the stock object. `block_spec` does
-so for each layer of a schedule and cuts out the layers of one pipeline stage.
+megatron-core describes a layer by a tree of specs. `with_core_attention` copies the path from the layer to its core
+attention and puts another there; everything else, local or Transformer Engine, stays the stock object. One core
+attention serves all layers of a schedule (`scheduled_core_attention`): megatron-core builds it with the layer's number,
+which counts over all pipeline stages, and that finds the layer in the schedule. So one layer spec is enough wherever a
+spec is asked for.
 
 Local layers (no Transformer Engine) use our RMSNorm, and our core attention in full layers as well, because the stock
 one keeps a matrix of all scores. With Transformer Engine, a layer that is full in every stage keeps its attention, and
@@ -14,18 +16,18 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
-from typing import Literal
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import nn
 
 from moba_megatron.model.core_attention import MoBACoreAttention
 from moba_megatron.model.key_convolution import ConvolvedKeysSelfAttention
@@ -83,14 +85,102 @@ def moba_layer_spec(
 
 def with_core_attention(layer_spec: ModuleSpec, core_attention: object) -> ModuleSpec:
     """A copy of a layer spec that builds its core attention with `core_attention` (a class, a partial or a spec)."""
-    self_attention = getattr(layer_spec.submodules, "self_attention", None)
+    self_attention = getattr(getattr(layer_spec, "submodules", None), "self_attention", None)
     if not hasattr(getattr(self_attention, "submodules", None), "core_attention"):
-        raise ValueError(f"{layer_spec.module} has no submodules.self_attention.submodules.core_attention to replace")
+        name = getattr(layer_spec, "module", layer_spec)
+        raise ValueError(f"{name} has no submodules.self_attention.submodules.core_attention to replace")
     layer, attention = copy.copy(layer_spec), copy.copy(self_attention)
     layer.submodules, attention.submodules = copy.copy(layer.submodules), copy.copy(attention.submodules)
     layer.submodules.self_attention = attention
     attention.submodules.core_attention = core_attention
     return layer
+
+
+def core_attention_of(layer_spec: ModuleSpec) -> Any:
+    """What a layer spec builds its core attention with; None where it has none.
+
+    >>> core_attention_of(ModuleSpec(module=nn.Module)) is None
+    True
+    """
+    self_attention = getattr(getattr(layer_spec, "submodules", None), "self_attention", None)
+    return getattr(getattr(self_attention, "submodules", None), "core_attention", None)
+
+
+def with_schedule(
+    layer_spec: ModuleSpec,
+    schedule: AttentionSchedule,
+    *,
+    stage: int = 0,
+    backend: str = "auto",
+    full_backend: str = "auto",
+    exchange: str | Mapping[str, str] = "auto",
+    key_convolution: int | None = None,
+) -> ModuleSpec:
+    """A copy of a layer spec that serves every layer of a schedule; the original stays as it is.
+
+    Layers that are full in every stage keep the core attention of the spec, unless that is megatron-core's local one.
+
+    Args:
+        schedule: what every layer of the whole model attends to.
+        stage: training stage, counted from 0, that the layers start with; `set_attention_stage` changes it later.
+        backend, full_backend, exchange: as for `moba_layer_spec`.
+        key_convolution: width of a convolution of the keys, in every layer; None for none.
+
+    Raises:
+        ValueError: if the spec has no core attention to replace, or another self-attention than megatron-core's whose
+            keys should be convolved.
+    """
+    stock = core_attention_of(layer_spec)
+    core = functools.partial(
+        scheduled_core_attention,
+        schedule=schedule,
+        stage=stage,
+        full_core=None if stock in (None, DotProductAttention) else stock,
+        backend=backend,
+        full_backend=full_backend,
+        exchange=exchange,
+    )
+    layer = with_core_attention(layer_spec, core)
+    return layer if key_convolution is None else with_key_convolution(layer, key_convolution)
+
+
+def scheduled_core_attention(
+    *,
+    layer_number: int,
+    schedule: AttentionSchedule,
+    stage: int = 0,
+    full_core: Callable[..., nn.Module] | None = None,
+    backend: str = "auto",
+    full_backend: str = "auto",
+    exchange: str | Mapping[str, str] = "auto",
+    **arguments: Any,
+) -> nn.Module:
+    """Build the core attention of one layer of a schedule.
+
+    Args:
+        layer_number: counted from 1 over all pipeline stages, as megatron-core passes it.
+        schedule, stage, backend, full_backend, exchange: as for `with_schedule`.
+        full_core: what builds the core attention of layers that are full in every stage. Default: ours.
+        arguments: the others that megatron-core passes to a core attention.
+
+    Raises:
+        ValueError: if the schedule has no such layer, or as `MoBACoreAttention`.
+    """
+    if not 1 <= layer_number <= schedule.num_layers:
+        raise ValueError(
+            f"layer {layer_number}, but the attention schedule has {schedule.num_layers} layers: layers beyond the "
+            "model's own, such as those of multi-token prediction, are not supported"
+        )
+    if full_core is not None and schedule.always_full(layer_number):
+        return full_core(layer_number=layer_number, **arguments)
+    return MoBACoreAttention(
+        layer_number=layer_number,
+        attention=schedule.stages[stage][layer_number - 1],
+        backend=backend,
+        full_backend=full_backend,
+        exchange=exchange,
+        **arguments,
+    )
 
 
 def with_key_convolution(layer_spec: ModuleSpec, width: int) -> ModuleSpec:
@@ -115,13 +205,9 @@ def block_spec(
     config: TransformerConfig,
     schedule: AttentionSchedule,
     *,
-    stage: int = 0,
-    backend: str = "auto",
-    full_backend: str = "auto",
-    exchange: str | Mapping[str, str] = "auto",
-    key_convolution: int | None = None,
-    pp_rank: int = 0,
+    pp_rank: int | None = None,
     vp_stage: int | None = None,
+    **settings: Any,
 ) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage, and the final norm, for `GPTModel(transformer_layer_spec=...)`.
 
@@ -129,51 +215,84 @@ def block_spec(
 
     Args:
         schedule: what every layer of the whole model attends to.
-        stage: training stage, counted from 0, that the layers start with.
-        backend, full_backend, exchange: as for `moba_layer_spec`.
-        key_convolution: width of a convolution of the keys, in every layer; None for none.
-        pp_rank, vp_stage: which part of the model; `vp_stage` only with the interleaved schedule.
+        pp_rank, vp_stage: which part of the model; `vp_stage` only with the interleaved schedule. Default: this
+            process's pipeline rank.
+        settings: `stage`, `backend`, `full_backend`, `exchange` and `key_convolution`, as for `with_schedule`.
 
     Raises:
         ValueError: if the schedule has another number of layers than the model, or Transformer Engine is asked for and
             missing.
     """
-    if schedule.num_layers != config.num_layers:
-        raise ValueError(f"the schedule has {schedule.num_layers} layers, the model num_layers = {config.num_layers}")
-    base, norm = _stock_layer(config)
-    if key_convolution is not None:
-        base = with_key_convolution(base, key_convolution)
-    keep_full = config.transformer_impl == "transformer_engine"
-    specs = []
-    for number, attention in enumerate(schedule.stages[stage], start=1):
-        if keep_full and schedule.always_full(number):
-            specs.append(base)
-        else:
-            core = functools.partial(
-                MoBACoreAttention, attention=attention, backend=backend, full_backend=full_backend, exchange=exchange
-            )
-            specs.append(with_core_attention(base, core))
+    layers = layer_specs(config, schedule, **settings)
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
-    return TransformerBlockSubmodules(layer_specs=specs[first : first + count], layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=layers[first : first + count], layer_norm=_final_norm(config))
 
 
-def _stock_layer(config: TransformerConfig) -> tuple[ModuleSpec, type]:
-    """megatron-core's layer spec for this configuration, and the norm that goes with it."""
+def layer_specs(config: TransformerConfig, schedule: AttentionSchedule, **settings: Any) -> list[ModuleSpec]:
+    """The spec of every layer of the whole model, the same object for layers that are alike but in how they attend.
+
+    Args and errors as for `block_spec`.
+    """
+    if schedule.num_layers != config.num_layers:
+        raise ValueError(f"the schedule has {schedule.num_layers} layers, the model num_layers = {config.num_layers}")
+    experts = _layers_of_experts(config)
+    kinds = {kind: with_schedule(_stock_layer(config, experts=kind), schedule, **settings) for kind in set(experts)}
+    return [kinds[kind] for kind in experts]
+
+
+def _layers_of_experts(config: TransformerConfig) -> list[bool]:
+    """Which layers are mixtures of experts, by `moe_layer_freq`: every n-th from the first on, or a list of 0 and 1."""
+    if config.num_moe_experts is None:
+        return [False] * config.num_layers
+    pattern = config.moe_layer_freq
+    if isinstance(pattern, int):
+        return [number % pattern == 0 for number in range(config.num_layers)]
+    if len(pattern) != config.num_layers or not set(pattern) <= {0, 1}:
+        raise ValueError(
+            f"moe_layer_freq = {pattern}: give one 0 (dense) or 1 (experts) for each of the {config.num_layers} layers"
+        )
+    return [bool(entry) for entry in pattern]
+
+
+def _stock_layer(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
+    """megatron-core's layer spec for this configuration; local ones with our RMSNorm where they have one."""
     if config.transformer_impl == "transformer_engine":
         library = optional_libraries()["transformer_engine"]
         if not library.available:
             raise ValueError(f"transformer_impl = 'transformer_engine', but {library.reason}; {library.how_to_get}")
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
+        return _from_config(gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec, config, experts)
     if config.transformer_impl != "local":
         raise ValueError(f"transformer_impl = {config.transformer_impl!r}: 'local' or 'transformer_engine'")
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    layer = with_core_attention(spec, None)
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    if config.qk_layernorm:
-        layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
-        layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
-    return layer, RMSNorm
+    layer = with_core_attention(_from_config(gpt_layer_specs.get_gpt_layer_local_spec, config, experts), None)
+    if config.normalization == "RMSNorm":
+        layer.submodules.input_layernorm = RMSNorm
+        layer.submodules.pre_mlp_layernorm = RMSNorm
+        if config.qk_layernorm and not config.qk_l2_norm:
+            layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
+            layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    return layer
+
+
+def _from_config(make: Callable[..., ModuleSpec], config: TransformerConfig, experts: bool) -> ModuleSpec:
+    """Call one of megatron-core's spec functions. Which parameters it has depends on the release; those that the
+    configuration has by the same name are taken from there."""
+    other_names = {"use_te_op_fuser": "use_transformer_engine_op_fuser"}
+    deprecated = {"fp8"}
+    arguments = {
+        name: getattr(config, other_names.get(name, name))
+        for name in inspect.signature(make).parameters
+        if name not in deprecated and hasattr(config, other_names.get(name, name))
+    }
+    arguments["num_experts"] = config.num_moe_experts if experts else None
+    if not experts:
+        arguments["moe_grouped_gemm"] = False
+    return make(**arguments)
+
+
+def _final_norm(config: TransformerConfig) -> type:
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return RMSNorm if config.normalization == "RMSNorm" else gpt_layer_specs.LNImpl

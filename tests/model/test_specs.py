@@ -25,6 +25,18 @@ def core(layer_spec):
     return layer_spec.submodules.self_attention.submodules.core_attention
 
 
+def built(layer_spec, number, config, **others):
+    """The core attention of a layer, made with the arguments that megatron-core's SelfAttention passes."""
+    return core(layer_spec)(
+        config=config, layer_number=number, attn_mask_type=AttnMaskType.causal, attention_type="self",
+        cp_comm_type="p2p", softmax_scale=None, pg_collection=None, **others,
+    )  # fmt: skip
+
+
+def attentions(block, config, first=1):
+    return [built(layer, number, config).attention for number, layer in enumerate(block.layer_specs, first)]
+
+
 def test_only_the_core_attention_of_the_copy_changes():
     stock = get_gpt_layer_local_spec(normalization="RMSNorm")
     ours = specs.moba_layer_spec(stock, block_size=8, top_k=2, backend="reference")
@@ -60,31 +72,67 @@ def schedule_of_four() -> AttentionSchedule:
 
 
 def test_local_layers_have_their_own_attention_and_our_norm():
-    block = specs.block_spec(config_of(model={"qk_layernorm": True}), schedule_of_four(), backend="gathered")
-    assert [core(layer).keywords["attention"] for layer in block.layer_specs] == list(schedule_of_four().stages[0])
-    assert {core(layer).keywords["backend"] for layer in block.layer_specs} == {"gathered"}
+    config = config_of(model={"qk_layernorm": True})
+    block = specs.block_spec(config, schedule_of_four(), backend="gathered", pp_rank=0)
+    assert attentions(block, config) == list(schedule_of_four().stages[0])
+    assert built(block.layer_specs[0], 1, config).backend == "gathered"
+    # One spec serves them all.
+    assert len(block.layer_specs) == 4 and len(set(map(id, block.layer_specs))) == 1
     assert block.layer_norm is RMSNorm
     for layer in block.layer_specs:
         attention = layer.submodules.self_attention.submodules
         assert layer.submodules.input_layernorm is layer.submodules.pre_mlp_layernorm is RMSNorm
         assert attention.q_layernorm is attention.k_layernorm is RMSNorm
-    later = specs.block_spec(config_of(), schedule_of_four(), stage=1)
-    assert [core(layer).keywords["attention"] for layer in later.layer_specs] == [FULL, FULL, FULL, MOBA]
+    later = specs.block_spec(config_of(), schedule_of_four(), stage=1, pp_rank=0)
+    assert attentions(later, config_of()) == [FULL, FULL, FULL, MOBA]
+
+
+@pytest.mark.parametrize("number", [0, 5])
+def test_layers_that_the_schedule_does_not_have_are_refused(number):
+    block = specs.block_spec(config_of(), schedule_of_four(), pp_rank=0)
+    with pytest.raises(ValueError, match=f"layer {number}, but the attention schedule has 4 layers"):
+        built(block.layer_specs[0], number, config_of())
+
+
+def test_mixtures_of_experts_are_where_the_configuration_says():
+    config = config_of()
+    config.num_moe_experts, config.moe_layer_freq = 4, [0, 1, 1, 0]
+    block = specs.block_spec(config, schedule_of_four(), pp_rank=0)
+    dense, experts = (get_gpt_layer_local_spec(num_experts=count) for count in (None, 4))
+
+    def mlp(layer):
+        return str(layer.submodules.mlp)
+
+    assert [mlp(layer) for layer in block.layer_specs] == [mlp(s) for s in (dense, experts, experts, dense)]
+    assert mlp(dense) != mlp(experts)
+    assert attentions(block, config) == list(schedule_of_four().stages[0])
+    config.moe_layer_freq = 2
+    alternate = specs.block_spec(config, schedule_of_four(), pp_rank=0)
+    assert [mlp(layer) for layer in alternate.layer_specs] == [mlp(s) for s in (experts, dense, experts, dense)]
+    config.moe_layer_freq = [1, 0]
+    with pytest.raises(ValueError, match=r"moe_layer_freq = \[1, 0\]: give one 0 .* for each of the 4 layers"):
+        specs.block_spec(config, schedule_of_four(), pp_rank=0)
+
+
+def test_layer_norm_stays_where_the_configuration_says_so():
+    config = config_of()
+    config.normalization = "LayerNorm"
+    block = specs.block_spec(config, schedule_of_four(), pp_rank=0)
+    stock = get_gpt_layer_local_spec(normalization="LayerNorm")
+    assert block.layer_specs[0].submodules.input_layernorm is stock.submodules.input_layernorm
+    assert block.layer_norm is gpt_layer_specs.LNImpl
 
 
 def test_each_pipeline_stage_gets_its_own_layers():
     config = config_of(parallel={"pipeline": 2})
-    parts = [specs.block_spec(config, schedule_of_four(), pp_rank=rank).layer_specs for rank in range(2)]
-    attentions = [[core(layer).keywords["attention"] for layer in part] for part in parts]
-    assert attentions == [list(schedule_of_four().stages[0][:2]), list(schedule_of_four().stages[0][2:])]
+    parts = [specs.block_spec(config, schedule_of_four(), pp_rank=rank) for rank in range(2)]
+    assert [len(part.layer_specs) for part in parts] == [2, 2]
     config = config_of(parallel={"pipeline": 2, "virtual_pipeline": 2})
     parts = [
         specs.block_spec(config, schedule_of_four(), pp_rank=rank, vp_stage=chunk).layer_specs
         for chunk in range(2)
         for rank in range(2)
     ]
-    attentions = [core(layer).keywords["attention"] for part in parts for layer in part]
-    assert attentions == list(schedule_of_four().stages[0])
     assert [len(part) for part in parts] == [1, 1, 1, 1]
 
 
@@ -112,27 +160,26 @@ def stand_in(monkeypatch):
 
 def test_transformer_engine_layers_keep_everything_but_our_core_attention(stand_in):
     schedule = schedule_of_four()
-    block = specs.block_spec(transformer_engine_config(), schedule, backend="triton")
+    config = transformer_engine_config()
+    block = specs.block_spec(config, schedule, backend="triton", pp_rank=0)
     stock = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
     assert core(stock) is TEDotProductAttention
-    # Layer 3 is full in both stages and keeps the fused attention; layer 4 is full only at first and has ours.
-    kinds = [core(layer) is TEDotProductAttention for layer in block.layer_specs]
-    assert kinds == [False, False, True, False] == [schedule.always_full(number) for number in (1, 2, 3, 4)]
-    assert [core(layer).keywords["attention"] for layer in (*block.layer_specs[:2], block.layer_specs[3])] == [
-        schedule.stages[0][i] for i in (0, 1, 3)
-    ]
     assert block.layer_norm is TENorm
-    for layer in (block.layer_specs[0], block.layer_specs[3]):
-        # The arguments with which megatron-core's SelfAttention constructs Transformer Engine's module, or ours.
-        module = core(layer)(
-            config=transformer_engine_config(), layer_number=1, attn_mask_type=AttnMaskType.causal,
-            attention_type="self", cp_comm_type="p2p", softmax_scale=None, pg_collection=None,
-        )  # fmt: skip
-        assert module.attention == core(layer).keywords["attention"] and module.backend == "triton"
+    # Layer 3 is full in both stages and keeps the fused attention; layer 4 is full only at first and has ours.
+    assert [schedule.always_full(number) for number in (1, 2, 3, 4)] == [False, False, True, False]
+    layer = block.layer_specs[0]
+    assert core(layer).keywords["full_core"] is TEDotProductAttention
+    assert built(layer, 3, config, full_core=lambda **arguments: arguments)["layer_number"] == 3
+    ours = [built(layer, number, config) for number in (1, 2, 4)]
+    assert [module.attention for module in ours] == [schedule.stages[0][i] for i in (0, 1, 3)]
+    assert {module.backend for module in ours} == {"triton"}
     ours, theirs = block.layer_specs[0].submodules, stock.submodules
     assert ours.self_attention.submodules.linear_qkv is theirs.self_attention.submodules.linear_qkv
     assert ours.self_attention.submodules.q_layernorm is theirs.self_attention.submodules.q_layernorm is TENorm
-    assert ours.input_layernorm is theirs.input_layernorm and ours.mlp.submodules == theirs.mlp.submodules
+    assert ours.input_layernorm is theirs.input_layernorm
+    # A spec, and from megatron-core 0.18 on a partial.
+    mlps = [getattr(layer.mlp, "submodules", None) or layer.mlp.keywords["submodules"] for layer in (ours, theirs)]
+    assert mlps[0] == mlps[1]
 
 
 def test_transformer_engine_asked_for_and_missing_is_an_error():
