@@ -22,6 +22,7 @@ ALLOWED = {
     "data": {"corpus", "parallel", "config"},
     "model": {"parallel", "ops", "platform", "config"},
     "checkpoint": {"runs", "platform", "config"},
+    "megatron": {"model", "config"},
     "planning": {"model", "corpus", "parallel", "ops", "config"},
     "benchmark": {"planning", "hf", "parallel", "ops", "before_torch"},
     "convert": {"checkpoint", "model", "hf", "corpus", "runs", "platform", "config"},

@@ -13,12 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import megatron.core
 import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from moba_megatron.checkpoint.manifest import CheckpointError
 
 # The default type of the distributed optimizer's checkpoint cannot be resumed in megatron-core 0.16.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -37,6 +40,8 @@ class TrainingState:
         state = sharded_model(self.model)
         with _places_without_padding(self.optimizer):
             state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=loading, metadata=SHARDING)
+        if not loading:
+            _refuse_misplaced_state(self.optimizer, state["optimizer"])
         state["scheduler"] = self.scheduler.state_dict()
         if with_random_state:
             state["random"] = _sharded_random_state()
@@ -54,15 +59,15 @@ class TrainingState:
 
 @contextmanager
 def _places_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """The distributed optimizer of megatron-core 0.16 packs its state bucket by bucket without the padding at their
-    ends, and then looks parameters up at places that count it: from the second bucket on, what it saves belongs to
-    others. In here the places are right. (Mended after 0.16 by megatron-core's pull request 5077.)
+    """The distributed optimizer packs its state bucket by bucket without the padding at their ends, and then looks
+    parameters up at places that count it: from the second bucket on, what it saves belongs to others. In here the
+    places are right. (megatron-core mends it in 0.20, pull request 5077; `_refuse_misplaced_state` finds both mends
+    together as well as none.)
 
     There are several buckets where the reduction of gradients overlaps, and on the first and last pipeline stage with
     tied embeddings; padding, where a bucket is no multiple of 128 and of the ranks that share it.
     """
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    buffers = [buffer for part in parts for buffer in getattr(part, "buffers", [])]
+    buffers = [buffer for part in _parts(optimizer) for buffer in getattr(part, "buffers", [])]
     before = [buffer.param_index_map for buffer in buffers]
     try:
         for buffer in buffers:
@@ -75,6 +80,32 @@ def _places_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
     finally:
         for buffer, places in zip(buffers, before, strict=True):
             buffer.param_index_map = places
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _refuse_misplaced_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Hold the ends of the optimizer's own copy of each parameter, as it would be saved, against the parameter.
+
+    Raises:
+        CheckpointError: they differ, so what would be saved belongs to other parameters.
+    """
+    parts = _parts(optimizer)
+    for number, part in enumerate(parts):
+        saved = (state if len(parts) == 1 else state[number]).get("param_state") or {}
+        parameters = [p for buffer in getattr(part, "buffers", []) for p in buffer.param_index_map]
+        for place, entry in saved.items():
+            if not isinstance(entry, dict) or "param" not in entry:
+                continue
+            kept, parameter = entry["param"].data.flatten()[[0, -1]], parameters[place].detach().flatten()[[0, -1]]
+            if not torch.equal(kept.to(parameter), parameter):
+                raise CheckpointError(
+                    f"optimizer state would be saved under the wrong parameter ({entry['param'].key}): this "
+                    f"megatron-core ({megatron.core.__version__}) finds its places otherwise than 0.16 to 0.19 do. "
+                    "Use one of these"
+                )
 
 
 def sharded_model(model: list[torch.nn.Module]) -> dict[str, Any]:

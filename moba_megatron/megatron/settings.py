@@ -1,0 +1,107 @@
+"""What a layer spec is told beside the caller's own flags: `MOBA_CONFIG` and `MOBA_STAGE`, or a keyword.
+
+Environment variables, because Megatron-LM's flags cannot be extended without a change to its script.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moba_megatron.config import AttentionConfig, AttentionFile, ConfigError, attention_checks, load_attention
+from moba_megatron.model.schedule import AttentionSchedule
+
+CONFIG_VARIABLE = "MOBA_CONFIG"
+STAGE_VARIABLE = "MOBA_STAGE"
+
+Attention = str | Path | Mapping[str, Any] | AttentionConfig
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How the layers of a model attend, and what computes it."""
+
+    schedule: AttentionSchedule
+    stage: int
+    """The stage of the schedule that the model is built for, counted from 0."""
+    file: AttentionFile
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Keywords of `model.specs.with_schedule`."""
+        attention, exchange = self.file.attention, self.file.exchange
+        return {
+            "stage": self.stage,
+            "backend": attention.backend,
+            "full_backend": attention.full_backend,
+            "exchange": {"moba": exchange.moba, "full": exchange.full},
+            "key_convolution": attention.key_convolution,
+        }
+
+    def __str__(self) -> str:
+        attention, exchange = self.file.attention, self.file.exchange
+        lines = [self.schedule.table()]
+        if len(self.schedule.stages) > 1:
+            lines.append(f"this run: stage {self.stage + 1}")
+        lines.append(
+            f"backend {attention.backend}, full_backend {attention.full_backend}, exchange of MoBA layers "
+            f"{exchange.moba}, of full layers {exchange.full}"
+        )
+        return "\n".join(lines)
+
+
+def attention_plan(given: Attention | None, layers: int, length: int | None) -> AttentionPlan:
+    """The plan for a model, printed by rank 0 the first time.
+
+    Args:
+        given: the keyword of a spec: a file, a dictionary or a section. Default: the file that `MOBA_CONFIG` names.
+        layers: attention layers of the whole model.
+        length: tokens of a sequence, where the caller knows.
+
+    Raises:
+        ConfigError: no settings, settings that cannot work, or a schedule of several stages without `MOBA_STAGE`.
+    """
+    source = given if given is not None else os.environ.get(CONFIG_VARIABLE)
+    if not source:
+        raise ConfigError([
+            f"no attention settings: set {CONFIG_VARIABLE} to a YAML file with the section `attention`, or pass "
+            "`attention=` to the spec"
+        ])  # fmt: skip
+    file = load_attention(source)
+    problems = [text for wrong, text in attention_checks(file.attention, layers, length) if wrong]
+    if problems:
+        raise ConfigError(problems)
+    try:
+        schedule = AttentionSchedule.from_config(file.attention, layers)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    plan = AttentionPlan(schedule, _stage(schedule), file)
+    _print_once(f"MoBA from {source if isinstance(source, str | Path) else 'the script'}\n{plan}")
+    return plan
+
+
+def _stage(schedule: AttentionSchedule) -> int:
+    """The stage that `MOBA_STAGE` names, counted from 0."""
+    given, count = os.environ.get(STAGE_VARIABLE), len(schedule.stages)
+    if given is None:
+        if count > 1:
+            raise ConfigError([
+                f"the schedule has {count} stages, and nothing in this script changes them: set {STAGE_VARIABLE} to "
+                f"the one of this run, 1 to {count}, and continue from its checkpoint with the next"
+            ])  # fmt: skip
+        return 0
+    if not given.isdecimal() or not 1 <= int(given) <= count:
+        raise ConfigError([f"{STAGE_VARIABLE} = {given!r}: give a stage of the schedule, 1 to {count}"])
+    return int(given) - 1
+
+
+@functools.cache
+def _print_once(text: str) -> None:
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        print(text, flush=True)

@@ -1,0 +1,263 @@
+"""`moba_megatron.megatron` as Megatron-LM and Megatron-Bridge call it: the same model as ours, or a clear refusal."""
+
+import sys
+from functools import partial
+
+import pytest
+from callers import (
+    LENGTH,
+    GPTModelConfig,
+    Provider,
+    builder_of_016,
+    megatron_lm_flags,
+    model_settings,
+    replace_core_attention,
+    transformer_config,
+)
+from distributed import run_ranks
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from model_examples import tiny, tokens
+
+from moba_megatron.config import AttentionConfig, ConfigError
+from moba_megatron.megatron import MoBATransformerLayer, layer_spec, spec
+from moba_megatron.megatron.settings import attention_plan
+from moba_megatron.model.norm import RMSNorm
+
+ATTENTION = {"block_size": 8, "top_k": 2, "last_n_full": 1}
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """The file that MOBA_CONFIG names."""
+    file = tmp_path / "moba.yaml"
+    file.write_text("attention: {block_size: 8, top_k: 2, last_n_full: 1}\n")
+    monkeypatch.setenv("MOBA_CONFIG", str(file))
+    return file
+
+
+def loss_and_layers(build):
+    """(loss, gradients' norm, how each layer attends, class of its first layer) of a model on one rank."""
+    from moba_megatron import platform
+    from moba_megatron.config import ParallelConfig
+
+    platform.start_model_parallel(ParallelConfig())
+    platform.seed_all(5)
+    model = build()
+    ids, positions, labels = tokens(2, LENGTH)
+    loss = model(ids, positions, None, labels=labels).mean()
+    loss.backward()
+    norm = sum(parameter.grad.square().sum() for parameter in model.parameters()).sqrt()
+    layers = model.decoder.layers
+    attends = [str(layer.self_attention.core_attention.attention) for layer in layers]
+    return loss.item(), norm.item(), attends, type(layers[0])
+
+
+def ours():
+    from callers import gpt_model
+
+    from moba_megatron.model.schedule import AttentionSchedule
+    from moba_megatron.model.specs import block_spec
+
+    config = transformer_config()
+    return gpt_model(config, block_spec(config, AttentionSchedule.from_config(AttentionConfig(**ATTENTION), 2)))
+
+
+CALLERS = {
+    "GPTModelConfig": lambda: GPTModelConfig(transformer_config(), layer_spec).build(),
+    "TransformerConfig": lambda: GPTModelConfig(transformer_config(), lambda c: layer_spec(c.transformer)).build(),
+    "Bridge": lambda: Provider(**model_settings(), transformer_layer_spec=layer_spec).provide(),
+    "keyword": lambda: Provider(
+        **model_settings(), transformer_layer_spec=partial(layer_spec, attention=ATTENTION)
+    ).provide(),
+    "up to 0.18": lambda: builder_of_016(transformer_config()),
+}
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+def test_every_caller_gets_the_model_of_the_schedule(settings, monkeypatch, caller):
+    expected = run_ranks(1, loss_and_layers, ours)[0]
+    if caller == "keyword":
+        monkeypatch.delenv("MOBA_CONFIG")
+    loss, norm, attends, layer = run_ranks(1, loss_and_layers, CALLERS[caller])[0]
+    assert (loss, norm) == expected[:2]
+    assert attends == ["moba B=8 K=2", "full"] == expected[2]
+    assert layer is (MoBATransformerLayer if caller == "up to 0.18" else TransformerLayer)
+
+
+def test_one_spec_serves_all_layers_and_norms_are_as_configured():
+    config = transformer_config(qk_layernorm=True)
+    found = layer_spec(config, attention=ATTENTION)
+    assert isinstance(found, ModuleSpec)
+    attention = found.submodules.self_attention.submodules
+    assert attention.q_layernorm is attention.k_layernorm is found.submodules.input_layernorm is RMSNorm
+
+
+def test_layers_that_differ_come_as_those_of_this_pipeline_stage(monkeypatch):
+    monkeypatch.setattr("megatron.core.parallel_state.get_pipeline_model_parallel_rank", lambda: 0)
+    config = transformer_config(num_moe_experts=2, moe_layer_freq=[0, 1])
+    found = layer_spec(config, attention=ATTENTION)
+    assert isinstance(found, TransformerBlockSubmodules) and len(found.layer_specs) == 2
+    assert found.layer_specs[0] is not found.layer_specs[1]
+
+
+def test_sequence_parallelism_of_local_layers_gets_our_final_norm(monkeypatch, settings):
+    monkeypatch.setattr("megatron.core.parallel_state.get_pipeline_model_parallel_rank", lambda: 0)
+    config = transformer_config(tensor_model_parallel_size=2, sequence_parallel=True)
+    found = layer_spec(config)
+    assert isinstance(found, TransformerBlockSubmodules) and found.layer_norm is RMSNorm
+    with pytest.raises(ConfigError, match="sequence_parallel = True with local layers"):
+        spec.module(config, spec.submodules)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"mtp_num_layers": 1}, "multi-token prediction are not supported; leave --mtp-num-layers out"),
+        ({"attention_backend": "local"}, "attention_backend = local puts megatron-core's own attention in place"),
+        ({"transformer_impl": "inference_optimized"}, "transformer_impl = 'inference_optimized'"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(given, says):
+    from megatron.core.transformer.enums import AttnBackend
+
+    config = transformer_config()
+    for name, value in given.items():
+        setattr(config, name, AttnBackend.local if value == "local" else value)
+    for asked in (config, GPTModelConfig(config)):
+        with pytest.raises(ValueError, match=says):
+            layer_spec(asked, attention=ATTENTION)
+
+
+def test_modelopt_and_full_transformer_engine_layers_are_refused():
+    with pytest.raises(ConfigError, match="restore_modelopt_state"):
+        layer_spec(GPTModelConfig(transformer_config(), restore_modelopt_state=True), attention=ATTENTION)
+    provider = Provider(**model_settings(), use_transformer_engine_full_layer_spec=True)
+    with pytest.raises(ConfigError, match="has no core attention to replace"):
+        layer_spec(provider, attention=ATTENTION)
+    with pytest.raises(ConfigError, match="SimpleNamespace has no TransformerConfig"):
+        layer_spec(megatron_lm_flags().get_args(), attention=ATTENTION)
+
+
+MASKING = {"dataloader_inter_document_masking": True}
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "says"),
+    [
+        ({"create_attention_mask_in_dataloader": True}, 1, "add --no-create-attention-mask-in-dataloader"),
+        (MASKING, 2, "--dataloader-inter-document-masking with --context-parallel-size 2 cuts whole samples"),
+        ({"reset_attention_mask": True}, 1, "--reset-attention-mask acts through a mask"),
+        ({"hybrid_context_parallel": True}, 2, "--hybrid-context-parallel"),
+        ({"seq_length": 4}, 1, "attention.block_size = 8 is over data.sequence_length = 4"),
+        (MASKING, 1, None),
+        ({"create_attention_mask_in_dataloader": False}, 2, None),
+    ],
+)
+def test_flags_of_megatron_lm_that_do_not_fit_are_refused(monkeypatch, flags, ranks, says):
+    monkeypatch.setitem(sys.modules, "megatron.training.global_vars", megatron_lm_flags(**flags))
+    config = transformer_config(context_parallel_size=ranks)
+    if says is None:
+        layer_spec(config, attention=ATTENTION)
+        return
+    with pytest.raises(ConfigError, match=says):
+        layer_spec(config, attention=ATTENTION)
+
+
+def test_flags_that_are_not_parsed_yet_are_not_asked(monkeypatch):
+    def not_yet():
+        raise AssertionError("args is not initialized.")
+
+    module = megatron_lm_flags()
+    module.get_args = not_yet
+    monkeypatch.setitem(sys.modules, "megatron.training.global_vars", module)
+    assert isinstance(layer_spec(transformer_config(), attention=ATTENTION), ModuleSpec)
+
+
+def test_another_core_attention_put_into_the_spec_is_refused(settings):
+    """As `--attention-backend local` does between import and building."""
+
+    def build():
+        replace_core_attention(spec)
+        return loss_and_layers(CALLERS["up to 0.18"])
+
+    with pytest.raises(AssertionError, match="the script put DotProductAttention in place of MoBA's core attention"):
+        run_ranks(1, build)
+
+
+def test_layers_of_multi_token_prediction_are_refused(settings):
+    with pytest.raises(ConfigError, match="multi-token prediction are not supported"):
+        spec.module(transformer_config(), spec.submodules, is_mtp_layer=True)
+
+
+def test_dropout_in_attention_is_refused_when_the_model_is_built(settings):
+    def build():
+        return Provider(**model_settings(attention_dropout=0.1), transformer_layer_spec=layer_spec).provide()
+
+    with pytest.raises(AssertionError, match=r"attention_dropout = 0.1 is not MoBA: set it to 0.0"):
+        run_ranks(1, loss_and_layers, build)
+
+
+STAGES = {**ATTENTION, "stages": [{"until": 0.9}, {"until": 1.0, "kind": "full"}]}
+
+
+def test_a_stage_is_named_or_asked_for(monkeypatch):
+    monkeypatch.delenv("MOBA_STAGE", raising=False)
+    with pytest.raises(ConfigError, match="the schedule has 2 stages, .* set MOBA_STAGE to the one of this run, 1 to"):
+        layer_spec(transformer_config(), attention=STAGES)
+    monkeypatch.setenv("MOBA_STAGE", "2")
+    assert attention_plan(STAGES, 2, None).stage == 1
+    for wrong in ("0", "3", "full", "-1"):
+        monkeypatch.setenv("MOBA_STAGE", wrong)
+        with pytest.raises(ConfigError, match=f"MOBA_STAGE = '{wrong}': give a stage of the schedule, 1 to 2"):
+            layer_spec(transformer_config(), attention=STAGES)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("attention: {blocksize: 8}", "attention.blocksize: unknown key; did you mean attention.block_size"),
+        ("{blocksize: 8, top_k: 2}", "attention.blocksize: unknown key"),
+        ("attention: {block_size: 0}", "attention.block_size = 0"),
+        ("attention: {block_size: 8, last_n_full: 3}", "attention.last_n_full = 3 is over model.num_layers = 2"),
+        ("attention: {block_size: 8, full_layers: [7]}", "names layer 7: layers are counted from 1 to 2"),
+        ("attention: {block_size: 8}\nmodel: {num_layers: 2}", "model: unknown key"),
+        ("attention: {block_size: 8}\nexchange: carrier_pigeon", "exchange.moba = 'carrier_pigeon'"),
+        ("", "must hold a mapping|no setting of the attention"),
+        ("attention: {block_size: 8", "is not valid YAML"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(settings, content, says):
+    settings.write_text(content)
+    with pytest.raises(ConfigError, match=says):
+        layer_spec(transformer_config())
+
+
+def test_settings_that_are_missing_are_an_error(monkeypatch):
+    monkeypatch.delenv("MOBA_CONFIG", raising=False)
+    with pytest.raises(ConfigError, match="no attention settings: set MOBA_CONFIG to a YAML file"):
+        layer_spec(transformer_config())
+    monkeypatch.setenv("MOBA_CONFIG", "/nowhere/moba.yaml")
+    with pytest.raises(ConfigError, match="no such configuration file: /nowhere/moba.yaml"):
+        layer_spec(transformer_config())
+
+
+def test_settings_are_printed_once(settings, capfd):
+    settings.write_text("{block_size: 16, top_k: 2, backend: gathered}")
+    for _ in range(3):
+        layer_spec(transformer_config())
+    out = capfd.readouterr().out
+    assert out.count("moba B=16 K=2") == 1 and str(settings) in out and "backend gathered" in out
+
+
+def test_file_dictionary_and_section_say_the_same(settings):
+    plans = [attention_plan(given, 2, None) for given in (settings, ATTENTION, AttentionConfig(**ATTENTION), None)]
+    assert len({plan.schedule for plan in plans}) == 1
+    both = attention_plan({"attention": ATTENTION, "exchange": "dispatch"}, 2, None)
+    assert both.settings["exchange"] == {"moba": "dispatch", "full": "dispatch"}
+
+
+def test_an_example_configuration_is_the_one_that_train_py_reads():
+    section = tiny().attention
+    assert attention_plan(section, 2, None).file.attention is section
