@@ -73,10 +73,26 @@ def _print_versions(console: Console) -> None:
             table.add_row(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             table.add_row(name, "not installed")
+        if name == "megatron-core":
+            _add_megatron_core(table)
     table.add_row("cores this process may use", str(len(os.sched_getaffinity(0))))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("GPUs", ", ".join(gpus) or "none: training runs on the CPU with gloo")
     console.print(table)
+
+
+def _add_megatron_core(table: Table) -> None:
+    """What is imported, if that is another than the installed one, and what it lacks."""
+    from moba_megatron.platform.megatron_core import imported_elsewhere, missing_capabilities
+
+    try:
+        missing, elsewhere = missing_capabilities(), imported_elsewhere()
+    except ModuleNotFoundError:  # the base installation has none
+        return
+    if elsewhere:
+        table.add_row("  but imported", elsewhere)
+    for capability in missing:
+        table.add_row("  which lacks", f"{capability.name}: {capability.without}")
 
 
 def _print_libraries(console: Console) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from distributed import run_ranks
 from small_run import small_config, train_here
 
+from moba_megatron.platform.megatron_core import missing_capabilities
 from moba_megatron.runs.files import read_json_lines
 from moba_megatron.runs.folder import training_records
 
@@ -110,6 +112,19 @@ def test_doctor_tells_what_a_configuration_would_use(run):
     chosen = ("attention.backend = auto: gathered", FULL, "layers: local")
     for expected in ("megatron-core", "transformer_engine", *chosen):
         assert expected in output
+    # What this release of megatron-core lacks is named.
+    lacks = [capability.name for capability in missing_capabilities()]
+    assert output.count("which lacks") == len(lacks) and all(name.split()[0] in output for name in lacks)
+
+
+def test_doctor_names_the_megatron_core_that_is_imported(tmp_path):
+    checkout = tmp_path / "megatron/core"
+    checkout.mkdir(parents=True)
+    (checkout / "__init__.py").write_text("__version__ = '0.42.1'\n")
+    code = "from moba_megatron.platform.megatron_core import imported_elsewhere; print(imported_elsewhere())"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"0.42.1 from {tmp_path}"
 
 
 def test_trackers_and_profiler_wrote_their_files(run):

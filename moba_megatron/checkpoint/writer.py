@@ -13,7 +13,6 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 from moba_megatron.checkpoint.manifest import CheckpointError, Manifest, digest_file, list_checkpoints
 from moba_megatron.checkpoint.state import SHARDING, TrainingState
+from moba_megatron.platform.megatron_core import save_arguments
 from moba_megatron.platform.processes import die_with_parent, forks_die_with_this
-
-# From megatron-core 0.17 on the writer must be named: its default is that of another package, which need not be there.
-_WRITER = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
 
 
 class CheckpointWriter:
@@ -58,7 +55,7 @@ class CheckpointWriter:
             str(unfinished),
             async_sharded_save=True,
             content_metadata=SHARDING,
-            **_WRITER,
+            **save_arguments(),
         )
         write = partial(_write_and_digest, request.async_fn, unfinished, forked=self.asynchronous)
         request = request._replace(async_fn=write)

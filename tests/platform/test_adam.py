@@ -55,6 +55,14 @@ def test_resume_is_exact():
     assert all(torch.equal(a, b) for a, b in zip(parameters, resumed, strict=True))
 
 
+def test_a_graph_of_the_optimizer_is_refused():
+    """megatron-core from 0.17 on passes `capturable`."""
+    parameters, _ = problem()
+    Adam(parameters, capturable=False, **SETTINGS)
+    with pytest.raises(ValueError, match="capturable = True .* needs FusedAdam"):
+        Adam(parameters, capturable=True, **SETTINGS)
+
+
 def test_parameters_without_gradient_stay():
     parameters, _ = problem()
     optimizer = Adam(parameters, **SETTINGS)

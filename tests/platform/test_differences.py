@@ -141,6 +141,19 @@ def test_tensor_factories_leave_the_meta_device_alone():
     assert run_ranks(1, action, prepare=False)[0] == ["meta"] * 5
 
 
+def test_current_stream():
+    """megatron-core from 0.19 on asks for it when gradients are reduced, and lets it wait for events and streams."""
+
+    def action():
+        stream = torch.cuda.current_stream()
+        stream.wait_event(None)
+        stream.wait_stream(stream)
+        stream.synchronize()
+        return stream.record_event(), stream is torch.cuda.current_stream()
+
+    assert run_ranks(1, fails_then_works, "current stream", action, prepare=False) == [(None, True)]
+
+
 def test_tensor_type():
     def action():
         before = torch.ones(1).type()
