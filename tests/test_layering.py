@@ -25,7 +25,7 @@ ALLOWED = {
     "megatron": {"model", "config"},
     "planning": {"model", "corpus", "parallel", "ops", "config"},
     "benchmark": {"planning", "hf", "parallel", "ops", "before_torch"},
-    "convert": {"checkpoint", "model", "hf", "corpus", "runs", "platform", "config"},
+    "convert": {"checkpoint", "megatron", "model", "hf", "corpus", "runs", "platform", "config"},
     "generation": {"convert", "checkpoint", "model", "hf", "runs", "platform", "config"},
     "evaluation": {*("generation", "convert", "checkpoint", "data", "corpus", "model", "hf", "ops", "runs", "config")},
     "training": {

@@ -107,9 +107,7 @@ def source_of(exported: Exported) -> dict[str, Any]:
 
 
 def _check_parameters(exported: Exported, stored: StoredWeights, shapes: dict[str, Any]) -> None:
-    names = stored.names(exported.model.num_layers)
-    problems = [f"{name} is missing" for name in shapes if name not in names]
-    problems += [f"{name} is not part of the model" for name in sorted(names - shapes.keys())]
+    problems = stored.problems(shapes, exported.model.num_layers)
     if problems:
         raise CheckpointError(f"{exported.checkpoint} does not fit its configuration: {'; '.join(problems)}")
 

@@ -1,4 +1,4 @@
-"""`moba-megatron import-hf` and `moba-megatron export-hf`."""
+"""`moba-megatron import-hf`, `import-megatron` and `export-hf`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,55 @@ def import_command(
         if check:
             stop_process_groups()
             verify_conversion(console, open_exported(out), source)
+    except (CheckpointError, ValueError) as error:
+        _fail(error)
+
+
+def import_megatron_command(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="Folder iter_N (torch_dist), or the --save folder for its latest."),
+    ],
+    out: Annotated[Path, typer.Argument(help="Run folder to make; it must not exist.")],
+    model: Annotated[
+        Path,
+        typer.Option(
+            help="What the model is: the Hugging Face folder that it started from, a run folder, or a YAML file with "
+            "a `model` section."
+        ),
+    ],
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of the sequences that it was trained on.")],
+    attention: Annotated[
+        Path | None,
+        typer.Option(help="How it attends: the file that MOBA_CONFIG named in training. Default: MOBA_CONFIG."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Hugging Face folder of the tokenizer. Default: that of --model.")
+    ] = None,
+) -> None:
+    """Make a run folder from a checkpoint of Megatron-LM or Megatron-Bridge.
+
+    Only the weights are read. With a schedule of several stages, MOBA_STAGE says which one it was trained in. OUT is
+    what import-hf makes: evaluate, generate, export-hf and model.init_from take it.
+    """
+    from moba_megatron.checkpoint import CheckpointError
+    from moba_megatron.convert.import_megatron import import_megatron
+
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        with _progress(console, "parameters") as bar:
+            _, notes = import_megatron(
+                source,
+                out,
+                model=model,
+                attention=attention,
+                sequence_length=sequence_length,
+                tokenizer=tokenizer,
+                advance=bar.at,
+            )
+        for line in notes:
+            console.print(f"note: {line}", markup=False)
+        console.print(str(out), markup=False)
     except (CheckpointError, ValueError) as error:
         _fail(error)
 

@@ -58,23 +58,51 @@ def import_huggingface(
     values = read_huggingface_config(source)
     config = config_from_dict(_configuration(source, out, values, SafetensorsFolder(source)))
     weights = open_weights(source, config.model)
+
+    def fill(chunks: list[torch.nn.Module]) -> None:
+        read_weights(chunks, weights, config.model, advance=advance)
+
     with new_folder(out) as folder:
-        fingerprint, notes = _copy_tokenizer(source, folder / "tokenizer", config.model.vocab_size)
-        _write_checkpoint(RunFolder(folder).checkpoints, config, weights, fingerprint, advance)
-        model = config.model.model_copy(update={"init_from": str(out.resolve())})
-        goes_on = config.model_copy(update={"model": model})
-        head = _HEAD.format(source=source, path=RunFolder(out).config)
-        RunFolder(folder).config.write_text(head + goes_on.to_yaml())
+        fingerprint, notes = copy_tokenizer(source, folder / "tokenizer", config.model.vocab_size)
+        goes_on = write_run(folder, out, config, fill, fingerprint, source)
     return goes_on, notes
 
 
+def write_run(
+    folder: Path,
+    out: Path,
+    config: Config,
+    fill: Callable[[list[torch.nn.Module]], None],
+    fingerprint: str,
+    source: Path,
+) -> Config:
+    """Write `checkpoints/step_0` and `config.yaml` of an imported model. Starts this process as a single rank.
+
+    Args:
+        folder: where to write.
+        out: the name that the folder will have.
+        fill: puts the weights into the model's chunks.
+        fingerprint: of the tokenizer.
+        source: what was imported.
+
+    Returns:
+        the configuration that was written: a start for training.
+    """
+    _write_checkpoint(RunFolder(folder).checkpoints, config, fill, fingerprint)
+    model = config.model.model_copy(update={"init_from": str(out.resolve())})
+    goes_on = config.model_copy(update={"model": model})
+    head = _HEAD.format(source=source, path=RunFolder(out).config)
+    RunFolder(folder).config.write_text(head + goes_on.to_yaml())
+    return goes_on
+
+
 def _write_checkpoint(
-    folder: Path, config: Config, weights: SafetensorsFolder, fingerprint: str, advance: Callable[[int, int], None]
+    folder: Path, config: Config, fill: Callable[[list[torch.nn.Module]], None], fingerprint: str
 ) -> None:
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
     start_single_rank(config.run.seed)
     chunks = build_model(config, config.model.vocab_size, schedule)
-    read_weights(chunks, weights, config.model, advance=advance)
+    fill(chunks)
     libraries = ("torch", "megatron-core")
     manifest = Manifest(
         step=0,
@@ -118,7 +146,7 @@ def _configuration(source: Path, out: Path, values: dict[str, Any], weights: Saf
     }
 
 
-def _copy_tokenizer(source: Path, folder: Path, vocab_size: int) -> tuple[str, list[str]]:
+def copy_tokenizer(source: Path, folder: Path, vocab_size: int) -> tuple[str, list[str]]:
     """Copy the tokenizer's files; its fingerprint, and what is missing of it."""
     folder.mkdir()
     copy_tokenizer_files(source, folder)

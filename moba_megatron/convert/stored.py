@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from moba_megatron.checkpoint import CheckpointError
-from moba_megatron.convert.mapping import layer_of
+from moba_megatron.convert.mapping import EMBEDDING, OUTPUT, layer_of
 
 
 class StoredWeights:
@@ -48,6 +48,32 @@ class StoredWeights:
             names |= {f"{head}{layers}{n}.{rest}" for n in range(num_layers)} if layers else {key}
         return names
 
+    def problems(self, shapes: dict[str, tuple[int, ...]], num_layers: int) -> list[str]:
+        """How the stored parameters differ from those of a model, one line each; more rows of the vocabulary are none.
+
+        Args:
+            shapes: of every parameter of the model, by canonical name.
+        """
+        names = self.names(num_layers)
+        found = [f"{name} is missing" for name in shapes if name not in names]
+        found += [f"{name} is not part of the model" for name in sorted(names - shapes.keys())]
+        for key, entry in self._tensors.items():
+            layers = entry.size[0] if key.startswith("decoder.layers.") else num_layers
+            if layers != num_layers:
+                found.append(f"{layers} layers of {key} are stored, the model has {num_layers}")
+        for name in shapes.keys() & names:
+            _, stored = self._entry(name)
+            if not _holds(name, stored, shapes[name]):
+                found.append(f"{name} is stored as {list(stored)}, the model has {list(shapes[name])}")
+        return found
+
+    def _entry(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """The key that a parameter is stored under, and its stored shape."""
+        layer, rest = layer_of(name)
+        key = name if layer is None else f"decoder.layers.{rest}"
+        size = tuple(self._tensors[key].size)
+        return key, size if layer is None else size[1:]
+
     def dtype(self) -> torch.dtype:
         """The one dtype of the weights.
 
@@ -65,11 +91,10 @@ class StoredWeights:
         Raises:
             CheckpointError: it is stored in another shape.
         """
-        layer, rest = layer_of(name)
-        key = name if layer is None else f"decoder.layers.{rest}"
+        layer, _ = layer_of(name)
+        key, stored = self._entry(name)
         entry = self._tensors[key]
-        stored = tuple(entry.size) if layer is None else tuple(entry.size)[1:]
-        if len(stored) != len(shape) or stored[1:] != shape[1:] or stored[0] < shape[0]:
+        if not _holds(name, stored, shape):
             raise CheckpointError(f"{self.folder}: {name} is stored as {list(stored)}, the model has {list(shape)}")
         leading = () if layer is None else (1,)
         wanted = ChunkStorageMetadata(
@@ -79,6 +104,12 @@ class StoredWeights:
         plan = LoadPlan(create_read_items_for_chunk_list(key, entry, [wanted]))
         self._reader.read_data(self._reader.prepare_local_plan(plan), into).wait()
         return into.tensor.view(shape)
+
+
+def _holds(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a stored parameter has this shape; the vocabulary may be padded."""
+    padded = name in (EMBEDDING, OUTPUT) and stored[1:] == shape[1:] and stored[0] >= shape[0]
+    return padded or stored == shape
 
 
 class _Into:

@@ -1,0 +1,149 @@
+"""A checkpoint that Megatron-LM or Megatron-Bridge wrote becomes a run folder of ours: one checkpoint, at step 0.
+
+Only the weights are taken, bit for bit, one parameter at a time; what else the folder holds (optimizer, flags) is not
+read. Weights do not say how heads are split, what the rotary embedding's base is or how the layers attended: that comes
+from a `model` section (or the Hugging Face folder that training started from) and from the attention settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from pydantic import ValidationError
+
+from moba_megatron.checkpoint import CheckpointError
+from moba_megatron.config import AttentionConfig, Config, ConfigError, ModelConfig, config_from_dict
+from moba_megatron.config.load import explain, read_yaml
+from moba_megatron.config.pretrained import pretrained_model_section
+from moba_megatron.convert.import_hf import NO_TOKENIZER, copy_tokenizer, write_run
+from moba_megatron.convert.mapping import parameter_shapes
+from moba_megatron.convert.publish import check_unused, new_folder
+from moba_megatron.convert.stored import StoredWeights
+from moba_megatron.convert.weights import canonical_parameters
+from moba_megatron.megatron.settings import Attention, attention_plan
+from moba_megatron.model.schedule import LayerAttention, kind_of
+
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+def import_megatron(
+    source: Path,
+    out: Path,
+    *,
+    model: Path,
+    attention: Attention | None,
+    sequence_length: int,
+    tokenizer: Path | None = None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Config, list[str]]:
+    """Import a checkpoint. Starts this process as a single rank.
+
+    Args:
+        source: a folder `iter_N` of the format torch_dist, or the `--save` folder for its latest.
+        out: the run folder to make; it appears when it is complete.
+        model: a Hugging Face folder, a run folder, or a YAML file with a `model` section.
+        attention: as for `moba_megatron.megatron.layer_spec`; how the checkpoint was trained to attend.
+        sequence_length: tokens of the sequences that it was trained on.
+        tokenizer: Hugging Face folder. Default: `model`, if it is one with a tokenizer.
+
+    Returns:
+        The configuration that was written, and what is to be said about the import.
+
+    Raises:
+        CheckpointError: no such checkpoint, or parameters that are not those of the model.
+        ConfigError: `out` is taken, or settings that cannot work.
+    """
+    check_unused(out)
+    folder = find_iteration(source)
+    section = _model_section(model)
+    plan = attention_plan(attention, section.num_layers, sequence_length)
+    stored = StoredWeights(folder)
+    problems = stored.problems(parameter_shapes(section), section.num_layers)
+    if problems:
+        raise CheckpointError(f"{folder} does not hold the model of {model}: {'; '.join(problems)}")
+    values = {
+        "run": {"dir": f"runs/{out.name}"},
+        "model": section.model_dump(mode="json"),
+        "attention": as_section(plan.schedule.stages[plan.stage], plan.file.attention),
+        "data": {
+            "train": f"data/prepared/{out.name}/train",
+            "tokenizer": str(out.resolve() / "tokenizer"),
+            "sequence_length": sequence_length,
+        },
+        "training": {"steps": 1000, "global_batch_size": 8, "precision": _precision(stored), "recompute": "full"},
+        "optimizer": {"lr": 1e-5, "min_lr": 1e-6, "warmup_steps": 50},
+    }
+    config = config_from_dict(values)
+    with new_folder(out) as unfinished:
+        fingerprint, notes = (
+            NO_TOKENIZER,
+            ["no tokenizer was imported: evaluation and generation need one (--tokenizer)"],
+        )
+        if tokenizer or model.is_dir():
+            fingerprint, notes = copy_tokenizer(tokenizer or model, unfinished / "tokenizer", section.vocab_size)
+        config = write_run(unfinished, out, config, lambda chunks: _fill(chunks, stored, advance), fingerprint, folder)
+    return config, notes
+
+
+def find_iteration(source: Path) -> Path:
+    """The checkpoint folder that a path means.
+
+    Raises:
+        CheckpointError: there is none, or one of another format.
+    """
+    if (source / LATEST).is_file():
+        name = (source / LATEST).read_text().strip()
+        source = source / (f"iter_{int(name):07d}" if name.isdecimal() else name)
+    if (source / ".metadata").is_file():
+        return source
+    if list(source.glob("mp_rank_*")):
+        raise CheckpointError(
+            f"{source} has Megatron-LM's older format (mp_rank_*): save it once with --ckpt-format torch_dist "
+            "(--ckpt-convert-format torch_dist --ckpt-convert-save FOLDER)"
+        )
+    raise CheckpointError(
+        f"{source} is no checkpoint of the format torch_dist: give a folder iter_N, or the --save folder with {LATEST}"
+    )
+
+
+def as_section(layers: tuple[LayerAttention, ...], given: AttentionConfig) -> dict[str, Any]:
+    """An `attention` section that states every layer, for one stage; `given` has what is the same for all."""
+    own: dict[str, dict[str, Any]] = {}
+    for number, layer in enumerate(layers, start=1):
+        own[str(number)] = {"kind": layer.kind}
+        if layer.kind == "moba":
+            sizes = {"block_size": layer.block_size, "top_k": layer.top_k, "selector": layer.selection.selector}
+            own[str(number)] |= sizes
+    same = ("block_size", "top_k", "selector", "summary", "threshold", "key_convolution")
+    return {name: getattr(given, name) for name in same} | {"kind": kind_of(layers), "layers": own}
+
+
+def _model_section(path: Path) -> ModelConfig:
+    if path.is_dir():
+        values = pretrained_model_section(path)
+    else:
+        values = OmegaConf.to_container(read_yaml(path)).get("model") or {}
+        values.pop("init_from", None)
+    try:
+        section = ModelConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError([f"{path}: model.{explain(item, ModelConfig)}" for item in error.errors()]) from error
+    if section.vocab_size is None:
+        raise ConfigError([f"{path}: model.vocab_size is not set: give the entries of the tokenizer's vocabulary"])
+    return section
+
+
+def _precision(stored: StoredWeights) -> str:
+    return "bf16" if stored.dtype() == torch.bfloat16 else "fp32"
+
+
+@torch.no_grad()
+def _fill(chunks: list[torch.nn.Module], stored: StoredWeights, advance: Callable[[int, int], None]) -> None:
+    todo = [named for chunk in chunks for named in canonical_parameters(chunk)]
+    for number, (name, parameter) in enumerate(todo, start=1):
+        parameter.copy_(stored.read(name, tuple(parameter.shape)))
+        advance(number, len(todo))

@@ -1,0 +1,139 @@
+"""What Megatron-LM saves becomes a run folder, bit for bit, and a Hugging Face folder from there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from distributed import run_ranks
+from huggingface_models import VOCABULARY
+from safetensors.torch import load_file
+
+from moba_megatron.checkpoint import CheckpointError
+from moba_megatron.config import AttentionConfig, ConfigError, config_from_dict, load_config
+from moba_megatron.config.huggingface import model_section, read_huggingface_config
+from moba_megatron.convert.export_hf import export_huggingface
+from moba_megatron.convert.exported import open_exported
+from moba_megatron.convert.import_megatron import LATEST, as_section, find_iteration, import_megatron
+from moba_megatron.model.schedule import AttentionSchedule
+
+ATTENTION = {"block_size": 16, "top_k": 2, "last_n_full": 1}
+NAME = "qwen3"
+
+
+def save_as_megatron_lm(source: Path, folder: Path) -> None:
+    """The weights of a Hugging Face folder, on two tensor-parallel ranks, as `--ckpt-format torch_dist` saves them."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedObject
+
+    from moba_megatron import platform
+    from moba_megatron.convert.weights import open_weights, read_weights
+    from moba_megatron.model.builder import build_model
+    from moba_megatron.platform.megatron_core import save_arguments
+
+    config = config_from_dict({
+        "run": {"dir": "unused"},
+        "model": {"init_from": str(source), **model_section(read_huggingface_config(source))},
+        "data": {"train": "unused", "tokenizer": "unused", "sequence_length": 64},
+        "attention": {"block_size": 16},
+        "training": {"steps": 1, "global_batch_size": 1, "precision": "fp32"},
+        "optimizer": {"lr": 1e-3},
+        "parallel": {"tensor": 2},
+    })  # fmt: skip
+    platform.start_model_parallel(config.parallel)
+    model = build_model(config, VOCABULARY, AttentionSchedule.from_config(config.attention, config.model.num_layers))
+    read_weights(model, open_weights(source, config.model), config.model)
+    rank = torch.distributed.get_rank()
+    if rank == 0:
+        (folder / "iter_0000003").mkdir(parents=True)
+        (folder / LATEST).write_text("3")
+    torch.distributed.barrier()
+    state = {
+        "model": model[0].sharded_state_dict(),
+        "rng_state": ShardedObject("rng_state", {"any": 1}, (1, 2), (0, rank), replica_id=0),
+        "iteration": 3,
+    }
+    dist_checkpointing.save(state, str(folder / "iter_0000003"), **save_arguments())
+
+
+@pytest.fixture(scope="module")
+def saved(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("megatron")
+    run_ranks(2, save_as_megatron_lm, models[NAME].folder, folder)
+    return folder
+
+
+def imported(source: Path, out: Path, **given):
+    settings = {"attention": ATTENTION, "sequence_length": 64, **given}
+    return run_ranks(1, lambda: import_megatron(source, out, **settings)[1], prepare=False)[0]
+
+
+def test_weights_come_back_bit_for_bit(models, saved, tmp_path):
+    notes = imported(saved, tmp_path / "run", model=models[NAME].folder)
+    assert len(notes) == 1 and notes[0].startswith("no tokenizer was imported")
+    config = load_config(tmp_path / "run/config.yaml")
+    assert config.data.sequence_length == 64 and config.training.precision == "fp32"
+    layers = AttentionSchedule.from_config(config.attention, 4).stages[0]
+    assert layers == AttentionSchedule.from_config(AttentionConfig(**ATTENTION), 4).stages[0]
+    export_huggingface(open_exported(tmp_path / "run"), tmp_path / "out")
+    before, after = (
+        {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for folder in (models[NAME].folder, tmp_path / "out")
+    )
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_file_with_the_model_section_serves_as_well(models, saved, tmp_path, monkeypatch):
+    section = model_section(read_huggingface_config(models[NAME].folder))
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": section}))
+    (tmp_path / "moba.yaml").write_text("{block_size: 16, stages: [{until: 0.5}, {until: 1.0, kind: full}]}")
+    monkeypatch.setenv("MOBA_STAGE", "2")
+    imported(saved / "iter_0000003", tmp_path / "run", model=tmp_path / "model.yaml", attention=tmp_path / "moba.yaml")
+    assert load_config(tmp_path / "run/config.yaml").attention.kind == "full"
+    assert {layer.kind for layer in open_exported(tmp_path / "run").layers} == {"full"}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_layers": 3}, r"4 layers of decoder\.layers\.\S+ are stored, the model has 3"),
+        ({"num_attention_heads": 4}, r"linear_qkv\.weight is stored as \[192, 64\], the model has \[144, 64\]"),
+        ({"qk_layernorm": False}, r"q_layernorm\.weight is not part of the model"),
+        ({"add_qkv_bias": True}, r"linear_qkv\.bias is missing"),
+        ({"vocab_size": 101}, r"word_embeddings\.weight is stored as \[100, 64\], the model has \[101, 64\]"),
+        ({"vocab_size": None}, "model.vocab_size is not set"),
+        ({"hiden_size": 64}, "model.hiden_size: unknown key; did you mean hidden_size"),
+    ],
+)
+def test_another_model_is_refused_before_anything_is_written(models, saved, tmp_path, change, says):
+    section = model_section(read_huggingface_config(models[NAME].folder)) | change
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": section}))
+    with pytest.raises((CheckpointError, ConfigError), match=says):
+        import_megatron(saved, tmp_path / "run", model=tmp_path / "model.yaml", attention=ATTENTION, sequence_length=64)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.yaml"]
+
+
+def test_what_is_no_checkpoint_of_the_format_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="is no checkpoint of the format torch_dist"):
+        find_iteration(tmp_path)
+    (tmp_path / LATEST).write_text("12\n")
+    (tmp_path / "iter_0000012/mp_rank_00").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="older format"):
+        find_iteration(tmp_path)
+    (tmp_path / "iter_0000012/.metadata").write_bytes(b"")
+    assert find_iteration(tmp_path).name == "iter_0000012"
+
+
+def test_a_section_that_states_every_layer_gives_the_same_schedule():
+    given = AttentionConfig(
+        block_size=8,
+        selector="threshold",
+        threshold=0.9,
+        layers={1: {"selector": "recent", "top_k": 5}},
+        full_every_n=3,
+    )
+    layers = AttentionSchedule.from_config(given, 6).stages[0]
+    section = AttentionConfig.model_validate(as_section(layers, given))
+    assert AttentionSchedule.from_config(section, 6).stages[0] == layers
