@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint import FileSystemReader
 
 from moba_megatron.checkpoint.manifest import CheckpointError, Manifest, verify
 from moba_megatron.checkpoint.state import TrainingState, load_weights, sharded_model
+from moba_megatron.platform.megatron_core import reads_common_state_among_tensors
+
+_COMMON, _COMMON_FILE = "common_state", "common.pt"
 
 
 def load_training(
@@ -37,8 +46,7 @@ def load_training(
         _verify_together(folder, manifest)
     same_layout = all(saved[size] == parallel[size] for size in ("tensor", "pipeline"))
     requested = state.sharded(loading=True, with_random_state=same_layout)
-    strict = StrictHandling.RAISE_ALL if same_layout else StrictHandling.RAISE_UNEXPECTED
-    state.load(_load(folder, requested, strict))
+    state.load(_load(folder, requested, whole=same_layout))
     return manifest
 
 
@@ -47,15 +55,50 @@ def load_model(folder: Path, model: list[torch.nn.Module], *, check_files: bool 
     manifest = Manifest.read(folder)
     if check_files:
         _verify_together(folder, manifest)
-    load_weights(model, _load(folder, sharded_model(model), StrictHandling.RAISE_UNEXPECTED))
+    load_weights(model, _load(folder, sharded_model(model), whole=False))
     return manifest
 
 
-def _load(folder: Path, requested: dict[str, Any], strict: StrictHandling) -> dict[str, Any]:
+def _load(folder: Path, requested: dict[str, Any], *, whole: bool) -> dict[str, Any]:
+    """Fill what is requested; `whole`: it has to be all that the checkpoint holds.
+
+    Raises:
+        CheckpointError: something requested is not there, or something there was not requested.
+    """
     try:
-        return dist_checkpointing.load(requested, str(folder), strict=strict)
+        with _with_common_state(folder) as readable:
+            loaded, left, lacking = dist_checkpointing.load(requested, str(readable), strict=StrictHandling.RETURN_ALL)
     except (CheckpointingException, KeyError) as error:
         raise CheckpointError(f"{folder} does not fit this model: {error}") from error
+    left = left - {_COMMON} if whole else set()
+    problems = [f"{key} is missing" for key in sorted(lacking)] + [f"{key} has no place in it" for key in sorted(left)]
+    if problems:
+        raise CheckpointError(f"{folder} does not fit this model: {'; '.join(problems)}")
+    return loaded
+
+
+@contextmanager
+def _with_common_state(folder: Path) -> Iterator[Path]:
+    """A checkpoint folder as every supported megatron-core reads it.
+
+    What is no tensor (steps, learning rates) lies in the file `common.pt`; from 0.19 on it is one more entry among the
+    tensors, which releases before do not look for. For them it is laid beside links to the other files.
+    """
+    if (folder / _COMMON_FILE).is_file() or reads_common_state_among_tensors():
+        yield folder
+        return
+    entry = ShardedObject(_COMMON, None, (1,), (0,)).unique_key
+    found = {entry: io.BytesIO()}
+    torch.distributed.checkpoint.load(found, storage_reader=FileSystemReader(str(folder)), no_dist=True)
+    common = found[entry]
+    if isinstance(common, io.BytesIO):
+        common.seek(0)
+        common = torch.load(common, weights_only=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        for file in folder.iterdir():
+            (Path(temporary) / file.name).symlink_to(file.resolve())
+        torch.save(common[0], Path(temporary) / _COMMON_FILE)
+        yield Path(temporary)
 
 
 def _verify_together(folder: Path, manifest: Manifest) -> None:

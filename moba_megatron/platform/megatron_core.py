@@ -75,3 +75,10 @@ def save_arguments() -> dict[str, Any]:
 
     named = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     return {"async_strategy": "mcore"} if named else {}
+
+
+def reads_common_state_among_tensors() -> bool:
+    """Whether `dist_checkpointing.load` finds what is no tensor without a file `common.pt` (from 0.19 on)."""
+    from megatron.core.dist_checkpointing import serialization
+
+    return hasattr(serialization, "_legacy_common_state_exists")
