@@ -1,19 +1,31 @@
 # Two commands: `make quickstart` trains a small model on real text, `make test` proves that the project is right.
-PYTHON ?= python3
-VENV := .venv
+#
+# PYTHON=python3.12 takes another Python. The environment is .venv; where that has another Python than the one asked for,
+# it is .venv-3.12, or what VENV says. One that is there is used as it is.
+ifeq ($(origin PYTHON),undefined)
+PYTHON := python3
+VENV ?= .venv
+else
+version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+asked := $(call version,$(PYTHON))
+VENV ?= $(if $(wildcard .venv/bin/python),$(if $(filter $(asked),$(call version,.venv/bin/python)),.venv,.venv-$(asked)),.venv)
+endif
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
 CORPUS := data/prepared/python_stdlib
 RUN := runs/quickstart
 
-.PHONY: setup quickstart test test-slow kernels bench clean
+# What meets megatron-core; nothing of it runs in Triton's interpreter.
+MEETS_MEGATRON := $(addprefix tests/,platform model parallel checkpoint training convert other_scripts)
+
+.PHONY: setup quickstart test test-megatron test-matrix test-slow kernels bench clean
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,wandb,test]'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,wandb,test]'
 	touch $@
 
 quickstart: setup
@@ -25,6 +37,14 @@ quickstart: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/pytest
+
+# For a second Python, beside one that ran all of `make test`.
+test-megatron: setup
+	$(BIN)/pytest $(MEETS_MEGATRON)
+
+# Every supported release of megatron-core and Python, one after the other: hours.
+test-matrix:
+	tests/matrix.sh
 
 test-slow: setup
 	TRITON_INTERPRET=1 $(BIN)/pytest -m 'slow and not gpu' tests/ops/triton/interpreted_*.py
@@ -38,4 +58,4 @@ bench: setup
 	$(BIN)/moba-megatron bench --preset targets --output bench
 
 clean:
-	rm -rf $(VENV) runs bench data/prepared
+	rm -rf .venv .venv-* runs bench data/prepared
