@@ -3,6 +3,7 @@
 import doctest
 import re
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -124,6 +125,17 @@ def test_a_hybrid_model_of_attention_and_mlp_layers_is_the_gpt_model():
     assert numbers == [1, 3, 5]
     for ours, theirs in zip(hybrid, gpt, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_example_of_the_page_on_plugging_in_builds():
+    pytest.importorskip("megatron.core.models.hybrid.hybrid_model", reason="this megatron-core has no HybridModel")
+    page = (Path(__file__).parents[2] / "docs/plug_in.md").read_text()
+    names = {}
+    exec(re.search(r"```python hybrid\n(.*?)```", page, flags=re.DOTALL).group(1), names)
+    build = specs.core_attention_of(names["stack"].submodules.attention_layer)
+    given = {"config": transformer_config(), "attn_mask_type": AttnMaskType.causal, "attention_type": "self"}
+    assert str(build(layer_number=4, **given).attention) == "moba B=16 K=3"
+    assert build.keywords["core"].keywords["schedule"].always_full(9)
 
 
 def test_always_full_layers_of_a_hybrid_model_keep_the_core_attention_of_the_stack():

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 from callers import (
     LENGTH,
+    VOCABULARY,
     GPTModelConfig,
     Provider,
     builder_of_016,
@@ -261,3 +262,24 @@ def test_file_dictionary_and_section_say_the_same(settings):
 def test_an_example_configuration_is_the_one_that_train_py_reads():
     section = tiny().attention
     assert attention_plan(section, 2, None).file.attention is section
+
+
+def test_megatron_lm_builds_the_same_model_itself(settings):
+    """The builder that pretrain_gpt.py calls, where the installed package carries it (from 0.19 on)."""
+    pytest.importorskip("megatron.training.models.gpt", reason="this megatron-core comes without megatron.training")
+
+    def theirs():
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.training.models.gpt import GPTModelBuilder
+        from megatron.training.models.gpt import GPTModelConfig as Theirs
+
+        config = Theirs(
+            transformer=transformer_config(),
+            transformer_layer_spec=layer_spec,
+            vocab_size=VOCABULARY,
+            seq_length=LENGTH,
+            position_embedding_type="rope",
+        )
+        return GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+
+    assert run_ranks(1, loss_and_layers, theirs) == run_ranks(1, loss_and_layers, ours)
