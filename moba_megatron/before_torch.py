@@ -17,6 +17,25 @@ import warnings
 
 SPINS = "1000"
 
+# Logged at every start, and nothing that who trains can act on: torch built for CUDA on a machine without, and what
+# megatron-core from 0.17 on means to take away later.
+_LOGGED = (
+    ("torch.utils.cpp_extension", "No CUDA runtime is found"),
+    ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
+)
+
+
+class _BeginsOtherwise(logging.Filter):
+    """Lets through what does not begin with a text."""
+
+    def __init__(self, beginning: str):
+        super().__init__()
+        self.beginning = beginning
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.beginning)
+
 
 def wait_briefly() -> None:
     """Let threads spin `SPINS` turns and then sleep, unless the environment says how they shall wait: GOMP_SPINCOUNT or
@@ -35,6 +54,9 @@ def silence_missing_libraries() -> None:
     will have to change. Call before importing it."""
     for message in (".*Apex (is|are) not installed", ".*dynamic_context", "full scope is deprecated"):
         warnings.filterwarnings("ignore", message=message, module="megatron")
+    warnings.filterwarnings("ignore", message=".* is experimental and still under active development")
+    for name, beginning in _LOGGED:
+        logging.getLogger(name).addFilter(_BeginsOtherwise(beginning))
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module="megatron")
     warnings.filterwarnings("ignore", message=".*deprecating ShardedTensor", category=FutureWarning)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from moba_megatron.before_torch import silence_missing_libraries
 
 ROOT = Path(__file__).parents[1]
 # Runs what a file or a module runs as a program, prints what OpenMP would read, and ends where torch would be imported.
@@ -68,3 +71,25 @@ def test_ranks_of_torchrun_wait_briefly(tmp_path):
 def test_what_the_user_says_is_kept(tmp_path, environment, want):
     for program in (TRAIN, ("moba_megatron", "evaluate", "x")):
         assert at_torch(tmp_path, *program, **environment) == [want]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("torch.utils.cpp_extension", "No CUDA runtime is found, using CUDA_HOME='/usr/local'"),
+        ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes"),
+        ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated and will be removed"),
+    ],
+)
+def test_what_nobody_can_act_on_is_not_logged(name, text):
+    silence_missing_libraries()
+    logger, seen = logging.getLogger(name), []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        logger.warning(text)
+        logger.warning("the disk is full")
+    finally:
+        logger.removeHandler(handler)
+    assert seen == ["the disk is full"]
