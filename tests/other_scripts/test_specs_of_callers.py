@@ -1,5 +1,7 @@
 """`moba_megatron.megatron` as Megatron-LM and Megatron-Bridge call it: the same model as ours, or a clear refusal."""
 
+import ast
+import subprocess
 import sys
 from functools import partial
 
@@ -283,3 +285,16 @@ def test_megatron_lm_builds_the_same_model_itself(settings):
         return GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
     assert run_ranks(1, loss_and_layers, theirs) == run_ranks(1, loss_and_layers, ours)
+
+
+def test_the_specs_need_no_more_than_their_extra():
+    """What is imported beyond megatron-core is in the extra `megatron`, or comes with it."""
+    code = (
+        "import sys, megatron.core.models.gpt; before = set(sys.modules)\n"
+        "import moba_megatron.megatron\n"
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    extra = {"omegaconf", "antlr4", "pydantic", "pydantic_core", "annotated_types", "typing_inspection", "yaml"}
+    others = set(ast.literal_eval(done.stdout)) - extra - {"moba_megatron", "torch", "triton", "megatron", "attr"}
+    assert {name for name in others if name not in sys.stdlib_module_names} == set()
