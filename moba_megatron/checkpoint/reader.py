@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint import FileSystemReader
 
 from moba_megatron.checkpoint.manifest import CheckpointError, Manifest, verify
-from moba_megatron.checkpoint.state import TrainingState, load_weights, sharded_model
+from moba_megatron.checkpoint.state import TrainingState, is_extra_state, load_weights, sharded_model
 from moba_megatron.platform.megatron_core import reads_common_state_among_tensors
 
 _COMMON, _COMMON_FILE = "common_state", "common.pt"
@@ -71,7 +71,8 @@ def _load(folder: Path, requested: dict[str, Any], *, whole: bool) -> dict[str, 
     except (CheckpointingException, KeyError) as error:
         raise CheckpointError(f"{folder} does not fit this model: {error}") from error
     left = left - {_COMMON} if whole else set()
-    problems = [f"{key} is missing" for key in sorted(lacking)] + [f"{key} has no place in it" for key in sorted(left)]
+    problems = [f"{key} is missing" for key in sorted(lacking) if not is_extra_state(key)]
+    problems += [f"{key} has no place in it" for key in sorted(left) if not is_extra_state(key)]
     if problems:
         raise CheckpointError(f"{folder} does not fit this model: {'; '.join(problems)}")
     return loaded

@@ -114,8 +114,22 @@ def sharded_model(model: list[torch.nn.Module]) -> dict[str, Any]:
 
 
 def load_weights(model: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    """Fill model chunks from what `dist_checkpointing.load` returned.
+
+    Raises:
+        CheckpointError: parameters that one of the two lacks.
+    """
     for i, chunk in enumerate(model):
-        chunk.load_state_dict(loaded[_chunk_name(model, i)], strict=True)
+        found = chunk.load_state_dict(loaded[_chunk_name(model, i)], strict=False)
+        wrong = [key for key in (*found.missing_keys, *found.unexpected_keys) if not is_extra_state(key)]
+        if wrong:
+            raise CheckpointError(f"the checkpoint does not fit this model: {', '.join(sorted(wrong))}")
+
+
+def is_extra_state(key: str) -> bool:
+    """Whether a key is no parameter but what a module keeps beside them: Transformer Engine's scales of fp8, empty
+    without. Its layers have it where local ones have none."""
+    return key.endswith("_extra_state")
 
 
 def _chunk_name(model: list[torch.nn.Module], index: int) -> str:
