@@ -2,29 +2,39 @@
 #
 # PYTHON=python3.12 takes another Python. The environment is .venv; where that has another Python than the one asked for,
 # it is .venv-3.12, or what VENV says. One that is there is used as it is.
-ifeq ($(origin PYTHON),undefined)
+version = $(shell "$(1)" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+ifneq ($(filter command environment,$(firstword $(origin PYTHON))),)
+asked := $(call version,$(PYTHON))
+ifeq ($(asked),)
+$(error PYTHON = '$(PYTHON)' does not start: give the path of a Python)
+endif
+VENV ?= $(if $(wildcard .venv/bin/python),$(if $(filter $(asked),$(call version,.venv/bin/python)),.venv,.venv-$(asked)),.venv)
+else
 PYTHON := python3
 VENV ?= .venv
-else
-version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-asked := $(call version,$(PYTHON))
-VENV ?= $(if $(wildcard .venv/bin/python),$(if $(filter $(asked),$(call version,.venv/bin/python)),.venv,.venv-$(asked)),.venv)
 endif
 BIN := $(VENV)/bin
+ifneq ($(asked),)
+ifneq ($(wildcard $(BIN)/python),)
+ifneq ($(asked),$(call version,$(BIN)/python))
+$(error VENV = $(VENV) has Python $(call version,$(BIN)/python), PYTHON = '$(PYTHON)' is $(asked): name another VENV, or leave one out)
+endif
+endif
+endif
 export TOKENIZERS_PARALLELISM := false
 
 CORPUS := data/prepared/python_stdlib
 RUN := runs/quickstart
 
-# What meets megatron-core; nothing of it runs in Triton's interpreter.
-MEETS_MEGATRON := $(addprefix tests/,platform model parallel checkpoint training convert other_scripts)
+# Where megatron-core is met; nothing of it runs in Triton's interpreter.
+MEGATRON_TESTS := $(addprefix tests/,platform model parallel checkpoint training convert other_scripts)
 
 .PHONY: setup quickstart test test-megatron test-matrix test-slow kernels bench clean
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,wandb,test]'
 	touch $@
 
@@ -40,7 +50,7 @@ test: setup
 
 # For a second Python, beside one that ran all of `make test`.
 test-megatron: setup
-	$(BIN)/pytest $(MEETS_MEGATRON)
+	$(BIN)/pytest $(MEGATRON_TESTS)
 
 # Every supported release of megatron-core and Python, one after the other: hours.
 test-matrix:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
+import platform
 
+import megatron.core
 import pytest
 import torch
 
@@ -19,6 +22,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # The tests start processes of their own; threads beside them only get in each other's way.
     torch.set_num_threads(1)
+
+
+def pytest_report_header() -> str:
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton")]
+    return f"Python {platform.python_version()}, megatron-core {megatron.core.__version__}, {', '.join(versions)}"
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-# python_of 3.12: prints the path of a Python of that version, found on PATH or by pyenv; fails where there is none.
+# python_of 3.12: prints the path of a Python of that version, found on PATH or by pyenv. Ends with 1 where there is none,
+# with 2 where there is one that does not start.
 python_of() {
     local name=python$1 version
     command -v "$name" >/dev/null || { echo "no $name on PATH" >&2; return 1; }
@@ -8,6 +9,6 @@ python_of() {
             return 0
         fi
     done
-    echo "$name does not start" >&2
-    return 1
+    echo "$(command -v "$name") does not start" >&2
+    return 2
 }

@@ -46,7 +46,7 @@ def load_training(
         _verify_together(folder, manifest)
     same_layout = all(saved[size] == parallel[size] for size in ("tensor", "pipeline"))
     requested = state.sharded(loading=True, with_random_state=same_layout)
-    state.load(_load(folder, requested, whole=same_layout))
+    state.load(_load(folder, requested, require_all=same_layout))
     return manifest
 
 
@@ -55,24 +55,26 @@ def load_model(folder: Path, model: list[torch.nn.Module], *, check_files: bool 
     manifest = Manifest.read(folder)
     if check_files:
         _verify_together(folder, manifest)
-    load_weights(model, _load(folder, sharded_model(model), whole=False))
+    load_weights(model, _load(folder, sharded_model(model), require_all=False))
     return manifest
 
 
-def _load(folder: Path, requested: dict[str, Any], *, whole: bool) -> dict[str, Any]:
-    """Fill what is requested; `whole`: it has to be all that the checkpoint holds.
+def _load(folder: Path, requested: dict[str, Any], *, require_all: bool) -> dict[str, Any]:
+    """Fill what is requested; `require_all`: it has to be all that the checkpoint holds.
 
     Raises:
         CheckpointError: something requested is not there, or something there was not requested.
     """
     try:
         with _with_common_state(folder) as readable:
-            loaded, left, lacking = dist_checkpointing.load(requested, str(readable), strict=StrictHandling.RETURN_ALL)
+            loaded, not_requested, not_stored = dist_checkpointing.load(
+                requested, str(readable), strict=StrictHandling.RETURN_ALL
+            )
     except (CheckpointingException, KeyError) as error:
         raise CheckpointError(f"{folder} does not fit this model: {error}") from error
-    left = left - {_COMMON} if whole else set()
-    problems = [f"{key} is missing" for key in sorted(lacking) if not is_extra_state(key)]
-    problems += [f"{key} has no place in it" for key in sorted(left) if not is_extra_state(key)]
+    not_requested = not_requested - {_COMMON} if require_all else set()
+    problems = [f"{key} is missing" for key in sorted(not_stored) if not is_extra_state(key)]
+    problems += [f"{key} has no place in it" for key in sorted(not_requested) if not is_extra_state(key)]
     if problems:
         raise CheckpointError(f"{folder} does not fit this model: {'; '.join(problems)}")
     return loaded
@@ -90,7 +92,10 @@ def _with_common_state(folder: Path) -> Iterator[Path]:
         return
     entry = ShardedObject(_COMMON, None, (1,), (0,)).unique_key
     found = {entry: io.BytesIO()}
-    torch.distributed.checkpoint.load(found, storage_reader=FileSystemReader(str(folder)), no_dist=True)
+    try:
+        torch.distributed.checkpoint.load(found, storage_reader=FileSystemReader(str(folder)), no_dist=True)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} has neither {_COMMON_FILE} nor the entry {_COMMON}: {error}") from error
     common = found[entry]
     if isinstance(common, io.BytesIO):
         common.seek(0)

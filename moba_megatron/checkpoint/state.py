@@ -100,7 +100,7 @@ def _refuse_misplaced_state(optimizer: MegatronOptimizer, state: dict[str, Any])
             if not isinstance(entry, dict) or "param" not in entry:
                 continue
             kept, parameter = entry["param"].data.flatten()[[0, -1]], parameters[place].detach().flatten()[[0, -1]]
-            if not torch.equal(kept.to(parameter), parameter):
+            if not torch.allclose(kept.to(parameter), parameter, rtol=0, atol=0, equal_nan=True):
                 raise CheckpointError(
                     f"optimizer state would be saved under the wrong parameter ({entry['param'].key}): this "
                     f"megatron-core ({megatron.core.__version__}) finds its places otherwise than 0.16 to 0.19 do. "

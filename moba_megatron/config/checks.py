@@ -214,13 +214,21 @@ def _packing_check(config: Config) -> tuple[bool, str]:
     )
 
 
-def attention_checks(attention: AttentionConfig, layers: int, length: int | None = None) -> list[tuple[bool, str]]:
+def attention_checks(
+    attention: AttentionConfig,
+    layers: int,
+    length: int | None = None,
+    *,
+    keys: tuple[str, str] = ("model.num_layers", "data.sequence_length"),
+) -> list[tuple[bool, str]]:
     """Settings of the attention that cannot work: (wrong, what to say) for each.
 
     Args:
         layers: layers of the whole model that attend.
         length: tokens of a sequence, where that is known.
+        keys: what these two are called where the user sets them.
     """
+    layers_key, length_key = keys
     checks = []
     for name, part in [("attention", attention)] + [
         (f"attention.stages.{i}", s) for i, s in enumerate(attention.stages)
@@ -230,7 +238,7 @@ def attention_checks(attention: AttentionConfig, layers: int, length: int | None
         checks += [
             (
                 size is not None and length is not None and size > length,
-                f"{key} = {size} is over data.sequence_length = {length}",
+                f"{key} = {size} is over {length_key} = {length}",
             )
             for key, size in sizes
         ]
@@ -242,7 +250,7 @@ def attention_checks(attention: AttentionConfig, layers: int, length: int | None
         ]
         checks.append((
             part.last_n_full is not None and part.last_n_full > layers,
-            f"{name}.last_n_full = {part.last_n_full} is over model.num_layers = {layers}",
+            f"{name}.last_n_full = {part.last_n_full} is over {layers_key} = {layers}",
         ))  # fmt: skip
     checks += _selection_checks(attention)
     ends = [stage.until for stage in attention.stages]

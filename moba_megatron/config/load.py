@@ -70,10 +70,11 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
         raise ConfigError([f"{path} is not valid YAML: {error}"]) from error
     if not isinstance(tree, DictConfig):
         raise ConfigError([f"{path} must hold a mapping of sections"])
-    exchange = OmegaConf.select(tree, "parallel.exchange")
-    if isinstance(exchange, str):
-        # One word for both kinds of layers, of which an override may change one.
-        tree.parallel.exchange = {"moba": exchange, "full": exchange}
+    for key in ("parallel.exchange", "exchange"):
+        exchange = OmegaConf.select(tree, key)
+        if isinstance(exchange, str):
+            # One word for both kinds of layers, of which an override may change one.
+            OmegaConf.update(tree, key, {"moba": exchange, "full": exchange})
     bases = tree.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, Sequence) or not all(isinstance(base, str) for base in bases):

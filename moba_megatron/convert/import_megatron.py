@@ -1,12 +1,14 @@
 """A checkpoint that Megatron-LM or Megatron-Bridge wrote becomes a run folder of ours: one checkpoint, at step 0.
 
-Only the weights are taken, bit for bit, one parameter at a time; what else the folder holds (optimizer, flags) is not
-read. Weights do not say how heads are split, what the rotary embedding's base is or how the layers attended: that comes
-from a `model` section (or the Hugging Face folder that training started from) and from the attention settings.
+Only the weights are taken, bit for bit, one parameter at a time. They do not say how heads are split, what the rotary
+embedding's base is or how the layers attended: that comes from a `model` section (or the Hugging Face folder that
+training started from) and from the attention settings. Where the checkpoint keeps Megatron-LM's flags, the section is
+held against them.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from moba_megatron.config.load import explain, read_yaml
 from moba_megatron.config.pretrained import pretrained_model_section
 from moba_megatron.convert.import_hf import NO_TOKENIZER, copy_tokenizer, write_run
 from moba_megatron.convert.mapping import parameter_shapes
+from moba_megatron.convert.megatron_flags import differences, read_flags
 from moba_megatron.convert.publish import check_unused, new_folder
 from moba_megatron.convert.stored import StoredWeights
 from moba_megatron.convert.weights import canonical_parameters
@@ -63,6 +66,8 @@ def import_megatron(
     plan = attention_plan(attention, section.num_layers, sequence_length)
     stored = StoredWeights(folder)
     problems = stored.problems(parameter_shapes(section), section.num_layers)
+    flags = _flags(stored)
+    problems += differences(flags, section)
     if problems:
         raise CheckpointError(f"{folder} does not hold the model of {model}: {'; '.join(problems)}")
     values = {
@@ -83,10 +88,25 @@ def import_megatron(
             NO_TOKENIZER,
             ["no tokenizer was imported: evaluation and generation need one (--tokenizer)"],
         )
-        if tokenizer or model.is_dir():
-            fingerprint, notes = copy_tokenizer(tokenizer or model, unfinished / "tokenizer", section.vocab_size)
+        if folder_of_tokenizer := tokenizer or _tokenizer_beside(model):
+            fingerprint, notes = copy_tokenizer(folder_of_tokenizer, unfinished / "tokenizer", section.vocab_size)
         config = write_run(unfinished, out, config, lambda chunks: _fill(chunks, stored, advance), fingerprint, folder)
+    if not flags:
+        notes.append(
+            f"{folder} keeps no flags: numbers of heads, rotary base and epsilon are those of --model, unchecked"
+        )
     return config, notes
+
+
+def _flags(stored: StoredWeights) -> dict[str, Any]:
+    """Megatron-LM's flags; empty where the checkpoint has none, as Megatron-Bridge's."""
+    common = stored.common()
+    try:
+        return read_flags(common) if common else {}
+    except (RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{stored.folder}: its flags cannot be read without running what it holds: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def find_iteration(source: Path) -> Path:
@@ -118,8 +138,15 @@ def as_section(layers: tuple[LayerAttention, ...], given: AttentionConfig) -> di
         if layer.kind == "moba":
             sizes = {"block_size": layer.block_size, "top_k": layer.top_k, "selector": layer.selection.selector}
             own[str(number)] |= sizes
-    same = ("block_size", "top_k", "selector", "summary", "threshold", "key_convolution")
-    return {name: getattr(given, name) for name in same} | {"kind": kind_of(layers), "layers": own}
+    section = {"kind": kind_of(layers), "layers": own, "key_convolution": given.key_convolution}
+    sparse = [layer for layer in layers if layer.kind == "moba"]
+    if sparse:
+        # One layer's settings as those of the section, so that it names no selector that no layer has.
+        first, choices = sparse[0], [layer.selection for layer in sparse]
+        section |= {"block_size": first.block_size, "top_k": first.top_k, "selector": first.selection.selector}
+        section["summary"] = next((choice.summary for choice in choices if choice.summary != "mean"), "mean")
+        section["threshold"] = next((choice.threshold for choice in choices if choice.threshold is not None), None)
+    return section
 
 
 def _model_section(path: Path) -> ModelConfig:
@@ -135,6 +162,12 @@ def _model_section(path: Path) -> ModelConfig:
     if section.vocab_size is None:
         raise ConfigError([f"{path}: model.vocab_size is not set: give the entries of the tokenizer's vocabulary"])
     return section
+
+
+def _tokenizer_beside(model: Path) -> Path | None:
+    """The tokenizer of a Hugging Face folder, or of a run folder."""
+    folders = [folder for folder in (model, model / "tokenizer") if (folder / "tokenizer.json").is_file()]
+    return folders[0] if folders else None
 
 
 def _precision(stored: StoredWeights) -> str:

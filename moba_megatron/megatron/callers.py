@@ -5,6 +5,8 @@ What the core attention itself refuses (dropout, windows, latent attention, ...)
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import sys
 from typing import Any
 
@@ -13,6 +15,15 @@ from megatron.core.transformer.heterogeneous.heterogeneous_config import Heterog
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_megatron.config import ConfigError
+from moba_megatron.megatron.settings import print_once
+
+# What Megatron-Bridge's providers name for layers that are megatron-core's.
+_COMMON_LAYERS = (
+    "default_layer_spec",
+    "transformer_engine_layer_spec",
+    "local_layer_spec",
+    "get_gpt_decoder_block_spec",
+)
 
 
 def transformer_of(config: Any) -> TransformerConfig:
@@ -31,19 +42,24 @@ def transformer_of(config: Any) -> TransformerConfig:
     ])  # fmt: skip
 
 
-def sequence_length(config: Any) -> int | None:
-    """Tokens of a sequence, where the caller says."""
-    found = getattr(config, "seq_length", None)
-    if found is None:
-        found = getattr(_megatron_lm_flags(), "seq_length", None)
-    return found
+def sequence_length(config: Any = None) -> int | None:
+    """Tokens of a sequence, where the caller says. `seq_length` of a `GPTModelConfig` is the longest that positions
+    allow (`--max-position-embeddings`), so Megatron-LM's own flag goes before it."""
+    flag = getattr(_megatron_lm_flags(), "seq_length", None)
+    return getattr(config, "seq_length", None) if flag is None else flag
 
 
-def refuse_what_does_not_fit(config: Any, transformer: TransformerConfig) -> None:
-    """Raise a `ConfigError` that names everything in the caller's settings that MoBA's spec cannot serve."""
+def check_caller(config: Any, transformer: TransformerConfig) -> None:
+    """Hold the caller's settings against what MoBA's spec can serve; print once what is to be said of them.
+
+    Raises:
+        ConfigError: naming everything that does not go together with MoBA.
+    """
     problems = [text for wrong, text in [*_model_checks(config, transformer), *_flag_checks(transformer)] if wrong]
     if problems:
         raise ConfigError(problems)
+    for note in _notes():
+        print_once(note)
 
 
 def _model_checks(config: Any, transformer: TransformerConfig) -> list[tuple[bool, str]]:
@@ -72,10 +88,37 @@ def _model_checks(config: Any, transformer: TransformerConfig) -> list[tuple[boo
             "restore_modelopt_state = True (a quantized model) has layers of its own and is not supported",
         ),
         (
+            _own_layers(config) is not None,
+            f"{type(config).__name__} has layers of its own ({_own_layers(config)}), which MoBA's spec would replace: "
+            "this model is not supported",
+        ),
+        (
+            bool(getattr(transformer, "flash_decode", False)),
+            "flash_decode = True attends fully, past MoBA: set it to False",
+        ),
+        (
+            any(getattr(transformer, name, False) for name in ("hybrid_context_parallel", "dynamic_context_parallel")),
+            "context-parallel groups that differ from sample to sample (--hybrid-context-parallel) are not supported: "
+            "leave them out",
+        ),
+        (
             bool(getattr(config, "use_transformer_engine_full_layer_spec", False)),
             "use_transformer_engine_full_layer_spec = True has no core attention to replace: set it to False",
         ),
     ]
+
+
+def _own_layers(config: Any) -> str | None:
+    """The layer spec that a provider of Megatron-Bridge brings for its model, by name; None for the common layers."""
+    field = getattr(type(config), "__dataclass_fields__", {}).get("transformer_layer_spec")
+    if field is None:
+        return None
+    made = field.default_factory is not dataclasses.MISSING
+    spec = field.default_factory() if made else field.default
+    while isinstance(spec, functools.partial):
+        spec = spec.func
+    name = getattr(spec, "__name__", None)
+    return None if name in (None, *_COMMON_LAYERS) else name
 
 
 def _flag_checks(transformer: TransformerConfig) -> list[tuple[bool, str]]:
@@ -100,10 +143,22 @@ def _flag_checks(transformer: TransformerConfig) -> list[tuple[bool, str]]:
             "chunks, while rotary embedding and attention take each document to be cut by itself: wrong positions. "
             "Use one of the two",
         ),
-        (
-            bool(getattr(flags, "hybrid_context_parallel", False)),
-            "--hybrid-context-parallel (groups that differ from sample to sample) is not supported: leave it out",
-        ),
+    ]
+
+
+def _notes() -> list[str]:
+    """What is to be said of the caller's settings, one line each."""
+    flags = _megatron_lm_flags()
+    several = getattr(flags, "overlap_grad_reduce", False) or (
+        getattr(flags, "pipeline_model_parallel_size", 1) > 1
+        and not getattr(flags, "untie_embeddings_and_output_weights", True)
+    )
+    if not (getattr(flags, "dist_ckpt_optim_fully_reshardable", False) and several):
+        return []
+    return [
+        "note: --dist-ckpt-optim-fully-reshardable with several gradient buckets (--overlap-grad-reduce, or tied "
+        "embeddings under pipeline parallelism) saves optimizer state under the wrong parameters in Megatron-LM up to "
+        "0.19 (its pull request 5077)"
     ]
 
 

@@ -60,21 +60,27 @@ def attention_plan(given: Attention | None, layers: int, length: int | None) -> 
     """The plan for a model, printed by rank 0 the first time.
 
     Args:
-        given: the keyword of a spec: a file, a dictionary or a section. Default: the file that `MOBA_CONFIG` names.
+        given: the keyword of a spec: a file, a dictionary or a section. Default: the file that `MOBA_CONFIG` names,
+            which must say the same on all ranks.
         layers: attention layers of the whole model.
         length: tokens of a sequence, where the caller knows.
 
     Raises:
-        ConfigError: no settings, settings that cannot work, or a schedule of several stages without `MOBA_STAGE`.
+        ConfigError: no settings, settings that cannot work, a schedule of several stages without `MOBA_STAGE`, or
+            another plan than that of another rank.
     """
     source = given if given is not None else os.environ.get(CONFIG_VARIABLE)
     if not source:
         raise ConfigError([
-            f"no attention settings: set {CONFIG_VARIABLE} to a YAML file with the section `attention`, or pass "
-            "`attention=` to the spec"
+            f"no attention settings: set {CONFIG_VARIABLE} to a YAML file with the section `attention`, or give them "
+            "to the spec (`attention=`) or the command (`--attention`)"
         ])  # fmt: skip
     file = load_attention(source)
-    problems = [text for wrong, text in attention_checks(file.attention, layers, length) if wrong]
+    problems = [
+        text
+        for wrong, text in attention_checks(file.attention, layers, length, keys=("num_layers", "seq_length"))
+        if wrong
+    ]
     if problems:
         raise ConfigError(problems)
     try:
@@ -82,8 +88,35 @@ def attention_plan(given: Attention | None, layers: int, length: int | None) -> 
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     plan = AttentionPlan(schedule, _stage(schedule), file)
-    _print_once(f"MoBA from {source if isinstance(source, str | Path) else 'the script'}\n{plan}")
+    if given is None:
+        _refuse_another_plan_than_other_ranks(plan)
+    print_once(f"MoBA from {Path(source).resolve() if isinstance(source, str | Path) else 'the script'}\n{plan}")
     return plan
+
+
+@functools.cache
+def plan_of_environment(config: str | None, stage: str | None, layers: int, length: int | None) -> AttentionPlan:
+    """`attention_plan(None, layers, length)`, read once: a model is built layer by layer, and a file may change.
+
+    Args:
+        config, stage: `MOBA_CONFIG` and `MOBA_STAGE`.
+    """
+    return attention_plan(None, layers, length)
+
+
+def _refuse_another_plan_than_other_ranks(plan: AttentionPlan) -> None:
+    """Hold the plan against the first one that any rank had; through the store of the process group, because not every
+    rank builds a layer, and so not every rank comes here."""
+    if not torch.distributed.is_initialized():
+        return
+    ours = str(plan)
+    store = torch.distributed.distributed_c10d._get_default_store()
+    first = store.compare_set(f"moba_attention_plan_{plan.schedule.num_layers}", "", ours).decode()
+    if first != ours:
+        raise ConfigError([
+            f"rank {torch.distributed.get_rank()} has other attention settings than another rank: {CONFIG_VARIABLE} "
+            f"and {STAGE_VARIABLE} must say the same on all nodes.\nhere:\n{ours}\nthere:\n{first}"
+        ])  # fmt: skip
 
 
 def _stage(schedule: AttentionSchedule) -> int:
@@ -92,8 +125,8 @@ def _stage(schedule: AttentionSchedule) -> int:
     if given is None:
         if count > 1:
             raise ConfigError([
-                f"the schedule has {count} stages, and nothing in this script changes them: set {STAGE_VARIABLE} to "
-                f"the one of this run, 1 to {count}, and continue from its checkpoint with the next"
+                f"the schedule has {count} stages, and nothing here changes from one to the next: set {STAGE_VARIABLE} "
+                f"to the one that is meant, 1 to {count}"
             ])  # fmt: skip
         return 0
     if not given.isdecimal() or not 1 <= int(given) <= count:
@@ -102,6 +135,7 @@ def _stage(schedule: AttentionSchedule) -> int:
 
 
 @functools.cache
-def _print_once(text: str) -> None:
+def print_once(text: str) -> None:
+    """Print on rank 0, the same text only once."""
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         print(text, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,17 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 from torch import nn
 
 from moba_megatron.config import ConfigError
-from moba_megatron.megatron.callers import refuse_what_does_not_fit, sequence_length, transformer_of
-from moba_megatron.megatron.settings import Attention, attention_plan
+from moba_megatron.megatron.callers import check_caller, sequence_length, transformer_of
+from moba_megatron.megatron.settings import (
+    CONFIG_VARIABLE,
+    STAGE_VARIABLE,
+    Attention,
+    AttentionPlan,
+    attention_plan,
+    plan_of_environment,
+    print_once,
+)
+from moba_megatron.model.schedule import attention_layers
 from moba_megatron.model.specs import (
     block_spec,
     core_attention_of,
@@ -51,8 +61,9 @@ def layer_spec(
         ValueError: Transformer Engine is asked for and missing.
     """
     transformer = transformer_of(config)
-    refuse_what_does_not_fit(config, transformer)
+    check_caller(config, transformer)
     plan = attention_plan(attention, transformer.num_layers, sequence_length(config))
+    _refuse_settings_without_effect(transformer, plan)
     layers = layer_specs(transformer, plan.schedule, **plan.settings)
     local = transformer.transformer_impl == "local"
     if len(set(map(id, layers))) == 1 and not (local and transformer.sequence_parallel):
@@ -78,20 +89,48 @@ def hybrid_stack_spec(
     """
     if stack_spec is None:
         from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as stack_spec
-    plan = attention_plan(attention, pattern.split("/")[0].count("*"), None)
+    plan = attention_plan(attention, len(attention_layers(pattern)), sequence_length())
     schedule = plan.schedule.over_pattern(pattern)
     layer = with_schedule(stack_spec.submodules.attention_layer, schedule, **plan.settings)
     stack = copy.copy(stack_spec)
     stack.submodules = copy.copy(stack.submodules)
-    checked = functools.partial(_checked_core_attention, core=core_attention_of(layer))
+    checked = functools.partial(_checked_core_attention, core=core_attention_of(layer), pattern=pattern)
     stack.submodules.attention_layer = with_core_attention(layer, checked)
     return stack
 
 
-def _checked_core_attention(*, config: TransformerConfig, core: Any, **arguments: Any) -> nn.Module:
-    """Build a core attention; the caller's settings are not known before."""
-    refuse_what_does_not_fit(config, config)
-    return core(config=config, **arguments)
+def _checked_core_attention(
+    *, config: TransformerConfig, layer_number: int, core: Any, pattern: str, **arguments: Any
+) -> nn.Module:
+    """Build a core attention of a hybrid model; the caller's settings are not known before."""
+    check_caller(config, config)
+    length = len(pattern.replace("|", ""))
+    if config.num_layers != length or layer_number not in attention_layers(pattern):
+        raise ConfigError([
+            f"layer {layer_number} of {config.num_layers} is an attention layer of the model, but not of the pattern "
+            f"{pattern!r} with {length} layers that hybrid_stack_spec was given: give it the model's own"
+        ])  # fmt: skip
+    return core(config=config, layer_number=layer_number, **arguments)
+
+
+def _refuse_settings_without_effect(transformer: TransformerConfig, plan: AttentionPlan) -> None:
+    """Layers that are full in every stage keep Transformer Engine's attention, which has an exchange of its own."""
+    schedule, file = plan.schedule, plan.file
+    kept = any(schedule.always_full(number) for number in range(1, schedule.num_layers + 1))
+    if transformer.transformer_impl != "transformer_engine" or not kept:
+        return
+    problems = [
+        f"{key} = {value} has no effect in layers that are full in every stage: Transformer Engine computes them. "
+        f"Leave it out{instead}"
+        for key, value, instead in (
+            ("attention.full_backend", file.attention.full_backend, ""),
+            ("exchange.full", file.exchange.full, "; their exchange is --cp-comm-type"),
+        )
+        if value != "auto"
+    ]
+    if problems:
+        raise ConfigError(problems)
+    print_once(f"always-full layers: Transformer Engine, cp_comm_type {transformer.cp_comm_type}")
 
 
 @dataclass
@@ -105,7 +144,7 @@ class _SelfAttention:
 
 
 @dataclass
-class _Unknown:
+class _NotBuilt:
     """Stands for the submodules of a layer that is not built yet, as deep as other scripts reach into them."""
 
     self_attention: _SelfAttention
@@ -120,7 +159,7 @@ class MoBATransformerLayer(TransformerLayer):
             prediction.
     """
 
-    def __init__(self, config: TransformerConfig, submodules: _Unknown, layer_number: int = 1, *args, **kwargs):
+    def __init__(self, config: TransformerConfig, submodules: _NotBuilt, layer_number: int = 1, *args, **kwargs):
         core = submodules.self_attention.submodules.core_attention
         if core is not IdentityOp:
             raise ConfigError([
@@ -134,10 +173,17 @@ class MoBATransformerLayer(TransformerLayer):
                 "sequence_parallel = True with local layers: megatron-core's final norm refuses it beside a spec that "
                 "is one layer. Use Transformer Engine, or layer_spec where the script calls what --spec names"
             ])  # fmt: skip
-        refuse_what_does_not_fit(config, config)
-        plan = attention_plan(None, config.num_layers, sequence_length(config))
+        check_caller(config, config)
+        said = os.environ.get(CONFIG_VARIABLE), os.environ.get(STAGE_VARIABLE)
+        plan = plan_of_environment(*said, config.num_layers, sequence_length(config))
+        _refuse_settings_without_effect(config, plan)
         number = layer_number + self._layers_before(config, **kwargs)
         own = layer_specs(config, plan.schedule, **plan.settings)[number - 1]
+        if own.module is not TransformerLayer:
+            raise ConfigError([
+                f"this megatron-core builds such layers as {own.module.__name__}: use layer_spec, which a script from "
+                "Megatron-LM 0.19 on calls"
+            ])  # fmt: skip
         super().__init__(config, own.submodules, layer_number, *args, **kwargs)
 
     @staticmethod
@@ -150,4 +196,4 @@ class MoBATransformerLayer(TransformerLayer):
         return get_transformer_layer_offset(config, vp_stage, pp_rank)
 
 
-spec = ModuleSpec(module=MoBATransformerLayer, submodules=_Unknown(_SelfAttention(_CoreAttention())))
+spec = ModuleSpec(module=MoBATransformerLayer, submodules=_NotBuilt(_SelfAttention(_CoreAttention())))

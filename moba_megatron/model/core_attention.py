@@ -176,6 +176,25 @@ class MoBACoreAttention(MegatronModule):
         return f"layer_number={self.layer_number}, attention={self.attention}, {backends}, {self.context}"
 
 
+class MoBASelfAttention(SelfAttention):
+    """megatron-core's self-attention around a MoBA core attention: what would go past it raises.
+
+    megatron-core's own inference calls kernels of flash-attn for its caches, and not the core attention.
+    """
+
+    def flash_decode(self, *args, **others):
+        raise ValueError(_NO_INFERENCE)
+
+    def flash_decode_and_prefill(self, *args, **others):
+        raise ValueError(_NO_INFERENCE)
+
+
+_NO_INFERENCE = (
+    "megatron-core's inference engine attends fully, past MoBA: generate by `moba-megatron generate` or from an export "
+    "to Hugging Face format"
+)
+
+
 def set_attention_stage(model_chunks: list[torch.nn.Module], schedule: AttentionSchedule, stage: int) -> int:
     """Let every MoBA core attention of these model chunks attend as in this stage of the schedule.
 
@@ -242,6 +261,11 @@ def _refuse_what_is_not_moba(
             f"softmax_type = {config.softmax_type!r} (a softmax offset) is not MoBA: set it to 'vanilla'",
         ),
         (config.multi_latent_attention, "multi_latent_attention = True is not supported by MoBA: set it to False"),
+        (
+            getattr(config, "qk_clip", False) or getattr(config, "log_max_attention_logit", False),
+            "qk_clip and log_max_attention_logit need the largest score of every head, which MoBA does not keep: set "
+            "both to False",
+        ),
         (fp8, "fp8 attention is not supported by MoBA: unset fp8_dot_product_attention and fp8_multi_head_attention"),
     ]
     problems = [text for wrong, text in checks if wrong]

@@ -29,7 +29,6 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
@@ -37,7 +36,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from moba_megatron.model.core_attention import pack_boundaries
+from moba_megatron.model.core_attention import MoBASelfAttention, pack_boundaries
 from moba_megatron.ops.precision import score_dtype
 from moba_megatron.parallel.context_plan import host_boundaries
 from moba_megatron.parallel.halo import edge_rows, previous_in_pack, previous_rows
@@ -128,7 +127,7 @@ def _convolve(source: Tensor, rows: Tensor, filters: Tensor) -> Tensor:
     return key + torch.nn.functional.silu(mixed).to(key.dtype)
 
 
-class ConvolvedKeysSelfAttention(SelfAttention):
+class ConvolvedKeysSelfAttention(MoBASelfAttention):
     """megatron-core's self-attention with a `KeyConvolution` between its projection and rotary embedding.
 
     Args:

@@ -142,31 +142,30 @@ class AttentionSchedule:
     def over_pattern(self, pattern: str) -> AttentionSchedule:
         """This schedule of the attention layers alone, spread over all layers of a hybrid model.
 
-        megatron-core's `HybridModel` counts layers of all kinds in `layer_number`. Layers that have no attention are
-        full in the result, which nobody asks for.
+        megatron-core's `HybridModel` counts layers of all kinds in `layer_number`. In the places of layers without
+        attention the result says `full`; `attention_layers` tells which those are.
 
         Args:
             pattern: one letter a layer, `*` for attention; `|` between pipeline stages.
 
         Raises:
-            ValueError: if the pattern has another number of attention layers, or layers of multi-token prediction.
+            ValueError: if the pattern has no attention layer, another number of them, or layers of multi-token
+                prediction.
 
         >>> schedule = AttentionSchedule.uniform(2, LayerAttention("moba", 512, 3))
         >>> [layer.kind for layer in schedule.over_pattern("M*-M*-").stages[0]]
         ['full', 'moba', 'full', 'full', 'moba', 'full']
         """
-        if "/" in pattern:
-            raise ValueError(f"pattern {pattern!r} has layers of multi-token prediction, which are not supported")
-        layers = pattern.replace("|", "")
-        found = layers.count("*")
-        if found != self.num_layers:
+        found = attention_layers(pattern)
+        if len(found) != self.num_layers:
             raise ValueError(
-                f"pattern {pattern!r} has {found} attention layers (*), but the schedule has {self.num_layers}"
+                f"pattern {pattern!r} has {len(found)} attention layers (*), but the schedule has {self.num_layers}"
             )
+        length = len(pattern.replace("|", ""))
         stages = []
         for stage in self.stages:
-            attention = iter(stage)
-            stages.append(tuple(next(attention) if letter == "*" else FULL for letter in layers))
+            layers = dict(zip(found, stage, strict=True))
+            stages.append(tuple(layers.get(number, FULL) for number in range(1, length + 1)))
         return AttentionSchedule(tuple(stages), self.until)
 
     def to_dict(self) -> dict[str, Any]:
@@ -211,6 +210,23 @@ class AttentionSchedule:
             for number, (mine, theirs) in enumerate(zip(ours, others, strict=True), start=1)
             if mine != theirs
         ]
+
+
+def attention_layers(pattern: str) -> list[int]:
+    """Numbers, from 1, of the attention layers of a hybrid model.
+
+    Raises:
+        ValueError: if there are none, or layers of multi-token prediction.
+
+    >>> attention_layers("M*-|M*-")
+    [2, 5]
+    """
+    if "/" in pattern:
+        raise ValueError(f"pattern {pattern!r} has layers of multi-token prediction, which are not supported")
+    found = [number for number, letter in enumerate(pattern.replace("|", ""), start=1) if letter == "*"]
+    if not found:
+        raise ValueError(f"pattern {pattern!r} has no attention layer (*)")
+    return found
 
 
 def kind_of(layers: tuple[LayerAttention, ...]) -> AttentionKind:

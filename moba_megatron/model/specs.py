@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
 
-from moba_megatron.model.core_attention import MoBACoreAttention
+from moba_megatron.model.core_attention import MoBACoreAttention, MoBASelfAttention
 from moba_megatron.model.key_convolution import ConvolvedKeysSelfAttention
 from moba_megatron.model.norm import RMSNorm
 from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
@@ -141,7 +141,11 @@ def with_schedule(
         exchange=exchange,
     )
     layer = with_core_attention(layer_spec, core)
-    return layer if key_convolution is None else with_key_convolution(layer, key_convolution)
+    if key_convolution is not None:
+        return with_key_convolution(layer, key_convolution)
+    if layer.submodules.self_attention.module is SelfAttention:
+        layer.submodules.self_attention.module = MoBASelfAttention
+    return layer
 
 
 def scheduled_core_attention(
@@ -246,11 +250,13 @@ def _layers_of_experts(config: TransformerConfig) -> list[bool]:
     if config.num_moe_experts is None:
         return [False] * config.num_layers
     pattern = config.moe_layer_freq
-    if isinstance(pattern, int):
+    if isinstance(pattern, int) and pattern > 0:
         return [number % pattern == 0 for number in range(config.num_layers)]
-    if len(pattern) != config.num_layers or not set(pattern) <= {0, 1}:
+    fits = isinstance(pattern, list) and len(pattern) == config.num_layers and set(pattern) <= {0, 1}
+    if not fits:
         raise ValueError(
-            f"moe_layer_freq = {pattern}: give one 0 (dense) or 1 (experts) for each of the {config.num_layers} layers"
+            f"moe_layer_freq = {pattern!r}: give a number n for every n-th layer, or a list of one 0 (dense) or 1 "
+            f"(experts) for each of the {config.num_layers} layers"
         )
     return [bool(entry) for entry in pattern]
 

@@ -15,6 +15,7 @@ import importlib.util
 import os
 import runpy
 import sys
+import sysconfig
 from pathlib import Path
 
 # Before torch is imported.
@@ -86,7 +87,8 @@ def _load_dataset_helpers() -> None:
     name = "megatron.core.datasets.helpers_cpp"
     if name in sys.modules:
         return
-    found = [file for folder in sys.path for file in Path(folder).glob(f"{name.replace('.', '/')}*.so")]
+    ending = sysconfig.get_config_var("EXT_SUFFIX")
+    found = [file for folder in sys.path for file in Path(folder).glob(f"{name.replace('.', '/')}{ending}")]
     if not found:
         sys.exit("no compiled megatron.core.datasets.helpers_cpp on sys.path: install megatron-core")
     spec = importlib.util.spec_from_file_location(name, found[0])

@@ -53,8 +53,11 @@ def test_extra_state_may_be_missing_or_left_over(tmp_path, saved, later):
     assert begun[0] < whole[0]
 
 
-@pytest.mark.parametrize("norms", [(RMSNorm, NormWithAnotherParameter), (NormWithAnotherParameter, RMSNorm)])
-def test_a_parameter_may_be_neither(tmp_path, norms):
-    run(tmp_path, "before", norms[0], checkpoint__every=2)
-    with pytest.raises(AssertionError, match="layernorm.gain (is missing|has no place in it)"):
-        run(tmp_path, "after", norms[1], checkpoint__resume=str(tmp_path / "before/checkpoints/step_2"))
+@pytest.mark.parametrize(
+    ("saved", "later", "says"),
+    [(RMSNorm, NormWithAnotherParameter, "is missing"), (NormWithAnotherParameter, RMSNorm, "has no place in it")],
+)
+def test_a_parameter_may_be_neither(tmp_path, saved, later, says):
+    run(tmp_path, "before", saved, checkpoint__every=2)
+    with pytest.raises(AssertionError, match=f"final_layernorm.gain {says}"):
+        run(tmp_path, "after", later, checkpoint__resume=str(tmp_path / "before/checkpoints/step_2"))

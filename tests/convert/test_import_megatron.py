@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import os
+import pickle
+import shutil
+import subprocess
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -9,14 +15,17 @@ import torch
 import yaml
 from distributed import run_ranks
 from huggingface_models import VOCABULARY
+from megatron.core.transformer.enums import AttnBackend
 from safetensors.torch import load_file
+from small_run import TOKENS
 
 from moba_megatron.checkpoint import CheckpointError
-from moba_megatron.config import AttentionConfig, ConfigError, config_from_dict, load_config
+from moba_megatron.config import AttentionConfig, ConfigError, attention_checks, config_from_dict, load_config
 from moba_megatron.config.huggingface import model_section, read_huggingface_config
 from moba_megatron.convert.export_hf import export_huggingface
 from moba_megatron.convert.exported import open_exported
 from moba_megatron.convert.import_megatron import LATEST, as_section, find_iteration, import_megatron
+from moba_megatron.convert.megatron_flags import read_flags
 from moba_megatron.model.schedule import AttentionSchedule
 
 ATTENTION = {"block_size": 16, "top_k": 2, "last_n_full": 1}
@@ -54,7 +63,13 @@ def save_as_megatron_lm(source: Path, folder: Path) -> None:
         "model": model[0].sharded_state_dict(),
         "rng_state": ShardedObject("rng_state", {"any": 1}, (1, 2), (0, rank), replica_id=0),
         "iteration": 3,
-    }
+        # Among the flags are objects of classes that need not be here.
+        "args": Namespace(
+            num_layers=4, num_attention_heads=8, group_query_attention=True, num_query_groups=4, kv_channels=12,
+            rotary_base=10000, norm_epsilon=1e-6, swiglu=True, normalization="RMSNorm", use_rope_scaling=False,
+            untie_embeddings_and_output_weights=True, attention_backend=AttnBackend.auto, params_dtype=torch.float32,
+        ),
+    }  # fmt: skip
     dist_checkpointing.save(state, str(folder / "iter_0000003"), **save_arguments())
 
 
@@ -104,6 +119,9 @@ def test_a_file_with_the_model_section_serves_as_well(models, saved, tmp_path, m
         ({"add_qkv_bias": True}, r"linear_qkv\.bias is missing"),
         ({"vocab_size": 101}, r"word_embeddings\.weight is stored as \[100, 64\], the model has \[101, 64\]"),
         ({"vocab_size": None}, "model.vocab_size is not set"),
+        ({"rotary_base": 1e6}, r"model.rotary_base = 1000000.0, but the checkpoint was trained with 10000"),
+        ({"layernorm_epsilon": 1e-5}, r"model.layernorm_epsilon = 1e-05, but the checkpoint was trained with 1e-06"),
+        ({"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 24}, "model.num_attention_heads = 4, but"),
         ({"hiden_size": 64}, "model.hiden_size: unknown key; did you mean hidden_size"),
     ],
 )
@@ -126,6 +144,36 @@ def test_what_is_no_checkpoint_of_the_format_is_named(tmp_path):
     assert find_iteration(tmp_path).name == "iter_0000012"
 
 
+class Runs:
+    """Pickled, it would run a command where it is read."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call, ("touch was_run",)
+
+
+def test_flags_are_read_without_running_anything(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for call in (subprocess.getoutput, os.system):
+        stream = io.BytesIO()
+        torch.save({"args": Namespace(num_layers=4, evil=Runs(call))}, stream)
+        try:
+            assert read_flags(stream.getvalue())["num_layers"] == 4
+        except pickle.UnpicklingError as error:
+            assert "blocked" in str(error)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tokenizer_of_a_run_folder_is_looked_at(models, saved, tmp_path):
+    imported(saved, tmp_path / "run", model=models[NAME].folder)
+    shutil.copytree(TOKENS / "tokenizer", tmp_path / "run/tokenizer", dirs_exist_ok=True)
+    with pytest.raises(AssertionError, match="run/tokenizer: the tokenizer has ids up to 127, but vocab_size = 99"):
+        imported(saved, tmp_path / "again", model=tmp_path / "run")
+    assert not (tmp_path / "again").exists()
+
+
 def test_a_section_that_states_every_layer_gives_the_same_schedule():
     given = AttentionConfig(
         block_size=8,
@@ -137,3 +185,16 @@ def test_a_section_that_states_every_layer_gives_the_same_schedule():
     layers = AttentionSchedule.from_config(given, 6).stages[0]
     section = AttentionConfig.model_validate(as_section(layers, given))
     assert AttentionSchedule.from_config(section, 6).stages[0] == layers
+
+
+def test_a_stage_takes_over_nothing_of_another_stage():
+    stages = [
+        {"until": 0.5, "selector": "threshold"},
+        {"until": 0.9, "selector": "recent"},
+        {"until": 1.0, "kind": "full"},
+    ]
+    given = AttentionConfig(block_size=8, threshold=0.9, summary="min_max", stages=stages)
+    for layers in AttentionSchedule.from_config(given, 3).stages:
+        section = AttentionConfig.model_validate(as_section(layers, given))
+        assert not [text for wrong, text in attention_checks(section, 3) if wrong]
+        assert AttentionSchedule.from_config(section, 3).stages[0] == layers

@@ -1,6 +1,7 @@
 """Layer specs: only the core attention changes, by layer and pipeline stage, local or Transformer Engine."""
 
 import dataclasses
+import re
 
 import pytest
 from megatron.core.extensions import transformer_engine_spec_provider
@@ -44,6 +45,7 @@ def test_only_the_core_attention_of_the_copy_changes():
     assert core(ours).func is MoBACoreAttention
     backends = {"backend": "reference", "full_backend": "auto"}
     assert core(ours).keywords == {"attention": MOBA, "exchange": "auto", **backends}
+    assert ours.submodules.self_attention.module is stock.submodules.self_attention.module
     for field in dataclasses.fields(stock.submodules):
         if field.name != "self_attention":
             assert getattr(ours.submodules, field.name) is getattr(stock.submodules, field.name)
@@ -110,8 +112,12 @@ def test_mixtures_of_experts_are_where_the_configuration_says():
     alternate = specs.block_spec(config, schedule_of_four(), pp_rank=0)
     assert [mlp(layer) for layer in alternate.layer_specs] == [mlp(s) for s in (experts, dense, experts, dense)]
     config.moe_layer_freq = [1, 0]
-    with pytest.raises(ValueError, match=r"moe_layer_freq = \[1, 0\]: give one 0 .* for each of the 4 layers"):
+    with pytest.raises(ValueError, match=r"moe_layer_freq = \[1, 0\]: .* for each of the 4 layers"):
         specs.block_spec(config, schedule_of_four(), pp_rank=0)
+    for wrong in (0, "[1]*4"):
+        config.moe_layer_freq = wrong
+        with pytest.raises(ValueError, match=f"moe_layer_freq = {re.escape(repr(wrong))}"):
+            specs.block_spec(config, schedule_of_four(), pp_rank=0)
 
 
 def test_layer_norm_stays_where_the_configuration_says_so():

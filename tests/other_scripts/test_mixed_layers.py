@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from callers import LENGTH, VOCABULARY, GPTModelConfig, PlainAttention, transformer_config
+import yaml
+from callers import LENGTH, VOCABULARY, GPTModelConfig, PlainAttention, builder_of_016, transformer_config
 from distributed import run_ranks
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -22,6 +23,7 @@ from moba_megatron.model.core_attention import MoBACoreAttention
 from moba_megatron.model.norm import RMSNorm
 from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
 
+ARGUMENTS = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self"}
 MIXED = {"block_size": 8, "top_k": 2, "full_layers": [1, 4, 6], "last_n_full": 1}
 
 
@@ -51,6 +53,50 @@ def test_interleaved_pipelines_find_their_layers_and_keep_stock_attention_in_ful
     for rank_losses, rank_norms, _, _ in ranks:
         torch.testing.assert_close(rank_losses, losses, rtol=3e-4, atol=0)
         torch.testing.assert_close(rank_norms, norms, rtol=3e-4, atol=0)
+
+
+def layers_of_chunks(attention):
+    """(number, how it attends, which spec its submodules are from) of every layer of this rank, under `spec`."""
+    from megatron.core import parallel_state
+
+    from moba_megatron import platform
+    from moba_megatron.config import ParallelConfig
+    from moba_megatron.megatron import specs as callers_specs
+
+    platform.start_model_parallel(ParallelConfig(pipeline=2, virtual_pipeline=2))
+    platform.seed_all(5)
+    marks = []
+    whole = callers_specs.layer_specs
+
+    def numbered(config, schedule, **settings):
+        found = [specs.with_core_attention(layer, specs.core_attention_of(layer)) for layer in whole(config, schedule)]
+        marks.extend((id(layer.submodules), number, found) for number, layer in enumerate(found, start=1))
+        return found
+
+    callers_specs.layer_specs = numbered
+    config = transformer_config(
+        num_layers=8, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2,
+        pipeline_dtype=torch.float32, overlap_p2p_comm=True, batch_p2p_comm=False,
+    )  # fmt: skip
+    result = []
+    for chunk in range(2):
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk)
+        first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk)
+        model = builder_of_016(config, vp_stage=chunk, pre_process=first, post_process=last)
+        for layer in model.decoder.layers:
+            number = next(number for mark, number, _ in marks if mark == id(layer.submodules_config))
+            result.append((layer.layer_number, str(layer.self_attention.core_attention.attention), number))
+    return result
+
+
+def test_a_finished_spec_finds_its_layers_over_an_interleaved_pipeline(tmp_path, monkeypatch):
+    (tmp_path / "moba.yaml").write_text(yaml.safe_dump(MIXED))
+    monkeypatch.setenv("MOBA_CONFIG", str(tmp_path / "moba.yaml"))
+    ranks = run_ranks(2, layers_of_chunks, MIXED)
+    assert [[number for number, _, _ in rank] for rank in ranks] == [[1, 2, 5, 6], [3, 4, 7, 8]]
+    for number, attends, submodules in ranks[0] + ranks[1]:
+        assert submodules == number
+        assert attends == ("full" if number in {1, 4, 6, 8} else "moba B=8 K=2")
 
 
 def hybrid_and_gpt(pattern, attention):
@@ -133,7 +179,7 @@ def test_the_example_of_the_page_on_plugging_in_builds():
     names = {}
     exec(re.search(r"```python hybrid\n(.*?)```", page, flags=re.DOTALL).group(1), names)
     build = specs.core_attention_of(names["stack"].submodules.attention_layer)
-    given = {"config": transformer_config(), "attn_mask_type": AttnMaskType.causal, "attention_type": "self"}
+    given = {**ARGUMENTS, "config": transformer_config(num_layers=10)}
     assert str(build(layer_number=4, **given).attention) == "moba B=16 K=3"
     assert build.keywords["core"].keywords["schedule"].always_full(9)
 
@@ -143,10 +189,13 @@ def test_always_full_layers_of_a_hybrid_model_keep_the_core_attention_of_the_sta
     stack = ModuleSpec(module=object, submodules=SimpleNamespace(attention_layer=layer))
     ours = hybrid_stack_spec("M*M*", attention={"block_size": 8, "last_n_full": 1}, stack_spec=stack)
     build = specs.core_attention_of(ours.submodules.attention_layer)
-    given = {"config": transformer_config(), "attn_mask_type": AttnMaskType.causal, "attention_type": "self"}
+    given = {**ARGUMENTS, "config": transformer_config(num_layers=4)}
     assert type(build(layer_number=2, **given)) is MoBACoreAttention
     assert type(build(layer_number=4, **given)) is PlainAttention
     assert stack.submodules.attention_layer is layer
+    for number, config in ((1, given["config"]), (2, transformer_config(num_layers=5))):
+        with pytest.raises(ValueError, match=rf"layer {number} of {config.num_layers} is an attention layer of the mo"):
+            build(layer_number=number, **{**given, "config": config})
     given["config"].mtp_num_layers = 1
     with pytest.raises(ValueError, match="multi-token prediction"):
         build(layer_number=2, **given)
@@ -158,5 +207,7 @@ def test_a_pattern_that_does_not_fit_is_refused():
         schedule.over_pattern("M*M")
     with pytest.raises(ValueError, match="multi-token prediction"):
         schedule.over_pattern("M*M*/MM")
+    with pytest.raises(ValueError, match="pattern 'M-M-' has no attention layer"):
+        hybrid_stack_spec("M-M-", attention=MIXED, stack_spec=ModuleSpec(module=object))
     assert [layer.kind for layer in schedule.over_pattern("M*|*-").stages[0]] == ["full", "moba", "moba", "full"]
     assert doctest.testmod(schedule_module).failed == 0

@@ -1,11 +1,16 @@
 """`moba_megatron.megatron` as Megatron-LM and Megatron-Bridge call it: the same model as ours, or a clear refusal."""
 
 import ast
+import dataclasses
+import os
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import pytest
+import torch
 from callers import (
     LENGTH,
     VOCABULARY,
@@ -24,9 +29,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from model_examples import tiny, tokens
 
 from moba_megatron.config import AttentionConfig, ConfigError
-from moba_megatron.megatron import MoBATransformerLayer, layer_spec, spec
+from moba_megatron.megatron import MoBATransformerLayer, hybrid_stack_spec, layer_spec, spec
 from moba_megatron.megatron.settings import attention_plan
+from moba_megatron.model import specs
 from moba_megatron.model.norm import RMSNorm
+from moba_megatron.platform.libraries import optional_libraries
 
 ATTENTION = {"block_size": 8, "top_k": 2, "last_n_full": 1}
 
@@ -120,6 +127,8 @@ def test_sequence_parallelism_of_local_layers_gets_our_final_norm(monkeypatch, s
         ({"mtp_num_layers": 1}, "multi-token prediction are not supported; leave --mtp-num-layers out"),
         ({"attention_backend": "local"}, "attention_backend = local puts megatron-core's own attention in place"),
         ({"transformer_impl": "inference_optimized"}, "transformer_impl = 'inference_optimized'"),
+        ({"flash_decode": True}, "flash_decode = True attends fully, past MoBA"),
+        ({"hybrid_context_parallel": True}, "context-parallel groups that differ from sample to sample"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(given, says):
@@ -143,6 +152,79 @@ def test_modelopt_and_full_transformer_engine_layers_are_refused():
         layer_spec(megatron_lm_flags().get_args(), attention=ATTENTION)
 
 
+def layers_of_its_own(config):
+    """As Megatron-Bridge's providers of models that are more than megatron-core's layers."""
+
+
+def default_layer_spec(config):
+    """As that of all others."""
+
+
+@pytest.mark.parametrize(("brings", "refused"), [(layers_of_its_own, True), (default_layer_spec, False)])
+def test_models_with_layers_of_their_own_are_refused(brings, refused):
+    @dataclass
+    class OneModelProvider(Provider):
+        transformer_layer_spec: Any = field(default_factory=lambda: partial(brings))
+
+    provider = OneModelProvider(**model_settings())
+    provider.transformer_layer_spec = layer_spec
+    if not refused:
+        assert isinstance(layer_spec(provider, attention=ATTENTION), ModuleSpec)
+        return
+    with pytest.raises(ConfigError, match=r"OneModelProvider has layers of its own \(layers_of_its_own\)"):
+        layer_spec(provider, attention=ATTENTION)
+
+
+def test_what_transformer_engine_computes_takes_no_settings_of_ours(monkeypatch, capfd):
+    library = dataclasses.replace(optional_libraries()["transformer_engine"], available=True)
+    monkeypatch.setattr(specs, "optional_libraries", lambda: {"transformer_engine": library})
+    local = specs.gpt_layer_specs.get_gpt_layer_local_spec
+    monkeypatch.setattr(specs.gpt_layer_specs, "get_gpt_layer_with_transformer_engine_spec", local)
+    config = transformer_config(transformer_impl="transformer_engine", cp_comm_type="a2a")
+    for given, says in (
+        ({"attention": ATTENTION, "exchange": {"full": "p2p"}}, "exchange.full = p2p has no effect .* --cp-comm-type"),
+        ({**ATTENTION, "full_backend": "torch"}, "attention.full_backend = torch has no effect"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            layer_spec(config, attention=given)
+    layer_spec(config, attention={"attention": ATTENTION, "exchange": {"moba": "dispatch"}})
+    assert "always-full layers: Transformer Engine, cp_comm_type a2a" in capfd.readouterr().out
+    layer_spec(config, attention={"attention": {"block_size": 8}, "exchange": "dispatch"})
+
+
+def test_inference_that_goes_past_the_core_attention_raises(settings):
+    def started():
+        from moba_megatron import platform
+        from moba_megatron.config import ParallelConfig
+
+        platform.start_model_parallel(ParallelConfig())
+        platform.seed_all(5)
+        attention = CALLERS["Bridge"]().decoder.layers[0].self_attention
+        for call in (attention.flash_decode, attention.flash_decode_and_prefill):
+            with pytest.raises(ValueError, match="inference engine attends fully, past MoBA"):
+                call()
+
+    run_ranks(1, started)
+
+
+@pytest.mark.parametrize("name", ["qk_clip", "log_max_attention_logit"])
+def test_the_largest_score_is_not_to_be_had(settings, name):
+    def build():
+        return Provider(**model_settings(**{name: True}), transformer_layer_spec=layer_spec).provide()
+
+    with pytest.raises(AssertionError, match="qk_clip and log_max_attention_logit need the largest score"):
+        run_ranks(1, loss_and_layers, build)
+
+
+def test_norms_that_count_from_one_are_refused(settings):
+    def build():
+        config = model_settings(layernorm_zero_centered_gamma=True)
+        return Provider(**config, transformer_layer_spec=layer_spec).provide()
+
+    with pytest.raises(AssertionError, match="layernorm_zero_centered_gamma = True"):
+        run_ranks(1, loss_and_layers, build)
+
+
 MASKING = {"dataloader_inter_document_masking": True}
 
 
@@ -152,8 +234,7 @@ MASKING = {"dataloader_inter_document_masking": True}
         ({"create_attention_mask_in_dataloader": True}, 1, "add --no-create-attention-mask-in-dataloader"),
         (MASKING, 2, "--dataloader-inter-document-masking with --context-parallel-size 2 cuts whole samples"),
         ({"reset_attention_mask": True}, 1, "--reset-attention-mask acts through a mask"),
-        ({"hybrid_context_parallel": True}, 2, "--hybrid-context-parallel"),
-        ({"seq_length": 4}, 1, "attention.block_size = 8 is over data.sequence_length = 4"),
+        ({"seq_length": 4}, 1, "attention.block_size = 8 is over seq_length = 4"),
         (MASKING, 1, None),
         ({"create_attention_mask_in_dataloader": False}, 2, None),
     ],
@@ -166,6 +247,22 @@ def test_flags_of_megatron_lm_that_do_not_fit_are_refused(monkeypatch, flags, ra
         return
     with pytest.raises(ConfigError, match=says):
         layer_spec(config, attention=ATTENTION)
+
+
+def test_the_flag_of_the_length_goes_before_that_of_the_positions(monkeypatch):
+    """Megatron-LM fills `GPTModelConfig.seq_length` with --max-position-embeddings."""
+    monkeypatch.setitem(sys.modules, "megatron.training.global_vars", megatron_lm_flags(seq_length=4))
+    with pytest.raises(ConfigError, match="attention.block_size = 8 is over seq_length = 4"):
+        layer_spec(GPTModelConfig(transformer_config(), seq_length=4096), attention=ATTENTION)
+    with pytest.raises(ConfigError, match="attention.block_size = 8 is over seq_length = 4"):
+        hybrid_stack_spec("*-", attention={"block_size": 8}, stack_spec=ModuleSpec(module=object))
+
+
+def test_faults_of_megatron_lm_itself_are_told(monkeypatch, capfd):
+    flags = {"dist_ckpt_optim_fully_reshardable": True, "overlap_grad_reduce": True}
+    monkeypatch.setitem(sys.modules, "megatron.training.global_vars", megatron_lm_flags(**flags))
+    layer_spec(transformer_config(), attention=ATTENTION)
+    assert "saves optimizer state under the wrong parameters" in capfd.readouterr().out
 
 
 def test_flags_that_are_not_parsed_yet_are_not_asked(monkeypatch):
@@ -207,7 +304,9 @@ STAGES = {**ATTENTION, "stages": [{"until": 0.9}, {"until": 1.0, "kind": "full"}
 
 def test_a_stage_is_named_or_asked_for(monkeypatch):
     monkeypatch.delenv("MOBA_STAGE", raising=False)
-    with pytest.raises(ConfigError, match="the schedule has 2 stages, .* set MOBA_STAGE to the one of this run, 1 to"):
+    with pytest.raises(
+        ConfigError, match="the schedule has 2 stages, .* set MOBA_STAGE to the one that is meant, 1 to 2"
+    ):
         layer_spec(transformer_config(), attention=STAGES)
     monkeypatch.setenv("MOBA_STAGE", "2")
     assert attention_plan(STAGES, 2, None).stage == 1
@@ -223,7 +322,7 @@ def test_a_stage_is_named_or_asked_for(monkeypatch):
         ("attention: {blocksize: 8}", "attention.blocksize: unknown key; did you mean attention.block_size"),
         ("{blocksize: 8, top_k: 2}", "attention.blocksize: unknown key"),
         ("attention: {block_size: 0}", "attention.block_size = 0"),
-        ("attention: {block_size: 8, last_n_full: 3}", "attention.last_n_full = 3 is over model.num_layers = 2"),
+        ("attention: {block_size: 8, last_n_full: 3}", "attention.last_n_full = 3 is over num_layers = 2"),
         ("attention: {block_size: 8, full_layers: [7]}", "names layer 7: layers are counted from 1 to 2"),
         ("attention: {block_size: 8}\nmodel: {num_layers: 2}", "model: unknown key"),
         ("attention: {block_size: 8}\nexchange: carrier_pigeon", "exchange.moba = 'carrier_pigeon'"),
@@ -235,6 +334,28 @@ def test_settings_that_cannot_work_are_named(settings, content, says):
     settings.write_text(content)
     with pytest.raises(ConfigError, match=says):
         layer_spec(transformer_config())
+
+
+def test_one_word_of_an_exchange_in_a_base_is_one_for_each_kind(settings):
+    (settings.parent / "base.yaml").write_text("attention: {block_size: 8}\nexchange: a2a\n")
+    settings.write_text("base: base.yaml\nexchange: {moba: dispatch}\n")
+    assert attention_plan(settings, 2, None).settings["exchange"] == {"moba": "dispatch", "full": "a2a"}
+
+
+def test_ranks_with_other_settings_are_refused(settings):
+    def build():
+        if torch.distributed.get_rank() == 1:
+            settings.with_name("other.yaml").write_text("{block_size: 16}")
+            os.environ["MOBA_CONFIG"] = str(settings.with_name("other.yaml"))
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 0:
+            layer_spec(transformer_config())
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 1:
+            layer_spec(transformer_config())
+
+    with pytest.raises(AssertionError, match="rank 1 has other attention settings than another rank"):
+        run_ranks(2, build)
 
 
 def test_settings_that_are_missing_are_an_error(monkeypatch):
