@@ -21,6 +21,8 @@ $(error VENV = $(VENV) has Python $(call version,$(BIN)/python), PYTHON = '$(PYT
 endif
 endif
 endif
+# Scripts of launch/ look there as well.
+export VENV
 export TOKENIZERS_PARALLELISM := false
 
 CORPUS := data/prepared/python_stdlib

@@ -35,7 +35,7 @@ common=(data.tokenizer="$weights" data.train="$data/train" data.validation="$dat
 # The weights of later stages are not there yet: all from the first, also where a stage has begun with others.
 for stage in "${stages[@]}"; do
     config=configs/continued_pretraining/$model/$stage$suffix.yaml
-    .venv/bin/moba-megatron doctor "$config" model.init_from="$weights" "${common[@]}" \
+    "${VENV:-.venv}"/bin/moba-megatron doctor "$config" model.init_from="$weights" "${common[@]}" \
         'checkpoint.allow_changed=["model.init_from"]' >/dev/null
     echo "checked $config"
 done

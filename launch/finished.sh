@@ -7,7 +7,7 @@ if [ $# -lt 1 ]; then
     echo "usage: launch/finished.sh CONFIG.yaml [key.path=value ...]" >&2
     exit 2
 fi
-exec .venv/bin/python - "$@" <<'END'
+exec "${VENV:-.venv}"/bin/python - "$@" <<'END'
 import json
 import sys
 from pathlib import Path

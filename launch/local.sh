@@ -15,4 +15,4 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}    # kernel
 [ "${RESTARTS:-0}" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 echo "$ranks ranks, RESTARTS=${RESTARTS:-0}, $(env | grep -E '^(CUDA_DEVICE|GLOO|NCCL|OMP|TORCH)' | sort | tr '\n' ' ')" >&2
 # gloo and NCCL find the loopback device by themselves on one node.
-exec .venv/bin/torchrun --standalone --max-restarts "${RESTARTS:-0}" --nproc-per-node "$ranks" train.py "$@"
+exec "${VENV:-.venv}"/bin/torchrun --standalone --max-restarts "${RESTARTS:-0}" --nproc-per-node "$ranks" train.py "$@"

@@ -32,7 +32,7 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}    # kernel
 echo "node $node of $nodes: $address by $interface, head $head_address:${PORT:-29400}, $ranks ranks, RESTARTS=${RESTARTS:-0}," \
     "$(env | grep -E '^(CUDA_DEVICE|GLOO|NCCL|OMP|TORCH)' | sort | tr '\n' ' ')" >&2
 # torchrun recognises the head by its name alone: told an address, each machine would wait for another one.
-export PATH="$PWD/.venv/bin:$PATH"
+export PATH="$(cd "${VENV:-.venv}/bin" && pwd):$PATH"
 exec torchrun \
     --nnodes "$nodes" --nproc-per-node "$ranks" --local-addr "$address" --max-restarts "${RESTARTS:-0}" \
     --rdzv-backend c10d --rdzv-endpoint "$head_address:${PORT:-29400}" --rdzv-id "${PORT:-29400}" \

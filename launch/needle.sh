@@ -7,14 +7,14 @@ cd "$(dirname "$0")/.."
 data=data/prepared
 runs=runs/needle
 if [ ! -d $data/needle_samples ]; then
-    .venv/bin/python -m moba_megatron.evaluation.tasks.corpus $data/needle_samples
+    "${VENV:-.venv}"/bin/python -m moba_megatron.evaluation.tasks.corpus $data/needle_samples
 fi
-.venv/bin/moba-megatron prepare $data/needle_samples/recipe.yaml $data/needle
+"${VENV:-.venv}"/bin/moba-megatron prepare $data/needle_samples/recipe.yaml $data/needle
 maps=()
 for name in moba recent; do
-    .venv/bin/python train.py configs/needle/$name.yaml run.dir=$runs/$name "$@"
-    .venv/bin/moba-megatron evaluate $runs/$name --tasks needle --attention moba --task-samples 20
+    "${VENV:-.venv}"/bin/python train.py configs/needle/$name.yaml run.dir=$runs/$name "$@"
+    "${VENV:-.venv}"/bin/moba-megatron evaluate $runs/$name --tasks needle --attention moba --task-samples 20
     record=$(ls -t $runs/$name/evaluation/tasks_step_*_moba.json | head -n 1)
     maps+=("$name=$record")
 done
-.venv/bin/python -m moba_megatron.evaluation.tasks.heat_map $runs/needle.png "${maps[@]}"
+"${VENV:-.venv}"/bin/python -m moba_megatron.evaluation.tasks.heat_map $runs/needle.png "${maps[@]}"

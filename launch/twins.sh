@@ -6,7 +6,7 @@
 #   launch/twins.sh granularity           one
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PATH="$PWD/.venv/bin:$PATH"
+export PATH="$(cd "${VENV:-.venv}/bin" && pwd):$PATH"
 
 samples() { # NAME LENGTHS TOKENS: samples of the needle task as a dataset
     [ -d "data/prepared/$1_samples" ] ||
