@@ -14,6 +14,10 @@ from rich.table import Column, Table
 
 from moba_megatron import __version__
 
+_HALF_INSTALLED = (
+    "Transformer Engine without its compiled part does this: install it whole (pip install --no-build-isolation "
+    "'transformer-engine[pytorch]' on a machine with CUDA), or take it out"
+)
 PACKAGES = ("torch", "megatron-core", "triton", "transformers", "tokenizers", "datasets", "gigatoken", "wandb")
 
 
@@ -88,6 +92,9 @@ def _add_megatron_core(table: Table) -> None:
     try:
         missing, elsewhere = missing_capabilities(), imported_elsewhere()
     except ModuleNotFoundError:  # the base installation has none
+        return
+    except (ImportError, OSError) as error:
+        table.add_row("  which does not import", f"{type(error).__name__}: {error}. {_HALF_INSTALLED}")
         return
     if elsewhere:
         table.add_row("  but imported", elsewhere)

@@ -127,6 +127,20 @@ def test_doctor_names_the_megatron_core_that_is_imported(tmp_path):
     assert done.stdout.strip() == f"0.42.1 from {tmp_path}"
 
 
+def test_doctor_explains_a_megatron_core_that_does_not_import(tmp_path):
+    """As with Transformer Engine's Python part alone: its library is looked for when megatron-core is imported."""
+    checkout = tmp_path / "megatron/core"
+    checkout.mkdir(parents=True)
+    (checkout / "__init__.py").write_text("raise FileNotFoundError('Could not find shared object file: transformer')")
+    code = (
+        "from rich.console import Console; from moba_megatron.doctor import _print_versions; "
+        "_print_versions(Console(width=400))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "FileNotFoundError: Could not find shared object file: transformer. Transformer Engine with" in done.stdout
+
+
 def test_trackers_and_profiler_wrote_their_files(run):
     assert list((run / "tensorboard").glob("events.*"))
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))

@@ -102,6 +102,8 @@ def _parallel_settings(config: Config, dtype: torch.dtype) -> dict:
         # The interleaved schedule of two stages computes wrong gradients with any other pair.
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
+        # A wait of the whole device after every exchange, for PyTorch before 1.13.
+        "batch_p2p_sync": False,
         # An overlapped send may still read the output after it is called done (seen with gloo: wrong losses, no error).
         "deallocate_pipeline_outputs": not interleaved,
     }

@@ -30,14 +30,16 @@ FLASH_MOBA_BLOCK_STEP, FLASH_MOBA_TOP_K, FLASH_MOBA_HEAD_SIZE = 64, 64, 256
 
 
 @functools.cache
-def _import_problem(module: str, how_to_get: str) -> str | None:
+def _import_problem(module: str, function: str, how_to_get: str) -> str | None:
+    """Why a function of a package cannot be had. A folder of the package's name may be there without it: flash-attn-4
+    alone leaves an empty `flash_attn`."""
     if importlib.util.find_spec(module) is None:
         return f"the package {module} is not installed ({how_to_get})"
     try:
-        importlib.import_module(module)
+        found = importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as error:  # a compiled module that does not fit this machine
         return f"{module} does not import: {type(error).__name__}: {error}"
-    return None
+    return None if hasattr(found, function) else f"{module} is there without {function} ({how_to_get})"
 
 
 def _ampere_problem(device: torch.device) -> str | None:
@@ -50,13 +52,13 @@ def _ampere_problem(device: torch.device) -> str | None:
 def flash_moba_unavailable(device: torch.device) -> str | None:
     """Why FlashMoBA cannot run on a device, None if it can."""
     how = "build github.com/mit-han-lab/flash-moba with CUDA 12.9 or newer and PyTorch 2.8 or newer"
-    return _ampere_problem(device) or _import_problem("flash_moba", how)
+    return _ampere_problem(device) or _import_problem("flash_moba", "flash_moba_varlen_func", how)
 
 
 def flash_attn_unavailable(device: torch.device) -> str | None:
     """Why flash-attn cannot run on a device, None if it can."""
     how = "pip install --no-build-isolation flash-attn on a machine with CUDA"
-    return _ampere_problem(device) or _import_problem("flash_attn", how)
+    return _ampere_problem(device) or _import_problem("flash_attn", "flash_attn_varlen_func", how)
 
 
 def _package(name: str) -> ModuleType:

@@ -128,7 +128,7 @@ def test_settings_that_megatron_core_gets_wrong_by_default():
     assert plain.transformer_impl == "local" and plain.calculate_per_token_loss
     assert plain.cp_comm_type == "p2p"
     assert plain.attention_dropout == plain.hidden_dropout == 0.0
-    assert (plain.overlap_p2p_comm, plain.batch_p2p_comm) == (False, True)
+    assert (plain.overlap_p2p_comm, plain.batch_p2p_comm, plain.batch_p2p_sync) == (False, True, False)
     assert not plain.rotary_interleaved and not plain.add_bias_linear
     assert not (plain.masked_softmax_fusion or plain.bias_activation_fusion or plain.gradient_accumulation_fusion)
     assert not (plain.apply_rope_fusion or plain.cross_entropy_loss_fusion)

@@ -120,6 +120,20 @@ def test_a_package_that_does_not_import_says_why(monkeypatch, tmp_path):
         resolve_backend("flash_moba", "cuda")
 
 
+@pytest.mark.parametrize("name", ["flash_attn", "flash_moba"])
+def test_a_folder_of_the_name_is_not_the_package(monkeypatch, tmp_path, name):
+    """flash-attn-4 alone leaves `flash_attn` as a namespace that imports and holds no function."""
+    (tmp_path / name / "cute").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(adapters, "_ampere_problem", lambda device: None)
+    adapters._import_problem.cache_clear()
+    problem = getattr(adapters, f"{name}_unavailable")(torch.device("cuda"))
+    assert problem.startswith(f"{name} is there without {name}_varlen_func")
+    if name == "flash_attn":
+        chosen, reason = resolve_full_backend("auto", "cuda", torch.bfloat16)
+        assert chosen == "torch" and "is there without" in reason
+
+
 def test_refusals_without_packages_and_devices():
     assert full_backend_names() == ["auto", "torch", "torch_flash", "cudnn", "flash_attn"]
     with pytest.raises(ValueError, match="'flash_moba' is not available: it needs a CUDA device, not cpu"):
