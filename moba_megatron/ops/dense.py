@@ -1,14 +1,14 @@
 """Full causal attention of packed documents, for the full layers of a hybrid: flash-attn where it is installed, and
 PyTorch's fused kernels.
 
-Keys are never repeated in memory: grouped-query attention is the kernel's own. Through PyTorch, documents on a CPU are
-attended one by one; packed bf16 and fp16 on CUDA go through the variable-length flash kernel, which takes the
-boundaries from the device. Packed fp32 on CUDA, which that kernel refuses, and packs for cuDNN read the boundaries on
-the host.
+Keys are not repeated in memory, because grouped-query attention is the kernel's own; but for fp32 on CUDA, where the
+one fused kernel takes no groups. Through PyTorch, documents on a CPU are attended one by one; packed bf16 and fp16 on
+CUDA go through the variable-length flash kernel, which takes the boundaries from the device. Packed fp32 on CUDA, which
+that kernel refuses, and packs for cuDNN read the boundaries on the host.
 
 Only kernels whose memory is linear in the tokens are allowed. PyTorch would otherwise fall back, without a word, to one
 that holds the matrix of all scores: where the last dimension is not contiguous, which a copy mends here, and where no
-fused kernel takes the inputs (on CUDA fp64, and fp32 with grouped queries), which raises.
+fused kernel takes the inputs (fp64 on CUDA), which raises.
 """
 
 from __future__ import annotations
@@ -90,9 +90,17 @@ def _one_document(
         return torch.zeros_like(q)
     if q.shape[0] == 1:  # attends itself alone, which cuDNN refuses to compute
         return (v + 0 * k).repeat_interleave(q.shape[1] // v.shape[1], dim=1) + 0 * q
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and not takes_groups(q.device, q.dtype):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
     heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     with sdpa_kernel(kernels):
-        out = F.scaled_dot_product_attention(
-            *heads_first, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        out = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=grouped)
     return out.squeeze(0).transpose(0, 1)
+
+
+def takes_groups(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a fused kernel of PyTorch takes fewer kv heads than query heads. On CUDA fp32 has the memory-efficient
+    one alone, which does not."""
+    return device.type != "cuda" or dtype in HALF

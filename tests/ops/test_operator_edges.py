@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import moba_megatron.ops
-from moba_megatron.ops import backend_names, full_attention, moba_attention, resolve_backend, select_blocks
+from moba_megatron.ops import backend_names, dense, full_attention, moba_attention, resolve_backend, select_blocks
 from moba_megatron.ops.combine import combine, combine_weights
 from moba_megatron.ops.dense import _one_document
 from moba_megatron.ops.layout import block_layout
@@ -95,6 +95,29 @@ def test_strided_inputs():
     expected = torch.autograd.grad(moba_attention(*plain, block_size=8, top_k=3, backend="gathered"), plain, upstream)
     for got, gradient in zip(torch.autograd.grad(out, parts, strided), expected, strict=True):
         assert torch.equal(got, gradient)
+
+
+def test_dense_attention_repeats_keys_where_no_fused_kernel_takes_groups(monkeypatch):
+    """fp32 with grouped heads on CUDA, as in the quickstart without Transformer Engine."""
+    assert not dense.takes_groups(torch.device("cuda"), torch.float32)
+    assert dense.takes_groups(torch.device("cuda"), torch.bfloat16) and dense.takes_groups(
+        torch.device("cpu"), torch.float32
+    )
+    q, k, v = (torch.randn(40, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    want = full_attention(q, k, v, torch.tensor([0, 15, 40]))
+    expected = torch.autograd.grad(want.square().sum(), (q, k, v))
+    calls, attend = [], dense.F.scaled_dot_product_attention
+
+    def recorded(q, k, v, **how):
+        calls.append((q.shape[1], k.shape[1], how["enable_gqa"]))
+        return attend(q, k, v, **how)
+
+    monkeypatch.setattr(dense, "takes_groups", lambda device, dtype: False)
+    monkeypatch.setattr(dense.F, "scaled_dot_product_attention", recorded)
+    got = full_attention(q, k, v, torch.tensor([0, 15, 40]))
+    assert calls == [(4, 4, False)] * 2
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got.square().sum(), (q, k, v)), expected)
 
 
 def test_dense_attention_never_goes_quadratic():
