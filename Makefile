@@ -52,7 +52,7 @@ test: setup
 
 # For a second Python, beside one that ran all of `make test`.
 test-megatron: setup
-	$(BIN)/pytest $(MEGATRON_TESTS)
+	$(BIN)/pytest -m 'not gpu and not slow and not once' $(MEGATRON_TESTS)
 
 # Every supported release of megatron-core and Python, one after the other: hours.
 test-matrix:

@@ -13,6 +13,7 @@ from parallel.examples import groups_for, oracle, pack_inputs, run_shard
 from moba_megatron.parallel.attention import context_attention
 from moba_megatron.parallel.exchanges import EXCHANGES as TABLE
 
+pytestmark = pytest.mark.once
 PACKS = {"one": [0, 96], "uneven": [0, 16, 16, 72, 96], "tiny": [0, 8, 16, 24, 40, 48, 96]}
 # Blocks that divide a chunk, that do not, that straddle chunks, exceed the shard, exceed every document; of one token.
 BLOCKS = (4, 5, 16, 60, 100, 1)

@@ -30,6 +30,8 @@ from moba_megatron.model.core_attention import MoBACoreAttention
 
 attend, calls = MoBACoreAttention.forward, 0
 
+pytestmark = pytest.mark.once
+
 
 def fail_in_the_40th_call(*args, **kwargs):
     global calls

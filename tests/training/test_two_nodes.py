@@ -11,6 +11,8 @@ from nodes import available_kind, started_on, two_nodes
 from processes import finish, write_config
 from small_run import numbers_of, read_metrics, small_config, train_here
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("parallel", [{}, {"context": 2, "exchange": "p2p"}], ids=["dp2", "cp2-ring"])
 @pytest.mark.parametrize("kind", [available_kind()])
