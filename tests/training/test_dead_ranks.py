@@ -21,6 +21,8 @@ from small_run import small_config
 from moba_megatron.config import Config
 from moba_megatron.platform.processes import end_job, watch_for_failure
 
+pytestmark = pytest.mark.once
+
 SECONDS = 60
 
 RAISE_IN_ATTENTION = """
@@ -29,8 +31,6 @@ import os, runpy, sys
 from moba_megatron.model.core_attention import MoBACoreAttention
 
 attend, calls = MoBACoreAttention.forward, 0
-
-pytestmark = pytest.mark.once
 
 
 def fail_in_the_40th_call(*args, **kwargs):
