@@ -11,16 +11,13 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from torch.distributed.checkpoint import FileSystemReader
 
+from moba_megatron.checkpoint.common_state import COMMON, COMMON_FILE, read_common
 from moba_megatron.checkpoint.manifest import CheckpointError, Manifest, verify
 from moba_megatron.checkpoint.state import TrainingState, is_extra_state, load_weights, sharded_model
 from moba_megatron.platform.megatron_core import reads_common_state_among_tensors
-
-_COMMON, _COMMON_FILE = "common_state", "common.pt"
 
 
 def load_training(
@@ -72,7 +69,7 @@ def _load(folder: Path, requested: dict[str, Any], *, require_all: bool) -> dict
             )
     except (CheckpointingException, KeyError) as error:
         raise CheckpointError(f"{folder} does not fit this model: {error}") from error
-    not_requested = not_requested - {_COMMON} if require_all else set()
+    not_requested = not_requested - {COMMON} if require_all else set()
     problems = [f"{key} is missing" for key in sorted(not_stored) if not is_extra_state(key)]
     problems += [f"{key} has no place in it" for key in sorted(not_requested) if not is_extra_state(key)]
     if problems:
@@ -87,23 +84,17 @@ def _with_common_state(folder: Path) -> Iterator[Path]:
     What is no tensor (steps, learning rates) lies in the file `common.pt`; from 0.19 on it is one more entry among the
     tensors, which releases before do not look for. For them it is laid beside links to the other files.
     """
-    if (folder / _COMMON_FILE).is_file() or reads_common_state_among_tensors():
+    if (folder / COMMON_FILE).is_file() or reads_common_state_among_tensors():
         yield folder
         return
-    entry = ShardedObject(_COMMON, None, (1,), (0,)).unique_key
-    found = {entry: io.BytesIO()}
-    try:
-        torch.distributed.checkpoint.load(found, storage_reader=FileSystemReader(str(folder)), no_dist=True)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} has neither {_COMMON_FILE} nor the entry {_COMMON}: {error}") from error
-    common = found[entry]
-    if isinstance(common, io.BytesIO):
-        common.seek(0)
-        common = torch.load(common, weights_only=True)
+    common = read_common(folder)
+    if common is None:
+        raise CheckpointError(f"{folder} has neither {COMMON_FILE} nor the entry {COMMON}")
+    state = torch.load(io.BytesIO(common), weights_only=True)[0]
     with tempfile.TemporaryDirectory() as temporary:
         for file in folder.iterdir():
             (Path(temporary) / file.name).symlink_to(file.resolve())
-        torch.save(common[0], Path(temporary) / _COMMON_FILE)
+        torch.save(state, Path(temporary) / COMMON_FILE)
         yield Path(temporary)
 
 

@@ -130,16 +130,34 @@ def attention_section(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _configuration(source: Path, out: Path, values: dict[str, Any], weights: SafetensorsFolder) -> dict[str, Any]:
-    exact = "bf16" if set(weights.dtypes.values()) == {"BF16"} else "fp32"
+    return start_of_training(
+        out,
+        model={"init_from": str(source.resolve()), **model_section(values)},
+        attention=attention_section(values),
+        sequence_length=values["max_position_embeddings"],
+        exact="bf16" if set(weights.dtypes.values()) == {"BF16"} else "fp32",
+    )
+
+
+def start_of_training(
+    out: Path, *, model: dict[str, Any], attention: dict[str, Any], sequence_length: int, exact: str
+) -> dict[str, Any]:
+    """Configuration values of an imported model, to go on from.
+
+    Args:
+        out: its run folder.
+        model, attention: these sections.
+        exact: the precision that keeps every bit of the weights.
+    """
     name = out.name
     return {
         "run": {"dir": f"runs/{name}"},
-        "model": {"init_from": str(source.resolve()), **model_section(values)},
-        "attention": attention_section(values),
+        "model": model,
+        "attention": attention,
         "data": {
             "train": f"data/prepared/{name}/train",
             "tokenizer": str(out.resolve() / "tokenizer"),
-            "sequence_length": values["max_position_embeddings"],
+            "sequence_length": sequence_length,
         },
         "training": {"steps": 1000, "global_batch_size": 8, "precision": exact, "recompute": "full"},
         "optimizer": {"lr": 1e-5, "min_lr": 1e-6, "warmup_steps": 50},

@@ -18,10 +18,11 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from moba_megatron.checkpoint import CheckpointError
+from moba_megatron.checkpoint.common_state import read_common
 from moba_megatron.config import AttentionConfig, Config, ConfigError, ModelConfig, config_from_dict
 from moba_megatron.config.load import explain, read_yaml
 from moba_megatron.config.pretrained import pretrained_model_section
-from moba_megatron.convert.import_hf import NO_TOKENIZER, copy_tokenizer, write_run
+from moba_megatron.convert.import_hf import NO_TOKENIZER, copy_tokenizer, start_of_training, write_run
 from moba_megatron.convert.mapping import parameter_shapes
 from moba_megatron.convert.megatron_flags import differences, read_flags
 from moba_megatron.convert.publish import check_unused, new_folder
@@ -66,28 +67,22 @@ def import_megatron(
     plan = attention_plan(attention, section.num_layers, sequence_length)
     stored = StoredWeights(folder)
     problems = stored.problems(parameter_shapes(section), section.num_layers)
-    flags = _flags(stored)
+    flags = _flags(folder)
     problems += differences(flags, section)
     if problems:
         raise CheckpointError(f"{folder} does not hold the model of {model}: {'; '.join(problems)}")
-    values = {
-        "run": {"dir": f"runs/{out.name}"},
-        "model": section.model_dump(mode="json"),
-        "attention": as_section(plan.schedule.stages[plan.stage], plan.file.attention),
-        "data": {
-            "train": f"data/prepared/{out.name}/train",
-            "tokenizer": str(out.resolve() / "tokenizer"),
-            "sequence_length": sequence_length,
-        },
-        "training": {"steps": 1000, "global_batch_size": 8, "precision": _precision(stored), "recompute": "full"},
-        "optimizer": {"lr": 1e-5, "min_lr": 1e-6, "warmup_steps": 50},
-    }
-    config = config_from_dict(values)
-    with new_folder(out) as unfinished:
-        fingerprint, notes = (
-            NO_TOKENIZER,
-            ["no tokenizer was imported: evaluation and generation need one (--tokenizer)"],
+    config = config_from_dict(
+        start_of_training(
+            out,
+            model=section.model_dump(mode="json"),
+            attention=as_section(plan.schedule.stages[plan.stage], plan.file.attention),
+            sequence_length=sequence_length,
+            exact="bf16" if stored.dtype() == torch.bfloat16 else "fp32",
         )
+    )
+    with new_folder(out) as unfinished:
+        fingerprint = NO_TOKENIZER
+        notes = ["no tokenizer was imported: evaluation and generation need one (--tokenizer)"]
         if folder_of_tokenizer := tokenizer or _tokenizer_beside(model):
             fingerprint, notes = copy_tokenizer(folder_of_tokenizer, unfinished / "tokenizer", section.vocab_size)
         config = write_run(unfinished, out, config, lambda chunks: _fill(chunks, stored, advance), fingerprint, folder)
@@ -98,14 +93,14 @@ def import_megatron(
     return config, notes
 
 
-def _flags(stored: StoredWeights) -> dict[str, Any]:
+def _flags(folder: Path) -> dict[str, Any]:
     """Megatron-LM's flags; empty where the checkpoint has none, as Megatron-Bridge's."""
-    common = stored.common()
+    common = read_common(folder)
     try:
         return read_flags(common) if common else {}
     except (RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{stored.folder}: its flags cannot be read without running what it holds: {str(error).splitlines()[0]}"
+            f"{folder}: its flags cannot be read without running what it holds: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -168,10 +163,6 @@ def _tokenizer_beside(model: Path) -> Path | None:
     """The tokenizer of a Hugging Face folder, or of a run folder."""
     folders = [folder for folder in (model, model / "tokenizer") if (folder / "tokenizer.json").is_file()]
     return folders[0] if folders else None
-
-
-def _precision(stored: StoredWeights) -> str:
-    return "bf16" if stored.dtype() == torch.bfloat16 else "fp32"
 
 
 @torch.no_grad()

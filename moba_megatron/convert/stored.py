@@ -6,20 +6,17 @@ key, [layers, ...], as one stored part a layer (and tensor-parallel rank), so on
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from moba_megatron.checkpoint import CheckpointError
 from moba_megatron.convert.mapping import EMBEDDING, OUTPUT, layer_of
-
-_COMMON = "common_state/shard_0_1"
 
 
 class StoredWeights:
@@ -37,7 +34,6 @@ class StoredWeights:
         except OSError as error:
             raise CheckpointError(f"{folder} holds no distributed checkpoint: {error}") from error
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        self._others = metadata.state_dict_metadata.keys()
         self._tensors = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
@@ -52,18 +48,6 @@ class StoredWeights:
             names |= {f"{head}{layers}{n}.{rest}" for n in range(num_layers)} if layers else {key}
         return names
 
-    def common(self) -> bytes | None:
-        """What is no tensor, pickled by torch: the file `common.pt`, or since megatron-core 0.19 an entry."""
-        if (self.folder / "common.pt").is_file():
-            return (self.folder / "common.pt").read_bytes()
-        if _COMMON not in self._others:
-            return None
-        index = MetadataIndex(_COMMON)
-        item = ReadItem(LoadItemType.BYTE_IO, index, torch.Size((0,)), index, torch.Size((0,)), torch.Size((0,)))
-        raw = _Raw()
-        self._reader.read_data(self._reader.prepare_local_plan(LoadPlan([item])), raw).wait()
-        return raw.value
-
     def problems(self, shapes: dict[str, tuple[int, ...]], num_layers: int) -> list[str]:
         """How the stored parameters differ from those of a model, one line each; more rows of the vocabulary are none.
 
@@ -77,10 +61,9 @@ class StoredWeights:
             layers = entry.size[0] if key.startswith("decoder.layers.") else num_layers
             if layers != num_layers:
                 found.append(f"{layers} layers of {key} are stored, the model has {num_layers}")
-        for name in shapes.keys() & names:
-            _, stored = self._entry(name)
-            if not _holds(name, stored, shapes[name]):
-                found.append(f"{name} is stored as {list(stored)}, the model has {list(shapes[name])}")
+        for name, shape in shapes.items():
+            if name in names and not _holds(name, stored := self._entry(name)[1], shape):
+                found.append(f"{name} is stored as {list(stored)}, the model has {list(shape)}")
         return found
 
     def _entry(self, name: str) -> tuple[str, tuple[int, ...]]:
@@ -126,16 +109,6 @@ def _holds(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     """Whether a stored parameter has this shape; the vocabulary may be padded."""
     padded = name in (EMBEDDING, OUTPUT) and stored[1:] == shape[1:] and stored[0] >= shape[0]
     return padded or stored == shape
-
-
-class _Raw:
-    """The same for an entry that is no tensor: its bytes, as they are."""
-
-    def __init__(self):
-        self.value = b""
-
-    def load_bytes(self, item: ReadItem, value: io.BytesIO) -> None:
-        self.value = value.read()
 
 
 class _Into:
