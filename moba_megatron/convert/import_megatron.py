@@ -139,7 +139,9 @@ def as_section(layers: tuple[LayerAttention, ...], given: AttentionConfig) -> di
         # One layer's settings as those of the section, so that it names no selector that no layer has.
         first, choices = sparse[0], [layer.selection for layer in sparse]
         section |= {"block_size": first.block_size, "top_k": first.top_k, "selector": first.selection.selector}
-        section["summary"] = next((choice.summary for choice in choices if choice.summary != "mean"), "mean")
+        # A selector that looks at no scores says nothing of the summary that the section gave the others.
+        scored = [choice for choice in choices if choice.uses_scores] or choices
+        section["summary"] = scored[0].summary
         section["threshold"] = next((choice.threshold for choice in choices if choice.threshold is not None), None)
     return section
 
