@@ -18,7 +18,7 @@ from moba_megatron.platform.megatron_core import missing_capabilities
 from moba_megatron.runs.files import read_json_lines
 from moba_megatron.runs.folder import training_records
 
-FULL = "attention.full_backend = auto: torch (auto: PyTorch's fused kernels; flash_attn is not available: "
+FULL = "attention.full_backend = auto: torch (auto: PyTorch's fused kernels; not available: flash_attn_3, flash_attn_4"
 COMMAND = Path(sys.executable).with_name("moba-megatron")
 
 

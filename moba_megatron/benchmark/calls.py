@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moba_megatron.ops import full_attention
+from moba_megatron.ops.adapters import FLASH_ATTENTION
 
 # By the names that settings have.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -64,7 +65,7 @@ def clear_inputs(
 
 def full_call(tensors: list[Tensor], mode: str, backend: str) -> Call:
     """Full causal attention by a backend, on tensors laid out as it likes them."""
-    if backend in ("flash_attn", "torch_flash"):
+    if backend == "torch_flash" or backend in FLASH_ATTENTION:
         return call_of(lambda *x: full_attention(*x, backend=backend), tensors, torch.ones_like(tensors[0]), mode)
     heads_first = [x.transpose(0, 1).contiguous() for x in tensors]
     upstream = torch.ones_like(heads_first[0]).transpose(0, 1)

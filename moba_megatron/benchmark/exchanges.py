@@ -4,7 +4,7 @@ torchrun.
 Every exchange runs forward and backward on the same random inputs, one document per length; the slowest rank counts,
 and medians over the runs are reported. Bytes are counted where they arrive, the mean over the ranks, beside what the
 formulas of `parallel.exchanges` say for both passes together (without summaries; for `dispatch` the bound). Before
-anything is timed an exchange is held against the definition on one rank, on a short document; one that disagrees gets
+anything is timed an exchange is compared with the definition on one rank, on a short document; one that disagrees gets
 no speed.
 
 *Selected* is the share of past blocks with keys on other ranks that at least one query of a rank chose, the mean over
@@ -30,7 +30,7 @@ import torch.multiprocessing
 from rich.console import Console
 from torch import Tensor
 
-from moba_megatron.benchmark.calls import DTYPES
+from moba_megatron.benchmark.calls import DTYPES, clear_inputs
 from moba_megatron.benchmark.report import new_figure, print_table, write_csv, write_markdown
 from moba_megatron.benchmark.settings import BenchSettings
 from moba_megatron.ops import moba_attention, select_blocks
@@ -41,8 +41,8 @@ from moba_megatron.parallel.layout import shard_positions
 from moba_megatron.parallel.wire import observe
 
 AGREEMENT_TOKENS = 1024
-# Largest difference, as a part of the largest element.
-AGREEMENT, AGREEMENT_IN_BF16 = 1e-10, 0.03
+# Largest difference by dtype, as a part of the largest element.
+AGREEMENT = {"fp64": 1e-10, "fp32": 1e-4, "fp16": 0.01, "bf16": 0.03}
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _measure_all(settings: BenchSettings, context_size: int) -> list[ContextRow]
                 for exchange in EXCHANGES:
                     if block_size is None and not EXCHANGES[exchange].suits_full:
                         continue
-                    reason = refusal(exchange, sizes, context_size) or _disagreement(settings, sizes, exchange)
+                    reason = refusal(exchange, sizes, context_size) or _disagreement(settings, dtype, sizes, exchange)
                     if reason:
                         if dist.get_rank() == 0:
                             print(f"left out: {reason}", flush=True)
@@ -173,27 +173,31 @@ def _positions(length: int) -> Tensor:
     return shard_positions(torch.tensor([0, length]), dist.get_world_size(), dist.get_rank())
 
 
-def _disagreement(settings: BenchSettings, sizes: RankSizes, exchange: str) -> str | None:
-    """Why an exchange may not be timed, the same on all ranks: None if it agrees with the definition on one rank, in
-    fp64. CUDA has no fused full attention in fp64: there full layers are compared in bf16."""
+def _disagreement(settings: BenchSettings, dtype: str, sizes: RankSizes, exchange: str) -> str | None:
+    """Why an exchange may not be timed, the same on all ranks: None if, with the backend and in the dtype that are
+    timed, it agrees with the definition on one rank in fp64. The inputs leave no doubt about the choice of blocks."""
     unit = 2 * dist.get_world_size()
     length = -(-AGREEMENT_TOKENS // unit) * unit
     small = replace(sizes, block_size=sizes.block_size and min(sizes.block_size, length // 8))
-    narrow = small.block_size is None and settings.device == "cuda"
-    dtype, tolerance = (torch.bfloat16, AGREEMENT_IN_BF16) if narrow else (torch.float64, AGREEMENT)
-    whole = [x.requires_grad_() for x in _inputs(settings, dtype, length)]
     # One block that holds everything, and nothing chosen beside it, is full attention.
     blocks = {"block_size": small.block_size or length, "top_k": small.top_k or 1}
-    expected = moba_attention(*whole, **blocks, backend="reference")
+    whole = clear_inputs(
+        length, settings.num_heads, settings.num_kv_heads, settings.head_size, dtype, settings.device, settings.seed,
+        blocks["block_size"],
+    )  # fmt: skip
+    wide = [x.double().requires_grad_() for x in whole]
+    expected = moba_attention(*wide, **blocks, backend="reference")
     expected.sum().backward()
     mine = _positions(length).to(settings.device)
-    leaves = [x.detach()[mine].requires_grad_() for x in whole]
+    leaves = [x[mine].requires_grad_() for x in whole]
     out = _attention(small, exchange, *leaves)
     out.sum().backward()
-    pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(leaves, whole, strict=True))]
+    pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(leaves, wide, strict=True))]
     error = torch.stack([(ours - one[mine]).abs().max() / one.abs().max() for ours, one in pairs]).max().detach()
     dist.all_reduce(error, op=dist.ReduceOp.MAX)
-    return None if error <= tolerance else f"{exchange} differs from one rank by {error:.1e} of the largest element"
+    return (
+        None if error <= AGREEMENT[dtype] else f"{exchange} differs from one rank by {error:.1e} of the largest element"
+    )
 
 
 def _measure(settings: BenchSettings, dtype: str, length: int, sizes: RankSizes, exchange: str) -> ContextRow:

@@ -68,7 +68,7 @@ def _full_calls(settings: BenchSettings, dtype: str, length: int, mode: str) -> 
     makers = {}
     for backend in settings.full:
         try:
-            name, _ = resolve_full_backend(backend, settings.device, DTYPES[dtype])
+            name, _ = resolve_full_backend(backend, settings.device, DTYPES[dtype], settings.head_size)
         except ValueError:
             if len(settings.full) == 1:
                 raise
@@ -107,7 +107,7 @@ def disagreement(settings: BenchSettings, dtype: str, block_size: int, top_k: in
     heads = kv_heads * min(settings.num_heads // settings.num_kv_heads, 2)
     length = (top_k + 2) * tested_size + tested_size // 2 + 1
     sizes = (length, heads, kv_heads, settings.head_size, dtype, settings.device)
-    backend = resolve_backend(settings.backend, settings.device)[0]
+    backend = resolve_backend(settings.backend, settings.device, DTYPES[dtype])[0]
     if backend == "flash_moba":
         q, k, v = clear_inputs(*sizes, settings.seed, tested_size)
     else:
@@ -139,7 +139,7 @@ def _times(settings: BenchSettings, case: Case, backend: str, with_flash_moba: b
 
 def measure(settings: BenchSettings, case: Case, with_flash_moba: bool = False) -> BenchRow:
     """Time one case."""
-    backend, _ = resolve_backend(settings.backend, settings.device)
+    backend, _ = resolve_backend(settings.backend, settings.device, DTYPES[case.dtype])
     q_bytes = case.length * settings.num_heads * settings.head_size * DTYPES[case.dtype].itemsize
     gradients = q_bytes * (1 + 2 * settings.num_kv_heads / settings.num_heads) if case.mode == "fwd+bwd" else 0
     times, peak = _times(settings, case, backend, with_flash_moba)
@@ -270,7 +270,7 @@ class _Gate:
     def passes_flash_moba(self, case: Case) -> bool:
         """Whether FlashMoBA is here, takes this case and agrees."""
         try:
-            resolve_backend("flash_moba", self.settings.device)
+            resolve_backend("flash_moba", self.settings.device, DTYPES[case.dtype])
             return self.passes("flash_moba", case)
         except ValueError:
             return False

@@ -25,7 +25,7 @@ def _gpu_grid(lengths: tuple[int, ...]) -> tuple[dict, ...]:
             "num_heads": heads,
             "num_kv_heads": kv_heads,
             "head_size": GPU_HEAD_SIZE,
-            "full": ("torch_flash", "cudnn", "flash_attn"),
+            "full": ("torch_flash", "cudnn", "flash_attn", "flash_attn_3", "flash_attn_4"),
             # Full attention of a million tokens takes most of a minute, forward and backward.
             "limit": 20.0,
         }

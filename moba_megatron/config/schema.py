@@ -101,9 +101,12 @@ class AttentionConfig(Section):
     backend: Literal["auto", "reference", "gathered", "triton", "flash_moba"] = "auto"
     """What computes MoBA. `auto` is decided once, at start, and written into the run's config.yaml. `flash_moba` is
     another package, with block means in the weights' precision; `auto` never takes it."""
-    full_backend: Literal["auto", "torch", "torch_flash", "cudnn", "flash_attn"] = "auto"
+    full_backend: Literal["auto", "torch", "torch_flash", "cudnn", "flash_attn", "flash_attn_3", "flash_attn_4"] = (
+        "auto"
+    )
     """What computes full attention outside Transformer Engine layers and without context parallelism. `auto`: the
-    package flash-attn where it is installed, else `torch`, PyTorch's choice among its fused kernels."""
+    first of flash-attn 3 (Hopper), flash-attn-4 (Hopper, Blackwell) and flash-attn 2 that is installed, else `torch`,
+    PyTorch's choice among its fused kernels."""
 
     @property
     def selectors(self) -> set[str]:

@@ -1,8 +1,13 @@
-"""Attention of other packages behind the operator's own signatures: FlashMoBA and flash-attn.
+"""Attention of other packages behind the operator's own signatures: FlashMoBA, and flash-attn in its versions 2, 3, 4.
 
-Neither is needed, imported or looked for before somebody asks for it. Each has a function that says why it cannot run
+None is needed, imported or looked for before somebody asks for it. Each has a function that says why it cannot run
 on a device (None if it can) and one that translates a call; what a call may not ask of the package raises with the
 values, and nothing falls back to another backend.
+
+The three versions of flash-attn (github.com/Dao-AILab/flash-attention) are packages that stand beside each other:
+`flash-attn` (2; `flash_attn`), the folder `hopper` of its sources (3; `flash_attn_interface`) and `flash-attn-4` (4;
+`flash_attn.cute`). Their functions have one name and different signatures: the fourth positional argument of version 4
+is not `cu_seqlens_q`, and it returns the log-sum-exp as well. So everything behind q, k and v goes by keyword.
 
 FlashMoBA (arXiv 2511.11571; package `flash_moba` 2.0.0) chooses blocks by itself. As its sources say: `moba_topk`
 counts the query's own block, as `top_k` does here; block means are kept in the inputs' dtype, so that near-ties fall
@@ -16,8 +21,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
-from types import ModuleType
+from collections.abc import Container
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,40 +34,84 @@ HALF = (torch.bfloat16, torch.float16)
 FLASH_MOBA_BLOCK_STEP, FLASH_MOBA_TOP_K, FLASH_MOBA_HEAD_SIZE = 64, 64, 256
 
 
+@dataclass(frozen=True)
+class FlashAttention:
+    """One version of flash-attn, as its sources say.
+
+    Attributes:
+        module: where `flash_attn_varlen_func` is.
+        how_to_get: for messages.
+        majors: the GPUs that it has kernels for, by their compute capability's first number.
+        head_sizes, sizes_in_words: what it takes.
+    """
+
+    module: str
+    how_to_get: str
+    majors: range
+    head_sizes: Container[int]
+    sizes_in_words: str
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why it cannot run on a device, None if it can."""
+        return _gpu_problem(device, self.majors) or _import_problem(
+            self.module, "flash_attn_varlen_func", self.how_to_get
+        )
+
+
+FLASH_ATTENTION = {
+    "flash_attn": FlashAttention(
+        "flash_attn",
+        "pip install --no-build-isolation flash-attn on a machine with CUDA",
+        range(8, 100),
+        range(1, 257),
+        "up to 256",
+    ),
+    "flash_attn_3": FlashAttention(
+        "flash_attn_interface",
+        "install the folder hopper of github.com/Dao-AILab/flash-attention with CUDA 12.3 or newer",
+        range(9, 10),
+        range(8, 257, 8),
+        "that are multiples of 8 up to 256",
+    ),
+    "flash_attn_4": FlashAttention(
+        "flash_attn.cute",
+        "pip install flash-attn-4",
+        range(9, 12),
+        (*range(8, 129, 8), 256),
+        "that are multiples of 8 up to 128, and 256",
+    ),
+}
+
+
 @functools.cache
 def _import_problem(module: str, function: str, how_to_get: str) -> str | None:
     """Why a function of a package cannot be had. A folder of the package's name may be there without it: flash-attn-4
     alone leaves an empty `flash_attn`."""
-    if importlib.util.find_spec(module) is None:
-        return f"the package {module} is not installed ({how_to_get})"
     try:
         found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            return f"{module} does not import: {type(error).__name__}: {error}"
+        return f"the package {module} is not installed ({how_to_get})"
     except (ImportError, OSError, RuntimeError) as error:  # a compiled module that does not fit this machine
         return f"{module} does not import: {type(error).__name__}: {error}"
     return None if hasattr(found, function) else f"{module} is there without {function} ({how_to_get})"
 
 
-def _ampere_problem(device: torch.device) -> str | None:
+def _gpu_problem(device: torch.device, majors: range) -> str | None:
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"it needs compute capability 8.0 or newer, this GPU has {major}.{minor}"
+    if major in majors:
+        return None
+    wanted = f"{majors[0]}.0 or newer" if majors[-1] == 99 else " or ".join(f"{one}.x" for one in majors)
+    return f"it needs compute capability {wanted}, this GPU has {major}.{minor}"
 
 
 def flash_moba_unavailable(device: torch.device) -> str | None:
     """Why FlashMoBA cannot run on a device, None if it can."""
     how = "build github.com/mit-han-lab/flash-moba with CUDA 12.9 or newer and PyTorch 2.8 or newer"
-    return _ampere_problem(device) or _import_problem("flash_moba", "flash_moba_varlen_func", how)
-
-
-def flash_attn_unavailable(device: torch.device) -> str | None:
-    """Why flash-attn cannot run on a device, None if it can."""
-    how = "pip install --no-build-isolation flash-attn on a machine with CUDA"
-    return _ampere_problem(device) or _import_problem("flash_attn", "flash_attn_varlen_func", how)
-
-
-def _package(name: str) -> ModuleType:
-    return importlib.import_module(name)
+    return _gpu_problem(device, range(8, 100)) or _import_problem("flash_moba", "flash_moba_varlen_func", how)
 
 
 def _boundaries(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[Tensor, int]:
@@ -88,12 +137,11 @@ def flash_moba_attention(
     """MoBA by FlashMoBA, selection included; arguments as for `moba_attention`.
 
     Raises:
-        ValueError: a selection, dtype, block size, top_k, head size or softmax scale that FlashMoBA does not take.
+        ValueError: a selection, block size, top_k, head size or softmax scale that FlashMoBA does not take.
     """
     size = q.shape[2]
     limits = [
         (selection.is_plain, f"selection by {selection}: only top_k of mean"),
-        (q.dtype in HALF, f"dtype {q.dtype}: bf16 or fp16"),
         (
             block_size % FLASH_MOBA_BLOCK_STEP == 0,
             f"block_size {block_size}: a multiple of {FLASH_MOBA_BLOCK_STEP}",
@@ -106,22 +154,48 @@ def flash_moba_attention(
     if problems:
         raise ValueError(f"backend 'flash_moba' cannot do this: {'; '.join(problems)}; use another backend")
     bounds, longest = _boundaries(q, cu_seqlens, max_seqlen)
-    return _package("flash_moba").flash_moba_varlen_func(
+    return importlib.import_module("flash_moba").flash_moba_varlen_func(
         q, k, v, bounds, bounds, longest, longest, moba_chunk_size=block_size, moba_topk=top_k, causal=True
     )
 
 
 def flash_attn_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, softmax_scale: float, max_seqlen: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    *,
+    softmax_scale: float,
+    max_seqlen: int | None,
+    version: str = "flash_attn",
 ) -> Tensor:
-    """Full causal attention by flash-attn's variable-length kernel; arguments as for `full_attention`.
+    """Full causal attention by a version of flash-attn, for packs; arguments as for `full_attention`.
+
+    The gradient of q is summed in an order left open, unless PyTorch is asked for deterministic algorithms.
+
+    Args:
+        version: `flash_attn`, `flash_attn_3` or `flash_attn_4`.
 
     Raises:
-        ValueError: a head size that flash-attn does not take.
+        ValueError: a head size that it does not take.
     """
-    if q.shape[2] > 256:
-        raise ValueError(f"full attention by 'flash_attn' takes head sizes up to 256, not {q.shape[2]}; use 'torch'")
+    package = FLASH_ATTENTION[version]
+    if q.shape[2] not in package.head_sizes:
+        raise ValueError(
+            f"full attention by {version!r} takes head sizes {package.sizes_in_words}, not {q.shape[2]}; use 'torch'"
+        )
     bounds, longest = _boundaries(q, cu_seqlens, max_seqlen)
-    return _package("flash_attn").flash_attn_varlen_func(
-        q, k, v, bounds, bounds, longest, longest, softmax_scale=softmax_scale, causal=True
+    found = importlib.import_module(package.module).flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=bounds,
+        cu_seqlens_k=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=softmax_scale,
+        causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
+    # Version 4, and early builds of 3, return the log-sum-exp as well.
+    return found[0] if isinstance(found, tuple) else found

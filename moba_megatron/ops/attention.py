@@ -86,7 +86,7 @@ def moba_attention(
     """
     check_settings(block_size, top_k, workspace_bytes)
     selection = Selection(selector, summary, threshold)
-    name, _ = resolve_backend(backend, q.device)
+    name, _ = resolve_backend(backend, q.device, q.dtype)
     if workspace_bytes is not None and not has_steps(name):
         raise ValueError(
             f"workspace_bytes = {workspace_bytes}: backend {name!r} cannot be kept to a workspace; leave it out, or "
@@ -163,5 +163,5 @@ def select_blocks(
     check_inputs({"q": q, "k": k}, cu_seqlens)
     layout = layout_of(q, cu_seqlens, block_size, max_seqlen)
     own_TN1 = layout.block_T.to(torch.int32).view(-1, 1, 1).expand(-1, q.shape[1], 1)
-    steps = steps_of(resolve_backend("auto", q.device)[0], Selection(selector, summary, threshold))
+    steps = steps_of(resolve_backend("auto", q.device, q.dtype)[0], Selection(selector, summary, threshold))
     return torch.cat([own_TN1, steps.select_past(q, steps.summarize(k, layout), layout, top_k - 1)], dim=-1)

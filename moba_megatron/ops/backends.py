@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import torch
 
-from moba_megatron.ops.adapters import HALF, flash_attn_unavailable, flash_moba_unavailable
+from moba_megatron.ops.adapters import FLASH_ATTENTION, HALF, flash_moba_unavailable
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,24 @@ class Backend:
         summary: one line for `doctor` and docs.
         unavailable: the reason why it cannot run on a device, None if it can.
         dtypes: what it takes; None: every floating dtype.
+        head_sizes, sizes_in_words: the same of head sizes.
     """
 
     name: str
     summary: str
     unavailable: Callable[[torch.device], str | None]
     dtypes: tuple[torch.dtype, ...] | None = None
+    head_sizes: Container[int] | None = None
+    sizes_in_words: str = ""
 
-    def problem(self, device: torch.device, dtype: torch.dtype | None) -> str | None:
-        """Why it cannot run on this device, or with this dtype if one is given; None if it can."""
+    def problem(
+        self, device: torch.device, dtype: torch.dtype | None = None, head_size: int | None = None
+    ) -> str | None:
+        """Why it cannot run on this device, or with this dtype or head size where they are given; None if it can."""
         if dtype is not None and self.dtypes is not None and dtype not in self.dtypes:
             return f"it takes {' and '.join(map(str, self.dtypes))}, not {dtype}"
+        if head_size is not None and self.head_sizes is not None and head_size not in self.head_sizes:
+            return f"it takes head sizes {self.sizes_in_words}, not {head_size}"
         return self.unavailable(device)
 
 
@@ -67,7 +74,12 @@ BACKENDS = {
     for backend in (
         Backend("reference", "the definition: a dense mask, quadratic in memory, any device", _never),
         Backend("gathered", "portable PyTorch, sparse in time and memory, any device", _never),
-        Backend("triton", "GPU kernels, sparse in time and memory, CUDA devices", _triton_unavailable),
+        Backend(
+            "triton",
+            "GPU kernels, sparse in time and memory, CUDA devices",
+            _triton_unavailable,
+            (*HALF, torch.float32),
+        ),
         Backend("flash_moba", "FlashMoBA, another package, never chosen by auto", flash_moba_unavailable, dtypes=HALF),
     )
 }
@@ -78,9 +90,25 @@ FULL_BACKENDS = {
         Backend("torch", "PyTorch's choice among its fused kernels of linear memory, any device", _never),
         Backend("torch_flash", "PyTorch's flash kernel", _needs_cuda, dtypes=HALF),
         Backend("cudnn", "cuDNN through PyTorch, one document at a time", _needs_cuda, dtypes=HALF),
-        Backend("flash_attn", "the package flash-attn, whole packs at once", flash_attn_unavailable, dtypes=HALF),
+        *(
+            Backend(
+                name,
+                f"the package {package}, whole packs at once",
+                FLASH_ATTENTION[name].unavailable,
+                HALF,
+                FLASH_ATTENTION[name].head_sizes,
+                FLASH_ATTENTION[name].sizes_in_words,
+            )
+            for name, package in (
+                ("flash_attn", "flash-attn 2"),
+                ("flash_attn_3", "flash-attn 3 (Hopper)"),
+                ("flash_attn_4", "flash-attn-4 (Hopper, Blackwell)"),
+            )
+        ),
     )
 }
+# The first that can run. On Hopper version 3 has kernels of its own; version 2 has those of Ampere.
+_AUTO_FULL = ("flash_attn_3", "flash_attn_4", "flash_attn")
 
 
 def backend_names() -> list[str]:
@@ -111,34 +139,48 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype | 
     ('gathered', 'auto: the sparse backend that runs on cpu')
     """
     device = torch.device(device)
-    if name == "auto":
-        if device.type == "cuda" and BACKENDS["triton"].unavailable(device) is None:
+    if name != "auto":
+        return _by_name(BACKENDS, name, device, dtype, None, "backend")
+    if device.type == "cuda":
+        problem = BACKENDS["triton"].problem(device, dtype)
+        if problem is None:
             return "triton", "auto: the GPU kernels"
-        return "gathered", f"auto: the sparse backend that runs on {device.type}"
-    return _by_name(BACKENDS, name, device, dtype, "backend")
+        return "gathered", f"auto: the sparse backend for any device; triton cannot run: {problem}"
+    return "gathered", f"auto: the sparse backend that runs on {device.type}"
 
 
-def resolve_full_backend(name: str, device: torch.device | str, dtype: torch.dtype | None = None) -> tuple[str, str]:
-    """Decide what computes full attention; as `resolve_backend`.
+def resolve_full_backend(
+    name: str, device: torch.device | str, dtype: torch.dtype | None = None, head_size: int | None = None
+) -> tuple[str, str]:
+    """Decide what computes full attention; as `resolve_backend`, and by the head size where it is given.
 
-    >>> resolve_full_backend("auto", "cpu")
-    ('torch', "auto: PyTorch's fused kernels; flash_attn is not available: it needs a CUDA device, not cpu")
+    >>> resolve_full_backend("auto", "cpu")[0]
+    'torch'
     """
     device = torch.device(device)
     if name != "auto":
-        return _by_name(FULL_BACKENDS, name, device, dtype, "full-attention backend")
-    reason = FULL_BACKENDS["flash_attn"].problem(device, dtype)
-    if reason is None:
-        return "flash_attn", "auto: flash-attn is installed and attends whole packs at once"
-    return "torch", f"auto: PyTorch's fused kernels; flash_attn is not available: {reason}"
+        return _by_name(FULL_BACKENDS, name, device, dtype, head_size, "full-attention backend")
+    refused: dict[str, list[str]] = {}
+    for candidate in _AUTO_FULL:
+        reason = FULL_BACKENDS[candidate].problem(device, dtype, head_size)
+        if reason is None:
+            return candidate, f"auto: {FULL_BACKENDS[candidate].summary}"
+        refused.setdefault(reason, []).append(candidate)
+    why = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in refused.items())
+    return "torch", f"auto: PyTorch's fused kernels; not available: {why}"
 
 
 def _by_name(
-    table: dict[str, Backend], name: str, device: torch.device, dtype: torch.dtype | None, what: str
+    table: dict[str, Backend],
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    head_size: int | None,
+    what: str,
 ) -> tuple[str, str]:
     if name not in table:
         raise ValueError(f"unknown {what} {name!r}; choose one of {', '.join(['auto', *table])}")
-    reason = table[name].problem(device, dtype)
+    reason = table[name].problem(device, dtype, head_size)
     if reason is not None:
         raise ValueError(f"{what} {name!r} is not available: {reason}")
     return name, "asked for by name"

@@ -47,7 +47,7 @@ def decode_tokens(
         ValueError: as `continue_text`, or a backend that cannot run or does not take these sizes.
     """
     check_settings(block_size, top_k)
-    if resolve_backend(backend, q_bND.device)[0] == "triton" and q_bND.dtype != torch.float64:
+    if resolve_backend(backend, q_bND.device, q_bND.dtype)[0] == "triton":
         from moba_megatron.ops.triton.decode import decode_cached
 
         scale = 1 / math.sqrt(q_bND.shape[2]) if softmax_scale is None else softmax_scale

@@ -1,5 +1,5 @@
-"""Full causal attention of packed documents, for the full layers of a hybrid: flash-attn where it is installed, and
-PyTorch's fused kernels.
+"""Full causal attention of packed documents, for the full layers of a hybrid: flash-attn (2, 3 or 4) where it is
+installed, and PyTorch's fused kernels.
 
 Keys are not repeated in memory, because grouped-query attention is the kernel's own; but for fp32 on CUDA, where the
 one fused kernel takes no groups. Through PyTorch, documents on a CPU are attended one by one; packed bf16 and fp16 on
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from moba_megatron.ops.adapters import HALF, flash_attn_attention
+from moba_megatron.ops.adapters import FLASH_ATTENTION, HALF, flash_attn_attention
 from moba_megatron.ops.backends import resolve_full_backend
 from moba_megatron.ops.layout import check_inputs
 from moba_megatron.ops.precision import without_autocast
@@ -53,8 +53,9 @@ def full_attention(
         cu_seqlens: int32 [documents + 1], boundaries from 0 to T; None for one document.
         softmax_scale: factor on the scores, 1/sqrt(D) if None.
         max_seqlen: an upper bound on the longest document in tokens; only kernels for packs on CUDA look at it.
-        backend: `auto`, `torch`, `torch_flash`, `cudnn` or `flash_attn`. `auto` takes flash-attn where it is installed
-            and takes the inputs, else `torch`, which leaves the choice among its kernels to PyTorch.
+        backend: `auto`, `torch`, `torch_flash`, `cudnn`, `flash_attn`, `flash_attn_3` or `flash_attn_4`. `auto` takes
+            a version of flash-attn that is installed and takes the inputs (3 before 4 before 2), else `torch`, which
+            leaves the choice among its kernels to PyTorch.
 
     Returns:
         [T, N, D] in q's dtype.
@@ -64,11 +65,11 @@ def full_attention(
         RuntimeError: PyTorch has no kernel for these inputs but the quadratic one.
     """
     check_inputs({"q": q, "k": k, "v": v}, cu_seqlens)
-    name, _ = resolve_full_backend(backend, q.device, q.dtype)
+    name, _ = resolve_full_backend(backend, q.device, q.dtype, q.shape[2])
     scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else softmax_scale
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if name == "flash_attn":
-        return flash_attn_attention(q, k, v, cu_seqlens, softmax_scale=scale, max_seqlen=max_seqlen)
+    if name in FLASH_ATTENTION:
+        return flash_attn_attention(q, k, v, cu_seqlens, softmax_scale=scale, max_seqlen=max_seqlen, version=name)
     kernels = KERNELS[name]
     if cu_seqlens is None or cu_seqlens.numel() == 2:
         return _one_document(q, k, v, scale, kernels)

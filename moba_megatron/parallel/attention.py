@@ -131,7 +131,7 @@ def context_attention(
     reason = kind.refusal(sizes, size, levels)
     if reason:
         raise ValueError(reason)
-    name, _ = resolve_backend(backend, q.device)
+    name, _ = resolve_backend(backend, q.device, q.dtype)
     if levels[1] > 1 and not has_steps(name):
         raise ValueError(f"backend {name!r} holds whole packs: with exchange {exchange!r} use gathered, or use a2a")
     scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else float(softmax_scale)

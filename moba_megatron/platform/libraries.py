@@ -51,6 +51,18 @@ _KNOWN: dict[str, tuple[tuple[str, ...], tuple[str, ...], str, str]] = {
         "full attention on GPU",
         "pip install --no-build-isolation flash-attn on a machine with CUDA",
     ),
+    "flash_attn_3": (
+        ("flash_attn_interface",),
+        ("flash_attn_3", "flash-attn-3"),
+        "full attention on Hopper",
+        "install the folder hopper of https://github.com/Dao-AILab/flash-attention with CUDA 12.3 or newer",
+    ),
+    "flash_attn_4": (
+        ("flash_attn.cute",),
+        ("flash-attn-4",),
+        "full attention on Hopper and Blackwell",
+        "pip install flash-attn-4",
+    ),
     "triton": (
         ("triton",),
         ("triton", "pytorch-triton"),

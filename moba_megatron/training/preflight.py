@@ -120,7 +120,7 @@ def _full_attention(config: Config, schedule: AttentionSchedule, device: torch.d
             ])  # fmt: skip
         return "the exchange (context parallelism)"
     try:
-        name, reason = resolve_full_backend(wanted, device, DTYPES[config.training.precision])
+        name, reason = resolve_full_backend(wanted, device, DTYPES[config.training.precision], config.model.head_size)
     except ValueError as error:
         raise ConfigError([f"attention.full_backend = {wanted}: {error}"]) from error
     layers = range(1, schedule.num_layers + 1)
