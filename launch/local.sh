@@ -10,9 +10,9 @@ if [ $# -lt 2 ]; then
 fi
 ranks=$1
 shift
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}    # kernels of TP start in the order asked for
+source launch/environment.sh
 # With the store of the attempt before, gloo would not find its ranks again.
 [ "${RESTARTS:-0}" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-echo "$ranks ranks, RESTARTS=${RESTARTS:-0}, $(env | grep -E '^(CUDA_DEVICE|GLOO|NCCL|OMP|TORCH)' | sort | tr '\n' ' ')" >&2
+echo "$ranks ranks, RESTARTS=${RESTARTS:-0}, $(say_environment)" >&2
 # gloo and NCCL find the loopback device by themselves on one node.
 exec "${VENV:-.venv}"/bin/torchrun --standalone --max-restarts "${RESTARTS:-0}" --nproc-per-node "$ranks" train.py "$@"

@@ -26,11 +26,11 @@ address=${ADDRESS:-$(ip -o -4 addr show dev "$interface" | awk 'NR == 1 {split($
 # Both would guess: gloo by the machine's name, which often leads to loopback; NCCL by the order of the interfaces.
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
 export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}    # kernels of TP start in the order asked for
+source launch/environment.sh
 # With the store of the attempt before, gloo would not find its ranks again.
 [ "${RESTARTS:-0}" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 echo "node $node of $nodes: $address by $interface, head $head_address:${PORT:-29400}, $ranks ranks, RESTARTS=${RESTARTS:-0}," \
-    "$(env | grep -E '^(CUDA_DEVICE|GLOO|NCCL|OMP|TORCH)' | sort | tr '\n' ' ')" >&2
+    "$(say_environment)" >&2
 # torchrun recognises the head by its name alone: told an address, each machine would wait for another one.
 export PATH="$(cd "${VENV:-.venv}/bin" && pwd):$PATH"
 exec torchrun \

@@ -133,8 +133,10 @@ def _machine_settings(device_type: str) -> dict:
         "masked_softmax_fusion": False,
         "bias_activation_fusion": cuda,
         "apply_rope_fusion": implementation == "transformer_engine",
-        # megatron-core's own linear layers, of which the output layer is always one, need apex's kernel for it.
-        "gradient_accumulation_fusion": cuda and libraries["apex"].available,
+        # megatron-core's own linear layers need apex's kernel for it; the output layer, which is always one of them,
+        # does without (`ChunkedLossGPTModel`).
+        "gradient_accumulation_fusion": implementation == "transformer_engine"
+        or (cuda and libraries["apex"].available),
         "cross_entropy_loss_fusion": False,
     }
 

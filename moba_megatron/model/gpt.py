@@ -6,14 +6,41 @@ the padded vocabulary, sharded over the tensor-parallel ranks).
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from collections.abc import Iterator
 from typing import Any
 
+from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moba_megatron.model.context_parallel import check_layout
 from moba_megatron.model.loss import chunked_cross_entropy
 from moba_megatron.model.rotary import DocumentRotaryEmbedding, RotaryFrequencies
+
+
+class _OutputLayer(tensor_parallel.ColumnParallelLinear):
+    """megatron-core's output layer without its fused weight gradient, for which it asks for apex's kernel also where
+    Transformer Engine has one for all other layers. The chunked loss never calls it with gradients."""
+
+    def __init__(self, *sizes: int, config: TransformerConfig, **settings: Any):
+        config = copy.copy(config)
+        config.gradient_accumulation_fusion = False
+        super().__init__(*sizes, config=config, **settings)
+
+
+@contextlib.contextmanager
+def _output_layer_without_fusion() -> Iterator[None]:
+    """GPTModel takes the class of its output layer from `megatron.core.tensor_parallel` and from nowhere else; layers
+    take theirs from their specs, which are made."""
+    stock = tensor_parallel.ColumnParallelLinear
+    tensor_parallel.ColumnParallelLinear = _OutputLayer
+    try:
+        yield
+    finally:
+        tensor_parallel.ColumnParallelLinear = stock
 
 
 class ChunkedLossGPTModel(GPTModel):
@@ -43,12 +70,14 @@ class ChunkedLossGPTModel(GPTModel):
             raise ValueError("multi-token prediction is not supported with the chunked loss")
         if stock.get("position_embedding_type") != "rope":
             raise ValueError(f"position_embedding_type = {stock.get('position_embedding_type')!r}: 'rope' is supported")
-        super().__init__(**stock)
+        with _output_layer_without_fusion():
+            super().__init__(**stock)
         self.loss_chunk_size = loss_chunk_size
         self.unpadded_vocab_size = unpadded_vocab_size
         self.rotary_pos_emb = DocumentRotaryEmbedding(
             rotary_frequencies,
             stock["max_sequence_length"],
+            fused=self.config.apply_rope_fusion,
             kv_channels=self.config.kv_channels,
             rotary_interleaved=self.config.rotary_interleaved,
             use_cpu_initialization=self.config.use_cpu_initialization,

@@ -8,6 +8,11 @@ handed to megatron-core's embedding.
 `longrope` has one set of frequencies for short sequences and one for long ones. A batch of whole sequences takes the
 set for its length, as transformers does. A pack of documents takes the set for the model's sequence length, so that
 every step of a training has the same one.
+
+megatron-core's own rotation of a pack, where it is not fused, reads the boundaries on the host and walks over the
+documents, for queries and for keys, in every layer. So this embedding gives it the cosines and sines of a pack's tokens
+instead of a table: gathered on the device, once a microbatch. What megatron-core does with them is the row "rotation of
+packs" of `platform.differences`.
 """
 
 from __future__ import annotations
@@ -87,11 +92,14 @@ class DocumentRotaryEmbedding(RotaryEmbedding):
     Args:
         frequencies: what `rotary_frequencies` gives.
         sequence_length: tokens of a sample, which decides for packs between short and long frequencies.
+        fused: whether megatron-core rotates by Transformer Engine's kernel, which takes the table and the boundaries.
         **stock: arguments of `RotaryEmbedding`, by name.
     """
 
-    def __init__(self, frequencies: RotaryFrequencies, sequence_length: int, **stock: Any):
+    def __init__(self, frequencies: RotaryFrequencies, sequence_length: int, *, fused: bool, **stock: Any):
         super().__init__(rotary_percent=1.0, **stock)
+        self.fused = fused
+        self._pack: tuple[Tensor, int] | None = None
         self.inv_freq = frequencies.short.to(self.inv_freq.device)
         self.original_length, self.sequence_length = frequencies.original_length, sequence_length
         self.beyond: RotaryEmbedding | None = None
@@ -101,11 +109,21 @@ class DocumentRotaryEmbedding(RotaryEmbedding):
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
         """Angles as megatron-core's embedding gives them, from the frequencies for this length (tokens over all
-        context-parallel ranks)."""
+        context-parallel ranks): [s, 1, 1, d] in fp32. For a pack that is not rotated by a fused kernel: cosines and
+        sines of this rank's tokens, [t, 2, 1, d]."""
         length = self.sequence_length if packed_seq else max_seq_len
         if self.beyond is not None and length > self.original_length:
-            return self.beyond(max_seq_len, offset, packed_seq, cp_group)
-        return super().forward(max_seq_len, offset, packed_seq, cp_group)
+            table = self.beyond(max_seq_len, offset, packed_seq, cp_group)
+        else:
+            table = super().forward(max_seq_len, offset, packed_seq, cp_group)
+        if not packed_seq or self.fused:
+            return table
+        assert self._pack is not None, "get_rotary_seq_len is called first"
+        cu_seqlens, tokens = self._pack
+        group = self.cp_group if cp_group is None else cp_group
+        size, rank = (1, 0) if group is None else (group.size(), group.rank())
+        angles = table.index_select(0, packed_positions(cu_seqlens, tokens // size, size, rank))
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
 
     def get_rotary_seq_len(
         self, inference_context, transformer, transformer_input, transformer_config, packed_seq_params=None, **kwargs
@@ -120,7 +138,35 @@ class DocumentRotaryEmbedding(RotaryEmbedding):
             None if pack else packed_seq_params,
             **kwargs,
         )
-        return table_length(length) if pack else length
+        if not pack:
+            return length
+        padded = packed_seq_params.cu_seqlens_q_padded
+        self._pack = (packed_seq_params.cu_seqlens_q if padded is None else padded), length
+        return table_length(length)
+
+
+def packed_positions(cu_seqlens: Tensor, tokens: int, context_size: int = 1, context_rank: int = 0) -> Tensor:
+    """Positions within their documents of the tokens of one context-parallel rank, without reading the boundaries.
+
+    Args:
+        cu_seqlens: integer [documents + 1], boundaries of the whole pack; each document a multiple of 2 x context_size.
+        tokens: t, of this rank.
+
+    Returns:
+        int64 [t], in the zigzag layout (`parallel.layout`).
+
+    >>> packed_positions(torch.tensor([0, 4, 12]), 6, context_size=2, context_rank=0).tolist()
+    [0, 3, 0, 1, 6, 7]
+    """
+    bounds = cu_seqlens.long() // context_size
+    row_T = torch.arange(tokens, device=cu_seqlens.device)
+    document_T = torch.searchsorted(bounds[1:], row_T, right=True)
+    place_T = row_T - bounds[document_T]
+    if context_size == 1:
+        return place_T
+    chunk_T = bounds.diff()[document_T] // 2
+    chunks_before_T = torch.where(place_T < chunk_T, context_rank, 2 * context_size - context_rank - 2)
+    return place_T + chunk_T * chunks_before_T
 
 
 def table_length(tokens: int) -> int:

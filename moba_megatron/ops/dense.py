@@ -73,7 +73,7 @@ def full_attention(
     kernels = KERNELS[name]
     if cu_seqlens is None or cu_seqlens.numel() == 2:
         return _one_document(q, k, v, scale, kernels)
-    if q.device.type == "cuda" and q.dtype in HALF and SDPBackend.FLASH_ATTENTION in kernels:
+    if _runs_packs(q, kernels):
         longest = q.shape[0] if max_seqlen is None else max_seqlen
         bounds = cu_seqlens.to(torch.int32)
         flash = torch.ops.aten._flash_attention_forward
@@ -82,6 +82,11 @@ def full_attention(
     documents = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     outputs = [_one_document(*qkv, scale, kernels) for qkv in documents if qkv[0].shape[0]]
     return torch.cat(outputs) if outputs else torch.zeros_like(q)
+
+
+def _runs_packs(q: Tensor, kernels: list[SDPBackend]) -> bool:
+    """Whether PyTorch has a kernel for packs, the flash kernel, for these queries."""
+    return q.device.type == "cuda" and q.dtype in HALF and SDPBackend.FLASH_ATTENTION in kernels
 
 
 def _one_document(

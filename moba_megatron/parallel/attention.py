@@ -20,6 +20,7 @@ and exchanged again, identically: nothing here keeps state.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ from moba_megatron.ops.precision import score_dtype, without_autocast
 from moba_megatron.ops.selection import MOBA, Selection
 from moba_megatron.ops.steps import Steps, has_steps, steps_of
 from moba_megatron.parallel.a2a import to_heads, to_tokens
-from moba_megatron.parallel.context_plan import ContextPlan, host_boundaries, inner_order, plan_context
+from moba_megatron.parallel.context_plan import ContextPlan, boundaries_on, host_boundaries, inner_order, plan_context
 from moba_megatron.parallel.exchange import Exchange, PartialAttention, Queries
 from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, RankSizes
 from moba_megatron.parallel.exchanges import EXCHANGES
@@ -144,20 +145,26 @@ def context_attention(
         )
     wire = Wire(cp_groups.inner if kind.two_levels else cp_groups.whole)
     shard = cp_groups.whole.rank() // levels[0]
-    order = inner_order(host_boundaries(boundaries), levels, shard).to(q.device)
+    values = host_boundaries(boundaries)
+    order = inner_order(values, levels, shard, q.device)
     q, k, v = to_heads(wire, order, q, k, v)
     if levels[1] > 1:
         out = _between_shards(
             q, k, v, boundaries, cp_groups.outer, kind, levels, block_size, top_k, scale, steps_of(name, selection)
         )
-    elif block_size is None:
-        out = full_attention(q, k, v, boundaries.to(q.device), softmax_scale=scale)
     else:
-        out = moba_attention(
-            q, k, v, boundaries.to(q.device), block_size=block_size, top_k=top_k, softmax_scale=scale, backend=backend,
-            **selection.settings,
-        )  # fmt: skip
+        whole = {"cu_seqlens": boundaries_on(q.device, values), "softmax_scale": scale, "max_seqlen": _longest(values)}
+        if block_size is None:
+            out = full_attention(q, k, v, **whole)
+        else:
+            sizes = {"block_size": block_size, "top_k": top_k}
+            out = moba_attention(q, k, v, **whole, **sizes, backend=name, **selection.settings)
     return to_tokens(wire, order, out)
+
+
+def _longest(boundaries: tuple[int, ...]) -> int:
+    """Tokens of the longest document."""
+    return max(end - start for start, end in itertools.pairwise(boundaries))
 
 
 def _boundaries(cu_seqlens: Tensor | None, tokens: int, size: int) -> Tensor:

@@ -134,6 +134,11 @@ class ContextPlan:
         return TokenBlocks(blocks.num_blocks, blocks.block_T.to(self.device), blocks.first_block_T.to(self.device))
 
     @functools.cached_property
+    def touched(self) -> list[Tensor]:
+        """For each rank the blocks that it touches, on the queries' device."""
+        return [shard.touched.to(self.device) for shard in self._shards]
+
+    @functools.cached_property
     def block_lengths(self) -> Tensor:
         """int64 [M], tokens of each block of the pack, on the queries' device."""
         return self.layout.block_lengths().to(self.device)
@@ -236,10 +241,19 @@ def _plan_of(
 
 
 @functools.lru_cache(maxsize=16)
-def inner_order(boundaries: tuple[int, ...], levels: tuple[int, int], shard: int) -> Tensor:
+def inner_order(boundaries: tuple[int, ...], levels: tuple[int, int], shard: int, device: torch.device) -> Tensor:
     """int64 [t]: for each token of a shard, in order, its row among the tokens of the shard's ranks one after the
-    other."""
+    other. Copied to the device once for all layers."""
     inner, outer = levels
     ranks = range(shard * inner, (shard + 1) * inner)
     cu_seqlens = torch.tensor(boundaries)
-    return torch.cat([shard_positions(cu_seqlens, inner * outer, rank) for rank in ranks]).argsort()
+    order = torch.cat([shard_positions(cu_seqlens, inner * outer, rank) for rank in ranks]).argsort()
+    with torch.inference_mode(False):
+        return order.to(device)
+
+
+@functools.lru_cache(maxsize=8)
+def boundaries_on(device: torch.device, boundaries: tuple[int, ...]) -> Tensor:
+    """int32 [documents + 1], copied to the device once for all layers."""
+    with torch.inference_mode(False):
+        return torch.tensor(boundaries, dtype=torch.int32).to(device)

@@ -30,6 +30,23 @@ from moba_megatron.parallel.wire import Wire, report_load
 
 
 @dataclass(frozen=True)
+class _Numbers:
+    """What the host knows of the rows that travel.
+
+    Attributes:
+        hot_M: bool [M], blocks that are copied instead.
+        leaving, coming: for and from each rank, the rows of each kv head [C][G].
+        leaving_widths, coming_widths: the most kv blocks of a row, for and from each rank.
+    """
+
+    hot_M: Tensor
+    leaving: list[list[int]]
+    coming: list[list[int]]
+    leaving_widths: list[int]
+    coming_widths: list[int]
+
+
+@dataclass(frozen=True)
 class _Journey:
     """Which rows of this rank go where, and which of other ranks come here.
 
@@ -54,6 +71,7 @@ class Dispatch:
 
     def __init__(self, wire: Wire):
         self.wire = wire
+        self._numbers: _Numbers | None = None
 
     def forward(
         self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor
@@ -62,7 +80,8 @@ class Dispatch:
         qheads_per_kvhead = queries.q.shape[1] // k.shape[1]
         hot_M, load = self._choose_copies(plan, ids, k.shape[1])
         copies = Copies(plan, self.wire, hot_M, k, v)
-        journey = self._travel(plan, ids, hot_M, k.shape[1])
+        self._numbers = self._count(plan, ids, hot_M, k.shape[1])
+        journey = self._travel(plan, ids, self._numbers)
         report_load(dataclasses.replace(load, guests=sum(journey.coming)))
         coming_q = self._send(journey, queries.q)
         yield PartialAttention(queries, Keys(k, v, qheads_per_kvhead), ids, plan.own_choices)
@@ -85,9 +104,9 @@ class Dispatch:
     ) -> Iterator[PartialAttention]:
         """See `Exchange`."""
         qheads_per_kvhead = queries.q.shape[1] // k.shape[1]
-        hot_M, _ = self._choose_copies(plan, ids, k.shape[1])
-        copies = Copies(plan, self.wire, hot_M, k, v)
-        journey = self._travel(plan, ids, hot_M, k.shape[1])
+        assert self._numbers is not None, "the forward pass comes first"
+        copies = Copies(plan, self.wire, self._numbers.hot_M, k, v)
+        journey = self._travel(plan, ids, self._numbers)
         coming_rows = self._send(journey, torch.stack([queries.q, queries.do], dim=2))
         coming_numbers = self._send(journey, torch.stack([queries.lse, queries.delta], dim=2))
         yield PartialAttention(queries, Keys(k, v, qheads_per_kvhead), ids, plan.fragment(plan.rank), dkv[0], dkv[1])
@@ -114,34 +133,56 @@ class Dispatch:
 
     def _choose_copies(self, plan: ContextPlan, ids: Tensor, num_kv_heads: int):
         demand_M = self.wire.all_reduce(demanded(plan, ids), "plan").wait()
-        return choose_copies(plan, demand_M.cpu(), num_kv_heads)
+        return choose_copies(plan, self.wire.read(demand_M), num_kv_heads)
 
-    def _travel(self, plan: ContextPlan, ids: Tensor, hot_M: Tensor, num_kv_heads: int) -> _Journey:
-        """Find who goes where, and tell the ranks how many come, and for what."""
-        leaving = [_leave_for(plan, rank, ids, hot_M, num_kv_heads) for rank in range(plan.size)]
+    def _count(self, plan: ContextPlan, ids: Tensor, hot_M: Tensor, num_kv_heads: int) -> _Numbers:
+        """Tell the ranks how many rows come, and read all numbers at once."""
         # For each rank: rows of each kv head, and the most kv blocks of a row.
-        counts = torch.stack([torch.cat([row_counts, row_counts.new_tensor([kv_blocks.shape[1]])])
-                              for _, kv_blocks, row_counts in leaving])  # fmt: skip
-        coming = self.wire.all_to_all(counts, "plan").wait()
-        of_source, widths = coming[:, :-1], coming[:, -1].tolist()
-        numbers = of_source.sum(dim=1).tolist()
-        sent = [kv_blocks.flatten() for _, kv_blocks, _ in leaving]
+        leaving_CG1 = torch.zeros(plan.size, num_kv_heads + 1, dtype=torch.int64, device=ids.device)
+        for rank, chosen_TNK in _chosen_elsewhere(plan, ids, hot_M):
+            number_TN = (chosen_TNK >= 0).sum(dim=-1)
+            leaving_CG1[rank, :-1] = (number_TN > 0).unflatten(1, (num_kv_heads, -1)).sum(dim=(0, 2))
+            leaving_CG1[rank, -1] = number_TN.amax()
+        coming_CG1 = self.wire.all_to_all(leaving_CG1, "plan").wait()
+        leaving, coming = self.wire.read(torch.stack([leaving_CG1, coming_CG1])).tolist()
+        return _Numbers(
+            hot_M,
+            leaving=[numbers[:-1] for numbers in leaving],
+            coming=[numbers[:-1] for numbers in coming],
+            leaving_widths=[numbers[-1] for numbers in leaving],
+            coming_widths=[numbers[-1] for numbers in coming],
+        )
+
+    def _travel(self, plan: ContextPlan, ids: Tensor, numbers: _Numbers) -> _Journey:
+        """Find who goes where, and tell the ranks for which of their kv blocks."""
+        leaving, coming = ([sum(of_head) for of_head in side] for side in (numbers.leaving, numbers.coming))
+        num_kv_heads = len(numbers.leaving[0])
+        rows, sent = [ids.new_empty(0, dtype=torch.int64)], [ids.new_empty(0)]
+        for rank, chosen_TNK in _chosen_elsewhere(plan, ids, numbers.hot_M):
+            rows.append(_rows_that_go(chosen_TNK, num_kv_heads, leaving[rank]))
+            kv_blocks = chosen_TNK.flatten(0, 1)[rows[-1]].sort(dim=-1, descending=True).values
+            sent.append(kv_blocks[:, : numbers.leaving_widths[rank]].flatten())
         received = self.wire.all_to_all(
-            torch.cat(sent), "plan", [x.numel() for x in sent], [n * w for n, w in zip(numbers, widths, strict=True)]
+            torch.cat(sent),
+            "plan",
+            [n * w for n, w in zip(leaving, numbers.leaving_widths, strict=True)],
+            [n * w for n, w in zip(coming, numbers.coming_widths, strict=True)],
         ).wait()
-        kv_blocks = received.new_full((sum(numbers), max(1, *widths)), -1)
+        guests = sum(coming)
+        kv_blocks = received.new_full((guests, max(1, *numbers.coming_widths)), -1)
         row, place = 0, 0
-        for number, width in zip(numbers, widths, strict=True):
+        for number, width in zip(coming, numbers.coming_widths, strict=True):
             kv_blocks[row : row + number, :width] = received[place : place + number * width].view(number, width)
             row, place = row + number, place + number * width
-        head_R = torch.arange(num_kv_heads, device=ids.device).repeat(plan.size).repeat_interleave(of_source.flatten())
+        spans = torch.tensor(numbers.coming).to(ids.device, non_blocking=True)
+        head_R = torch.arange(num_kv_heads, device=ids.device).repeat(plan.size)
         return _Journey(
-            rows=torch.cat([rows for rows, _, _ in leaving]),
-            leaving=[rows.numel() for rows, _, _ in leaving],
-            coming=numbers,
+            rows=torch.cat(rows),
+            leaving=leaving,
+            coming=coming,
             kv_blocks=kv_blocks,
-            order=head_R.argsort(stable=True),
-            of_kv_head=of_source.sum(dim=0).tolist(),
+            order=head_R.repeat_interleave(spans.flatten(), output_size=guests).argsort(stable=True),
+            of_kv_head=[sum(of_rank) for of_rank in zip(*numbers.coming, strict=True)],
         )
 
     def _send(self, journey: _Journey, source_TN: Tensor):
@@ -173,25 +214,29 @@ class Dispatch:
                 yield kv_head, PartialAttention(Queries(**some), keys, kv_blocks[first:last], plan.guest_choices)
 
 
-def _leave_for(
-    plan: ContextPlan, rank: int, ids: Tensor, hot_M: Tensor, num_kv_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Query rows that need keys of a rank, sorted by kv head; their kv blocks there [rows, w]; rows of each kv head."""
-    num_tokens, num_heads = ids.shape[:2]
-    if rank == plan.rank:
-        return ids.new_empty(0, dtype=torch.int64), ids.new_empty(0, 0), ids.new_zeros(num_kv_heads, dtype=torch.int64)
-    fragment = plan.fragment(rank)
-    cold = fragment.kv_block_of_block.masked_fill(hot_M.to(ids.device), -1)
-    fragment = dataclasses.replace(fragment, kv_block_of_block=cold)
-    chosen_TNK = fragment.chosen_kv_blocks(ids, slice(None), slice(None))
-    number_TN = (chosen_TNK >= 0).sum(dim=-1)
-    # Query rows, and whether they go, for each kv head.
-    row_GX = torch.arange(num_tokens * num_heads, device=ids.device).view(num_tokens, num_kv_heads, -1).transpose(0, 1)
-    goes_GX = (number_TN > 0).view(num_tokens, num_kv_heads, -1).transpose(0, 1).flatten(1)
-    rows = row_GX.flatten(1)[goes_GX]
-    width = int(number_TN.max()) if number_TN.numel() else 0
-    kv_blocks = chosen_TNK.flatten(0, 1)[rows].sort(dim=-1, descending=True).values[:, :width]
-    return rows, kv_blocks.contiguous(), goes_GX.sum(dim=1)
+def _chosen_elsewhere(plan: ContextPlan, ids: Tensor, hot_M: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """For each other rank its kv blocks that this rank's queries need there: int32 [T, N, slots], -1 for none."""
+    hot_on_device_M = hot_M.to(ids.device)
+    for rank in range(plan.size):
+        if rank != plan.rank:
+            fragment = plan.fragment(rank)
+            cold = fragment.kv_block_of_block.masked_fill(hot_on_device_M, -1)
+            yield (
+                rank,
+                dataclasses.replace(fragment, kv_block_of_block=cold).chosen_kv_blocks(ids, slice(None), slice(None)),
+            )
+
+
+def _rows_that_go(chosen_TNK: Tensor, num_kv_heads: int, count: int) -> Tensor:
+    """int64 [count]: query rows with a kv block there, sorted by kv head, token and head. `count` is known, so the
+    host need not wait for it."""
+    num_tokens, num_heads, _ = chosen_TNK.shape
+    row_GTR = torch.arange(num_tokens * num_heads, device=chosen_TNK.device).view(num_tokens, num_kv_heads, -1)
+    row_X = row_GTR.transpose(0, 1).flatten()
+    goes_X = (chosen_TNK >= 0).any(dim=-1).view(num_tokens, num_kv_heads, -1).transpose(0, 1).flatten()
+    # Rows that stay are all written to one place more, which is cut off.
+    place_X = torch.where(goes_X, goes_X.cumsum(0) - 1, count)
+    return row_X.new_empty(count + 1).scatter_(0, place_X, row_X)[:count]
 
 
 def _combine_rows(queries: Queries, rows: Tensor, partial_out: Tensor, partial_lse: Tensor) -> None:
@@ -209,6 +254,7 @@ class DispatchKind(ExchangeKind):
     between = Dispatch
     suits_full = False
     depends_on_choices = True
+    host_waits = 2
 
     def messages(
         self, sizes: RankSizes, context_size: int, levels: Levels | None = None, remote_owners: float | None = None

@@ -82,6 +82,7 @@ class ExchangeKind:
         sends_summaries: whether plans count the bytes of block summaries beside the messages.
         saved_kv: tensors of key heads' width that a layer keeps for its backward pass.
         depends_on_choices: whether its bytes follow from the chosen blocks, so that what sizes tell is a bound.
+        host_waits: how often the host waits for the device in a forward pass of a layer; never in a backward pass.
     """
 
     name: str
@@ -93,6 +94,7 @@ class ExchangeKind:
     sends_summaries = True
     saved_kv = 3
     depends_on_choices = False
+    host_waits = 0
 
     def levels(self, context_size: int, sizes: RankSizes, given: Levels | None = None) -> Levels | None:
         """(ranks that trade heads, shards), as given or else as the heads allow; None for an exchange of one level."""

@@ -103,6 +103,8 @@ def choose_exchange(sizes: RankSizes, context_size: int, levels: Levels | None =
     best = min(possible, key=lambda name: possible[name].total)
     others = ", ".join(f"{name} {_mebibytes(bytes_)}" for name, bytes_ in possible.items() if name != best)
     reason = f"fewest bytes a layer, {_mebibytes(possible[best])}" + (f" against {others}" if others else "")
+    if waits := EXCHANGES[best].host_waits:
+        reason += f"; the host waits for the device {waits} times a layer and forward pass"
     return ChosenExchange(best, EXCHANGES[best].levels(context_size, sizes, levels), reason)
 
 

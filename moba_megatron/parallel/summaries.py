@@ -38,7 +38,7 @@ class SummaryExchange:
         """Summaries [M, G, D] (fp32 or wider) of all blocks of the pack."""
         total = self.nothing
         for rank, partial in enumerate(self.pending.wait()):
-            touched = self.plan.shard(rank).touched.to(total.device)
+            touched = self.plan.touched[rank]
             total[touched] = self.summary.combine(total[touched], partial[: touched.numel()])
         return self.summary.finish(total, self.plan.block_lengths)
 

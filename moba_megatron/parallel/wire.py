@@ -24,10 +24,12 @@ class Observation:
     Attributes:
         received: bytes by purpose: `summaries`, `heads`, `keys`, `gradients`, `queries`, `outputs`, `plan`.
         loads: one record for each forward pass under `dispatch`, see `dispatch.Load`.
+        host_waits: how often the host waited for the device.
     """
 
     received: Counter[str] = field(default_factory=Counter)
     loads: list[Any] = field(default_factory=list)
+    host_waits: int = 0
 
     @property
     def total(self) -> int:
@@ -129,6 +131,12 @@ class Wire:
         work = dist.all_reduce(tensor, group=self.group, async_op=True)
         self._count(purpose, 2 * tensor.nbytes * (self.size - 1) // self.size)
         return Pending([work], tensor)
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Copy to the host, which waits for the device: the only way in which an exchange learns values."""
+        for observer in _observers:
+            observer.host_waits += 1
+        return tensor.cpu()
 
     def _count(self, purpose: str, received: int) -> None:
         for observer in _observers:

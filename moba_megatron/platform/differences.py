@@ -134,6 +134,23 @@ def _tensor_type() -> list[Replacement]:
     return [(torch.Tensor, "type", tensor_type)]
 
 
+def _rotation_of_packs() -> list[Replacement]:
+    from megatron.core.models.common.embeddings import rope_utils
+
+    stock = rope_utils._apply_rotary_pos_emb_thd
+
+    @functools.wraps(stock)
+    def rotate(t, cu_seqlens, freqs, rotary_interleaved=False, *args, mscale=1.0, **kwargs):
+        if freqs.dim() != 4 or freqs.shape[:2] != (t.shape[0], 2):
+            return stock(t, cu_seqlens, freqs, rotary_interleaved, *args, mscale=mscale, **kwargs)
+        # [t, h, d] with cosines and sines [t, 2, 1, d].
+        cos, sin = (freqs if mscale == 1.0 else freqs * mscale).to(t.dtype).unbind(1)
+        half_turned = rope_utils._rotate_half(t.unsqueeze(1), rotary_interleaved).squeeze(1)
+        return t * cos + half_turned * sin
+
+    return [(rope_utils, "_apply_rotary_pos_emb_thd", rotate)]
+
+
 def _results_queue() -> list[Replacement]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -213,6 +230,13 @@ DIFFERENCES: tuple[Difference, ...] = (
         _tensor_type,
     ),
     Difference(
+        "rotation of packs",
+        "reads a pack's boundaries on the host, for queries and for keys, in every layer; ours takes the cosines and "
+        "sines that `model.rotary` gathers once a microbatch, and leaves tables of angles to megatron-core",
+        _rotation_of_packs,
+        needed=lambda device_type: True,
+    ),
+    Difference(
         "checkpoint results queue",
         "the writer's queue comes from a spawned manager, which imports the main module again (3 s at the first save) "
         "and outlives a killed rank",
@@ -233,8 +257,8 @@ _before: dict[str, list[Replacement]] = {}
 def apply(device_type: DeviceType) -> None:
     """Put every row of `DIFFERENCES` that this device needs in place. Call it once, before building anything.
 
-    On "cuda" that is the checkpoint queue and, without Transformer Engine and apex, Adam. Calling it again changes
-    nothing.
+    On "cuda" that is the rotation of packs, the checkpoint queue and, without Transformer Engine and apex, Adam.
+    Calling it again changes nothing.
 
     Raises:
         ValueError: for another device type, or for "cpu" while PyTorch sees GPUs (megatron-core would then use both).

@@ -39,16 +39,19 @@ def start_process_group(
     device = current_device()
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_seconds)
+    settings: dict = {"timeout": timeout}
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # NCCL connects at once and knows the rank's GPU; it would guess it at the first collective otherwise.
+        settings["device_id"] = device
     if init_method is not None:
         if rank is None or world_size is None:
             raise ValueError(f"init_method {init_method!r} needs rank and world_size, not {rank} and {world_size}")
-        dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size, **settings)
     elif "RANK" in os.environ and not alone:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, **settings)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **settings)
     return device
 
 

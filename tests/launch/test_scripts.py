@@ -16,7 +16,8 @@ from small_run import small_config
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
-SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
+ENVIRONMENT = LAUNCH / "environment.sh"
+SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch") and path != ENVIRONMENT)
 MANIFEST = yaml.safe_load((LAUNCH / "pytorchjob.yaml").read_text())
 SCHEMA = json.loads(Path(__file__).with_name("pytorchjob_schema.json").read_text())
 
@@ -38,6 +39,39 @@ def test_scripts_use_their_arguments_as_given():
     for path in (*SCRIPTS, LAUNCH / "pytorchjob.yaml"):
         unquoted = re.findall(r'(?<!["\w])\$@', path.read_text())
         assert not unquoted, path
+
+
+STARTS = {
+    "local.sh": ["2", "x.yaml"],
+    "multi_node.sh": ["2", "0", "127.0.0.1", "2", "x.yaml"],
+    "sweep.sbatch": ["x.yaml"],
+}
+
+
+@pytest.mark.parametrize("script", STARTS)
+def test_every_process_gets_the_environment_of_a_training(tmp_path, script):
+    """Seen by what the scripts start; what is set outside stays."""
+    for name in ("torchrun", "moba-megatron", "scontrol"):
+        command = tmp_path / "venv/bin" / name
+        command.parent.mkdir(parents=True, exist_ok=True)
+        command.write_text(f"#!/bin/sh\n[ {name} = scontrol ] || env > {tmp_path}/seen\n")
+        command.chmod(0o755)
+    given = {
+        "PATH": f"{tmp_path}/venv/bin:{os.environ['PATH']}", "VENV": str(tmp_path / "venv"), "TMPDIR": str(tmp_path),
+        "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "0", "INTERFACE": "lo",
+    }  # fmt: skip
+    expected = {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "TRITON_CACHE_DIR": f"{tmp_path}/triton-{os.getuid()}",
+    }
+    for outside in ({}, dict.fromkeys(expected, "as given")):
+        result = subprocess.run(
+            ["bash", LAUNCH / script, *STARTS[script]], env=given | outside, capture_output=True, text=True, timeout=60
+        )
+        assert result.returncode == 0, result.stderr
+        seen = dict(line.partition("=")[::2] for line in (tmp_path / "seen").read_text().splitlines())
+        assert {name: seen.get(name) for name in expected} == expected | outside
 
 
 @pytest.mark.parametrize(

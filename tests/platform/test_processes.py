@@ -15,6 +15,7 @@ from distributed import run_ranks
 
 from moba_megatron import platform
 from moba_megatron.config import ParallelConfig
+from moba_megatron.platform import process_groups
 from moba_megatron.platform.start import start_single_rank
 
 
@@ -60,6 +61,17 @@ def test_single_process_group_starts_and_stops(monkeypatch):
         return device.type, total, dist.is_initialized()
 
     assert run_ranks(1, action, prepare=False) == [("cpu", 1, False)]
+
+
+@pytest.mark.parametrize("given", [{}, {"alone": True}, {"init_method": "file:///x", "rank": 0, "world_size": 1}])
+def test_nccl_is_told_its_gpu(monkeypatch, given):
+    calls = []
+    monkeypatch.setattr(process_groups, "current_device", lambda: torch.device("cuda", 3))
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **settings: calls.append((backend, settings)))
+    platform.start_process_group(**given)
+    device, (backend, settings) = calls
+    assert backend == "nccl" and settings["device_id"] == device == torch.device("cuda", 3)
 
 
 def test_init_method_needs_rank_and_size():
@@ -123,7 +135,7 @@ def test_device_is_checked_against_the_local_rank(monkeypatch):
 
 def test_optional_libraries_say_why_and_how():
     libraries = platform.optional_libraries()
-    assert set(libraries) == {"transformer_engine", "apex", "flash_attn", "triton"}
+    assert set(libraries) == {"transformer_engine", "apex", "flash_attn", "flash_attn_3", "flash_attn_4", "triton"}
     for library in libraries.values():
         assert library.available == (library.reason == "")
         assert library.how_to_get and library.purpose

@@ -3,44 +3,29 @@ grids. A GPU starts at most 2^31 - 1 programs on the first axis of a grid and 65
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
+from without_data import record_launches  # noqa: E402
+
 import moba_megatron.ops.triton as kernels  # noqa: E402
 from moba_megatron.ops.fragments import Keys  # noqa: E402
 from moba_megatron.ops.layout import block_layout  # noqa: E402
-from moba_megatron.ops.triton import catalog, config  # noqa: E402
+from moba_megatron.ops.triton import config  # noqa: E402
 from moba_megatron.ops.triton.fragments import DeviceFragment, Spans  # noqa: E402
 
 TOKENS = 2**20
 # Room for passes as large as the numbers of their entries allow, which is what makes launches large.
 WORKSPACE = 2**50
-NAMES = {made.name for made in catalog.configurations(dtypes=[torch.float32], head_sizes=[64])}
 SETTINGS = [(16, 64), (64, 16), (128, 8), (512, 3), (4096, 12)]
 
 
 @pytest.fixture
 def launches(monkeypatch):
     """(kernel, grid) of every launch, in order."""
-    found = []
-
-    class Recorder:
-        def __init__(self, name):
-            self.name = name
-
-        def __getitem__(self, grid):
-            return lambda *_, **__: found.append((self.name, grid))
-
-    for module in pkgutil.iter_modules(kernels.__path__):
-        module = importlib.import_module(f"{kernels.__name__}.{module.name}")
-        for name in NAMES & set(vars(module)):
-            monkeypatch.setattr(module, name, Recorder(name))
-    return found
+    return record_launches(monkeypatch)
 
 
 def check(launches):

@@ -1,0 +1,64 @@
+"""The rotation of packs: megatron-core's own bits, without its reads of the boundaries."""
+
+from __future__ import annotations
+
+import torch
+from distributed import run_ranks
+from model_examples import tiny
+
+from moba_megatron.model.rotary import DocumentRotaryEmbedding, packed_positions, rotary_frequencies
+from moba_megatron.parallel.layout import shard_positions
+
+BOUNDS = torch.tensor([0, 8, 8, 24, 64], dtype=torch.int32)
+
+
+def test_positions_are_those_of_the_layout():
+    for size in (1, 2, 4):
+        starts = BOUNDS[torch.searchsorted(BOUNDS[1:], torch.arange(64), right=True)]
+        for rank in range(size):
+            mine = shard_positions(BOUNDS, size, rank)
+            assert torch.equal(packed_positions(BOUNDS, 64 // size, size, rank), mine - starts[mine])
+
+
+class Group:
+    def __init__(self, size, rank):
+        self.size, self.rank = lambda: size, lambda: rank
+
+
+def test_rotation_has_the_bits_of_megatron_core():
+    """For each rank of several sizes: queries rotated by its own function from a table, and by ours."""
+
+    def action():
+        from megatron.core.models.common.embeddings import rope_utils
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        from moba_megatron import platform
+
+        stock = rope_utils._apply_rotary_pos_emb_thd.__wrapped__
+        config = tiny(data={"sequence_length": 64})
+        different = []
+        for size, rank in ((1, 0), (2, 0), (2, 1), (4, 3)):
+            group = Group(size, rank)
+            embedding = DocumentRotaryEmbedding(
+                rotary_frequencies(config.model), 64, fused=False, kv_channels=config.model.head_size, cp_group=group
+            )
+            pack = PackedSeqParams(qkv_format="thd", cu_seqlens_q=BOUNDS, cu_seqlens_kv=BOUNDS)
+
+            class Sizes:
+                sequence_parallel, context_parallel_size = False, size
+
+            for dtype in (torch.float32, torch.bfloat16):
+                t = torch.randn(64 // size, 4, config.model.head_size).to(dtype)
+                length = embedding.get_rotary_seq_len(None, None, t, Sizes, pack)
+                cos_and_sin = embedding(length, packed_seq=True)
+                table = super(DocumentRotaryEmbedding, embedding).forward(length, packed_seq=True)
+                got = rope_utils._apply_rotary_pos_emb_thd(t, BOUNDS, cos_and_sin, cp_group=group)
+                want = stock(t, BOUNDS, table, cp_group=group)
+                # A table goes to megatron-core's function.
+                passed_on = rope_utils._apply_rotary_pos_emb_thd(t, BOUNDS, table, cp_group=group)
+                if not (torch.equal(got, want) and torch.equal(passed_on, want) and cos_and_sin.shape[1] == 2):
+                    different.append((size, rank, dtype))
+        assert "rotation of packs" in platform.applied()
+        return different
+
+    assert run_ranks(1, action) == [[]]
