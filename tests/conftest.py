@@ -14,6 +14,8 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/assets/losses anew")
+    watch = "in Triton's interpreter: watch what every program loads and stores, on poisoned memory"
+    parser.addoption("--memory-accesses", action="store_true", help=watch)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -20,5 +20,5 @@ if [ ! -f "$over/.installed" ]; then
     touch "$over/.installed"
 fi
 for folder in "" "$over/megatron-core-0.16.1"; do
-    PYTHONPATH=tests/transformer_engine:$folder "$over/bin/python" -m pytest -p stand_in -m '' tests/transformer_engine "$@"
+    PYTHONPATH=tests/te_layers:$folder "$over/bin/python" -m pytest -p stand_in -m '' tests/te_layers "$@"
 done

@@ -20,6 +20,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import torch
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -33,6 +34,7 @@ from moba_megatron.model.core_attention import MoBACoreAttention, MoBASelfAttent
 from moba_megatron.model.key_convolution import ConvolvedKeysSelfAttention
 from moba_megatron.model.norm import RMSNorm
 from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
+from moba_megatron.ops.adapters import HALF
 from moba_megatron.ops.selection import Selection
 from moba_megatron.platform.libraries import optional_libraries
 
@@ -118,7 +120,8 @@ def with_schedule(
 ) -> ModuleSpec:
     """A copy of a layer spec that serves every layer of a schedule; the original stays as it is.
 
-    Layers that are full in every stage keep the core attention of the spec, unless that is megatron-core's local one.
+    Layers that are full in every stage keep the core attention of the spec, unless that is megatron-core's local one
+    or, in fp32, Transformer Engine's: both hold the matrix of all scores.
 
     Args:
         schedule: what every layer of the whole model attends to.
@@ -175,6 +178,9 @@ def scheduled_core_attention(
             f"layer {layer_number}, but the attention schedule has {schedule.num_layers} layers: layers beyond the "
             "model's own, such as those of multi-token prediction, are not supported"
         )
+    of_transformer_engine = getattr(full_core, "__module__", "") == "megatron.core.extensions.transformer_engine"
+    if of_transformer_engine and not has_fused_attention(arguments["config"].params_dtype):
+        full_core = None
     if full_core is not None and schedule.always_full(layer_number):
         return full_core(layer_number=layer_number, **arguments)
     return MoBACoreAttention(
@@ -185,6 +191,11 @@ def scheduled_core_attention(
         exchange=exchange,
         **arguments,
     )
+
+
+def has_fused_attention(dtype: torch.dtype) -> bool:
+    """Whether Transformer Engine attends in this dtype without the matrix of all scores."""
+    return dtype in HALF
 
 
 def with_key_convolution(layer_spec: ModuleSpec, width: int) -> ModuleSpec:

@@ -14,8 +14,9 @@ from moba_megatron.data.datasets import DataSummary, check_data
 from moba_megatron.model.builder import DTYPES
 from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.model.schedule import AttentionSchedule, checked_schedule
-from moba_megatron.model.specs import choose_implementation
+from moba_megatron.model.specs import choose_implementation, has_fused_attention
 from moba_megatron.ops.backends import resolve_backend, resolve_full_backend
+from moba_megatron.ops.dense import KERNELS, takes_groups
 from moba_megatron.platform import current_device, optional_libraries
 from moba_megatron.runs.trackers import check_trackers
 from moba_megatron.training.data_position import DataPosition, resumed_position
@@ -123,7 +124,11 @@ def _full_attention(config: Config, schedule: AttentionSchedule, device: torch.d
         name, reason = resolve_full_backend(wanted, device, DTYPES[config.training.precision], config.model.head_size)
     except ValueError as error:
         raise ConfigError([f"attention.full_backend = {wanted}: {error}"]) from error
+    model, dtype = config.model, DTYPES[config.training.precision]
+    if name in KERNELS and model.query_groups != model.num_attention_heads and not takes_groups(device, dtype):
+        reason += f"; keys are repeated for each query head, for none of its fused kernels takes groups in {dtype}"
     layers = range(1, schedule.num_layers + 1)
-    if choose_implementation(device.type) == "transformer_engine" and any(map(schedule.always_full, layers)):
+    stock = choose_implementation(device.type) == "transformer_engine" and has_fused_attention(dtype)
+    if stock and any(map(schedule.always_full, layers)):
         return f"{name} ({reason}); layers that are always full keep Transformer Engine's"
     return f"{name} ({reason})"

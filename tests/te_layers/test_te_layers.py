@@ -8,9 +8,7 @@ import torch
 from distributed import run_ranks
 from model_examples import VOCABULARY, tiny
 
-CONFIG = tiny(
-    model={"qk_layernorm": True, "num_layers": 3}, attention={"block_size": 8, "top_k": 2, "last_n_full": 1}
-)
+CONFIG = tiny(model={"qk_layernorm": True, "num_layers": 3}, attention={"block_size": 8, "top_k": 2, "last_n_full": 1})
 
 
 def build(implementation: str, config=CONFIG):
@@ -67,12 +65,16 @@ def test_names_and_shapes_are_the_converters():
     assert equal and "transformer_engine" in kinds
 
 
-def test_a_hybrid_has_our_core_attention_where_it_is_sparse():
-    def action():
-        (model,) = build("transformer_engine")
+def test_a_hybrid_has_our_core_attention_where_it_is_needed():
+    def action(precision):
+        training = CONFIG.training.model_copy(update={"precision": precision})
+        (model,) = build("transformer_engine", CONFIG.model_copy(update={"training": training}))
         return [type(layer.self_attention.core_attention).__name__ for layer in model.decoder.layers]
 
-    assert run_ranks(1, action) == [["MoBACoreAttention", "MoBACoreAttention", "TEDotProductAttention"]]
+    ours = ["MoBACoreAttention"]
+    assert run_ranks(1, action, "bf16") == [[*ours, *ours, "TEDotProductAttention"]]
+    # Transformer Engine's would hold the matrix of all scores in fp32.
+    assert run_ranks(1, action, "fp32") == [3 * ours]
 
 
 def test_weight_gradients_are_fused_in_all_layers_but_the_last():
@@ -126,3 +128,21 @@ def test_checkpoints_interchange_with_local_layers(tmp_path):
         return wrong
 
     assert run_ranks(1, action) == [[]]
+
+
+def test_every_shipped_configuration_has_settings_for_cuda():
+    def action():
+        from pathlib import Path
+
+        from moba_megatron.config import load_config
+        from moba_megatron.model import builder
+
+        torch.cuda.is_available = lambda: True
+        found = set()
+        for path in sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml")):
+            if "base" not in path.stem and "\naxes:" not in path.read_text():
+                made = builder.transformer_config(load_config(path), device_type="cuda")
+                found.add((made.transformer_impl, made.apply_rope_fusion, made.gradient_accumulation_fusion))
+        return found
+
+    assert run_ranks(1, action) == [{("transformer_engine", True, True)}]

@@ -11,6 +11,7 @@ import warnings
 
 import torch
 
+
 class _Anything:
     """Whatever the Python part asks of the compiled one while it is imported and layers are built: names, members of
     enumerations, base classes, functions whose results nobody looks at."""
