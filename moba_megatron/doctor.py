@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from moba_megatron import __version__
@@ -70,18 +71,18 @@ def _print_versions(console: Console) -> None:
     import torch
 
     table = Table("what", "version")
-    table.add_row("moba-megatron", __version__)
-    table.add_row("python", machine.python_version())
+    _add_row(table, "moba-megatron", __version__)
+    _add_row(table, "python", machine.python_version())
     for name in PACKAGES:
         try:
-            table.add_row(name, importlib.metadata.version(name))
+            _add_row(table, name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            table.add_row(name, "not installed")
+            _add_row(table, name, "not installed")
         if name == "megatron-core":
             _add_megatron_core(table)
-    table.add_row("cores this process may use", str(len(os.sched_getaffinity(0))))
+    _add_row(table, "cores this process may use", str(len(os.sched_getaffinity(0))))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    table.add_row("GPUs", ", ".join(gpus) or "none: training runs on the CPU with gloo")
+    _add_row(table, "GPUs", ", ".join(gpus) or "none: training runs on the CPU with gloo")
     console.print(table)
 
 
@@ -94,12 +95,17 @@ def _add_megatron_core(table: Table) -> None:
     except ModuleNotFoundError:  # the base installation has none
         return
     except (ImportError, OSError) as error:
-        table.add_row("  which does not import", f"{type(error).__name__}: {error}. {_HALF_INSTALLED}")
+        _add_row(table, "  which does not import", f"{type(error).__name__}: {error}. {_HALF_INSTALLED}")
         return
     if elsewhere:
-        table.add_row("  but imported", elsewhere)
+        _add_row(table, "  but imported", elsewhere)
     for capability in missing:
-        table.add_row("  which lacks", f"{capability.name}: {capability.without}")
+        _add_row(table, "  which lacks", f"{capability.name}: {capability.without}")
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    """Add a row as it is: brackets in it, such as those of a package's extra, are no markup."""
+    table.add_row(*map(escape, cells))
 
 
 def _print_libraries(console: Console) -> None:
@@ -108,7 +114,7 @@ def _print_libraries(console: Console) -> None:
     table = Table(Column("optional library", no_wrap=True), "state", "used for", "how to get it")
     for library in optional_libraries().values():
         state = f"{library.version or 'found'}" if library.available else f"no: {library.reason}"
-        table.add_row(library.name, state, library.purpose, "" if library.available else library.how_to_get)
+        _add_row(table, library.name, state, library.purpose, "" if library.available else library.how_to_get)
     console.print(table)
 
 
@@ -125,6 +131,6 @@ def _print_backends(console: Console) -> None:
         table = Table(f"{what} by", f"on {device.type}", "what it is")
         for backend in backends.values():
             reason = backend.unavailable(device)
-            table.add_row(backend.name, "available" if reason is None else f"no: {reason}", backend.summary)
-        table.add_row("auto", *chosen)
+            _add_row(table, backend.name, "available" if reason is None else f"no: {reason}", backend.summary)
+        _add_row(table, "auto", *chosen)
         console.print(table)

@@ -139,6 +139,8 @@ def test_doctor_explains_a_megatron_core_that_does_not_import(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "FileNotFoundError: Could not find shared object file: transformer. Transformer Engine with" in done.stdout
+    # Brackets are no markup.
+    assert "'transformer-engine[pytorch]'" in done.stdout
 
 
 def test_trackers_and_profiler_wrote_their_files(run):

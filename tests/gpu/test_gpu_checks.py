@@ -5,6 +5,7 @@ import pytest
 import torch
 from gpu_checks import Shape
 
+from moba_megatron.ops import select_blocks
 from moba_megatron.ops.gathered import attend_forward, attention
 
 PACK = Shape((0, 5, 5, 140, 333), block_size=16, top_k=3, size=16)
@@ -14,6 +15,7 @@ PACK = Shape((0, 5, 5, 140, 333), block_size=16, top_k=3, size=16)
 def test_the_portable_backend_passes(dtype):
     checks.check_selection(PACK, "cpu", dtype)
     checks.check_against_definition(PACK, "cpu", dtype, "gathered")
+    checks.check_against_definition(PACK, "cpu", dtype, "gathered", checks.skewed_inputs(PACK, "cpu", dtype))
     checks.check_same_bits(PACK, "cpu", dtype, "gathered", runs=2)
     checks.check_poisoned(PACK, "cpu", dtype, "gathered")
     checks.check_last_document(PACK, "cpu", dtype, "gathered")
@@ -78,3 +80,10 @@ def test_an_address_that_wraps_is_seen(forward):
     forward(wrapping)
     with pytest.raises(AssertionError):
         checks.check_last_document(PACK, "cpu", torch.float32, "gathered")
+
+
+def test_skewed_inputs_are_skewed():
+    q, k, *_ = checks.skewed_inputs(PACK, "cpu", torch.float32)
+    ids = select_blocks(q, k, PACK.cu_seqlens("cpu"), **PACK.settings)
+    last = ids[150:, :, 1]
+    assert (last == 0).double().mean() > 0.95

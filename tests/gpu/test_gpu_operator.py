@@ -50,6 +50,13 @@ def test_equals_the_definition(backend, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["one document", "tail", "uneven"])
+def test_one_block_that_everybody_chooses(backend, name, dtype):
+    shape = SHAPES[name]
+    checks.check_against_definition(shape, "cuda", dtype, backend, checks.skewed_inputs(shape, "cuda", dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["one document", "tail", "packed", "uneven", "large top-k", "head of 96"])
 def test_selection_equals_fp64(name, dtype):
     checks.check_selection(SHAPES[name], "cuda", dtype)

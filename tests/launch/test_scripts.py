@@ -87,6 +87,8 @@ def test_every_process_gets_the_environment_of_a_training(tmp_path, script):
         (["finished.sh"], "usage: launch/finished.sh CONFIG.yaml"),
         (["finished.sh", "missing.yaml"], "missing.yaml"),
         (["pod.sh"], "usage: launch/pod.sh CONFIG.yaml"),
+        (["gpu_day_one.sh", "docs"], "docs is there already: name another folder"),
+        (["gpu_day_one.sh", "runs/no_such_folder"], "error: PyTorch sees no GPU"),
     ],
 )
 def test_mistakes_end_with_two_and_say_what_is_wrong(command, words):

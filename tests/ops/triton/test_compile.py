@@ -7,6 +7,7 @@ bf16, D = 128 and the block sizes that people use. Nothing comes from the user's
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -64,6 +65,18 @@ def test_kernels_fit_their_chips(tmp_path):
     for architecture, instruction in ((80, "mma.sync"), (90, "wgmma"), (100, "tcgen05.mma")):
         used = [row.matrix for row in rows if row.architecture == architecture and row.dtype == "bf16"]
         assert instruction in used
+
+
+def test_tiles_of_entries_keep_their_order_in_machine_code():
+    """Each tile of `scatter_entries` reads places, stores entries there, and moves the places on for the next tile.
+    Threads do these for different entries, so a barrier has to stand before and after the last store."""
+    for architecture in compiled.SHARED_BYTES:
+        (made,) = (made for made in catalog.configurations(architecture) if made.name == "scatter_entries")
+        ptx = made.compile(architecture).asm["ptx"]
+        steps = re.findall(r"^\s*(?:@\S+\s+)?(ld\.global|st\.global|bar\.sync|bra)\b", ptx, re.MULTILINE)
+        loop = " ".join(steps)
+        assert "ld.global st.global bar.sync st.global bar.sync bra" in loop, (architecture, loop)
+        assert steps.count("st.global") == 2
 
 
 def test_what_cannot_run_is_told(tmp_path):
