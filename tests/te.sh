@@ -7,7 +7,8 @@ source tests/pythons.sh
 python=$(python_of 3.12)
 VENV=.venv-3.12 make setup PYTHON="$python"
 below=$PWD/.venv-3.12 over=$PWD/.venv-te
-if [ ! -f "$over/.installed" ]; then
+versions="transformer-engine 2.20.2, megatron-core 0.16.1"
+if [ "$(cat "$over/.installed" 2>/dev/null)" != "$versions" ]; then
     "$python" -m venv --clear "$over"
     packages=lib/python3.12/site-packages
     echo "$below/$packages" >"$over/$packages/below.pth"
@@ -17,7 +18,7 @@ if [ ! -f "$over/.installed" ]; then
     install --no-deps transformer-engine==2.20.2 transformer-engine-cu13==2.20.2
     install --constraint constraints.txt einops onnx onnxscript onnx_ir nvdlfw-inspect nvidia-cudnn-frontend pydantic protobuf ml_dtypes
     install --no-deps --target "$over/megatron-core-0.16.1" megatron-core==0.16.1
-    touch "$over/.installed"
+    echo "$versions" >"$over/.installed"
 fi
 for folder in "" "$over/megatron-core-0.16.1"; do
     PYTHONPATH=tests/te_layers:$folder "$over/bin/python" -m pytest -p stand_in -m '' tests/te_layers "$@"

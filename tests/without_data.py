@@ -40,6 +40,15 @@ def kernels_on_meta(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[in
     that PyTorch knows of our operators; returns its launches."""
     from moba_megatron.ops.triton import config
 
+    to = torch.Tensor.to
+
+    def to_without_a_wait(tensor, *args, **kwargs):
+        """A copy from the host that is not asked for without a wait waits for all the work before it."""
+        copied = to(tensor, *args, **kwargs)
+        assert tensor.device == copied.device or kwargs.get("non_blocking"), "a blocking copy to the device"
+        return copied
+
+    monkeypatch.setattr(torch.Tensor, "to", to_without_a_wait)
     monkeypatch.setattr(config, "architecture_of", lambda tensor: 90)
     monkeypatch.setattr(attention, "is_traced", lambda q, backend: False)
     runs = replace(backends.BACKENDS["triton"], unavailable=lambda device: None)

@@ -106,8 +106,11 @@ def bench_command(
         if context_parallel is not None:
             from moba_megatron.benchmark.exchanges import run_context_bench
 
-            run_context_bench(settings, context_parallel, output, console)
-            return _show(output, "context")
+            wrong = run_context_bench(settings, context_parallel, output, console).wrong
+            _show(output, "context")
+            if wrong:
+                raise typer.Exit(1)
+            return
         from moba_megatron.benchmark.operator import run_bench
 
         result = run_bench(settings, output, preset=preset, console=console)

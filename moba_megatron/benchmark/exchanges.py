@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -67,7 +67,15 @@ class ContextRow:
         return "full" if self.block_size is None else f"{self.block_size}, {self.top_k}"
 
 
-def run_context_bench(settings: BenchSettings, context_size: int, output: Path, console: Console) -> list[ContextRow]:
+@dataclass
+class ContextBench:
+    """What was measured, and which exchanges were not because they disagree with the definition."""
+
+    rows: list[ContextRow] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+def run_context_bench(settings: BenchSettings, context_size: int, output: Path, console: Console) -> ContextBench:
     """Measure all exchanges, print a table, write `context.csv`, `context.md` and `context.png`.
 
     Under torchrun every rank calls this and the processes are its; otherwise `context_size` processes are started here.
@@ -87,16 +95,16 @@ def run_context_bench(settings: BenchSettings, context_size: int, output: Path, 
             raise ValueError(f"bench: {os.environ['WORLD_SIZE']} processes, but --context-parallel {context_size}")
         _prepare_rank(settings, int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(_backend(settings))
-        rows = _measure_all(settings, context_size)
+        result = _measure_all(settings, context_size)
     else:
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(_rank_main, (settings, context_size, folder), nprocs=context_size)
-            rows = torch.load(Path(folder) / "rows", weights_only=False)
+            result = torch.load(Path(folder) / "result", weights_only=False)
     if int(os.environ.get("RANK", "0")) == 0:
         title = "exchanges of context parallelism, per rank and layer (medians, slowest rank)"
-        print_table(console, title, _HEADINGS, [_cells(row) for row in rows])
-        _write(rows, output)
-    return rows
+        print_table(console, title, _HEADINGS, [_cells(row) for row in result.rows])
+        _write(result.rows, output)
+    return result
 
 
 def _backend(settings: BenchSettings) -> str:
@@ -112,17 +120,17 @@ def _prepare_rank(settings: BenchSettings, local_ranks: int, local_rank: int) ->
 def _rank_main(rank: int, settings: BenchSettings, context_size: int, folder: str) -> None:
     _prepare_rank(settings, context_size, rank)
     dist.init_process_group(_backend(settings), init_method=f"file://{folder}/meet", rank=rank, world_size=context_size)
-    rows = _measure_all(settings, context_size)
+    result = _measure_all(settings, context_size)
     if rank == 0:
-        torch.save(rows, Path(folder) / "rows")
+        torch.save(result, Path(folder) / "result")
     dist.barrier()
     # Without destroying the group: gloo aborts once in a while after a clean end.
     sys.stdout.flush()
     os._exit(0)
 
 
-def _measure_all(settings: BenchSettings, context_size: int) -> list[ContextRow]:
-    rows = []
+def _measure_all(settings: BenchSettings, context_size: int) -> ContextBench:
+    result = ContextBench()
     for dtype in settings.dtypes:
         for length in settings.lengths:
             for block_size, top_k in (*settings.blocks, (None, None)):
@@ -133,13 +141,14 @@ def _measure_all(settings: BenchSettings, context_size: int) -> list[ContextRow]
                 for exchange in EXCHANGES:
                     if block_size is None and not EXCHANGES[exchange].suits_full:
                         continue
-                    reason = refusal(exchange, sizes, context_size) or _disagreement(settings, dtype, sizes, exchange)
-                    if reason:
-                        if dist.get_rank() == 0:
-                            print(f"left out: {reason}", flush=True)
-                        continue
-                    rows.append(_measure(settings, dtype, length, sizes, exchange))
-    return rows
+                    reason = refusal(exchange, sizes, context_size)
+                    if reason is None and (reason := _disagreement(settings, dtype, sizes, exchange)):
+                        result.wrong.append(reason)
+                    if reason is None:
+                        result.rows.append(_measure(settings, dtype, length, sizes, exchange))
+                    elif dist.get_rank() == 0:
+                        print(f"left out: {reason}", flush=True)
+    return result
 
 
 @functools.cache

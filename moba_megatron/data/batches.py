@@ -25,6 +25,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from moba_megatron.ops.upload import upload
+from moba_megatron.parallel.context_plan import remember_boundaries
 from moba_megatron.parallel.layout import padded_boundaries, shard_positions
 
 Batch = dict[str, Any]
@@ -82,7 +84,7 @@ def microbatches(
             batch = pack(batch, eod_id, [sample.get("cu_seqlens") for sample in samples])
         if context_size > 1:
             batch = context_part(batch, context_rank, context_size, tokens_multiple=tokens_multiple, pad_id=eod_id or 0)
-        yield {name: _to(value, device) for name, value in batch.items()}
+        yield _on_device(batch, torch.device(device))
 
 
 def rank_samples(
@@ -185,8 +187,11 @@ def packed_seq_params(batch: Batch) -> PackedSeqParams | None:
     )
 
 
-def _to(value: Any, device: torch.device | str) -> Any:
-    if not isinstance(value, Tensor) or torch.device(device).type == "cpu":
-        return value
-    # From pinned memory, so that the copy runs beside the computation.
-    return value.pin_memory().to(device, non_blocking=True)
+def _on_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch on its device, copied beside the computation. Context parallelism plans on the host, from the boundaries
+    that were there."""
+    moved = {name: upload(value, device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    padded = batch.get("cu_seqlens_padded")
+    if padded is not None and device.type != "cpu":
+        remember_boundaries(moved["cu_seqlens_padded"], tuple(padded.tolist()))
+    return moved

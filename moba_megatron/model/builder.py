@@ -148,7 +148,7 @@ def build_model(
 
     Weights depend on `config.run.seed` and the parallel sizes only: this seeds all random streams (`seed_all`). With
     `model.init_from` they are whatever was in memory, for the caller to fill.
-    The process groups must have been started (`platform.start_model_parallel`), and on a CPU `platform.apply` called.
+    The process groups must have been started (`platform.start_model_parallel`), and `platform.apply` called.
 
     Args:
         vocab_size: entries of the vocabulary, without padding.

@@ -78,6 +78,7 @@ class ChunkedLossGPTModel(GPTModel):
             rotary_frequencies,
             stock["max_sequence_length"],
             fused=self.config.apply_rope_fusion,
+            dtype=self.config.params_dtype,
             kv_channels=self.config.kv_channels,
             rotary_interleaved=self.config.rotary_interleaved,
             use_cpu_initialization=self.config.use_cpu_initialization,

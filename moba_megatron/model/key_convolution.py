@@ -38,6 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moba_megatron.model.core_attention import MoBASelfAttention, pack_boundaries
 from moba_megatron.ops.precision import score_dtype
+from moba_megatron.ops.upload import upload
 from moba_megatron.parallel.context_plan import host_boundaries
 from moba_megatron.parallel.halo import edge_rows, previous_in_pack, previous_rows
 
@@ -94,9 +95,9 @@ class KeyConvolution(MegatronModule):
             return key, previous_in_pack(key.shape[0], boundaries, reach, key.device)
         size, rank = cp_group.size(), cp_group.rank()
         whole = (0, key.shape[0] * size) if boundaries is None else host_boundaries(boundaries)
-        edges = key.index_select(0, edge_rows(whole, size, reach).to(key.device))
+        edges = key.index_select(0, upload(edge_rows(whole, size, reach), key.device))
         edges = gather_from_sequence_parallel_region(edges, group=cp_group)
-        return torch.cat([key, edges]), previous_rows(whole, size, rank, reach).to(key.device)
+        return torch.cat([key, edges]), upload(previous_rows(whole, size, rank, reach), key.device)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -26,6 +26,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from torch import Tensor
 
 from moba_megatron.config import ModelConfig
+from moba_megatron.platform.differences import ROTATION_OF_PACKS, applied
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,15 @@ class DocumentRotaryEmbedding(RotaryEmbedding):
         frequencies: what `rotary_frequencies` gives.
         sequence_length: tokens of a sample, which decides for packs between short and long frequencies.
         fused: whether megatron-core rotates by Transformer Engine's kernel, which takes the table and the boundaries.
+        dtype: of queries and keys.
         **stock: arguments of `RotaryEmbedding`, by name.
     """
 
-    def __init__(self, frequencies: RotaryFrequencies, sequence_length: int, *, fused: bool, **stock: Any):
+    def __init__(
+        self, frequencies: RotaryFrequencies, sequence_length: int, *, fused: bool, dtype: torch.dtype, **stock: Any
+    ):
         super().__init__(rotary_percent=1.0, **stock)
-        self.fused = fused
+        self.fused, self.dtype = fused, dtype
         self._pack: tuple[Tensor, int] | None = None
         self.inv_freq = frequencies.short.to(self.inv_freq.device)
         self.original_length, self.sequence_length = frequencies.original_length, sequence_length
@@ -110,7 +114,11 @@ class DocumentRotaryEmbedding(RotaryEmbedding):
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
         """Angles as megatron-core's embedding gives them, from the frequencies for this length (tokens over all
         context-parallel ranks): [s, 1, 1, d] in fp32. For a pack that is not rotated by a fused kernel: cosines and
-        sines of this rank's tokens, [t, 2, 1, d]."""
+        sines of this rank's tokens, [t, 2, 1, d] in the dtype of queries.
+
+        Raises:
+            RuntimeError: for a pack, where megatron-core would take them for angles (`platform.apply` was not called).
+        """
         length = self.sequence_length if packed_seq else max_seq_len
         if self.beyond is not None and length > self.original_length:
             table = self.beyond(max_seq_len, offset, packed_seq, cp_group)
@@ -119,11 +127,13 @@ class DocumentRotaryEmbedding(RotaryEmbedding):
         if not packed_seq or self.fused:
             return table
         assert self._pack is not None, "get_rotary_seq_len is called first"
+        if ROTATION_OF_PACKS not in applied():
+            raise RuntimeError("packs need megatron-core's rotation replaced: call moba_megatron.platform.apply first")
         cu_seqlens, tokens = self._pack
         group = self.cp_group if cp_group is None else cp_group
         size, rank = (1, 0) if group is None else (group.size(), group.rank())
-        angles = table.index_select(0, packed_positions(cu_seqlens, tokens // size, size, rank))
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
+        angles = table.index_select(0, packed_positions(cu_seqlens.to(table.device), tokens // size, size, rank))
+        return torch.cat([angles.cos(), angles.sin()], dim=1).to(self.dtype)
 
     def get_rotary_seq_len(
         self, inference_context, transformer, transformer_input, transformer_config, packed_seq_params=None, **kwargs

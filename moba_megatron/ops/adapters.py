@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Container
 from dataclasses import dataclass
 
@@ -43,6 +44,7 @@ class FlashAttention:
         how_to_get: for messages.
         majors: the GPUs that it has kernels for, by their compute capability's first number.
         head_sizes, sizes_in_words: what it takes.
+        deterministic_up_to: the largest head size with deterministic gradients.
     """
 
     module: str
@@ -50,12 +52,26 @@ class FlashAttention:
     majors: range
     head_sizes: Container[int]
     sizes_in_words: str
+    deterministic_up_to: int = 256
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run on a device, None if it can."""
         return _gpu_problem(device, self.majors) or _import_problem(
-            self.module, "flash_attn_varlen_func", self.how_to_get
+            self.module, "flash_attn_varlen_func", _FLASH_ATTENTION_WORDS, self.how_to_get
         )
+
+    def refuses(self, head_size: int) -> str | None:
+        """Why it does not take heads of this size, None if it does."""
+        if head_size not in self.head_sizes:
+            return f"it takes head sizes {self.sizes_in_words}, not {head_size}"
+        if head_size > self.deterministic_up_to and torch.are_deterministic_algorithms_enabled():
+            return f"it has deterministic gradients for head sizes up to {self.deterministic_up_to}, not {head_size}"
+        return None
+
+
+_FLASH_ATTENTION_WORDS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal",
+                          "deterministic")  # fmt: skip
+_FLASH_MOBA_WORDS = ("moba_chunk_size", "moba_topk", "causal")
 
 
 FLASH_ATTENTION = {
@@ -72,6 +88,7 @@ FLASH_ATTENTION = {
         range(9, 10),
         range(8, 257, 8),
         "that are multiples of 8 up to 256",
+        deterministic_up_to=192,
     ),
     "flash_attn_4": FlashAttention(
         "flash_attn.cute",
@@ -84,18 +101,29 @@ FLASH_ATTENTION = {
 
 
 @functools.cache
-def _import_problem(module: str, function: str, how_to_get: str) -> str | None:
-    """Why a function of a package cannot be had. A folder of the package's name may be there without it: flash-attn-4
-    alone leaves an empty `flash_attn`."""
+def _import_problem(module: str, function: str, words: tuple[str, ...], how_to_get: str) -> str | None:
+    """Why a function of a package, called with these words, cannot be had.
+
+    A folder of the package's name may be there without it: flash-attn-4 alone leaves an empty `flash_attn`. Another
+    version may be there: flash-attn 2.8.3 brings an early version 4 along, whose function has no `max_seqlen_q`.
+    """
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             return f"{module} does not import: {type(error).__name__}: {error}"
         return f"the package {module} is not installed ({how_to_get})"
-    except (ImportError, OSError, RuntimeError) as error:  # a compiled module that does not fit this machine
+    except Exception as error:  # a compiled module, or a compiler, that does not fit this machine raises anything
         return f"{module} does not import: {type(error).__name__}: {error}"
-    return None if hasattr(found, function) else f"{module} is there without {function} ({how_to_get})"
+    if not hasattr(found, function):
+        return f"{module} is there without {function} ({how_to_get})"
+    try:
+        parameters = inspect.signature(getattr(found, function)).parameters
+    except (TypeError, ValueError):  # compiled: it will say itself what it does not take
+        return None
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    lacking = [word for word in words if word not in parameters and not takes_any]
+    return f"{module} is of another version: it takes no {', '.join(lacking)} ({how_to_get})" if lacking else None
 
 
 def _gpu_problem(device: torch.device, majors: range) -> str | None:
@@ -111,7 +139,9 @@ def _gpu_problem(device: torch.device, majors: range) -> str | None:
 def flash_moba_unavailable(device: torch.device) -> str | None:
     """Why FlashMoBA cannot run on a device, None if it can."""
     how = "build github.com/mit-han-lab/flash-moba with CUDA 12.9 or newer and PyTorch 2.8 or newer"
-    return _gpu_problem(device, range(8, 100)) or _import_problem("flash_moba", "flash_moba_varlen_func", how)
+    return _gpu_problem(device, range(8, 100)) or _import_problem(
+        "flash_moba", "flash_moba_varlen_func", _FLASH_MOBA_WORDS, how
+    )
 
 
 def _boundaries(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[Tensor, int]:
@@ -180,10 +210,8 @@ def flash_attn_attention(
         ValueError: a head size that it does not take.
     """
     package = FLASH_ATTENTION[version]
-    if q.shape[2] not in package.head_sizes:
-        raise ValueError(
-            f"full attention by {version!r} takes head sizes {package.sizes_in_words}, not {q.shape[2]}; use 'torch'"
-        )
+    if problem := package.refuses(q.shape[2]):
+        raise ValueError(f"full attention by {version!r}: {problem}; use 'torch'")
     bounds, longest = _boundaries(q, cu_seqlens, max_seqlen)
     found = importlib.import_module(package.module).flash_attn_varlen_func(
         q,

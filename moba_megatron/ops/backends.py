@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,15 +24,14 @@ class Backend:
         summary: one line for `doctor` and docs.
         unavailable: the reason why it cannot run on a device, None if it can.
         dtypes: what it takes; None: every floating dtype.
-        head_sizes, sizes_in_words: the same of head sizes.
+        refuses: the reason why it does not take heads of a size, None if it does; None: it takes every size.
     """
 
     name: str
     summary: str
     unavailable: Callable[[torch.device], str | None]
     dtypes: tuple[torch.dtype, ...] | None = None
-    head_sizes: Container[int] | None = None
-    sizes_in_words: str = ""
+    refuses: Callable[[int], str | None] | None = None
 
     def problem(
         self, device: torch.device, dtype: torch.dtype | None = None, head_size: int | None = None
@@ -40,8 +39,8 @@ class Backend:
         """Why it cannot run on this device, or with this dtype or head size where they are given; None if it can."""
         if dtype is not None and self.dtypes is not None and dtype not in self.dtypes:
             return f"it takes {' and '.join(map(str, self.dtypes))}, not {dtype}"
-        if head_size is not None and self.head_sizes is not None and head_size not in self.head_sizes:
-            return f"it takes head sizes {self.sizes_in_words}, not {head_size}"
+        if head_size is not None and self.refuses is not None and (reason := self.refuses(head_size)):
+            return reason
         return self.unavailable(device)
 
 
@@ -96,8 +95,7 @@ FULL_BACKENDS = {
                 f"the package {package}, whole packs at once",
                 FLASH_ATTENTION[name].unavailable,
                 HALF,
-                FLASH_ATTENTION[name].head_sizes,
-                FLASH_ATTENTION[name].sizes_in_words,
+                FLASH_ATTENTION[name].refuses,
             )
             for name, package in (
                 ("flash_attn", "flash-attn 2"),

@@ -15,7 +15,7 @@ attention is the case of one block per document, in which nothing is chosen.
 | `dispatch` | queries travel to the owners of their blocks |
 
 The names but for `dispatch` are megatron-core's `cp_comm_type`. Under activation recomputation everything is computed
-and exchanged again, identically: nothing here keeps state.
+and exchanged again, identically: nothing outlives a call and its backward pass.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def context_attention(
             out = full_attention(q, k, v, **whole)
         else:
             sizes = {"block_size": block_size, "top_k": top_k}
-            out = moba_attention(q, k, v, **whole, **sizes, backend=name, **selection.settings)
+            out = moba_attention(q, k, v, **whole, **sizes, backend=backend, **selection.settings)
     return to_tokens(wire, order, out)
 
 

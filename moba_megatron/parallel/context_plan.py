@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moba_megatron.ops.fragments import Fragment
 from moba_megatron.ops.layout import BlockLayout, TokenBlocks, block_layout
+from moba_megatron.ops.upload import upload
 from moba_megatron.parallel.layout import shard_positions
 
 
@@ -131,22 +132,24 @@ class ContextPlan:
     def queries(self) -> TokenBlocks:
         """Blocks of this rank's tokens, on their device."""
         blocks = self.here.blocks
-        return TokenBlocks(blocks.num_blocks, blocks.block_T.to(self.device), blocks.first_block_T.to(self.device))
+        return TokenBlocks(
+            blocks.num_blocks, upload(blocks.block_T, self.device), upload(blocks.first_block_T, self.device)
+        )
 
     @functools.cached_property
     def touched(self) -> list[Tensor]:
         """For each rank the blocks that it touches, on the queries' device."""
-        return [shard.touched.to(self.device) for shard in self._shards]
+        return [upload(shard.touched, self.device) for shard in self._shards]
 
     @functools.cached_property
     def block_lengths(self) -> Tensor:
         """int64 [M], tokens of each block of the pack, on the queries' device."""
-        return self.layout.block_lengths().to(self.device)
+        return upload(self.layout.block_lengths(), self.device)
 
     @functools.cached_property
     def elsewhere(self) -> Tensor:
         """bool [M], on the queries' device: blocks with tokens on other ranks."""
-        return (self.held.sum(dim=0) > self.held[self.rank]).to(self.device)
+        return upload(self.held.sum(dim=0) > self.held[self.rank], self.device)
 
     @functools.cached_property
     def held(self) -> Tensor:
@@ -159,7 +162,7 @@ class ContextPlan:
     @functools.cached_property
     def local_blocks(self) -> Tensor:
         """int64 [t], for each of this rank's tokens the place of its block among those it touches."""
-        return self.here.touched_rows().to(self.device)
+        return upload(self.here.touched_rows(), self.device)
 
     @functools.cached_property
     def own_blocks(self) -> Fragment:
@@ -192,8 +195,8 @@ class ContextPlan:
             kv_blocks=keys.kv_blocks(),
             causal_spans=keys.causal_spans() if source == self.rank else [],
             first_block_T=self.queries.first_block_T,
-            kv_block_of_block=keys.kv_block_of_block().to(self.device),
-            own_kv_block_T=own_kv_block.to(self.device) if bool(found.any()) else None,
+            kv_block_of_block=upload(keys.kv_block_of_block(), self.device),
+            own_kv_block_T=upload(own_kv_block, self.device) if bool(found.any()) else None,
         )
 
 
@@ -228,9 +231,15 @@ def host_boundaries(cu_seqlens: Tensor) -> tuple[int, ...]:
         if reference() is cu_seqlens and version == now:
             return values
     values = tuple(cu_seqlens.tolist())
+    remember_boundaries(cu_seqlens, values)
+    return values
+
+
+def remember_boundaries(cu_seqlens: Tensor, values: tuple[int, ...]) -> None:
+    """Say what `host_boundaries` would read from a tensor on an accelerator: where the host had the values before."""
+    now = 0 if cu_seqlens.is_inference() else cu_seqlens._version
     _read.append((weakref.ref(cu_seqlens), now, values))
     _read[:] = [entry for entry in _read if entry[0]() is not None][-_TENSORS_KEPT:]
-    return values
 
 
 @functools.lru_cache(maxsize=8)
@@ -249,11 +258,11 @@ def inner_order(boundaries: tuple[int, ...], levels: tuple[int, int], shard: int
     cu_seqlens = torch.tensor(boundaries)
     order = torch.cat([shard_positions(cu_seqlens, inner * outer, rank) for rank in ranks]).argsort()
     with torch.inference_mode(False):
-        return order.to(device)
+        return upload(order, device)
 
 
 @functools.lru_cache(maxsize=8)
 def boundaries_on(device: torch.device, boundaries: tuple[int, ...]) -> Tensor:
     """int32 [documents + 1], copied to the device once for all layers."""
     with torch.inference_mode(False):
-        return torch.tensor(boundaries, dtype=torch.int32).to(device)
+        return upload(torch.tensor(boundaries, dtype=torch.int32), device)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moba_megatron.ops.fragments import Fragment, Keys
+from moba_megatron.ops.upload import upload
 from moba_megatron.parallel.context_plan import ContextPlan
 from moba_megatron.parallel.exchange import PartialAttention, Queries
 from moba_megatron.parallel.wire import Pending, Wire
@@ -86,7 +87,7 @@ class Copies:
     def __init__(self, plan: ContextPlan, wire: Wire, hot_M: Tensor, k: Tensor, v: Tensor):
         self.plan, self.wire, self.hot_M = plan, wire, hot_M
         self.rows = [torch.nonzero(hot_M[plan.shard(rank).blocks.pack_block_T]).flatten() for rank in range(plan.size)]
-        self.mine = self.rows[plan.rank].to(k.device)
+        self.mine = upload(self.rows[plan.rank], k.device)
         others = [rank != plan.rank for rank in range(plan.size)]
         # To every other rank this rank's rows, from every other rank its own.
         self.sent = [self.mine.numel() * other for other in others]
@@ -141,5 +142,5 @@ class Copies:
             kv_blocks=list(zip((ends - lengths).tolist(), ends.tolist(), strict=True)),
             causal_spans=[],
             first_block_T=self.plan.queries.first_block_T,
-            kv_block_of_block=kv_block_of_block.to(self.plan.device),
+            kv_block_of_block=upload(kv_block_of_block, self.plan.device),
         )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moba_megatron.ops.combine import combine_weights
 from moba_megatron.ops.fragments import Keys
+from moba_megatron.ops.upload import upload
 from moba_megatron.parallel.context_plan import ContextPlan
 from moba_megatron.parallel.copies import Copies, choose_copies, demanded
 from moba_megatron.parallel.exchange import PartialAttention, Queries
@@ -174,7 +175,7 @@ class Dispatch:
         for number, width in zip(coming, numbers.coming_widths, strict=True):
             kv_blocks[row : row + number, :width] = received[place : place + number * width].view(number, width)
             row, place = row + number, place + number * width
-        spans = torch.tensor(numbers.coming).to(ids.device, non_blocking=True)
+        spans = upload(torch.tensor(numbers.coming), ids.device)
         head_R = torch.arange(num_kv_heads, device=ids.device).repeat(plan.size)
         return _Journey(
             rows=torch.cat(rows),
@@ -216,7 +217,7 @@ class Dispatch:
 
 def _chosen_elsewhere(plan: ContextPlan, ids: Tensor, hot_M: Tensor) -> Iterator[tuple[int, Tensor]]:
     """For each other rank its kv blocks that this rank's queries need there: int32 [T, N, slots], -1 for none."""
-    hot_on_device_M = hot_M.to(ids.device)
+    hot_on_device_M = upload(hot_M, ids.device)
     for rank in range(plan.size):
         if rank != plan.rank:
             fragment = plan.fragment(rank)

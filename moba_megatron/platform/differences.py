@@ -141,9 +141,11 @@ def _rotation_of_packs() -> list[Replacement]:
 
     @functools.wraps(stock)
     def rotate(t, cu_seqlens, freqs, rotary_interleaved=False, *args, mscale=1.0, **kwargs):
-        if freqs.dim() != 4 or freqs.shape[:2] != (t.shape[0], 2):
+        if freqs.dim() != 4 or freqs.shape[1] != 2:
             return stock(t, cu_seqlens, freqs, rotary_interleaved, *args, mscale=mscale, **kwargs)
         # [t, h, d] with cosines and sines [t, 2, 1, d].
+        if freqs.shape[0] != t.shape[0]:
+            raise ValueError(f"the pack has {freqs.shape[0]} positions on this rank, but queries or keys {t.shape[0]}")
         cos, sin = (freqs if mscale == 1.0 else freqs * mscale).to(t.dtype).unbind(1)
         half_turned = rope_utils._rotate_half(t.unsqueeze(1), rotary_interleaved).squeeze(1)
         return t * cos + half_turned * sin
@@ -185,6 +187,8 @@ def _lacks_fused_adam(device_type: DeviceType) -> bool:
     libraries = optional_libraries()
     return device_type == "cpu" or not (libraries["transformer_engine"].available or libraries["apex"].available)
 
+
+ROTATION_OF_PACKS = "rotation of packs"
 
 DIFFERENCES: tuple[Difference, ...] = (
     Difference(
@@ -230,7 +234,7 @@ DIFFERENCES: tuple[Difference, ...] = (
         _tensor_type,
     ),
     Difference(
-        "rotation of packs",
+        ROTATION_OF_PACKS,
         "reads a pack's boundaries on the host, for queries and for keys, in every layer; ours takes the cosines and "
         "sines that `model.rotary` gathers once a microbatch, and leaves tables of angles to megatron-core",
         _rotation_of_packs,

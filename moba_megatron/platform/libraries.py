@@ -29,7 +29,8 @@ class Library:
     how_to_get: str
 
 
-# name -> (modules that must all import, distributions that may carry it, purpose, how to get it)
+# name -> (modules that must all import, distributions that may carry it, purpose, how to get it). Without modules a
+# distribution is enough: importing version 4 of flash-attn starts a compiler, and `ops.adapters` looks before its use.
 _KNOWN: dict[str, tuple[tuple[str, ...], tuple[str, ...], str, str]] = {
     "transformer_engine": (
         ("transformer_engine.pytorch",),
@@ -52,13 +53,13 @@ _KNOWN: dict[str, tuple[tuple[str, ...], tuple[str, ...], str, str]] = {
         "pip install --no-build-isolation flash-attn on a machine with CUDA",
     ),
     "flash_attn_3": (
-        ("flash_attn_interface",),
+        (),
         ("flash_attn_3", "flash-attn-3"),
         "full attention on Hopper",
         "install the folder hopper of https://github.com/Dao-AILab/flash-attention with CUDA 12.3 or newer",
     ),
     "flash_attn_4": (
-        ("flash_attn.cute",),
+        (),
         ("flash-attn-4",),
         "full attention on Hopper and Blackwell",
         "pip install flash-attn-4",
@@ -83,6 +84,8 @@ def _find(name: str) -> Library:
     reason = next((problem for problem in map(_import_problem, modules) if problem), "")
     versions = (_distribution_version(distribution) for distribution in distributions)
     version = next((version for version in versions if version), None)
+    if not modules and version is None:
+        reason = f"{' or '.join(distributions)} is not installed"
     return Library(name, not reason, version, reason, purpose, how_to_get)
 
 
@@ -91,7 +94,7 @@ def _import_problem(module: str) -> str:
         return f"module {module.partition('.')[0]} is not installed"
     try:
         importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError) as error:  # a compiled module that does not fit this machine
+    except Exception as error:  # a compiled module that does not fit this machine raises anything
         return f"{module} does not import: {type(error).__name__}: {error}"
     return ""
 

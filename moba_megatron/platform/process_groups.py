@@ -42,7 +42,7 @@ def start_process_group(
     settings: dict = {"timeout": timeout}
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # NCCL connects at once and knows the rank's GPU; it would guess it at the first collective otherwise.
+        # NCCL connects all ranks now, with this GPU, and not at the first collective with one that it guesses.
         settings["device_id"] = device
     if init_method is not None:
         if rank is None or world_size is None:
@@ -52,6 +52,10 @@ def start_process_group(
         dist.init_process_group(backend, **settings)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **settings)
+    if device.type == "cuda":
+        # Bound to a device, PyTorch would split this group for every group that is made later, with all ranks:
+        # thousands of collectives at the start of a large run, most of them for groups in which a rank has no part.
+        dist.group.WORLD.bound_device_id = None
     return device
 
 

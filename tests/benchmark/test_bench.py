@@ -22,6 +22,7 @@ from moba_megatron.benchmark.operator import run_bench
 from moba_megatron.benchmark.presets import PRESETS
 from moba_megatron.benchmark.settings import BenchResult, BenchRow, BenchSettings, Case, pair_ratio
 from moba_megatron.ops import adapters, select_blocks
+from moba_megatron.ops.backends import FULL_BACKENDS
 from moba_megatron.ops.gathered import tiles
 from moba_megatron.ops.gathered.kv_heads import CAUSAL_ROWS
 from moba_megatron.ops.reference import reference_attend
@@ -184,7 +185,7 @@ def test_the_gpu_preset_is_the_grid_of_the_targets():
     assert len(first["lengths"]) == 8 and first["lengths"][-1] == 2**20 and len(first["blocks"]) == 5
     assert [(part["num_heads"], part["num_kv_heads"]) for part in (first, second)] == [(32, 8), (16, 16)]
     for part in (first, second):
-        assert replace(TINY, **part).full == ("torch_flash", "cudnn", "flash_attn")
+        assert replace(TINY, **part).full == tuple(name for name in FULL_BACKENDS if name != "torch")
 
 
 def test_clear_inputs_choose_the_same_blocks_with_rounded_means():
@@ -216,7 +217,7 @@ def test_the_gate_knows_what_flash_moba_counts(monkeypatch, counts_own_block):
     module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec("flash_moba", None))
     module.flash_moba_varlen_func = flash_moba_varlen_func
     monkeypatch.setitem(sys.modules, "flash_moba", module)
-    monkeypatch.setattr(adapters, "_ampere_problem", lambda device: None)
+    monkeypatch.setattr(adapters, "_gpu_problem", lambda device, majors: None)
     adapters._import_problem.cache_clear()
     verdict = bench.disagreement(replace(TINY, backend="flash_moba"), "bf16", 64, 3)
     adapters._import_problem.cache_clear()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import csv
+import os
+import socket
+import subprocess
+import sys
 
 from typer.testing import CliRunner
 
@@ -36,3 +40,20 @@ def test_a_length_that_does_not_fit(tmp_path):
     result = bench(tmp_path, "--context-parallel", "3")
     assert result.exit_code == 2
     assert "512 tokens are not a multiple of 2 x context-parallel size = 6: use 516" in result.output
+
+
+def test_an_exchange_that_is_wrong_ends_with_one(tmp_path):
+    """And is not timed: here none is good enough."""
+    sizes = ["--lengths", "512", "--blocks", "16:3", "--dtypes", "fp32", "--heads", "4", "--groups", "2", "--runs", "1"]
+    code = (
+        "import os, sys; from moba_megatron.benchmark import exchanges; exchanges.AGREEMENT['fp32'] = -1.0; "
+        "from moba_megatron.cli import app; app(sys.argv[1:])"
+    )
+    world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        world["MASTER_PORT"] = str(free.getsockname()[1])
+    command = [sys.executable, "-c", code, "bench", *sizes, "--output", tmp_path, "--context-parallel", "1"]
+    done = subprocess.run(command, env=os.environ | world, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "left out: p2p differs from one rank by" in done.stdout

@@ -9,6 +9,7 @@ import torch
 from distributed import run_ranks
 
 from moba_megatron.data.batches import Batch, context_part, microbatches, pack, packed_seq_params
+from moba_megatron.parallel.context_plan import host_boundaries
 from moba_megatron.parallel.layout import check_positions
 
 EOD, LENGTH = 0, 24
@@ -106,3 +107,12 @@ def test_rows_are_cut_as_by_megatron_core():
 def test_rows_that_cannot_be_cut_are_refused():
     with pytest.raises(ValueError, match="24 tokens, not a multiple of 2 x context-parallel size = 10: pad it to 30"):
         first_batch(None, context_rank=0, context_size=5)
+
+
+def test_on_a_device_the_host_still_knows_the_boundaries():
+    """Where values cannot be read at all: what context parallelism plans with comes from before the copy."""
+    where = {"consumed_samples": 0, "data_parallel_rank": 0, "data_parallel_size": 1}
+    batch = next(microbatches(Sentences(), micro_batch_size=2, eod_id=EOD, device="meta", context_size=2, **where))
+    assert {value.device.type for value in batch.values() if isinstance(value, torch.Tensor)} == {"meta"}
+    values = host_boundaries(batch["cu_seqlens_padded"])
+    assert values == tuple(first_batch(EOD, context_size=2)["cu_seqlens_padded"].tolist())

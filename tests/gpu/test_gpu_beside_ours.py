@@ -59,8 +59,9 @@ def test_the_benchmark_of_exchanges_runs(tmp_path):
         lengths=(8192,), blocks=((128, 8),), dtypes=("bf16",), backend="auto", device="cuda", runs=1, num_heads=16,
         num_kv_heads=8, head_size=128,
     )  # fmt: skip
-    rows = run_context_bench(settings, ranks, tmp_path, Console(file=io.StringIO()))
-    run = {row.exchange for row in rows if row.block_size}
+    result = run_context_bench(settings, ranks, tmp_path, Console(file=io.StringIO()))
+    run = {row.exchange for row in result.rows if row.block_size}
+    assert result.wrong == []
     assert run >= {"p2p", "all_gather", "dispatch"} and ("a2a" in run or ranks > 8)
 
 

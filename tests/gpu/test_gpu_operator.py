@@ -15,6 +15,8 @@ from moba_megatron.ops.pairs import attended_pairs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
+# One after the other under pytest-xdist's `--dist loadgroup`: two of them do not fit a GPU together.
+ALONE_IN_MEMORY = pytest.mark.xdist_group("alone in memory")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 OURS = ["gathered", "triton"]
 SHAPES = {
@@ -108,6 +110,7 @@ def test_the_host_never_waits(kernels, bounds):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@ALONE_IN_MEMORY
 def test_addresses_beyond_32_bits():
     """Queries, keys and values of more than 2^31 elements each, and partial outputs likewise."""
     if torch.cuda.get_device_properties(0).total_memory < 100e9:
@@ -118,6 +121,7 @@ def test_addresses_beyond_32_bits():
     checks.check_last_document(shape, "cuda", torch.bfloat16, "triton", workspace_bytes=2**33)
 
 
+@ALONE_IN_MEMORY
 def test_workspace_stays_within_its_bound():
     """Beside selected ids and the saved log-sum-exp, at most half of q + k + v + out forward, all of it backward."""
     if torch.cuda.get_device_properties(0).total_memory < 60e9:
@@ -140,6 +144,7 @@ def test_a_small_workspace_does_not_show(backend, name, dtype):
         checks.check_workspace(SHAPES[name], "cuda", dtype, backend, workspace_bytes)
 
 
+@ALONE_IN_MEMORY
 @pytest.mark.parametrize("workspace_bytes", [2**24, 2**28])
 def test_memory_keeps_to_its_formula(workspace_bytes):
     """What the docstring of `ops.triton.attention` promises; beside it routing's summaries and planes, the selected ids

@@ -183,3 +183,14 @@ POD = "spec/pytorchReplicaSpecs/Master/template/spec"
 def test_a_broken_manifest_does_not(path, value):
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(change(path, value), SCHEMA, jsonschema.Draft202012Validator)
+
+
+@pytest.mark.slow
+def test_the_first_day_on_a_gpu_runs_through_on_a_cpu(tmp_path):
+    done = subprocess.run(
+        [LAUNCH / "gpu_day_one.sh", tmp_path / "day"], env=os.environ | {"DRY": "1"}, capture_output=True, text=True
+    )
+    page = (tmp_path / "day/page.txt").read_text()
+    assert done.returncode == 0 and done.stdout == page, page
+    parts = re.findall(r"^(\w+): holds, \d+ s$", page, re.MULTILINE)
+    assert parts == ["machine", "tests", "operator", "exchanges", "corpus", "training", "resumed"]

@@ -39,15 +39,16 @@ def test_rotation_has_the_bits_of_megatron_core():
         different = []
         for size, rank in ((1, 0), (2, 0), (2, 1), (4, 3)):
             group = Group(size, rank)
-            embedding = DocumentRotaryEmbedding(
-                rotary_frequencies(config.model), 64, fused=False, kv_channels=config.model.head_size, cp_group=group
-            )
             pack = PackedSeqParams(qkv_format="thd", cu_seqlens_q=BOUNDS, cu_seqlens_kv=BOUNDS)
 
             class Sizes:
                 sequence_parallel, context_parallel_size = False, size
 
             for dtype in (torch.float32, torch.bfloat16):
+                embedding = DocumentRotaryEmbedding(
+                    rotary_frequencies(config.model), 64, fused=False, dtype=dtype,
+                    kv_channels=config.model.head_size, cp_group=group,
+                )  # fmt: skip
                 t = torch.randn(64 // size, 4, config.model.head_size).to(dtype)
                 length = embedding.get_rotary_seq_len(None, None, t, Sizes, pack)
                 cos_and_sin = embedding(length, packed_seq=True)

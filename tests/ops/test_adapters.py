@@ -177,8 +177,9 @@ def test_auto_takes_flash_attention_only_for_what_it_takes(flash_attention):
 def test_each_version_is_for_its_gpus_and_the_newest_is_taken(monkeypatch):
     """By compute capability; with all three installed."""
     for module in MODULES.values():
-        install(monkeypatch, module, flash_attn_varlen_func=None)
-    sys.modules["flash_attn"].flash_attn_varlen_func = None
+        install(monkeypatch, module, flash_attn_varlen_func=lambda **words: None)
+    # The package above version 4's module is version 2.
+    sys.modules["flash_attn"].flash_attn_varlen_func = lambda **words: None
     monkeypatch.setattr(adapters, "_gpu_problem", GPU_PROBLEM)
     for capability, name in (
         ((7, 5), "torch"),
@@ -192,6 +193,12 @@ def test_each_version_is_for_its_gpus_and_the_newest_is_taken(monkeypatch):
         ValueError, match=r"'flash_attn_3' is not available: it needs compute capability 9\.x, this GPU has 10"
     ):
         resolve_full_backend("flash_attn_3", "cuda", torch.bfloat16, 128)
+    # Deterministic gradients of large heads are not version 3's.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert resolve_full_backend("auto", "cuda", torch.bfloat16, 256)[0] == "flash_attn_3"
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert resolve_full_backend("auto", "cuda", torch.bfloat16, 256)[0] == "flash_attn_4"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     # Head sizes decide as well: the next version takes what the first does not.
     assert resolve_full_backend("auto", "cuda", torch.bfloat16, 192)[0] == "flash_attn"
 
@@ -217,6 +224,16 @@ def test_a_folder_of_the_name_is_not_the_package(monkeypatch, tmp_path, name):
     assert problem.startswith(f"{module} is there without flash_")
     chosen, reason = resolve_full_backend("auto", "cuda", torch.bfloat16)
     assert chosen == "torch" and (name == "flash_moba" or "is there without" in reason)
+
+
+def test_another_version_of_a_package_is_told(monkeypatch):
+    """flash-attn 2.8.3 brings an early version 4 along, whose function takes no lengths."""
+
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None, causal=False): ...
+
+    install(monkeypatch, "flash_attn.cute", flash_attn_varlen_func=flash_attn_varlen_func)
+    problem = FULL_BACKENDS["flash_attn_4"].problem(torch.device("cuda"))
+    assert problem.startswith("flash_attn.cute is of another version: it takes no max_seqlen_q, max_seqlen_k, determin")
 
 
 def test_what_a_package_misses_is_not_its_own_absence(monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy
@@ -69,9 +70,13 @@ def test_nccl_is_told_its_gpu(monkeypatch, given):
     monkeypatch.setattr(process_groups, "current_device", lambda: torch.device("cuda", 3))
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **settings: calls.append((backend, settings)))
+    world = types.SimpleNamespace(bound_device_id=torch.device("cuda", 3))
+    monkeypatch.setattr(dist.distributed_c10d._world, "default_pg", world)
     platform.start_process_group(**given)
     device, (backend, settings) = calls
     assert backend == "nccl" and settings["device_id"] == device == torch.device("cuda", 3)
+    # Groups that are made later are not split from it, which all ranks would take part in.
+    assert world.bound_device_id is None
 
 
 def test_init_method_needs_rank_and_size():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moba_megatron.ops.fragments import Fragment
 from moba_megatron.ops.layout import BlockLayout
+from moba_megatron.ops.upload import upload
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,6 @@ def _device_form(fragment: Fragment, device: torch.device) -> DeviceFragment:
 
 def _spans(bounds: list[tuple[int, int]], device: torch.device) -> Spans:
     lengths = [end - start for start, end in bounds]
-    start, end = torch.tensor(bounds, dtype=torch.int64).view(-1, 2).to(device, non_blocking=True).unbind(1)
+    start, end = upload(torch.tensor(bounds, dtype=torch.int64).view(-1, 2), device).unbind(1)
     # Copies, also of a single pair: kernels are compiled for addresses that are multiples of 16 bytes.
     return Spans(start.clone(), end.clone(), max(lengths, default=0), sum(lengths))

@@ -12,6 +12,7 @@ from without_data import kernels_on_meta  # noqa: E402
 from moba_megatron.ops import full_attention, moba_attention, select_blocks  # noqa: E402
 from moba_megatron.ops.selection import SELECTORS, SUMMARIES, Selection  # noqa: E402
 from moba_megatron.parallel import attention as context  # noqa: E402
+from moba_megatron.parallel.context_plan import remember_boundaries  # noqa: E402
 from moba_megatron.parallel.exchanges import EXCHANGES  # noqa: E402
 from moba_megatron.parallel.wire import Pending, Wire, observe  # noqa: E402
 
@@ -116,7 +117,9 @@ def test_exchanges(launches, monkeypatch, exchange, block_size, answer):
     # Full attention of a whole pack is another package's, or PyTorch's.
     monkeypatch.setattr(context, "full_attention", lambda q, k, v, **_: q + (k.sum() + v.sum()))
     q, k, v = leaves(TOKENS // 2)
-    documents = torch.tensor([0, 1024, TOKENS], dtype=torch.int32)
+    # As the feed leaves them: on the device, and known on the host.
+    documents = torch.empty(3, dtype=torch.int32, device="meta")
+    remember_boundaries(documents, (0, 1024, TOKENS))
     with observe() as forward:
         out = context.context_attention(
             q, k, v, documents, cp_groups=context.ContextGroups(Group()), exchange=exchange, block_size=block_size,
