@@ -8,7 +8,8 @@ values and their gradients stay where they are, but for the blocks that everybod
 depends on its own tokens and the number of chosen blocks, not on the length of the sequence.
 
 Rows are sorted by kv head, then token, then head, and arrive in the order of ranks: nothing is added in an order left
-open. The numbers of rows depend on the choices, so the host waits for each other rank's in every pass.
+open. The numbers of rows depend on the choices, so in the forward pass the host waits for the device twice: for what
+all ranks ask of each block, and for the numbers of rows that leave and come. The backward pass uses them again.
 """
 
 from __future__ import annotations

@@ -90,7 +90,8 @@ def test_a2a_equals_one_rank_bit_for_bit():
         size, rank, cp_groups = dist.get_world_size(), dist.get_rank(), groups_for("a2a")
         cu = torch.tensor(BOUNDS, dtype=torch.int32)
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
-            for block_size, top_k in ((7, 3), (2, 16), (16, 2)):
+            # The last covers every document: full attention, under auto.
+            for block_size, top_k in ((7, 3), (2, 16), (16, 2), (16, 100)):
                 tensors = pack_inputs(BOUNDS[-1], HEADS, KV_HEADS, dtype=dtype)
                 ours, positions = run_shard(
                     attention("a2a", BOUNDS, block_size, top_k, cp_groups), tensors, BOUNDS, size, rank
