@@ -151,3 +151,40 @@ def test_a_schedule_of_another_length_is_refused():
             build_model(config, VOCABULARY, AttentionSchedule.from_config(config.attention, 3))
 
     run_ranks(1, wrong)
+
+
+def test_only_the_output_layer_does_without_fused_weight_gradients():
+    """With Transformer Engine they are on. megatron-core's own linear layer wants apex's kernel for them, also where it
+    is the output layer, of which the chunked loss takes the weight alone."""
+
+    def action():
+        from megatron.core import tensor_parallel
+
+        from moba_megatron.model import builder, gpt
+
+        library = platform.Library("transformer_engine", True, "2.20.2", "", "", "")
+        builder.optional_libraries = lambda: {
+            "transformer_engine": library,
+            "apex": platform.optional_libraries()["apex"],
+        }
+        builder.choose_implementation = lambda device_type: "transformer_engine"
+        with_te = builder._machine_settings("cuda")
+        builder.choose_implementation = lambda device_type: "local"
+        fusion = {
+            "with TE": with_te,
+            "without": builder._machine_settings("cuda"),
+            "CPU": builder._machine_settings("cpu"),
+        }
+        config = build(tiny()).config
+        config.gradient_accumulation_fusion = True
+        settings = {"config": config, "init_method": config.init_method, "bias": False}
+        with pytest.raises(RuntimeError, match="gradient_accumulation_fusion"):
+            tensor_parallel.ColumnParallelLinear(8, 16, **settings)
+        with gpt._output_layer_without_fusion():
+            layer = tensor_parallel.ColumnParallelLinear(8, 16, **settings)
+        stock = tensor_parallel.ColumnParallelLinear is not gpt._OutputLayer
+        found = {name: made["gradient_accumulation_fusion"] for name, made in fusion.items()}
+        return found, layer.gradient_accumulation_fusion, config.gradient_accumulation_fusion, stock
+
+    expected = {"with TE": True, "without": False, "CPU": False}
+    assert run_ranks(1, action) == [(expected, False, True, True)]

@@ -119,6 +119,12 @@ def test_auto_follows_the_bytes():
     one = RankSizes(tokens=16384, heads=4, kv_heads=1, head_size=128, element_bytes=2, block_size=4096, top_k=12)
     assert choose_exchange(one, 4).name == "p2p" and "dispatch" in choose_exchange(one, 4).reason
     assert choose_exchange(RankSizes(16384, 32, 1, 128, 2), 512).name == "p2p"
+    # What makes the host wait is told where it is taken.
+    far = choose_exchange(sizes, 512)
+    assert far.name == "dispatch" and far.reason.endswith(
+        "the host waits for the device 2 times a layer and forward pass"
+    )
+    assert "waits" not in choose_exchange(sizes, 16).reason
 
 
 @pytest.mark.parametrize(

@@ -114,8 +114,11 @@ def test_exchanges(launches, monkeypatch, exchange, block_size, answer):
         pytest.skip("it reads nothing")
     monkeypatch.setattr(WithoutData, "answer", answer)
     monkeypatch.setattr(context, "Wire", WithoutData)
-    # Full attention of a whole pack is another package's, or PyTorch's.
-    monkeypatch.setattr(context, "full_attention", lambda q, k, v, **_: q + (k.sum() + v.sum()))
+    # Full attention of a whole pack is another package's, or PyTorch's; it gets what the host knows of the lengths.
+    whole = []
+    monkeypatch.setattr(
+        context, "full_attention", lambda q, k, v, **others: whole.append(others) or q + k.sum() + v.sum()
+    )
     q, k, v = leaves(TOKENS // 2)
     # As the feed leaves them: on the device, and known on the host.
     documents = torch.empty(3, dtype=torch.int32, device="meta")
@@ -128,6 +131,8 @@ def test_exchanges(launches, monkeypatch, exchange, block_size, answer):
     with observe() as backward:
         out.backward(torch.empty_like(out))
     assert launches or block_size is None
+    if exchange == "a2a" and block_size is None:
+        assert whole[0]["max_seqlen"] == TOKENS - 1024 and whole[0]["cu_seqlens"].is_meta
     assert q.grad.shape == q.shape and k.grad.shape == v.grad.shape == k.shape
     assert (forward.host_waits, backward.host_waits) == (kind.host_waits, 0)
 
