@@ -33,7 +33,7 @@ MEGATRON_TESTS := $(addprefix tests/,platform model parallel checkpoint training
 
 # Files of tests at the same time; many tests start processes of their own. WORKERS=1 runs one after the other.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
-AT_ONCE := -n $(WORKERS) --dist loadfile
+AT_ONCE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup quickstart test test-megatron test-te test-matrix test-slow kernels bench clean
 

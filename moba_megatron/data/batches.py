@@ -25,7 +25,6 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from moba_megatron.ops.upload import upload
 from moba_megatron.parallel.context_plan import remember_boundaries
 from moba_megatron.parallel.layout import padded_boundaries, shard_positions
 
@@ -190,8 +189,15 @@ def packed_seq_params(batch: Batch) -> PackedSeqParams | None:
 def _on_device(batch: Batch, device: torch.device) -> Batch:
     """A batch on its device, copied beside the computation. Context parallelism plans on the host, from the boundaries
     that were there."""
-    moved = {name: upload(value, device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    moved = {name: _to(value, device) for name, value in batch.items()}
     padded = batch.get("cu_seqlens_padded")
     if padded is not None and device.type != "cpu":
         remember_boundaries(moved["cu_seqlens_padded"], tuple(padded.tolist()))
     return moved
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if not isinstance(value, Tensor) or device.type == "cpu":
+        return value
+    # From pinned memory, so that the host does not wait for the copy.
+    return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
