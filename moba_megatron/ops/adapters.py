@@ -35,6 +35,10 @@ HALF = (torch.bfloat16, torch.float16)
 FLASH_MOBA_BLOCK_STEP, FLASH_MOBA_TOP_K, FLASH_MOBA_HEAD_SIZE = 64, 64, 256
 
 
+# Compute capabilities, by their first number.
+_AMPERE_OR_NEWER = range(8, 100)
+
+
 @dataclass(frozen=True)
 class FlashAttention:
     """One version of flash-attn, as its sources say.
@@ -78,7 +82,7 @@ FLASH_ATTENTION = {
     "flash_attn": FlashAttention(
         "flash_attn",
         "pip install --no-build-isolation flash-attn on a machine with CUDA",
-        range(8, 100),
+        _AMPERE_OR_NEWER,
         range(1, 257),
         "up to 256",
     ),
@@ -132,14 +136,14 @@ def _gpu_problem(device: torch.device, majors: range) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major in majors:
         return None
-    wanted = f"{majors[0]}.0 or newer" if majors[-1] == 99 else " or ".join(f"{one}.x" for one in majors)
+    wanted = f"{majors[0]}.0 or newer" if majors == _AMPERE_OR_NEWER else " or ".join(f"{one}.x" for one in majors)
     return f"it needs compute capability {wanted}, this GPU has {major}.{minor}"
 
 
 def flash_moba_unavailable(device: torch.device) -> str | None:
     """Why FlashMoBA cannot run on a device, None if it can."""
     how = "build github.com/mit-han-lab/flash-moba with CUDA 12.9 or newer and PyTorch 2.8 or newer"
-    return _gpu_problem(device, range(8, 100)) or _import_problem(
+    return _gpu_problem(device, _AMPERE_OR_NEWER) or _import_problem(
         "flash_moba", "flash_moba_varlen_func", _FLASH_MOBA_WORDS, how
     )
 
@@ -197,23 +201,17 @@ def flash_attn_attention(
     *,
     softmax_scale: float,
     max_seqlen: int | None,
-    version: str = "flash_attn",
+    version: str,
 ) -> Tensor:
     """Full causal attention by a version of flash-attn, for packs; arguments as for `full_attention`.
 
     The gradient of q is summed in an order left open, unless PyTorch is asked for deterministic algorithms.
 
     Args:
-        version: `flash_attn`, `flash_attn_3` or `flash_attn_4`.
-
-    Raises:
-        ValueError: a head size that it does not take.
+        version: `flash_attn`, `flash_attn_3` or `flash_attn_4`, of which `resolve_full_backend` says what they take.
     """
-    package = FLASH_ATTENTION[version]
-    if problem := package.refuses(q.shape[2]):
-        raise ValueError(f"full attention by {version!r}: {problem}; use 'torch'")
     bounds, longest = _boundaries(q, cu_seqlens, max_seqlen)
-    found = importlib.import_module(package.module).flash_attn_varlen_func(
+    found = importlib.import_module(FLASH_ATTENTION[version].module).flash_attn_varlen_func(
         q,
         k,
         v,

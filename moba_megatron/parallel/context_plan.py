@@ -225,8 +225,7 @@ def host_boundaries(cu_seqlens: Tensor) -> tuple[int, ...]:
     """The values of a tensor of boundaries; remembered for tensors on an accelerator, where reading them waits."""
     if cu_seqlens.device.type == "cpu":
         return tuple(cu_seqlens.tolist())
-    # Tensors made in inference mode do not count their changes.
-    now = 0 if cu_seqlens.is_inference() else cu_seqlens._version
+    now = _changes(cu_seqlens)
     for reference, version, values in _read:
         if reference() is cu_seqlens and version == now:
             return values
@@ -237,9 +236,13 @@ def host_boundaries(cu_seqlens: Tensor) -> tuple[int, ...]:
 
 def remember_boundaries(cu_seqlens: Tensor, values: tuple[int, ...]) -> None:
     """Say what `host_boundaries` would read from a tensor on an accelerator: where the host had the values before."""
-    now = 0 if cu_seqlens.is_inference() else cu_seqlens._version
-    _read.append((weakref.ref(cu_seqlens), now, values))
+    _read.append((weakref.ref(cu_seqlens), _changes(cu_seqlens), values))
     _read[:] = [entry for entry in _read if entry[0]() is not None][-_TENSORS_KEPT:]
+
+
+def _changes(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; tensors made in inference mode do not count that."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @functools.lru_cache(maxsize=8)

@@ -36,12 +36,13 @@ class _Numbers:
     """What the host knows of the rows that travel.
 
     Attributes:
-        hot_M: bool [M], blocks that are copied instead.
+        hot_M: bool [M], blocks that are copied instead; hot_on_device_M: the same where the queries are.
         leaving, coming: for and from each rank, the rows of each kv head [C][G].
         leaving_widths, coming_widths: the most kv blocks of a row, for and from each rank.
     """
 
     hot_M: Tensor
+    hot_on_device_M: Tensor
     leaving: list[list[int]]
     coming: list[list[int]]
     leaving_widths: list[int]
@@ -141,7 +142,8 @@ class Dispatch:
         """Tell the ranks how many rows come, and read all numbers at once."""
         # For each rank: rows of each kv head, and the most kv blocks of a row.
         leaving_CG1 = torch.zeros(plan.size, num_kv_heads + 1, dtype=torch.int64, device=ids.device)
-        for rank, chosen_TNK in _chosen_elsewhere(plan, ids, hot_M):
+        hot_on_device_M = upload(hot_M, ids.device)
+        for rank, chosen_TNK in _chosen_elsewhere(plan, ids, hot_on_device_M):
             number_TN = (chosen_TNK >= 0).sum(dim=-1)
             leaving_CG1[rank, :-1] = (number_TN > 0).unflatten(1, (num_kv_heads, -1)).sum(dim=(0, 2))
             leaving_CG1[rank, -1] = number_TN.amax()
@@ -149,6 +151,7 @@ class Dispatch:
         leaving, coming = self.wire.read(torch.stack([leaving_CG1, coming_CG1])).tolist()
         return _Numbers(
             hot_M,
+            hot_on_device_M,
             leaving=[numbers[:-1] for numbers in leaving],
             coming=[numbers[:-1] for numbers in coming],
             leaving_widths=[numbers[-1] for numbers in leaving],
@@ -160,7 +163,7 @@ class Dispatch:
         leaving, coming = ([sum(of_head) for of_head in side] for side in (numbers.leaving, numbers.coming))
         num_kv_heads = len(numbers.leaving[0])
         rows, sent = [ids.new_empty(0, dtype=torch.int64)], [ids.new_empty(0)]
-        for rank, chosen_TNK in _chosen_elsewhere(plan, ids, numbers.hot_M):
+        for rank, chosen_TNK in _chosen_elsewhere(plan, ids, numbers.hot_on_device_M):
             rows.append(_rows_that_go(chosen_TNK, num_kv_heads, leaving[rank]))
             kv_blocks = chosen_TNK.flatten(0, 1)[rows[-1]].sort(dim=-1, descending=True).values
             sent.append(kv_blocks[:, : numbers.leaving_widths[rank]].flatten())
@@ -216,9 +219,8 @@ class Dispatch:
                 yield kv_head, PartialAttention(Queries(**some), keys, kv_blocks[first:last], plan.guest_choices)
 
 
-def _chosen_elsewhere(plan: ContextPlan, ids: Tensor, hot_M: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _chosen_elsewhere(plan: ContextPlan, ids: Tensor, hot_on_device_M: Tensor) -> Iterator[tuple[int, Tensor]]:
     """For each other rank its kv blocks that this rank's queries need there: int32 [T, N, slots], -1 for none."""
-    hot_on_device_M = upload(hot_M, ids.device)
     for rank in range(plan.size):
         if rank != plan.rank:
             fragment = plan.fragment(rank)

@@ -120,11 +120,11 @@ def _full_attention(config: Config, schedule: AttentionSchedule, device: torch.d
                 "through the exchanges there; use auto"
             ])  # fmt: skip
         return "the exchange (context parallelism)"
+    model, dtype = config.model, DTYPES[config.training.precision]
     try:
-        name, reason = resolve_full_backend(wanted, device, DTYPES[config.training.precision], config.model.head_size)
+        name, reason = resolve_full_backend(wanted, device, dtype, model.head_size)
     except ValueError as error:
         raise ConfigError([f"attention.full_backend = {wanted}: {error}"]) from error
-    model, dtype = config.model, DTYPES[config.training.precision]
     if name in KERNELS and model.query_groups != model.num_attention_heads and not takes_groups(device, dtype):
         reason += f"; keys are repeated for each query head, for none of its fused kernels takes groups in {dtype}"
     layers = range(1, schedule.num_layers + 1)

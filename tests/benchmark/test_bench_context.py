@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from moba_megatron.cli import app
 
+SIZES = ["--lengths", "512", "--blocks", "16:3", "--dtypes", "fp32", "--heads", "4", "--groups", "2", "--runs", "1"]
+
 
 def bench(folder, *options: str):
-    sizes = ["--lengths", "512", "--blocks", "16:3", "--dtypes", "fp32", "--heads", "4", "--groups", "2", "--runs", "1"]
-    return CliRunner().invoke(app, ["bench", *sizes, "--output", str(folder), "--threads", "1", *options])
+    return CliRunner().invoke(app, ["bench", *SIZES, "--output", str(folder), "--threads", "1", *options])
 
 
 def test_every_exchange_is_measured(tmp_path):
@@ -44,7 +45,6 @@ def test_a_length_that_does_not_fit(tmp_path):
 
 def test_an_exchange_that_is_wrong_ends_with_one(tmp_path):
     """And is not timed: here none is good enough."""
-    sizes = ["--lengths", "512", "--blocks", "16:3", "--dtypes", "fp32", "--heads", "4", "--groups", "2", "--runs", "1"]
     code = (
         "import os, sys; from moba_megatron.benchmark import exchanges; exchanges.AGREEMENT['fp32'] = -1.0; "
         "from moba_megatron.cli import app; app(sys.argv[1:])"
@@ -53,7 +53,7 @@ def test_an_exchange_that_is_wrong_ends_with_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         world["MASTER_PORT"] = str(free.getsockname()[1])
-    command = [sys.executable, "-c", code, "bench", *sizes, "--output", tmp_path, "--context-parallel", "1"]
+    command = [sys.executable, "-c", code, "bench", *SIZES, "--output", tmp_path, "--context-parallel", "1"]
     done = subprocess.run(command, env=os.environ | world, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "left out: p2p differs from one rank by" in done.stdout
