@@ -75,3 +75,7 @@ def main() -> None:
 
     Training itself is `python train.py CONFIG.yaml`.
     """
+
+
+if __name__ == "__main__":
+    app()
