@@ -26,7 +26,7 @@ ALLOWED = {
     "planning": {"model", "corpus", "parallel", "ops", "config"},
     "benchmark": {"planning", "hf", "parallel", "ops", "before_torch"},
     "convert": {"checkpoint", "megatron", "model", "hf", "corpus", "runs", "platform", "config"},
-    "generation": {"convert", "checkpoint", "model", "hf", "runs", "platform", "config"},
+    "generation": {"convert", "checkpoint", "corpus", "model", "hf", "runs", "platform", "config"},
     "evaluation": {*("generation", "convert", "checkpoint", "data", "corpus", "model", "hf", "ops", "runs", "config")},
     "training": {
         *("evaluation", "planning", "convert", "checkpoint", "data", "corpus", "model", "parallel", "ops", "runs"),

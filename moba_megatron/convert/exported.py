@@ -9,7 +9,7 @@ from moba_megatron.checkpoint import CheckpointError, Manifest
 from moba_megatron.checkpoint.find import find_checkpoint, saved_config
 from moba_megatron.config import Config, ConfigError, ModelConfig
 from moba_megatron.convert.import_hf import NO_TOKENIZER
-from moba_megatron.convert.initial import sized
+from moba_megatron.convert.initial import sized, tokenizer_folder
 from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
 
@@ -50,7 +50,7 @@ def open_exported(path: str | Path, tokenizer: str | None = None) -> Exported:
         raise ConfigError([f"attention.key_convolution = {width}: no plain model of transformers convolves its keys"])
     schedule = AttentionSchedule.from_dict(manifest.schedule)
     layers = schedule.stages[schedule.stage_at(max(manifest.step, 1), config.training.steps)]
-    folder = tokenizer or _tokenizer_folder(checkpoint, config)
+    folder = tokenizer or tokenizer_folder(checkpoint, config)
     found = None
     if manifest.data["tokenizer"] != NO_TOKENIZER:
         try:
@@ -66,10 +66,3 @@ def open_exported(path: str | Path, tokenizer: str | None = None) -> Exported:
         raise CheckpointError(f"{checkpoint} says neither model.vocab_size nor a tokenizer")
     model = sized(config.model, found.vocab_size if found else 0)
     return Exported(checkpoint, manifest, config, model, layers, found)
-
-
-def _tokenizer_folder(checkpoint: Path, config: Config) -> Path:
-    """As the configuration says, or beside the checkpoint where an imported model was moved."""
-    beside = checkpoint.parent.parent / "tokenizer"
-    named = Path(config.data.tokenizer)
-    return beside if beside.is_dir() and not named.is_dir() else named

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from moba_megatron.checkpoint import CheckpointError, Manifest, load_model
@@ -12,6 +13,8 @@ from moba_megatron.checkpoint.find import find_checkpoint, saved_config
 from moba_megatron.config import Config, ConfigError, ModelConfig
 from moba_megatron.config.pretrained import pretrained_model_section
 from moba_megatron.convert.weights import open_weights, read_weights
+from moba_megatron.corpus.blend import blend_entries
+from moba_megatron.corpus.indexed import load_index
 from moba_megatron.corpus.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -52,6 +55,7 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
     else:
         _check_key_convolution(config, _find(source))
         lines = [f"model.init_from = {source}: {_find(source)}"]
+    lines += _without_beginning(config)
     return lines + [
         f"model.{key} = {ours}: the weights come from a model with {theirs}"
         for key, (ours, theirs) in differing.items()
@@ -103,6 +107,32 @@ def _check_key_convolution(config: Config, checkpoint: Path) -> None:
         ])  # fmt: skip
 
 
+def tokenizer_folder(checkpoint: Path, config: Config) -> Path:
+    """As the configuration of a checkpoint says, or beside the checkpoint where an imported model was moved."""
+    beside = checkpoint.parent.parent / "tokenizer"
+    named = Path(config.data.tokenizer)
+    return beside if beside.is_dir() and not named.is_dir() else named
+
+
+def _without_beginning(config: Config) -> list[str]:
+    """A line where the tokenizer begins texts with a token of its own, and the data do not."""
+    try:
+        tokenizer = Tokenizer(config.data.tokenizer)
+        start = tokenizer.beginnings("auto")["prompt"]
+        path = blend_entries(config.data.train)[0].path
+        index = load_index(path)
+        first = np.fromfile(f"{path}.bin", index.dtype, len(start), offset=int(index.offsets[0]))
+    except (OSError, ValueError, IndexError):  # others tell what is wrong with the data
+        return []
+    if first.tolist() == start:
+        return []
+    token = tokenizer.decode(start)
+    return [
+        f"data.train = {path}: its documents do not begin with {token!r}, with which the tokenizer begins a text; if "
+        f"the model was trained so (Llama, Mistral), prepare them with tokenizer.begin_of_document={token}"
+    ]
+
+
 def _is_huggingface(source: Path) -> bool:
     return (source / "config.json").is_file()
 
@@ -120,17 +150,20 @@ def _differences(ours: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[obje
 
 
 def _check_tokenizer(config: Config, source: Path) -> None:
-    """Weights mean what they mean for the ids of one tokenizer only."""
+    """Weights mean what they mean for the ids of one tokenizer only. Which of its tokens ends documents is free."""
     tokenizer = Tokenizer(config.data.tokenizer)
+    folder, theirs = source, ""
     if not _is_huggingface(source):
-        theirs = Manifest.read(_find(source)).data["tokenizer"]
-    elif (source / "tokenizer.json").is_file():
-        try:
-            theirs = Tokenizer(source, tokenizer.eod_token).fingerprint
-        except ValueError as error:  # without the token that ends documents
-            theirs = str(error)
-    else:
+        checkpoint = _find(source)
+        theirs = Manifest.read(checkpoint).data["tokenizer"]
+        folder = tokenizer_folder(checkpoint, saved_config(checkpoint))
+    elif not (source / "tokenizer.json").is_file():
         return
+    if theirs != tokenizer.fingerprint and (folder / "tokenizer.json").is_file():
+        try:
+            theirs = Tokenizer(folder, tokenizer.eod_token).fingerprint
+        except ValueError as error:  # without the token that ends documents
+            theirs = theirs or str(error)
     if theirs != tokenizer.fingerprint:
         raise ConfigError([
             f"data.tokenizer = {config.data.tokenizer} (fingerprint {tokenizer.fingerprint}) is not the tokenizer of "

@@ -3,23 +3,39 @@
 A template that marks the assistant's part with `{% generation %}` says itself what counts. Of any other the
 conversation is rendered up to each assistant's turn, with the prompt for an answer, and once more with that turn: what
 is new counts, the end-of-turn token included. A template that writes earlier turns otherwise once later ones follow
-cannot be cut this way; such conversations are listed as skipped.
+(Qwen 3 drops the thoughts of earlier answers) cannot be cut this way; of such a conversation each answer becomes a
+document of its own, of which only that answer counts. So it is learned in the form in which it is generated.
+
+What a template writes may depend on three things beside the messages, all part of the data's identity: a row's tools
+and template arguments, the recipe's `chat.template_arguments`, and `chat.now`, the time that a template reads as the
+clock. The clock of the machine is never read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, meta, nodes
 
-from moba_megatron.corpus.documents import CorpusError, Document, Segment, Skipped, make_segmented
+from moba_megatron.corpus.chat_options import Chat
+from moba_megatron.corpus.documents import CorpusError, Document, Segment, Skipped, make_segmented, text_hash
 
-_NOT_BY_TURNS = "it does not write a conversation turn by turn; mark what counts with {% generation %}"
+NO_TOOLS_WRITTEN = "rows have tools, which the chat template does not write"
 _TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json")
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_ANY_MARK = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+_NO_MESSAGES = "not a list of messages with role and content"
+_NO_CLOCK = "asks for the time of day"
+# What `sharegpt` sets call roles.
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
+_PROBE = "a probe of the template"
+_OWN_NAMES = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "namespace", "dict"}
 
 
 class ChatTemplate:
@@ -27,52 +43,62 @@ class ChatTemplate:
 
     Args:
         folder: a Hugging Face tokenizer folder.
-        end_of_document: the token that ends documents, which the template must not write.
+        chat: arguments for the template, and the time that it may ask for.
 
     Raises:
-        CorpusError: the folder has no chat template.
+        CorpusError: the folder has no chat template, or one that `chat` does not fit.
     """
 
-    def __init__(self, folder: Path, end_of_document: str):
-        from transformers import AutoTokenizer
+    def __init__(self, folder: Path, chat: Chat):
+        # As `tokenizer.json` says, whatever class transformers would build of it: so are the ids.
+        from transformers import PreTrainedTokenizerFast
 
-        self.folder, self.end_of_document = folder, end_of_document
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+        self.folder, self.chat = folder, chat
+        self.tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(folder))
         if not self.tokenizer.chat_template:
             raise CorpusError(
                 f"messages_column needs a chat template, and the tokenizer in {folder} has none: add a "
                 "chat_template.jinja to the folder that tokenizer.path names"
             )
-        self.marked = bool(_MARK.search(self.tokenizer.get_chat_template()))
-        added = self.tokenizer.added_tokens_decoder.values()
-        self.special = [token.content for token in added if token.special]
+        self.special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self._texts = {tools: self._with_clock(self._template(tools)) for tools in (False, True)}
+        self._check_arguments()
+        self.writes_tools = self._reads("tools")
+        self.takes_text, self.takes_parts = self._probe()
 
-    def document(self, messages: Any, number: int) -> Document | Skipped:
-        """The document of one conversation.
+    def documents(
+        self, messages: Any, number: int, tools: Any = None, arguments: Any = None
+    ) -> list[Document | Skipped]:
+        """The documents of one conversation: mostly one.
+
+        Args:
+            messages: a list of messages with `role` and `content`, or with `from` and `value`.
+            number: of its row.
+            tools: of the row: a list of JSON schemas, or that list as JSON. None: it has none.
+            arguments: of the row, for the template: a mapping, or one as JSON. They win over those of the recipe.
 
         Raises:
-            CorpusError: the template writes the end-of-document token.
+            CorpusError: the template asks for the time of day, and `chat.now` is not set.
         """
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            return Skipped(number, "not a list of messages with role and content")
-        # Tables give every message all keys that one of them has.
-        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        for message in messages:
-            found = next((token for token in self.special if token in str(message.get("content", ""))), None)
-            if found is not None:
-                return Skipped(number, f"a message holds {found!r}, which the tokenizer reads as a special token")
-        if not any(message.get("role") == "assistant" for message in messages):
-            return Skipped(number, "no turn of the assistant")
         try:
-            segments = self._marked(messages) if self.marked else self._by_turns(messages)
+            turns = [self._message(message) for message in _list(messages, "messages")]
+            tools, arguments = _list(tools, "tools"), _mapping(arguments)
+            self._refuse_special([turns, tools, arguments])
+            if not any(turn["role"] == "assistant" for turn in turns):
+                raise ValueError("no turn of the assistant")
+            conversations = self._segments(turns, tools, arguments)
         except (TemplateError, TypeError, ValueError) as error:
-            return Skipped(number, f"the chat template refuses it: {error}")
-        if any(self.end_of_document in text for text, _ in segments):
-            raise CorpusError(
-                f"the chat template in {self.folder} writes {self.end_of_document!r}, the end-of-document token, in a "
-                "conversation: name another token with tokenizer.end_of_document"
-            )
-        return make_segmented(segments, number)
+            if isinstance(error, CorpusError):
+                raise
+            if isinstance(error, TemplateError) and _NO_CLOCK in str(error):
+                raise CorpusError(self._no_clock()) from error
+            why = f"the chat template refuses it: {error}" if isinstance(error, TemplateError) else str(error)
+            return [Skipped(number, why)]
+        notes = (NO_TOOLS_WRITTEN,) if tools and not self.writes_tools else ()
+        whole = json.dumps([turns, tools, arguments], sort_keys=True).encode() if len(conversations) > 1 else None
+        digest = None if whole is None else text_hash(whole)
+        made = [make_segmented(s, number, kind="chat", row_digest=digest, notes=notes) for s in conversations]
+        return made if len(made) == 1 else [item for item in made if isinstance(item, Document)] or made[:1]
 
     @staticmethod
     def fingerprint(folder: str | Path) -> str:
@@ -83,40 +109,223 @@ class ChatTemplate:
             digest.update(path.read_bytes() if path.is_file() else b"none")
         return digest.hexdigest()
 
-    def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    def _template(self, tools: bool) -> str:
+        """Its text; some tokenizers have another one for conversations with tools."""
+        try:
+            return self.tokenizer.get_chat_template(tools=[{}] if tools else None)
+        except ValueError as error:
+            raise CorpusError(f"the tokenizer in {self.folder}: {error}") from error
 
-    def _by_turns(self, messages: list[dict[str, Any]]) -> list[Segment]:
-        if messages[0].get("role") == "assistant":
+    def _with_clock(self, template: str) -> str:
+        """The template with `strftime_now` as a macro that knows `chat.now`, or that refuses.
+
+        A macro, because transformers hands nothing to a template that can be called. The line break belongs to the
+        macro's block and is not written.
+        """
+        if "strftime_now" not in template:
+            return template
+        body = f"raise_exception('{_NO_CLOCK}')"
+        if self.chat.now is not None:
+            now = datetime.fromisoformat(self.chat.now)
+            texts = {node.value for node in self._parse(template).find_all(nodes.Const) if isinstance(node.value, str)}
+            clock = {text: now.strftime(text) for text in sorted(texts) if "%" in text}
+            body = f"{clock!r}[format] if format in {list(clock)!r} else {body}"
+        return "{% macro strftime_now(format) %}{{ " + body + " }}{% endmacro %}\n" + template
+
+    def _parse(self, template: str) -> nodes.Template:
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+        try:
+            return environment.parse(_ANY_MARK.sub("", template))
+        except TemplateError as error:
+            raise CorpusError(f"the chat template in {self.folder} is not valid: {error}") from error
+
+    def _reads(self, name: str) -> bool:
+        """Whether the template reads a variable anywhere."""
+        trees = [self._parse(text) for text in self._texts.values()]
+        return any(node.name == name and node.ctx == "load" for tree in trees for node in tree.find_all(nodes.Name))
+
+    def _check_arguments(self) -> None:
+        unknown = [name for name in self.chat.template_arguments if not self._reads(name)]
+        if unknown:
+            trees = [self._parse(text) for text in self._texts.values()]
+            own = set.union(*(meta.find_undeclared_variables(tree) for tree in trees))
+            own = sorted(own - set(self.tokenizer.special_tokens_map) - _OWN_NAMES)
+            raise CorpusError(
+                f"chat.template_arguments: the chat template in {self.folder} does not read {', '.join(unknown)}; it "
+                f"reads {', '.join(own) or 'none'}"
+            )
+
+    def _no_clock(self) -> str:
+        return (
+            f"the chat template in {self.folder} {_NO_CLOCK} (strftime_now), which would make the data depend on the "
+            "day they are prepared: set chat.now: 2024-07-26, or what the template takes instead of it by "
+            "chat.template_arguments, such as {date_string: 26 Jul 2024}"
+        )
+
+    def _probe(self) -> tuple[bool, bool]:
+        """(whether the template writes content that is a text, whether it writes content in parts alike)."""
+        parts, turn = [{"type": "text", "text": _PROBE}], {"role": "user"}
+        try:
+            text = self._render([{**turn, "content": _PROBE}], None, {}, False)
+        except (TemplateError, TypeError, ValueError) as error:
+            if isinstance(error, TemplateError) and _NO_CLOCK in str(error):
+                raise CorpusError(self._no_clock()) from error
+            text = ""
+        try:
+            in_parts = self._render([{**turn, "content": parts}], None, {}, False)
+        except (TemplateError, TypeError, ValueError):
+            in_parts = ""
+        written = _PROBE in text
+        return written or _PROBE not in in_parts, in_parts == text if written else _PROBE in in_parts
+
+    def _render(self, messages: list[dict], tools: list | None, arguments: dict[str, Any], prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tools=tools or None,
+            chat_template=self._texts[bool(tools)],
+            tokenize=False,
+            add_generation_prompt=prompt,
+            **{**self.chat.template_arguments, **arguments},
+        )
+
+    def _message(self, message: Any) -> dict[str, Any]:
+        """A message in the form that the template takes.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if isinstance(message, dict) and {"from", "value"} <= message.keys() and "role" not in message:
+            kept = {key: value for key, value in message.items() if key not in ("from", "value")}
+            message = {"role": _ROLES.get(message["from"], message["from"]), "content": message["value"], **kept}
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(_NO_MESSAGES)
+        # Tables give every message all keys that one of them has.
+        message = {key: value for key, value in message.items() if value is not None}
+        content = message.get("content")
+        if isinstance(content, list):
+            message["content"] = content if self.takes_parts and _is_text(content) else _joined(content)
+        elif content is not None and not isinstance(content, str):
+            raise ValueError(f"content is {type(content).__name__}, not a text")
+        if isinstance(message.get("content"), str) and not self.takes_text:
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        return message
+
+    def _refuse_special(self, values: Any) -> None:
+        """Nothing of a row may be read as a special token, wherever the template writes it."""
+        for text in _texts(values):
+            found = next((token for token in self.special if token in text), None)
+            if found is not None:
+                raise ValueError(f"a message holds {found!r}, which the tokenizer reads as a special token")
+
+    def _segments(self, turns: list[dict], tools: list | None, arguments: dict[str, Any]) -> list[list[Segment]]:
+        """Of each document its segments."""
+        if _MARK.search(self._texts[bool(tools)]):
+            return [self._marked(turns, tools, arguments)]
+        answers = list(self._answers(turns, tools, arguments))
+        if not answers:
             raise ValueError("it begins with the assistant, and nothing asks for that turn")
         segments: list[Segment] = []
         done = ""
-        for turn, message in enumerate(messages):
-            if message.get("role") != "assistant":
-                continue
-            asked, answered = self._render(messages[:turn], True), self._render(messages[: turn + 1], False)
-            if not (answered.startswith(asked) and asked.startswith(done)):
-                raise ValueError(
-                    "it does not write a conversation turn by turn; mark what counts with {% generation %}"
-                )
+        for asked, answered in answers:
+            if not asked.startswith(done):
+                break
             segments += [(asked[len(done) :], False), (answered[len(asked) :], True)]
             done = answered
-        whole = self._render(messages, False)
-        if not whole.startswith(done):
-            raise ValueError(_NOT_BY_TURNS)
-        return [*segments, (whole[len(done) :], False)]
+        else:
+            whole = self._render(turns, tools, arguments, False)
+            if whole.startswith(done):
+                return [[*segments, (whole[len(done) :], False)]]
+        return [[(asked, False), (answered[len(asked) :], True)] for asked, answered in answers]
 
-    def _marked(self, messages: list[dict[str, Any]]) -> list[Segment]:
+    def _answers(self, turns: list[dict], tools: list | None, arguments: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        """(conversation up to the prompt for an answer, the same with the answer) of each turn of the assistant that
+        something comes before."""
+        for place, turn in enumerate(turns):
+            if turn["role"] != "assistant" or not place:
+                continue
+            asked = self._render(turns[:place], tools, arguments, True)
+            answered = self._render(turns[: place + 1], tools, arguments, False)
+            if not answered.startswith(asked):
+                raise ValueError(
+                    "the chat template writes an answer otherwise than its own prompt for one: mark what counts with "
+                    "{% generation %}"
+                )
+            yield asked, answered
+
+    def _marked(self, turns: list[dict], tools: list | None, arguments: dict[str, Any]) -> list[Segment]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered, spans = render_jinja_template(
-            conversations=[messages],
-            chat_template=self.tokenizer.get_chat_template(),
+            conversations=[turns],
+            tools=tools or None,
+            chat_template=self._texts[bool(tools)],
             return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
+            **{**self.tokenizer.special_tokens_map, **self.chat.template_arguments, **arguments},
         )
         text, done, segments = rendered[0], 0, []
         for start, stop in spans[0]:
             segments += [(text[done:start], False), (text[start:stop], True)]
             done = stop
         return [*segments, (text[done:], False)]
+
+
+def _list(value: Any, name: str) -> list:
+    """A list, as it is or as JSON; empty for None.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    value = _parsed(value)
+    if value is not None and not isinstance(value, list):
+        raise ValueError(_NO_MESSAGES if name == "messages" else f"{name} is {type(value).__name__}, not a list")
+    return value or []
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    value = _parsed(value)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"chat_template_kwargs is {type(value).__name__}, not a mapping")
+    return value or {}
+
+
+def _parsed(value: Any) -> Any:
+    """Some sets keep nested values as JSON, since tables want one type for all rows."""
+    if not isinstance(value, str | bytes):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from error
+
+
+def _is_text(parts: list) -> bool:
+    return all(isinstance(part, dict) and part.get("type", "text") == "text" for part in parts)
+
+
+def _joined(parts: list) -> str:
+    """Content in parts as one text.
+
+    Raises:
+        ValueError: a part that is no text.
+    """
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ValueError(f"content has a part of type {kind}: only texts are supported")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a nested value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(key)
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import takewhile
+from typing import Any, Literal
 
 MIB = 2**20
 
@@ -42,6 +43,7 @@ class Part:
     """Bytes, about."""
 
 
+Kind = Literal["text", "prompt", "chat"]
 Segment = tuple[str, bool]
 """A piece of a document's text, and whether its tokens are targets that count in the loss."""
 
@@ -51,17 +53,30 @@ class Document:
     number: int
     """Place in its part: see `sources.place_name`."""
     segments: tuple[Segment, ...]
-    """The text, in order. Each segment is encoded alone."""
+    """The text, in order; it is encoded as a whole. A token belongs to the segment of its first character."""
     bytes: int
     """UTF-8 size of the text."""
     path: str | None
     """Of a file, relative to its source's folder; None for a row."""
     digest: bytes
     """Hash of the text, 16 bytes."""
+    kind: Kind = "text"
+    """`text`: all of it counts. `prompt`: a prompt and its answer. `chat`: written by a chat template, so that special
+    tokens in it are the template's own."""
+    row_digest: bytes | None = None
+    """Where one row gives several documents: hash of what they have in common, so that none of them can be in another
+    split than the others."""
+    notes: tuple[str, ...] = ()
+    """What the manifest counts of documents that are kept."""
 
     @property
     def text(self) -> str:
         return "".join(text for text, _ in self.segments)
+
+    @property
+    def prompt(self) -> str:
+        """What comes before the first target."""
+        return "".join(text for text, _ in takewhile(lambda segment: not segment[1], self.segments))
 
     @property
     def characters(self) -> int:
@@ -70,7 +85,9 @@ class Document:
     @property
     def split_hash(self) -> int:
         """64 bits that the split is decided by: of the path of a file, of the text of a row."""
-        digest = self.digest if self.path is None else _hash(self.path.encode(errors="surrogateescape"))
+        digest = self.row_digest or self.digest
+        if self.path is not None:
+            digest = text_hash(self.path.encode(errors="surrogateescape"))
         return int.from_bytes(digest[:8], "big")
 
 
@@ -112,11 +129,19 @@ def make_document(value: Any, number: int, path: str | None = None) -> Document 
         return Skipped(number, f"not UTF-8: {error.reason} at {error.start}")
     if not utf8:
         return Skipped(number, "empty")
-    return Document(number, ((text, True),), len(utf8), path, _hash(utf8))
+    return Document(number, ((text, True),), len(utf8), path, text_hash(utf8))
 
 
-def make_segmented(segments: Sequence[Segment], number: int) -> Document | Skipped:
-    """A document of which some segments are targets and others are not. Empty segments vanish."""
+def make_segmented(
+    segments: Sequence[Segment],
+    number: int,
+    *,
+    kind: Kind = "prompt",
+    row_digest: bytes | None = None,
+    notes: tuple[str, ...] = (),
+) -> Document | Skipped:
+    """A document of which some segments are targets and others are not. Empty segments vanish. The rest is as in
+    `Document`."""
     try:
         pieces = [text.encode() for text, _ in segments]
     except UnicodeError as error:
@@ -124,8 +149,10 @@ def make_segmented(segments: Sequence[Segment], number: int) -> Document | Skipp
     if not any(text for text, counts in segments if counts):
         return Skipped(number, "no text to learn: the answer is empty")
     kept = tuple((text, counts) for text, counts in segments if text)
-    return Document(number, kept, sum(map(len, pieces)), None, _hash(b"\0".join(pieces)))
+    digest = text_hash(b"\0".join(pieces))
+    return Document(number, kept, sum(map(len, pieces)), None, digest, kind, row_digest, notes)
 
 
-def _hash(data: bytes) -> bytes:
+def text_hash(data: bytes) -> bytes:
+    """The hash of documents, 16 bytes."""
     return hashlib.blake2b(data, digest_size=16).digest()

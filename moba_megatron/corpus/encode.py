@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -17,12 +18,13 @@ import threading
 from dataclasses import dataclass, field
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import numpy as np
 
 from moba_megatron.corpus.chat import ChatTemplate
 from moba_megatron.corpus.documents import MIB, Document, Filtered, Incomplete, Part, Skipped
+from moba_megatron.corpus.engines import Encoder, Engine
 from moba_megatron.corpus.indexed import sync, token_dtype, write
 from moba_megatron.corpus.recipe import Filters, Recipe, RowsSource, SourceBase
 from moba_megatron.corpus.shards import (
@@ -38,7 +40,7 @@ from moba_megatron.corpus.shards import (
     shard_folder,
 )
 from moba_megatron.corpus.sources import read_part
-from moba_megatron.corpus.tokenizer import Encoder, Tokenizer
+from moba_megatron.corpus.tokenizer import Beginnings, Tokenizer
 
 _BATCH_BYTES = 4 * MIB
 _BATCH_DOCUMENTS = 4096
@@ -57,7 +59,9 @@ class EncodeJob:
     """Fingerprint of the one in WORK/tokenizer."""
     chat_template: str | None
     """Fingerprint of its chat template, if that is used."""
-    engine: Literal["gigatoken", "tokenizers"]
+    engine: Engine
+    beginnings: str
+    """Ids that documents of each kind begin with, as JSON."""
 
 
 @dataclass
@@ -193,19 +197,20 @@ class _Shard:
     def _encode(self, documents: list[Document], writer: SplitWriter, check: bool) -> np.ndarray:
         """Encode and write documents of one split; return which of them the tokenizer and the filters by tokens
         keep."""
-        texts = [text for document in documents for text, _ in document.segments]
         if check:
-            self.encoder.check(texts)
-        ids, lengths, refused = self.encoder.encode(texts)
-        segments = np.array([len(document.segments) for document in documents])
-        counts, taken = None, np.ones(len(documents), bool)
-        for number in np.unique(np.searchsorted(np.cumsum(segments), refused, side="right")):
+            self.encoder.check(documents)
+        encoded = self.encoder.encode(documents)
+        ids, lengths, counts = encoded.ids, encoded.lengths, encoded.counts
+        taken = np.ones(len(documents), bool)
+        for number in encoded.refused:
             taken[number] = False
             self._skip(Skipped(documents[number].number, self.encoder.tokenizer.refusal))
-        if (segments > 1).any():
-            counts = np.repeat([flag for document in documents for _, flag in document.segments], lengths)
-            lengths = np.add.reduceat(lengths, np.cumsum([0, *segments[:-1]]))
         kept = _within(self.recipe.filters, lengths + 1) & taken
+        for number, document in enumerate(documents):
+            for note in document.notes:
+                encoded.notes.setdefault(note, []).append(number)
+        for note, numbers in encoded.notes.items():
+            self.stats.notes[note] = self.stats.notes.get(note, 0) + int(kept[numbers].sum())
         if not kept.all():
             inside = np.repeat(kept, lengths)
             ids, lengths = ids[inside], lengths[kept]
@@ -237,12 +242,13 @@ def _recipe(recipe_json: str) -> Recipe:
 
 @functools.lru_cache(maxsize=1)
 def _encoder(job: EncodeJob) -> Encoder:
-    return Encoder(Tokenizer(job.work / "tokenizer"), job.engine)
+    beginnings: Beginnings = json.loads(job.beginnings)
+    return Encoder(Tokenizer(job.work / "tokenizer"), job.engine, beginnings)
 
 
 @functools.lru_cache(maxsize=1)
 def _template(job: EncodeJob) -> ChatTemplate:
-    return ChatTemplate(job.work / "tokenizer", _encoder(job).tokenizer.eod_token)
+    return ChatTemplate(job.work / "tokenizer", _recipe(job.recipe_json).chat)
 
 
 def count_text(text_bytes: Synchronized[int]) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import shlex
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +30,7 @@ from moba_megatron.corpus.manifest import (
     unigram_loss,
 )
 from moba_megatron.corpus.merge import Merged, merge
-from moba_megatron.corpus.prepare_plan import PlaceNames, PreparePlan
+from moba_megatron.corpus.prepare_plan import PlaceNames, PreparePlan, beginnings
 from moba_megatron.corpus.recipe import FilesSource, Recipe, StdlibSource
 from moba_megatron.corpus.rows import missing_columns
 from moba_megatron.corpus.shards import MAX_LISTED, RECORD, SPLITS, IncompleteRow, ShardStats, shard_folder
@@ -120,6 +121,7 @@ def _manifest(
             vocab_size=tokenizer.vocab_size,
             eod_token=tokenizer.eod_token,
             eod_id=tokenizer.eod_id,
+            begin_of_documents=_beginning(plan.recipe, tokenizer),
             engine=engine,
             engine_reason=reason,
         ),
@@ -127,6 +129,7 @@ def _manifest(
         filtered=sum(stat.filtered for stat in stats),
         skipped=[SkippedEntry(name=names.of(part, row.number), reason=row.reason) for part, row in skipped],
         skipped_total=sum(stat.skipped_total for stat in stats),
+        notes=_notes(stats),
         duplicates=_listed_duplicates(duplicates, space, names),
         duplicates_total=duplicates.total if duplicates else 0,
         files={
@@ -138,6 +141,18 @@ def _manifest(
         workers=0,
         versions=library_versions(),
     )
+
+
+def _beginning(recipe: Recipe, tokenizer: Tokenizer) -> str:
+    found = beginnings(recipe, tokenizer)
+    return tokenizer.decode(found.get("text") or found.get("prompt") or [])
+
+
+def _notes(stats: list[ShardStats]) -> dict[str, int]:
+    notes: Counter[str] = Counter()
+    for stat in stats:
+        notes.update({what: count for what, count in stat.notes.items() if count})
+    return dict(sorted(notes.items()))
 
 
 def _split_stats(name: str, merged: Merged, stats: list[ShardStats], masked: bool) -> SplitStats:
@@ -175,7 +190,7 @@ def _empty_split(name: str, plan: PreparePlan, stats: list[ShardStats]) -> str:
     skipped, filtered = sum(stat.skipped_total for stat in stats), sum(stat.filtered for stat in stats)
     found = next(((part, row) for part, stat in enumerate(stats) for row in stat.skipped), None)
     first = f" (first {PlaceNames(plan).of(found[0], found[1].number)}: {found[1].reason})" if found else ""
-    return f"no documents: {skipped} unreadable or empty{first}, {filtered} left out by filters"
+    return f"no documents: {skipped} could not be read{first}, {filtered} left out by filters"
 
 
 def _source_stats(number: int, plan: PreparePlan, stats: list[ShardStats], merged: list[Merged]) -> SourceStats:

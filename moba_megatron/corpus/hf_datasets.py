@@ -58,7 +58,11 @@ def read_dataset(source: DatasetsSource, reader: RowReader, part: Part) -> Itera
     if source.streaming:
         rows, first, place = data.shard(num_shards=data.num_shards, index=part.start), 0, f", shard {part.start}"
     else:
-        rows, first, place = data.select_columns(reader.columns).select(range(part.start, part.stop)), part.start, ""
+        rows, first, place = (
+            data.select_columns(reader.wanted(data.column_names)).select(range(part.start, part.stop)),
+            part.start,
+            "",
+        )
     # As Arrow: `datasets` would decode whole batches of text, and one row that is not UTF-8 would end the run.
     batches = rows.with_format("arrow").iter(ROWS_AT_ONCE)
     yield from read_batches(reader, _readable_batches(batches, f"{source.path}{place}"), first)

@@ -85,6 +85,8 @@ class TokenizerStats(Section):
     vocab_size: int
     eod_token: str
     eod_id: int
+    begin_of_documents: str = ""
+    """What texts begin with, or prompts where texts begin with nothing; conversations begin as their template says."""
     engine: str
     """Which library encoded."""
     engine_reason: str
@@ -110,6 +112,8 @@ class DatasetManifest(Section):
     skipped: list[SkippedEntry]
     """What could not be a document, the first 1000."""
     skipped_total: int
+    notes: dict[str, int] = {}
+    """What is to be known of documents that were kept, and of how many (duplicates included that were left out)."""
     duplicates: list[DuplicateEntry] = []
     """Documents left out because their text was there before, the first 1000."""
     duplicates_total: int = 0
@@ -135,6 +139,8 @@ class DatasetManifest(Section):
             f"tokenizer: {tokenizer.vocab_size:,} entries, fingerprint {tokenizer.fingerprint}, encoded by "
             f"{tokenizer.engine} ({tokenizer.engine_reason})",
         ]
+        if tokenizer.begin_of_documents:
+            lines.append(f"documents begin with {tokenizer.begin_of_documents!r}")
         if self.unigram_loss is not None:
             lines.append(f"loss of a unigram model on the validation split: {self.unigram_loss:.3f} nats a token")
         left_out = [
@@ -142,7 +148,7 @@ class DatasetManifest(Section):
             for count, why in (
                 (self.filtered, "by filters"),
                 (self.duplicates_total, "duplicates"),
-                (self.skipped_total, "unreadable or empty"),
+                (self.skipped_total, "for the reasons below"),
             )
             if count
         ]
@@ -151,6 +157,7 @@ class DatasetManifest(Section):
         lines += [f"  {entry.name}: {entry.reason}" for entry in self.skipped[:_SHOWN]]
         if self.skipped_total > _SHOWN:
             lines.append(f"  ... and {self.skipped_total - _SHOWN:,} more (see {MANIFEST_FILE})")
+        lines += [f"note: {count:,} {what}" for what, count in self.notes.items()]
         return "\n".join(lines)
 
 

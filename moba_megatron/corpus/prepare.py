@@ -22,6 +22,7 @@ A second run with an equal identity returns at once; with another one it is refu
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -38,13 +39,14 @@ from rich.text import Text
 
 from moba_megatron.corpus.documents import MIB, CorpusError, Document, Incomplete, Part, Skipped
 from moba_megatron.corpus.encode import EncodeJob, choose_split, count_text, encode_part, start_worker
+from moba_megatron.corpus.engines import EngineMismatch, choose_engine
 from moba_megatron.corpus.finish import check_columns, merge_shards
 from moba_megatron.corpus.manifest import DatasetManifest, load_manifest
-from moba_megatron.corpus.prepare_plan import PreparePlan, plan_preparation
+from moba_megatron.corpus.prepare_plan import PreparePlan, beginnings, plan_preparation
 from moba_megatron.corpus.recipe import Recipe, TrainedTokenizer
 from moba_megatron.corpus.shards import shard_stats
 from moba_megatron.corpus.sources import read_part
-from moba_megatron.corpus.tokenizer import EngineMismatch, Tokenizer, choose_engine, copy_tokenizer, train_bpe
+from moba_megatron.corpus.tokenizer import Tokenizer, copy_tokenizer, train_bpe
 from moba_megatron.corpus.workspace import (
     Workspace,
     differences,
@@ -229,7 +231,7 @@ def _encode(plan: PreparePlan, space: Workspace, own: list[int], workers: int, c
     tokenizer = _make_tokenizer(plan, space, console)
     while True:
         with space.common(lambda: None):
-            engine = space.engine or choose_engine(tokenizer, plan.recipe.tokenizer.engine)
+            engine = space.engine or choose_engine(tokenizer, plan.recipe.tokenizer.engine, plan.recipe.texts)
             space.set_engine(engine)
         job = EncodeJob(
             recipe_json=plan.recipe.model_dump_json(),
@@ -237,6 +239,7 @@ def _encode(plan: PreparePlan, space: Workspace, own: list[int], workers: int, c
             tokenizer=tokenizer.fingerprint,
             chat_template=plan.identity.get("chat_template"),
             engine=engine[0],
+            beginnings=json.dumps(beginnings(plan.recipe, tokenizer)),
         )
         try:
             _make_shards(plan, job, own, workers, console)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from moba_megatron.corpus.chat import ChatTemplate
 from moba_megatron.corpus.documents import MIB, Input, Part
@@ -12,16 +13,15 @@ from moba_megatron.corpus.recipe import (
     JsonlSource,
     PretrainedTokenizer,
     Recipe,
-    RowsSource,
     TrainedTokenizer,
     recipe_identity,
 )
 from moba_megatron.corpus.sources import list_inputs, list_parts, place_name
-from moba_megatron.corpus.tokenizer import fingerprint
+from moba_megatron.corpus.tokenizer import Beginnings, Tokenizer, fingerprint
 from moba_megatron.corpus.workspace import Identity
 
-_FORMAT = 1
-"""To be raised when the same recipe and inputs come to give other bytes."""
+_FORMAT, _SEGMENTED_FORMAT = 1, 2
+"""To be raised when the same recipe and inputs come to give other bytes; the second for data with a loss mask."""
 
 
 @dataclass
@@ -51,15 +51,31 @@ def plan_preparation(recipe: Recipe) -> PreparePlan:
     ]
     spec = recipe.tokenizer
     identity = {
-        "format": _FORMAT,
+        "format": _SEGMENTED_FORMAT if recipe.masked else _FORMAT,
         "recipe": recipe_identity(recipe),
         "inputs": [hashlib.blake2b(repr(items).encode(), digest_size=16).hexdigest() for items in inputs],
         "tokenizer": "trained" if isinstance(spec, TrainedTokenizer) else fingerprint(spec.path, spec.end_of_document),
     }
-    if any(isinstance(source, RowsSource) and source.messages_column for source in recipe.sources):
+    if isinstance(spec, PretrainedTokenizer) and spec.begin_of_document != "auto":
+        beginnings(recipe, Tokenizer(spec.path, spec.end_of_document))
+    if recipe.chats:
         assert isinstance(spec, PretrainedTokenizer)
+        # Refuses a template that cannot serve before any work starts.
+        ChatTemplate(Path(spec.path), recipe.chat)
         identity["chat_template"] = ChatTemplate.fingerprint(spec.path)
     return PreparePlan(recipe, inputs, parts, identity)
+
+
+def beginnings(recipe: Recipe, tokenizer: Tokenizer) -> Beginnings:
+    """Ids that documents of each kind begin with.
+
+    Raises:
+        CorpusError: the vocabulary does not have the token that the recipe names.
+    """
+    spec = recipe.tokenizer
+    if isinstance(spec, TrainedTokenizer) or (spec.begin_of_document == "auto" and not recipe.prompts):
+        return {}
+    return tokenizer.beginnings(spec.begin_of_document)
 
 
 class PlaceNames:

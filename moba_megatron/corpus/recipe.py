@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError, model_validator
 
 from moba_megatron.config import ConfigError, Section
+from moba_megatron.corpus.chat_options import Chat
 
 S = TypeVar("S", bound=Section)
 SplitChoice = Literal["hash", "train", "validation"]
@@ -64,7 +65,10 @@ class RowsSource(SourceBase):
     answer_column: str | None = None
     """Column of the text that follows and is learned."""
     messages_column: str | None = None
-    """Column of a list of messages, each with `role` and `content`."""
+    """Column of a list of messages, each with `role` and `content` (or `from` and `value`). Where rows have them,
+    `tools` (of the tools column) and `chat_template_kwargs` are given to the template too."""
+    tools_column: str | None = None
+    """Column of the tools of a conversation, a list of JSON schemas. Default: `tools`, in rows that have it."""
 
     @model_validator(mode="after")
     def _one_way(self) -> RowsSource:
@@ -75,13 +79,22 @@ class RowsSource(SourceBase):
             raise ValueError("name only one of text_column, prompt_column with answer_column, and messages_column")
         if not any(ways):
             self.text_column = "text"
+        if self.tools_column is not None and self.messages_column is None:
+            raise ValueError("tools_column belongs to messages_column: name both")
         return self
 
     @property
     def columns(self) -> list[str]:
         """The columns that make a document."""
-        every = (self.text_column, self.prompt_column, self.answer_column, self.messages_column)
+        every = (self.text_column, self.prompt_column, self.answer_column, self.messages_column, self.tools_column)
         return [column for column in every if column is not None]
+
+    @property
+    def optional_columns(self) -> list[str]:
+        """Columns that are read where rows have them."""
+        if self.messages_column is None:
+            return []
+        return [*(["tools"] if self.tools_column is None else []), "chat_template_kwargs"]
 
     @property
     def masked(self) -> bool:
@@ -139,6 +152,9 @@ Source = Annotated[
 ]
 
 
+Begin = Annotated[str, Field(min_length=1)]
+
+
 class TrainedTokenizer(Section):
     """A byte-level BPE trained on the training documents of the recipe, with `<|endoftext|>` as id 0."""
 
@@ -161,6 +177,10 @@ class PretrainedTokenizer(Section):
     """Folder with `tokenizer.json`."""
     end_of_document: str | None = None
     """Token that ends each document. None: `<|endoftext|>` where the tokenizer has it, else its `eos_token`."""
+    begin_of_document: Literal["auto", "none"] | Begin = "auto"
+    """How documents begin. `auto`: those with a prompt as the tokenizer begins a text that somebody sends, often with
+    a token of its own such as `<|begin_of_text|>`; plain texts with nothing. `none`: with nothing. Anything else is
+    the token that all of them begin with. Conversations always begin as their chat template says."""
     engine: Literal["auto", "tokenizers"] = "auto"
     """As in `bpe`."""
 
@@ -215,6 +235,8 @@ class Recipe(Section):
     """Where the text comes from; the documents keep this order."""
     tokenizer: Annotated[TrainedTokenizer | PretrainedTokenizer, Field(discriminator="kind")]
     """What turns it into tokens."""
+    chat: Chat = Chat()
+    """How conversations are written."""
     filters: Filters = Filters()
     """Which documents are kept."""
     split: Split = Split()
@@ -233,7 +255,24 @@ class Recipe(Section):
                     f"sources.{number}.messages_column needs a chat template, which a newly trained tokenizer has not: "
                     "use tokenizer.kind = pretrained"
                 )
+        if self.chat != Chat() and not self.chats:
+            raise ValueError("chat has no effect: no source has a messages_column")
         return self
+
+    @property
+    def texts(self) -> bool:
+        """Whether some source holds plain texts."""
+        return any(not isinstance(source, RowsSource) or not source.masked for source in self.sources)
+
+    @property
+    def prompts(self) -> bool:
+        """Whether some source holds prompts with answers."""
+        return any(isinstance(source, RowsSource) and source.prompt_column for source in self.sources)
+
+    @property
+    def chats(self) -> bool:
+        """Whether some source holds conversations."""
+        return any(isinstance(source, RowsSource) and source.messages_column for source in self.sources)
 
     @property
     def masked(self) -> bool:

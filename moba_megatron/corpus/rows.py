@@ -1,7 +1,8 @@
 """From a row of a table to a document: filter columns, the text column, prompt and answer, or a conversation.
 
-A prompt and its answer are encoded apart and then joined. So the prompt has the ids that it has when somebody sends it,
-and no token covers the end of the prompt and the start of the answer, of which it could only be learned as a whole.
+A prompt and its answer are one text, which is encoded as a whole: a tokenizer may begin every text with a space of its
+own, which the middle of a text must not have. Where a token covers the end of the prompt and the start of the answer,
+the document does not begin with the ids of the prompt alone; the manifest counts such documents.
 """
 
 from __future__ import annotations
@@ -29,13 +30,33 @@ class RowReader:
         """All columns that are read."""
         return [*self.source.columns, *self.filters.columns]
 
+    def wanted(self, present: Iterable[str]) -> list[str]:
+        """What is to be read of a table with these columns."""
+        present = set(present)
+        return [*self.columns, *(column for column in self.source.optional_columns if column in present)]
+
     def missing(self, present: Iterable[str]) -> list[str]:
         """The columns that are not among `present`."""
         present = set(present)
         return [column for column in self.columns if column not in present]
 
-    def item(self, row: Mapping[str, Any], number: int) -> Item:
-        """What a row holds."""
+    def items(self, row: Mapping[str, Any], number: int) -> list[Item]:
+        """What a row holds: one document, or several of one conversation, or why it is left out."""
+        left_out = self._left_out(row, number)
+        if left_out is not None:
+            return [left_out]
+        source = self.source
+        if source.text_column is not None:
+            return [make_document(row[source.text_column], number)]
+        if source.messages_column is not None:
+            assert self.template is not None, "read_part is given the template of the tokenizer"
+            tools = row.get(source.tools_column or "tools")
+            return [
+                *self.template.documents(row[source.messages_column], number, tools, row.get("chat_template_kwargs"))
+            ]
+        return [self._prompt_and_answer(row, number)]
+
+    def _left_out(self, row: Mapping[str, Any], number: int) -> Item | None:
         if absent := self.missing(row):
             return Incomplete(number, no_column(absent), tuple(row))
         for column, kept in self.filters.columns.items():
@@ -43,12 +64,10 @@ class RowReader:
                 return Skipped(number, f"{column} is {_named(row[column])}, not true or false")
             if row[column] is not kept:
                 return Filtered(number)
+        return None
+
+    def _prompt_and_answer(self, row: Mapping[str, Any], number: int) -> Item:
         source = self.source
-        if source.text_column is not None:
-            return make_document(row[source.text_column], number)
-        if source.messages_column is not None:
-            assert self.template is not None, "read_part is given the template of the tokenizer"
-            return self.template.document(row[source.messages_column], number)
         assert source.prompt_column is not None and source.answer_column is not None
         segments = []
         for column, counts in ((source.prompt_column, False), (source.answer_column, True)):

@@ -60,6 +60,8 @@ class ShardStats(Section):
     filtered: int
     skipped: list[SkippedRow]
     skipped_total: int
+    notes: dict[str, int] = {}
+    """What is said of documents that are kept, and of how many."""
     complete: bool = True
     """Whether a row had all the columns that are read."""
     incomplete: IncompleteRow | None = None

@@ -173,15 +173,18 @@ def _read_jsonl(reader: RowReader, part: Part) -> Iterator[Item]:
             if line.isspace():
                 continue
             row = _json_object(line, number)
-            item = row if isinstance(row, Skipped) else reader.item(row, number)
-            if isinstance(item, Incomplete):
+            if isinstance(row, Skipped):
+                yield row
+                continue
+            items = reader.items(row, number)
+            if isinstance(item := items[0], Incomplete):
                 missing += 1
                 if missing == _PATIENCE and not complete:
                     place = f"{path}: the first {missing} rows from byte {part.start} on"
                     raise CorpusError(missing_columns(place, item.reason, item.present))
-            elif item is not row:
+            else:
                 complete = True
-            yield item
+            yield from items
     except OSError as error:
         # What the system reports has a number; what a decompressor finds in the bytes has none.
         if error.errno is not None:

@@ -36,7 +36,8 @@ def read_parquet(reader: RowReader, part: Part) -> Iterator[Item]:
     with _whole_file(path), pyarrow.parquet.ParquetFile(path) as file:
         _check_columns(path, reader, file.schema_arrow)
         first = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
-        batches = file.iter_batches(ROWS_AT_ONCE, row_groups=range(part.start, part.stop), columns=reader.columns)
+        groups, columns = range(part.start, part.stop), reader.wanted(file.schema_arrow.names)
+        batches = file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=columns)
         yield from read_batches(reader, batches, first)
 
 
@@ -84,17 +85,27 @@ def read_batches(
             yield from (Incomplete(number + row, absent, present) for row in range(batch.num_rows))
             number += batch.num_rows
             continue
+        columns = reader.wanted(batch.schema.names)
         for row in zip(*(_values(batch.column(column)) for column in columns), strict=True):
-            yield reader.item(dict(zip(columns, row, strict=True)), number)
+            yield from reader.items(dict(zip(columns, row, strict=True)), number)
             number += 1
 
 
 def _values(column: pyarrow.Array | pyarrow.ChunkedArray) -> list[Any]:
     # As bytes: a column of text may hold bytes that are not UTF-8, and one such row must not end the batch.
     try:
-        return (column.cast(pyarrow.large_binary()) if _is_text(column.type) else column).to_pylist()
+        values = (column.cast(pyarrow.large_binary()) if _is_text(column.type) else column).to_pylist()
     except UnicodeDecodeError:
-        return [_value(value) for value in column]
+        values = [_value(value) for value in column]
+    return [_without_padding(value) for value in values] if pyarrow.types.is_nested(column.type) else values
+
+
+def _without_padding(value: Any) -> Any:
+    """A nested value without the keys that are null: a column gives each of its values all keys that one of them
+    has."""
+    if isinstance(value, dict):
+        return {key: _without_padding(inner) for key, inner in value.items() if inner is not None}
+    return [_without_padding(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _value(value: pyarrow.Scalar) -> Any:

@@ -1,30 +1,25 @@
-"""Tokenizers: Hugging Face folders, byte-level BPE training, and fast exact encoding.
+"""Tokenizers: Hugging Face folders, byte-level BPE training, and what decides ids.
 
 A tokenizer is a folder with `tokenizer.json`. Beside text and ids this package needs two things of it: the token that
 ends a document, and a *fingerprint*, a hash of everything that decides which ids a text gets. Data carries the
 fingerprint of its tokenizer, and training compares.
-
-Encoding is done by `Encoder`: gigatoken where it can, which is one to two orders of magnitude faster than `tokenizers`,
-held against `tokenizers` on samples. A document that contains the end-of-document token, literally or in what a
-normalizer makes of it, is encoded by `tokenizers` with special tokens read as plain text, so that this id marks the
-ends of documents and nothing else. A document with which that is not possible is refused.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import importlib.util
 import json
 import shutil
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from moba_megatron.corpus.documents import CorpusError
+from moba_megatron.corpus.documents import CorpusError, Kind
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # How GPT-4's tokenizer (cl100k_base) cuts text before merging: line ends stay apart from indentation, numbers have at
@@ -39,12 +34,9 @@ TOKENIZER_FILES = (
     "generation_config.json",  # names further ids that end a text, for the export of what is trained
 )
 _EOD_KEY = "end_of_document"
-_SAMPLE_TEXTS = 16
-_SAMPLE_CHARACTERS = 2048
-
-
-class EngineMismatch(Exception):
-    """gigatoken gave other ids than `tokenizers`."""
+Beginnings = dict[Kind, list[int]]
+# In no text: a character for private use that nobody uses, and a word that tells a reader of an error what it is.
+_NOWHERE = "\U0010fffd<end of document>"
 
 
 class Tokenizer:
@@ -84,22 +76,50 @@ class Tokenizer:
         """Text of ids, special tokens included."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def encode_plain(self, text: str) -> list[int] | None:
-        """Ids of a text in which special tokens are ordinary characters. None where it would still end in its middle:
-        the end-of-document token is not a special one."""
-        self.backend.encode_special_tokens = True
-        try:
-            ids = self.backend.encode(text, add_special_tokens=False).ids
-        finally:
-            self.backend.encode_special_tokens = False
-        return None if self.eod_id in ids else ids
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """As `encode_batch`, with the characters (`offsets`) that each token covers."""
+        return self._untrimmed.encode_batch(list(texts), add_special_tokens=False)
+
+    def encode_plain(self, text: str) -> tokenizers.Encoding | None:
+        """A text in which the end-of-document token is ordinary characters. None where its id would still be among
+        the ids: the token is not a special one, or the vocabulary has its text as an ordinary entry."""
+        if self._without_eod is None:
+            return None
+        encoding = self._without_eod.encode(text, add_special_tokens=False)
+        return None if self.eod_id in encoding.ids else encoding
+
+    @functools.cached_property
+    def _untrimmed(self) -> tokenizers.Tokenizer:
+        """Without the template, which may take the space before a word out of its offsets."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.post_processor = None
+        return backend
+
+    @functools.cached_property
+    def _without_eod(self) -> tokenizers.Tokenizer | None:
+        """As `_untrimmed`, but it does not know the end-of-document token. None if that changes other tokens."""
+        tree = json.loads(self._untrimmed.to_str())
+        own = next((token for token in tree["added_tokens"] if token["id"] == self.eod_id), None)
+        if own is None or not own["special"]:
+            return None
+        expected = self.backend.get_vocab()
+        # Unigram has pairs of entries and scores.
+        entries = [entry if isinstance(entry, str) else entry[0] for entry in tree["model"].get("vocab", [])]
+        if self.eod_token in entries:
+            tree["added_tokens"].remove(own)
+        else:
+            # Its place stays taken, or the ids after it would move up.
+            own["content"] = _NOWHERE
+            expected[_NOWHERE] = expected.pop(self.eod_token)
+        backend = tokenizers.Tokenizer.from_str(json.dumps(tree))
+        return backend if backend.get_vocab() == expected else None
 
     @property
     def refusal(self) -> str:
         """Why a text that `encode_plain` has no ids for is left out."""
         return (
-            f"contains {self.eod_token!r}, the end-of-document token, which is not special in tokenizer.json and so "
-            "cannot be read as plain text"
+            f"contains {self.eod_token!r}, the end-of-document token, which cannot be read as plain text: it is not "
+            "special in tokenizer.json, or an ordinary entry of the vocabulary as well"
         )
 
     @property
@@ -107,83 +127,25 @@ class Tokenizer:
         """Hash of what decides the ids: see `fingerprint`."""
         return _fingerprint(self.folder, self.eod_id)
 
-
-class Encoder:
-    """Encodes documents by one engine, the same ids by either.
-
-    Args:
-        engine: `gigatoken` or `tokenizers`; `choose_engine` says which.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, engine: Literal["gigatoken", "tokenizers"]):
-        self.tokenizer = tokenizer
-        self.fast: Any = None
-        if engine == "gigatoken":
-            import gigatoken
-
-            self.fast = gigatoken.Tokenizer(tokenizer.backend)
-
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """All ids of the texts in one array [tokens] int64, the number of ids of each text [texts] int64, and which
-        texts cannot be encoded without the end-of-document id; those have no ids."""
-        ids, lengths = self._encode(texts)
-        ends = np.cumsum(lengths)
-        marked = {number for number, text in enumerate(texts) if self.tokenizer.eod_token in text}
-        marked.update(np.searchsorted(ends, np.flatnonzero(ids == self.tokenizer.eod_id), side="right").tolist())
-        if not marked:
-            return ids, lengths, []
-        rows, refused = np.split(ids, ends[:-1]), []
-        for number in sorted(marked):
-            plain = self.tokenizer.encode_plain(texts[number])
-            if plain is None:
-                refused.append(number)
-            rows[number] = np.asarray(plain or [], np.int64)
-        return np.concatenate(rows), np.array([len(row) for row in rows], np.int64), refused
-
-    def check(self, texts: list[str]) -> None:
-        """Hold gigatoken against `tokenizers` on the beginnings of up to 16 of these texts, evenly spread.
+    def beginnings(self, begin_of_document: str) -> Beginnings:
+        """Ids that documents of each kind begin with, for `tokenizer.begin_of_document` of a recipe.
 
         Raises:
-            EngineMismatch: with the first text that differs.
+            CorpusError: a token that the vocabulary does not have.
         """
-        if self.fast is None or not texts:
-            return
-        spread = sorted({number * len(texts) // _SAMPLE_TEXTS for number in range(_SAMPLE_TEXTS)})
-        sample = [texts[n][:_SAMPLE_CHARACTERS] for n in spread if self.tokenizer.eod_token not in texts[n]]
-        for text, ids, row in zip(sample, self.tokenizer.encode_batch(sample), self._rows(sample), strict=True):
-            if not np.array_equal(ids, row):
-                raise EngineMismatch(f"gigatoken and tokenizers give different ids for {text[:80]!r}...")
+        if begin_of_document == "none":
+            return {}
+        if begin_of_document == "auto":
+            from transformers import PreTrainedTokenizerFast
 
-    def _rows(self, texts: list[str]) -> list[np.ndarray]:
-        ids, lengths = self._encode(texts)
-        return np.split(ids, np.cumsum(lengths)[:-1]) if texts else []
-
-    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        if not texts:
-            return np.empty(0, np.int64), np.empty(0, np.int64)
-        if self.fast is None:
-            rows = self.tokenizer.encode_batch(texts)
-            lengths = np.array([len(row) for row in rows], np.int64)
-            return np.fromiter((i for row in rows for i in row), np.int64, int(lengths.sum())), lengths
-        import awkward
-
-        # Never on gigatoken's own threads: processes are what runs in parallel here.
-        rows = self.fast.encode_batch(texts, parallel=False)
-        return awkward.to_numpy(awkward.flatten(rows)).astype(np.int64), awkward.to_numpy(awkward.num(rows))
-
-
-def choose_engine(tokenizer: Tokenizer, wanted: Literal["auto", "tokenizers"]) -> tuple[str, str]:
-    """(engine, reason): gigatoken if it is wanted, installed and knows this kind of tokenizer, else `tokenizers`."""
-    if wanted == "tokenizers":
-        return "tokenizers", "set in the recipe"
-    if importlib.util.find_spec("gigatoken") is None:
-        return "tokenizers", "gigatoken is not installed"
-    try:
-        Encoder(tokenizer, "gigatoken")
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        # Only its first line: places in gigatoken's source follow.
-        return "tokenizers", f"gigatoken cannot load this tokenizer: {next(iter(str(error).splitlines()), '')}"
-    return "gigatoken", "agrees with tokenizers on a sample of every shard"
+            return {"prompt": text_start(PreTrainedTokenizerFast.from_pretrained(str(self.folder)))}
+        number = self.backend.token_to_id(begin_of_document)
+        if number is None:
+            raise CorpusError(
+                f"tokenizer.begin_of_document = {begin_of_document!r} is not in the vocabulary of {self.folder}: name "
+                "one of its tokens, `auto` or `none`"
+            )
+        return {"text": [number], "prompt": [number]}
 
 
 def fingerprint(folder: str | Path, end_of_document: str | None = None) -> str:
@@ -194,6 +156,16 @@ def fingerprint(folder: str | Path, end_of_document: str | None = None) -> str:
         end_of_document: as in `Tokenizer`.
     """
     return Tokenizer(folder, end_of_document).fingerprint
+
+
+def text_start(tokenizer: Any) -> list[int]:
+    """Ids that the template of a tokenizer of transformers puts before a text: mostly one for its beginning, or none.
+
+    What a template puts after a text is left out of prompts, which go on.
+    """
+    some = tokenizer("a", return_special_tokens_mask=True)
+    marked = zip(some.input_ids, some.special_tokens_mask, strict=True)
+    return [token for token, _ in takewhile(lambda pair: pair[1], marked)]
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Tokenizer:

@@ -21,7 +21,6 @@ import copy
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from moba_megatron.convert.families import huggingface_config, moba_config
 from moba_megatron.convert.mapping import parameter_shapes, pieces
 from moba_megatron.convert.stored import StoredWeights
 from moba_megatron.convert.tokenizer_files import complete_tokenizer_config, copy_tokenizer_files
+from moba_megatron.corpus.tokenizer import text_start
 from moba_megatron.hf import NAME, MoBASettings, check_attends
 from moba_megatron.model.builder import build_model
 from moba_megatron.model.core_attention import set_attention_stage
@@ -173,16 +173,6 @@ def load_training_tokenizer(folder: Path, eod_token: str) -> Any:
         return load_tokenizer(Path(exported))
 
 
-def template_start(tokenizer: Any) -> list[int]:
-    """Ids that the template of a tokenizer of transformers puts before a text: mostly one for its beginning, or none.
-
-    What a template puts after a text is left out of prompts, which go on.
-    """
-    some = tokenizer("a", return_special_tokens_mask=True)
-    marked = zip(some.input_ids, some.special_tokens_mask, strict=True)
-    return [token for token, _ in takewhile(lambda pair: pair[1], marked)]
-
-
 def _from_huggingface(path: Path, decode: str | None) -> Generator:
     tokenizer = load_tokenizer(path)
     model, attention = load_huggingface(path, decode)
@@ -213,7 +203,7 @@ def _from_checkpoint(exported: Exported, decode: str | None) -> Generator:
 
 
 def _generator(model: Any, tokenizer: Any, attention: str) -> Generator:
-    start = template_start(tokenizer)
+    start = text_start(tokenizer)
     stop = {*_as_list(model.generation_config.eos_token_id), *_as_list(model.config.eos_token_id)}
     return Generator(
         model=model,

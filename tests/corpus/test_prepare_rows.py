@@ -41,7 +41,9 @@ MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}A: "
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}U: {{ m.content }}{% endif %} {% endfor %}"
 )
-FORGETS = "{% for m in messages[-2:] %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+FORGETS = (
+    "{% for m in messages[-2:] %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}A{% endif %}"
+)
 
 
 def write_rows(folder: Path, kind: str, rows: list[dict[str, Any]]) -> dict[str, str]:
@@ -169,7 +171,7 @@ def test_text_with_an_end_of_document_token_that_is_not_special_is_listed(tokeni
     manifest = prepare(recipe, tmp_path / "out", workers=1)
     assert (manifest.splits["train"].documents, manifest.skipped_total, manifest.filtered) == (3, 2, 0)
     assert [entry.name for entry in manifest.skipped] == [f"{source['path']}:line {n}" for n in (2, 4)]
-    assert manifest.skipped[0].reason.startswith("contains '!', the end-of-document token, which is not special")
+    assert manifest.skipped[0].reason.startswith("contains '!', the end-of-document token, which cannot be read as")
     ids = np.fromfile(tmp_path / "out/train.bin", np.uint16)
     assert np.count_nonzero(ids == tokenizer.backend.token_to_id("!")) == 3
     assert all(wrong is None for _, wrong in check_dataset(tmp_path / "out"))
@@ -188,8 +190,9 @@ def test_answers_are_learned_and_prompts_are_not(tokenizer: Tokenizer, tmp_path:
     mask = np.split(np.array(open_loss_mask(tmp_path / "out/train")), np.cumsum(indexed.sequence_lengths)[:-1])
     expected = [(row["question"], row["reply"]) for row in ROWS[:3]] + [("", "plain text")]
     for number, (prompt, answer) in enumerate(expected):
-        asked, replied = tokenizer.encode_batch([prompt, answer])
-        assert np.array(indexed[number]).tolist() == asked + replied + eod
+        whole, asked = tokenizer.encode_batch([prompt + answer, prompt])
+        replied = whole[len(asked) :]
+        assert np.array(indexed[number]).tolist() == whole + eod and whole == asked + replied
         assert mask[number].tolist() == [0] * len(asked) + [1] * (len(replied) + 1)
     stats = manifest.splits["train"]
     assert stats.target_tokens == sum(int(own.sum()) for own in mask) < stats.tokens == sum(own.size for own in mask)
@@ -235,7 +238,7 @@ def test_conversations_are_learned_where_the_assistant_speaks(chat_tokenizer: Pa
     assert [entry.reason[:20] for entry in manifest.skipped] == [
         "no turn of the assis",
         "a message holds '<|i",
-        "the chat template re",
+        "it begins with the a",
     ]
     pieces = read_document(tmp_path / "by_turns", "train", 0)
     assert [(piece.counts, piece.text) for piece in pieces] == [
@@ -258,12 +261,9 @@ def test_templates_that_cannot_serve_are_refused(chat_tokenizer: Path, tmp_path:
     source = write_rows(tmp_path, "jsonl", [{"talk": talk}]) | {"messages_column": "talk"}
     template = chat_tokenizer / "chat_template.jinja"
     for text, message in (
-        (FORGETS, r"rows.jsonl:line 1: the chat template refuses it: it does not write a conversation turn by turn"),
+        (FORGETS, r"rows.jsonl:line 1: the chat template writes an answer otherwise than its own prompt for one"),
         ("{{ raise_exception('no') }}", "the chat template refuses it: no"),
-        (
-            CHATML.replace("<|im_end|>", "<|endoftext|>"),
-            r"writes '<\|endoftext\|>'.*: name another token with tokenizer.end_of_document",
-        ),
+        ("{% if %}", "is not valid"),
     ):
         template.write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -17,8 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from moba_megatron.convert.export_hf import export_huggingface
 from moba_megatron.convert.exported import open_exported
+from moba_megatron.corpus.tokenizer import text_start
 from moba_megatron.generation.engine import continue_prompt
-from moba_megatron.generation.loading import load_generator, load_tokenizer, template_start
+from moba_megatron.generation.loading import load_generator, load_tokenizer
 
 PROMPT = [3 + 7 * i * i % 29 for i in range(100)]
 
@@ -175,7 +176,7 @@ def test_a_prompt_stays_open_where_a_template_ends_texts(tmp_path):
     tokenizer = copy_tokens(tmp_path) / "tokenizer"
     begin_texts(tokenizer, "w2 $A w3")
     assert load_tokenizer(tokenizer)("w5").input_ids == [2, 5, 3]
-    assert template_start(load_tokenizer(tokenizer)) == [2]
+    assert text_start(load_tokenizer(tokenizer)) == [2]
 
 
 def test_the_command_streams_the_same_text_from_both(run, exported):

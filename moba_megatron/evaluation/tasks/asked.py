@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from moba_megatron.config import Config
-from moba_megatron.corpus.tokenizer import Tokenizer
+from moba_megatron.corpus.tokenizer import Tokenizer, text_start
 from moba_megatron.evaluation.attention_choice import chosen_attentions
 from moba_megatron.evaluation.subject import Subject
 from moba_megatron.evaluation.tasks.scoring import OpenedTaskModel, TaskModel
-from moba_megatron.generation.loading import load_huggingface, load_tokenizer, load_training_tokenizer, template_start
+from moba_megatron.generation.loading import load_huggingface, load_tokenizer, load_training_tokenizer
 from moba_megatron.hf import NAME
 from moba_megatron.hf.probe import has_moba_layers
 from moba_megatron.runs.folder import RunFolder
@@ -75,7 +75,7 @@ class HuggingFaceTaskModel:
 def from_subject(subject: Subject) -> Asked:
     """The model of a run or checkpoint folder. It takes what it was trained on: rows of `data.sequence_length`."""
     tokenizer = Tokenizer(subject.config.data.tokenizer)
-    before = template_start(load_training_tokenizer(tokenizer.folder, tokenizer.eod_token))
+    before = text_start(load_training_tokenizer(tokenizer.folder, tokenizer.eod_token))
 
     def attend(attention: str) -> TaskModel:
         subject.attend(attention)
@@ -106,7 +106,7 @@ def from_huggingface(folder: Path, attention: str | None) -> Asked:
         OSError: no weights or no tokenizer.
     """
     model, _ = load_huggingface(folder)
-    before = template_start(load_tokenizer(folder))
+    before = text_start(load_tokenizer(folder))
 
     def attend(kind: str) -> TaskModel:
         model.set_attn_implementation(NAME if kind == "moba" else "sdpa")
