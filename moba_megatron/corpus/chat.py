@@ -270,13 +270,13 @@ class ChatTemplate:
 
 
 def _list(value: Any, name: str) -> list:
-    """A list, as it is or as JSON; empty for None.
+    """A list, as it is or as JSON; of tools, empty for None.
 
     Raises:
         ValueError: it is none of these.
     """
     value = _parsed(value)
-    if value is not None and not isinstance(value, list):
+    if not isinstance(value, list) and (value is not None or name == "messages"):
         raise ValueError(_NO_MESSAGES if name == "messages" else f"{name} is {type(value).__name__}, not a list")
     return value or []
 

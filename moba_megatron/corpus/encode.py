@@ -45,8 +45,23 @@ from moba_megatron.corpus.tokenizer import Beginnings, Tokenizer
 _BATCH_BYTES = 4 * MIB
 _BATCH_DOCUMENTS = 4096
 
-# What this process has read and encoded, for the progress bar of the one that shows it.
-_text_bytes: Synchronized[int] | None = None
+
+@dataclass
+class Progress:
+    """What all workers have done so far, for the progress bar of the process that shows it."""
+
+    text: Synchronized[int]
+    """UTF-8 bytes of text read and encoded."""
+    input: Synchronized[int]
+    """Bytes of the parts, as in their sizes."""
+
+    @staticmethod
+    def add(counter: Synchronized[int], number: int) -> None:
+        with counter.get_lock():
+            counter.value += number
+
+
+_progress: Progress | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +154,17 @@ class _Shard:
         source, digest, stats = self.recipe.sources[part.source], hashlib.blake2b(digest_size=16), self.stats
         template = self.template() if isinstance(source, RowsSource) and source.messages_column else None
         batch, checked = _Batch(), False
-        for item in read_part(source, part, self.recipe.filters, template):
+        # Told of every row; passed on in larger steps.
+        done = told = 0
+
+        def advance(size: int, all_of_it: bool = False) -> None:
+            nonlocal done, told
+            done = part.size if all_of_it else min(part.size, done + size)
+            if _progress is not None and (all_of_it or done - told > _BATCH_BYTES // 8):
+                _progress.add(_progress.input, done - told)
+                told = done
+
+        for item in read_part(source, part, self.recipe.filters, template, advance):
             if isinstance(item, Skipped):
                 self._skip(item)
                 continue
@@ -161,6 +186,7 @@ class _Shard:
         if self.records is not None:
             sync(self.records)
             self.records.close()
+        advance(0, all_of_it=True)
         stats.hash = digest.hexdigest()
         # Rows that only the tokenizer refuses are found later than others.
         stats.skipped.sort(key=lambda row: row.number)
@@ -190,9 +216,8 @@ class _Shard:
         self.stats.filtered += kept.size - records.size - (self.stats.skipped_total - skipped)
         if self.records is not None:
             write(self.records, records.tobytes())
-        if _text_bytes is not None:
-            with _text_bytes.get_lock():
-                _text_bytes.value += batch.bytes
+        if _progress is not None:
+            _progress.add(_progress.text, batch.bytes)
 
     def _encode(self, documents: list[Document], writer: SplitWriter, check: bool) -> np.ndarray:
         """Encode and write documents of one split; return which of them the tokenizer and the filters by tokens
@@ -251,16 +276,16 @@ def _template(job: EncodeJob) -> ChatTemplate:
     return ChatTemplate(job.work / "tokenizer", _recipe(job.recipe_json).chat)
 
 
-def count_text(text_bytes: Synchronized[int]) -> None:
-    """From now on, add the UTF-8 bytes of text that this process has read and encoded."""
-    global _text_bytes
-    _text_bytes = text_bytes
+def count_progress(progress: Progress) -> None:
+    """From now on, add what this process does."""
+    global _progress
+    _progress = progress
 
 
-def start_worker(text_bytes: Synchronized[int]) -> None:
+def start_worker(progress: Progress) -> None:
     """First thing in a worker process: one core each, no reaction to Ctrl-C (the parent decides), no life without a
     parent."""
-    count_text(text_bytes)
+    count_progress(progress)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

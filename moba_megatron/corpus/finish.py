@@ -38,6 +38,8 @@ from moba_megatron.corpus.sources import files_root
 from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.corpus.workspace import Workspace
 
+_HIDDEN = "hidden: name it by a pattern of its own if it is text"
+
 
 def merge_shards(plan: PreparePlan, tokenizer: Tokenizer, space: Workspace) -> DatasetManifest:
     """Build the whole dataset folder in the work folder; `seconds` and `workers` of its manifest are still 0.
@@ -127,8 +129,11 @@ def _manifest(
         ),
         sources=[_source_stats(number, plan, stats, list(merged.values())) for number in range(len(plan.inputs))],
         filtered=sum(stat.filtered for stat in stats),
-        skipped=[SkippedEntry(name=names.of(part, row.number), reason=row.reason) for part, row in skipped],
-        skipped_total=sum(stat.skipped_total for stat in stats),
+        skipped=[
+            *(SkippedEntry(name=name, reason=_HIDDEN) for name in plan.hidden[:MAX_LISTED]),
+            *(SkippedEntry(name=names.of(part, row.number), reason=row.reason) for part, row in skipped),
+        ],
+        skipped_total=len(plan.hidden) + sum(stat.skipped_total for stat in stats),
         notes=_notes(stats),
         duplicates=_listed_duplicates(duplicates, space, names),
         duplicates_total=duplicates.total if duplicates else 0,

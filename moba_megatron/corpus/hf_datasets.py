@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from moba_megatron.corpus.documents import CorpusError, Input, Item, Part
+from moba_megatron.corpus.files import expanded
+from moba_megatron.corpus.jsonl import Advance
 from moba_megatron.corpus.recipe import DatasetsSource
 from moba_megatron.corpus.rows import RowReader, missing_columns, no_column
 from moba_megatron.corpus.tables import ROWS_AT_ONCE, read_batches
@@ -45,7 +47,7 @@ def dataset_parts(number: int, source: DatasetsSource, part_bytes: int) -> list[
     return [Part(number, (), start, min(start + step, rows), data.data.nbytes // len(starts)) for start in starts]
 
 
-def read_dataset(source: DatasetsSource, reader: RowReader, part: Part) -> Iterator[Item]:
+def read_dataset(source: DatasetsSource, reader: RowReader, part: Part, advance: Advance) -> Iterator[Item]:
     """The rows of a part, in order, numbered within the dataset or the shard of its stream.
 
     Raises:
@@ -58,14 +60,13 @@ def read_dataset(source: DatasetsSource, reader: RowReader, part: Part) -> Itera
     if source.streaming:
         rows, first, place = data.shard(num_shards=data.num_shards, index=part.start), 0, f", shard {part.start}"
     else:
-        rows, first, place = (
-            data.select_columns(reader.wanted(data.column_names)).select(range(part.start, part.stop)),
-            part.start,
-            "",
-        )
+        wanted = data.select_columns(reader.wanted(columns))
+        rows, first, place = wanted.select(range(part.start, part.stop)), part.start, ""
     # As Arrow: `datasets` would decode whole batches of text, and one row that is not UTF-8 would end the run.
     batches = rows.with_format("arrow").iter(ROWS_AT_ONCE)
-    yield from read_batches(reader, _readable_batches(batches, f"{source.path}{place}"), first)
+    share = part.size / max(1, part.stop - part.start)
+    readable = _readable_batches(batches, f"{source.path}{place}")
+    yield from read_batches(reader, readable, first, lambda rows: advance(int(rows * share)))
 
 
 def open_dataset(source: DatasetsSource) -> Any:
@@ -78,9 +79,10 @@ def _open_dataset(source_json: str) -> Any:
     import datasets
 
     source = DatasetsSource.model_validate_json(source_json)
-    folder = Path(source.path)
+    path = expanded(source.path)
+    folder = Path(path)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        saved = datasets.load_from_disk(source.path)
+        saved = datasets.load_from_disk(path)
         if isinstance(saved, datasets.DatasetDict):
             if source.dataset_split not in saved:
                 raise ValueError(f"{source.path} has no split {source.dataset_split!r}, only {', '.join(saved)}")
@@ -90,7 +92,7 @@ def _open_dataset(source_json: str) -> Any:
     try:
         with _readable(f"{source.path}{files}"):
             return datasets.load_dataset(
-                source.path,
+                path,
                 name=source.name,
                 split=source.dataset_split,
                 revision=source.revision,

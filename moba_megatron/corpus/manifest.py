@@ -129,7 +129,7 @@ class DatasetManifest(Section):
     versions: dict[str, str]
 
     def save(self, folder: Path) -> None:
-        (folder / MANIFEST_FILE).write_text(self.model_dump_json(indent=2) + "\n")
+        (folder / MANIFEST_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     def summary(self) -> str:
         """A few lines for people."""
@@ -179,7 +179,7 @@ def load_manifest(folder: str | Path) -> DatasetManifest | None:
     if not path.is_file():
         return None
     try:
-        return DatasetManifest.model_validate_json(path.read_text())
+        return DatasetManifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise ValueError(
             f"{path} is not a manifest of this version ({error.errors()[0]['msg']}): prepare again"

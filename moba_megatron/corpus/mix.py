@@ -36,7 +36,7 @@ from moba_megatron.corpus.manifest import (
 )
 from moba_megatron.corpus.merge import file_hash
 from moba_megatron.corpus.mix_views import Mix, MixSource, View, describe_mix, make_views, plot_mix
-from moba_megatron.corpus.workspace import existing_dataset, hold
+from moba_megatron.corpus.workspace import existing_dataset, hold, real_output
 
 
 def make_blend(mix: Mix, output: Path, overwrite: bool = False) -> str:
@@ -49,7 +49,7 @@ def make_blend(mix: Mix, output: Path, overwrite: bool = False) -> str:
         ValueError: a source that is missing or has no manifest, sources of different tokenizers, ranges without any
             document, a source or another dataset in the way, or another process that makes it.
     """
-    output = Path(output)
+    output = real_output(Path(output))
     _refuse_sources(mix, output)
     manifests = _manifests(mix)
     indices = [load_index(source.path) for source in mix.sources]
@@ -87,7 +87,7 @@ def _write_blend(
         _write_view(view, indices[mix.sources.index(view.source)], work)
     shutil.copytree(_folder(mix.sources[0]) / "tokenizer", work / "tokenizer")
     entries = BlendFile(entries=[BlendEntry(path=view.name, weight=view.weight) for view in views])
-    (work / BLEND_FILE).write_text(yaml.safe_dump(entries.model_dump(), sort_keys=False))
+    (work / BLEND_FILE).write_text(yaml.safe_dump(entries.model_dump(), sort_keys=False), encoding="utf-8")
     manifest = _manifest(mix, manifests, views, work, identity)
     manifest.save(work)
     plot_mix(views, work / "blend.png")

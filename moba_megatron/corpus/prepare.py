@@ -27,19 +27,21 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from moba_megatron.corpus.documents import MIB, CorpusError, Document, Incomplete, Part, Skipped
-from moba_megatron.corpus.encode import EncodeJob, choose_split, count_text, encode_part, start_worker
+from moba_megatron.corpus.encode import EncodeJob, choose_split, count_progress, encode_part, start_worker
+from moba_megatron.corpus.encode import Progress as EncodingProgress
 from moba_megatron.corpus.engines import EngineMismatch, choose_engine
+from moba_megatron.corpus.files import expanded
 from moba_megatron.corpus.finish import check_columns, merge_shards
 from moba_megatron.corpus.manifest import DatasetManifest, load_manifest
 from moba_megatron.corpus.prepare_plan import PreparePlan, beginnings, plan_preparation
@@ -53,6 +55,7 @@ from moba_megatron.corpus.workspace import (
     existing_dataset,
     is_unfinished,
     open_workspace,
+    real_output,
     remove_leftovers,
     unfinished_identity,
     work_folder,
@@ -79,7 +82,7 @@ def prepare(recipe: Recipe, output: Path, workers: int | None = None, overwrite:
         OSError: reading or writing failed. Finished shards are kept, as they are when the process is killed.
     """
     console, begin = Console(stderr=True), time.monotonic()
-    output, plan = Path(output), plan_preparation(recipe)
+    output, plan = real_output(Path(output)), plan_preparation(recipe)
     workers = workers or _default_workers(plan.parts)
     found = _finished(output, plan, overwrite, console)
     if found is not None:
@@ -114,7 +117,7 @@ def prepare_share(
     number, shares = share
     if not 0 <= number < shares:
         raise ValueError(f"--shard {number}/{shares}: the number must be from 0 to {shares - 1}")
-    console, output, plan = Console(stderr=True), Path(output), plan_preparation(recipe)
+    console, output, plan = Console(stderr=True), real_output(Path(output)), plan_preparation(recipe)
     if _finished(output, plan, overwrite, console) is not None:
         return
     own = list(range(number, len(plan.parts), shares))
@@ -130,7 +133,7 @@ def merge_shares(output: Path, overwrite: bool = False) -> DatasetManifest:
     Raises:
         ValueError: no such work, inputs that changed since, or parts that are not done yet.
     """
-    console, begin, output = Console(stderr=True), time.monotonic(), Path(output)
+    console, begin, output = Console(stderr=True), time.monotonic(), real_output(Path(output))
     found = load_manifest(output) if output.is_dir() else None
     if found is not None and not is_unfinished(output, found.identity):
         console.print(f"{output} is merged already: nothing to do")
@@ -202,7 +205,7 @@ def _make_tokenizer(plan: PreparePlan, space: Workspace, console: Console) -> To
             seconds = time.monotonic() - begin
             console.print(f"trained a byte-level BPE of {spec.vocab_size:,} entries in {seconds:.1f} s")
         else:
-            copy_tokenizer(spec.path, unfinished, spec.end_of_document)
+            copy_tokenizer(expanded(spec.path), unfinished, spec.end_of_document)
         unfinished.rename(space.tokenizer)
         return Tokenizer(space.tokenizer)
 
@@ -258,59 +261,76 @@ def _make_shards(plan: PreparePlan, job: EncodeJob, own: list[int], workers: int
         console.print(f"continuing: {len(own) - len(todo)} of {len(own)} parts are there already")
     sizes = [plan.parts[n].size for n in own]
     spawn = multiprocessing.get_context("spawn")
-    text_bytes = spawn.Value("q", 0)
-    with encoding_progress(console, sizes, [part.size for _, part in todo], text_bytes) as advance:
+    progress = EncodingProgress(spawn.Value("q", 0), spawn.Value("q", 0))
+    with encoding_progress(console, sizes, [part.size for _, part in todo], progress) as part_done:
         if workers == 1 or len(todo) <= 1:
-            count_text(text_bytes)
+            count_progress(progress)
             for number, part in todo:
                 encode_part(job, number, part)
-                advance(part.size)
+                part_done()
             return
-        pool = ProcessPoolExecutor(min(workers, len(todo)), spawn, start_worker, (text_bytes,))
+        pool = ProcessPoolExecutor(min(workers, len(todo)), spawn, start_worker, (progress,))
         try:
-            futures = {pool.submit(encode_part, job, number, part): part for number, part in todo}
-            for future in as_completed(futures):
+            for future in as_completed([pool.submit(encode_part, job, number, part) for number, part in todo]):
                 future.result()
-                advance(futures[future].size)
+                part_done()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 class _Rate(ProgressColumn):
-    """Text taken so far and per second, also inside parts: a large compressed file is one part."""
+    """Text taken so far and per second."""
 
-    def __init__(self, text_bytes: Synchronized[int]):
+    def __init__(self, progress: EncodingProgress):
         super().__init__()
-        self.text_bytes, self.begin = text_bytes, time.monotonic()
+        self.progress, self.begin = progress, time.monotonic()
 
     def render(self, task: Task) -> Text:
-        megabytes = self.text_bytes.value / 1e6
+        megabytes = self.progress.text.value / 1e6
         return Text(f"{megabytes:,.1f} MB, {megabytes / max(time.monotonic() - self.begin, 1e-9):,.1f} MB/s")
+
+
+class _Bar(Progress):
+    """Looks at what the workers have done whenever it is drawn, so that it moves inside large parts too."""
+
+    def __init__(self, *columns: ProgressColumn, look: Callable[[], int] | None, **more: Any):
+        self._look = look
+        super().__init__(*columns, **more)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        if self._look is not None:
+            for task in self.tasks:
+                self.update(task.id, completed=self._look())
+        yield from super().get_renderables()
 
 
 @contextmanager
 def encoding_progress(
-    console: Console, all_sizes: list[int], todo_sizes: list[int], text_bytes: Synchronized[int]
-) -> Iterator[Callable[[int], None]]:
+    console: Console, all_sizes: list[int], todo_sizes: list[int], progress: EncodingProgress
+) -> Iterator[Callable[[], None]]:
     """A bar over the bytes of all parts, those of earlier runs counted as done.
 
     Args:
-        text_bytes: UTF-8 bytes of text that the workers have encoded so far.
+        progress: what the workers have done so far.
 
     Yields:
-        advance(part_bytes): to be called when a part is done.
+        part_done(): to be called when a part is done.
     """
     columns = (
         TextColumn("encoding"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
-        _Rate(text_bytes),
+        _Rate(progress),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     # Streams do not know their size: then the bar counts parts.
-    unit = 0 if all(all_sizes) else 1
-    weights = sum(size or unit for size in all_sizes), sum(size or unit for size in todo_sizes)
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=weights[0], completed=weights[0] - weights[1])
-        yield lambda part_bytes: progress.update(task, advance=part_bytes or unit)
+    if not all(all_sizes):
+        with _Bar(*columns, look=None, console=console) as bar:
+            task = bar.add_task("", total=len(all_sizes), completed=len(all_sizes) - len(todo_sizes))
+            yield lambda: bar.advance(task)
+        return
+    before = sum(all_sizes) - sum(todo_sizes)
+    with _Bar(*columns, look=lambda: before + progress.input.value, console=console) as bar:
+        bar.add_task("", total=sum(all_sizes))
+        yield lambda: None

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
-
-_WILD = "*?["
 
 
 def prepare_command(
@@ -18,16 +16,21 @@ def prepare_command(
         typer.Argument(
             metavar="[RECIPE] OUT [KEY=VALUE]...",
             help="A recipe (YAML), the folder to make, and overrides of the recipe such as "
-            "tokenizer.vocab_size=8192. With --input or --dataset: only the folder to make.",
+            "tokenizer.vocab_size=8192. With --input or --dataset: the folder to make, and overrides.",
         ),
     ],
     input: Annotated[
         list[str] | None,
         typer.Option(
             "--input",
-            help="Text without a recipe: a glob of .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .arrow files, a glob of "
-            "text files, or a folder of .txt files. May be given several times. Quote globs.",
+            help="Text without a recipe: a file, a pattern or a folder of JSON Lines (.jsonl, .ndjson, .json, also "
+            "with .gz, .zst, .bz2 or .xz; part-*), .parquet, .arrow or text files (of a folder, .txt). May be given "
+            "several times. Quote patterns.",
         ),
+    ] = None,
+    kind: Annotated[
+        Literal["files", "jsonl", "parquet", "arrow"] | None,
+        typer.Option(help="How to read every --input, whatever its name says."),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Text without a recipe: a Hugging Face dataset, by name or local path.")
@@ -68,7 +71,7 @@ def prepare_command(
 
         moba-megatron prepare data/python_stdlib.yaml data/prepared/python_stdlib
 
-        moba-megatron prepare --input 'docs/*.jsonl.zst' --tokenizer DIR OUT
+        moba-megatron prepare --input 'docs/*.jsonl.zst' --tokenizer DIR OUT filters.min_characters=200
 
     OUT gets train and validation data in megatron-core's indexed format, tokenizer/ and manifest.json.
 
@@ -77,17 +80,22 @@ def prepare_command(
     There are also `prepare merge` (join the shares of several machines), `prepare inspect` (show and check a dataset)
     and `prepare blend` (mix datasets by weight and length); each has its own --help.
     """
+    from moba_megatron.corpus.direct import direct_sources, direct_tokenizer
     from moba_megatron.corpus.prepare import prepare, prepare_share
     from moba_megatron.corpus.recipe import load_recipe, recipe_from_dict
 
     with errors_reported("finished parts are kept; run the same command again to continue"):
         if input or dataset:
-            if len(arguments) != 1:
-                raise ValueError(f"with --input or --dataset give one folder, OUT, not {' '.join(arguments)}")
-            sources = direct_sources(input or [], dataset, dataset_split, text_column)
+            if any("=" not in argument for argument in arguments[1:]):
+                raise ValueError(
+                    f"with --input or --dataset give one folder, OUT, and key=value, not {' '.join(arguments)}"
+                )
             spec = direct_tokenizer(tokenizer, train_tokenizer)
-            recipe = recipe_from_dict({"sources": sources, "tokenizer": spec, "split": {"validation": validation}})
-            output = arguments[0]
+            sources, lines = direct_sources(input or [], dataset, dataset_split, text_column, kind)
+            for line in lines:
+                typer.echo(line, err=True)
+            values = {"sources": sources, "tokenizer": spec, "split": {"validation": validation}}
+            recipe, output = recipe_from_dict(values, arguments[1:]), arguments[0]
         else:
             if len(arguments) < 2:
                 raise ValueError("give a recipe and the folder to make, or --input or --dataset and the folder")
@@ -206,44 +214,3 @@ def parse_share(text: str) -> tuple[int, int]:
     if not (slash and number.isdecimal() and shares.isdecimal() and int(number) < int(shares)):
         raise ValueError(f"--shard {text}: give I/N with I from 0 to N - 1, such as 0/4, 1/4, 2/4, 3/4")
     return int(number), int(shares)
-
-
-def direct_sources(
-    inputs: list[str], dataset: str | None, dataset_split: str, text_column: str
-) -> list[dict[str, Any]]:
-    """Sources of a recipe from the flags of the command line."""
-    sources: list[dict[str, Any]] = []
-    for path in inputs:
-        name = path.removesuffix(".gz").removesuffix(".zst")
-        if name.endswith((".jsonl", ".json")):
-            sources.append({"kind": "jsonl", "path": path, "text_column": text_column})
-        elif name.endswith((".parquet", ".arrow")):
-            sources.append({"kind": Path(name).suffix[1:], "path": path, "text_column": text_column})
-        else:
-            sources.append({"kind": "files", **_folder_and_pattern(path)})
-    if dataset:
-        sources.append(
-            {"kind": "datasets", "path": dataset, "dataset_split": dataset_split, "text_column": text_column}
-        )
-    return sources
-
-
-def direct_tokenizer(folder: Path | None, entries: int | None) -> dict[str, Any]:
-    """Tokenizer of a recipe from the flags of the command line.
-
-    Raises:
-        ValueError: both or neither given.
-    """
-    if (folder is None) == (entries is None):
-        raise ValueError("give either --tokenizer DIR or --train-tokenizer ENTRIES")
-    return {"kind": "bpe", "vocab_size": entries} if folder is None else {"kind": "pretrained", "path": str(folder)}
-
-
-def _folder_and_pattern(path: str) -> dict[str, str]:
-    parts = Path(path).parts
-    fixed = next((number for number, part in enumerate(parts) if any(c in part for c in _WILD)), None)
-    if fixed is None:
-        if Path(path).is_file():
-            return {"path": str(Path(path).parent), "pattern": Path(path).name}
-        return {"path": path}
-    return {"path": str(Path(*parts[:fixed])) if fixed else ".", "pattern": "/".join(parts[fixed:])}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moba_megatron.corpus.chat import ChatTemplate
 from moba_megatron.corpus.documents import MIB, Input, Part
+from moba_megatron.corpus.files import expanded
 from moba_megatron.corpus.recipe import (
     JsonlSource,
     PretrainedTokenizer,
@@ -16,8 +17,8 @@ from moba_megatron.corpus.recipe import (
     TrainedTokenizer,
     recipe_identity,
 )
-from moba_megatron.corpus.sources import list_inputs, list_parts, place_name
-from moba_megatron.corpus.tokenizer import Beginnings, Tokenizer, fingerprint
+from moba_megatron.corpus.sources import find_inputs, list_parts, place_name
+from moba_megatron.corpus.tokenizer import Beginnings, Tokenizer
 from moba_megatron.corpus.workspace import Identity
 
 _FORMAT, _SEGMENTED_FORMAT = 1, 2
@@ -32,6 +33,8 @@ class PreparePlan:
     parts: list[Part]
     """Of all sources, in the order of the documents."""
     identity: Identity
+    hidden: list[str]
+    """Files and folders that are left out because they are hidden."""
 
 
 def plan_preparation(recipe: Recipe) -> PreparePlan:
@@ -40,7 +43,8 @@ def plan_preparation(recipe: Recipe) -> PreparePlan:
     Raises:
         ValueError: a source has nothing to read, or the tokenizer is missing.
     """
-    inputs = [list_inputs(source) for source in recipe.sources]
+    found = [find_inputs(source) for source in recipe.sources]
+    inputs = [own for own, _ in found]
     total = sum(item.size for items in inputs for item in items)
     # At least 64 parts of a large corpus, so that workers end together and a kill costs little; 64 MiB at most.
     part_bytes = min(64 * MIB, max(MIB, total // 64))
@@ -54,16 +58,19 @@ def plan_preparation(recipe: Recipe) -> PreparePlan:
         "format": _SEGMENTED_FORMAT if recipe.masked else _FORMAT,
         "recipe": recipe_identity(recipe),
         "inputs": [hashlib.blake2b(repr(items).encode(), digest_size=16).hexdigest() for items in inputs],
-        "tokenizer": "trained" if isinstance(spec, TrainedTokenizer) else fingerprint(spec.path, spec.end_of_document),
+        "tokenizer": "trained",
     }
-    if isinstance(spec, PretrainedTokenizer) and spec.begin_of_document != "auto":
-        beginnings(recipe, Tokenizer(spec.path, spec.end_of_document))
+    if isinstance(spec, PretrainedTokenizer):
+        tokenizer = Tokenizer(expanded(spec.path), spec.end_of_document)
+        identity["tokenizer"] = tokenizer.fingerprint
+        if spec.begin_of_document != "auto":
+            beginnings(recipe, tokenizer)
     if recipe.chats:
         assert isinstance(spec, PretrainedTokenizer)
         # Refuses a template that cannot serve before any work starts.
-        ChatTemplate(Path(spec.path), recipe.chat)
-        identity["chat_template"] = ChatTemplate.fingerprint(spec.path)
-    return PreparePlan(recipe, inputs, parts, identity)
+        ChatTemplate(Path(expanded(spec.path)), recipe.chat)
+        identity["chat_template"] = ChatTemplate.fingerprint(expanded(spec.path))
+    return PreparePlan(recipe, inputs, parts, identity, [name for _, hidden in found for name in hidden])
 
 
 def beginnings(recipe: Recipe, tokenizer: Tokenizer) -> Beginnings:

@@ -103,11 +103,11 @@ class RowsSource(SourceBase):
 
 
 class JsonlSource(RowsSource):
-    """JSON Lines files, plain, `.gz` or `.zst`; each line is one document."""
+    """JSON Lines files, plain or compressed (`.gz`, `.zst`, `.bz2`, `.xz`); each line is one document."""
 
     kind: Literal["jsonl"]
     path: str
-    """A file or a glob (`**` is any depth)."""
+    """A file, a folder, or a pattern (`**` is any depth)."""
 
 
 class ParquetSource(RowsSource):
@@ -115,7 +115,7 @@ class ParquetSource(RowsSource):
 
     kind: Literal["parquet"]
     path: str
-    """A file or a glob (`**` is any depth)."""
+    """A file, a folder, or a pattern (`**` is any depth)."""
 
 
 class ArrowSource(RowsSource):
@@ -124,7 +124,7 @@ class ArrowSource(RowsSource):
 
     kind: Literal["arrow"]
     path: str
-    """A file or a glob (`**` is any depth)."""
+    """A file, a folder, or a pattern (`**` is any depth)."""
 
 
 class DatasetsSource(RowsSource):
@@ -196,6 +196,9 @@ class Filters(Section):
     """Shortest document in tokens, its end-of-document token included."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Longest document in tokens, its end-of-document token included."""
+    max_row_bytes: int = Field(default=64 * 2**20, ge=1)
+    """Longest row (a line of JSONL, a text in a table) or file, in bytes. Longer ones are skipped and listed, before
+    they are in memory as a whole."""
     keep_column: str | None = None
     """Boolean column of the rows: those with true are kept."""
     drop_column: str | None = None
@@ -289,9 +292,11 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     return load_section(Recipe, path, overrides)
 
 
-def recipe_from_dict(values: Any) -> Recipe:
-    """A checked `Recipe` from plain values."""
-    return _checked(Recipe, values)
+def recipe_from_dict(values: Any, overrides: list[str] | None = None) -> Recipe:
+    """A checked `Recipe` from plain values, with `key.path=value` overrides as in `load_recipe`."""
+    if not overrides:
+        return _checked(Recipe, values)
+    return _overridden(Recipe, OmegaConf.create(values), overrides, "the command line")
 
 
 def load_section(schema: type[S], path: str | Path, overrides: list[str] | None = None) -> S:
@@ -303,14 +308,21 @@ def load_section(schema: type[S], path: str | Path, overrides: list[str] | None 
         tree = OmegaConf.load(path)
         if not isinstance(tree, DictConfig):
             raise ConfigError([f"{path} must hold a mapping with the keys {', '.join(schema.model_fields)}"])
-        for text in overrides or []:
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{path}: {str(error).splitlines()[0]}"]) from error
+    return _overridden(schema, tree, overrides or [], str(path))
+
+
+def _overridden(schema: type[S], tree: DictConfig, overrides: list[str], where: str) -> S:
+    try:
+        for text in overrides:
             key, equals, value = text.partition("=")
             if not equals or not key or key.startswith("-"):
                 raise ConfigError([f"override {text!r} is not of the form key.path=value"])
             OmegaConf.update(tree, key, _plain_value(value))
         return _checked(schema, OmegaConf.to_container(tree, resolve=True))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError([f"{path}: {str(error).splitlines()[0]}"]) from error
+        raise ConfigError([f"{where}: {str(error).splitlines()[0]}"]) from error
 
 
 def _checked(schema: type[S], values: Any) -> S:

@@ -14,20 +14,17 @@ the rows that came out as `Incomplete`. A part gives up by itself only when its 
 
 from __future__ import annotations
 
+import codecs
 import fnmatch
-import glob
-import io
-import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
-
-import pyarrow
 
 from moba_megatron.corpus.chat import ChatTemplate
-from moba_megatron.corpus.documents import MIB, CorpusError, Incomplete, Input, Item, Part, Skipped, make_document
+from moba_megatron.corpus.documents import Input, Item, Part, Skipped, make_document
+from moba_megatron.corpus.files import Found, expanded, find_files, match_files, readable_size
 from moba_megatron.corpus.hf_datasets import dataset_input, dataset_parts, read_dataset
+from moba_megatron.corpus.jsonl import Advance, jsonl_parts, read_jsonl
 from moba_megatron.corpus.recipe import (
     ArrowSource,
     DatasetsSource,
@@ -39,12 +36,16 @@ from moba_megatron.corpus.recipe import (
     SourceBase,
     StdlibSource,
 )
-from moba_megatron.corpus.rows import RowReader, missing_columns
+from moba_megatron.corpus.rows import RowReader
 from moba_megatron.corpus.tables import arrow_parts, parquet_parts, read_arrow, read_parquet
 
-_COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-_PATIENCE = 1000
-"""Rows at the beginning of a part after which a column that none of them has is taken to be missing in all."""
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 def list_inputs(source: SourceBase) -> list[Input]:
@@ -53,19 +54,26 @@ def list_inputs(source: SourceBase) -> list[Input]:
     Raises:
         ValueError: nothing there.
     """
+    return find_inputs(source)[0]
+
+
+def find_inputs(source: SourceBase) -> tuple[list[Input], list[str]]:
+    """(inputs, hidden files and folders that are left out) of a source, as `list_inputs`."""
     if isinstance(source, DatasetsSource):
-        return [dataset_input(source)]
+        return [dataset_input(source)], []
     if isinstance(source, FilesSource | StdlibSource):
-        root, names = files_root(source), _matching_files(source)
-        paths = [(name, root / name) for name in names]
-        where = f"{root} with pattern {source.pattern!r}"
+        found, where = _matching_files(source), f"{files_root(source)} with pattern {source.pattern!r}"
     else:
-        paths = [(name, Path(name)) for name in sorted(glob.glob(source.path, recursive=True)) if Path(name).is_file()]
-        where = source.path
-    if not paths:
-        raise ValueError(f"no documents: no file matches {where}; check the path and the working directory")
-    stats = [(name, path.stat()) for name, path in paths]
-    return [Input(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats]
+        assert isinstance(source, JsonlSource | ParquetSource | ArrowSource)
+        found, where = find_files(source.path, source.kind), source.path
+    if not found.names:
+        hidden = f" (but {len(found.hidden)} hidden ones)" if found.hidden else ""
+        raise ValueError(
+            f"no documents: no file matches {where}{hidden}; relative paths count from {Path.cwd()}: correct the path, "
+            "or the working directory"
+        )
+    stats = [(name, (found.root / name).stat()) for name in found.names]
+    return [Input(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats], found.hidden
 
 
 def list_parts(number: int, source: SourceBase, inputs: list[Input], part_bytes: int) -> list[Part]:
@@ -80,39 +88,41 @@ def list_parts(number: int, source: SourceBase, inputs: list[Input], part_bytes:
             parts += parquet_parts(number, item.name, part_bytes)
         elif isinstance(source, ArrowSource):
             parts += arrow_parts(number, item.name, item.size, part_bytes)
-        elif Path(item.name).suffix in _COMPRESSION:
-            parts.append(Part(number, (item.name,), 0, item.size, item.size))
         else:
-            edges = [*range(0, item.size, part_bytes), item.size]
-            parts += [Part(number, (item.name,), a, b, b - a) for a, b in zip(edges, edges[1:], strict=False)]
+            parts += jsonl_parts(number, item.name, item.size, part_bytes)
     return parts
 
 
 def read_part(
-    source: SourceBase, part: Part, filters: Filters | None = None, template: ChatTemplate | None = None
+    source: SourceBase,
+    part: Part,
+    filters: Filters | None = None,
+    template: ChatTemplate | None = None,
+    advance: Advance = lambda size: None,
 ) -> Iterator[Item]:
     """The items of a part, in order.
 
     Args:
-        filters: of the recipe; only its boolean columns are looked at here.
+        filters: of the recipe; only its boolean columns and `max_row_bytes` are looked at here.
         template: of the tokenizer, for a source with `messages_column`.
+        advance: told of the bytes of the part (as in its `size`) that were read since.
 
     Raises:
         CorpusError: a missing column, a column of another type, or a truncated file.
         OSError: the file system failed; reading again may succeed.
     """
     if isinstance(source, FilesSource | StdlibSource):
-        return _read_files(files_root(source), part)
+        return _read_files(files_root(source), part, (filters or Filters()).max_row_bytes, advance)
     assert isinstance(source, RowsSource)
     reader = RowReader(source, filters or Filters(), template)
     if isinstance(source, JsonlSource):
-        return _read_jsonl(reader, part)
+        return read_jsonl(reader, part, advance)
     if isinstance(source, ParquetSource):
-        return read_parquet(reader, part)
+        return read_parquet(reader, part, advance)
     if isinstance(source, ArrowSource):
-        return read_arrow(reader, part)
+        return read_arrow(reader, part, advance)
     assert isinstance(source, DatasetsSource)
-    return read_dataset(source, reader, part)
+    return read_dataset(source, reader, part, advance)
 
 
 def place_name(source: SourceBase, part: Part, number: int, lines_before: int = 0) -> str:
@@ -134,19 +144,23 @@ def place_name(source: SourceBase, part: Part, number: int, lines_before: int = 
 
 def files_root(source: FilesSource | StdlibSource) -> Path:
     """Folder that a source of files starts from."""
-    return Path(sysconfig.get_path("stdlib") if isinstance(source, StdlibSource) else source.path)
+    return Path(sysconfig.get_path("stdlib") if isinstance(source, StdlibSource) else expanded(source.path))
 
 
-def _matching_files(source: FilesSource | StdlibSource) -> list[str]:
+def _matching_files(source: FilesSource | StdlibSource) -> Found:
     root = files_root(source)
     if not root.is_dir():
-        raise ValueError(f"no documents: {root} is not a folder; check the path and the working directory")
-    names = sorted(path.relative_to(root).as_posix() for path in root.glob(source.pattern) if path.is_file())
-    return [
-        name
-        for name in names
-        if not any(fnmatch.fnmatchcase(piece, glob) for piece in name.split("/") for glob in source.exclude)
-    ]
+        raise ValueError(f"no documents: {root} is not a folder; relative paths count from {Path.cwd()}")
+    if (root / source.pattern).is_file():
+        return Found(root, [source.pattern])
+    found = match_files(root, source.pattern)
+    for names in (found.names, found.hidden):
+        names[:] = [
+            name
+            for name in names
+            if not any(fnmatch.fnmatchcase(piece, glob) for piece in name.split("/") for glob in source.exclude)
+        ]
+    return found
 
 
 def _file_parts(number: int, inputs: list[Input], part_bytes: int) -> list[Part]:
@@ -160,67 +174,22 @@ def _file_parts(number: int, inputs: list[Input], part_bytes: int) -> list[Part]
     return [*parts, Part(number, tuple(names), 0, len(names), size)] if names else parts
 
 
-def _read_files(root: Path, part: Part) -> Iterator[Item]:
+def _read_files(root: Path, part: Part, limit: int, advance: Advance) -> Iterator[Item]:
     for number, name in enumerate(part.names):
-        yield make_document((root / name).read_bytes(), number, path=name)
+        size = (root / name).stat().st_size
+        if size > limit:
+            yield Skipped(number, f"a file of more than filters.max_row_bytes = {readable_size(limit)}")
+        else:
+            yield make_document(_without_mark((root / name).read_bytes()), number, path=name)
+        advance(size)
 
 
-def _read_jsonl(reader: RowReader, part: Part) -> Iterator[Item]:
-    (path,) = part.names
-    missing, complete = 0, False
-    try:
-        for number, line in enumerate(_lines(path, part), start=1):
-            if line.isspace():
-                continue
-            row = _json_object(line, number)
-            if isinstance(row, Skipped):
-                yield row
-                continue
-            items = reader.items(row, number)
-            if isinstance(item := items[0], Incomplete):
-                missing += 1
-                if missing == _PATIENCE and not complete:
-                    place = f"{path}: the first {missing} rows from byte {part.start} on"
-                    raise CorpusError(missing_columns(place, item.reason, item.present))
-            else:
-                complete = True
-            yield from items
-    except OSError as error:
-        # What the system reports has a number; what a decompressor finds in the bytes has none.
-        if error.errno is not None:
-            raise
-        raise CorpusError(f"{path} cannot be read to its end ({error}): fetch it again or remove it") from error
-
-
-def _json_object(line: bytes, number: int) -> dict | Skipped:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        return Skipped(number, f"not JSON: {error}")
-    except RecursionError:
-        return Skipped(number, "not JSON that can be read: nested too deep")
-    return row if isinstance(row, dict) else Skipped(number, f"a JSON {type(row).__name__}, not an object")
-
-
-def _lines(path: str, part: Part) -> Iterator[bytes]:
-    """Lines of a JSONL part. A byte range owns the lines that start in it."""
-    compression = _COMPRESSION.get(Path(path).suffix)
-    if compression:
-        # pyarrow reads files of several frames to their end and reports truncated ones; other readers do neither.
-        with io.BufferedReader(pyarrow.input_stream(path, compression=compression), MIB) as stream:
-            yield from stream
-        return
-    with open(path, "rb", buffering=MIB) as stream:
-        position = _seek_line(stream, part.start)
-        while position < part.stop and (line := stream.readline()):
-            yield line
-            position += len(line)
-
-
-def _seek_line(stream: BinaryIO, start: int) -> int:
-    """Go to the first line that starts at byte `start` or after."""
-    if start == 0:
-        return 0
-    stream.seek(start - 1)
-    stream.readline()
-    return stream.tell()
+def _without_mark(data: bytes) -> str | bytes:
+    """Text without the mark that some editors begin files with; the mark also says where it is not UTF-8."""
+    for mark, encoding in _MARKS:
+        if data.startswith(mark):
+            try:
+                return data.decode(encoding)
+            except UnicodeError:
+                return data
+    return data

@@ -11,13 +11,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyarrow
+import pyarrow.compute
 import pyarrow.ipc
 import pyarrow.parquet
 
-from moba_megatron.corpus.documents import CorpusError, Incomplete, Item, Part
+from moba_megatron.corpus.documents import CorpusError, Incomplete, Item, Part, Skipped
+from moba_megatron.corpus.files import readable_size
+from moba_megatron.corpus.jsonl import Advance
 from moba_megatron.corpus.rows import RowReader, missing_columns, no_column
 
 _ARROW_FILE_MAGIC = b"ARROW1"
+_TOO_LONG = object()
 ROWS_AT_ONCE = 256
 """Rows that are in memory as Python objects at a time."""
 
@@ -30,15 +34,17 @@ def parquet_parts(number: int, path: str, part_bytes: int) -> list[Part]:
     return _ranges(number, path, sizes, part_bytes)
 
 
-def read_parquet(reader: RowReader, part: Part) -> Iterator[Item]:
+def read_parquet(reader: RowReader, part: Part, advance: Advance) -> Iterator[Item]:
     """The rows of a part, numbered within the file."""
     (path,) = part.names
     with _whole_file(path), pyarrow.parquet.ParquetFile(path) as file:
         _check_columns(path, reader, file.schema_arrow)
-        first = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
+        sizes = [file.metadata.row_group(group).num_rows for group in range(part.stop)]
+        first = sum(sizes[: part.start])
         groups, columns = range(part.start, part.stop), reader.wanted(file.schema_arrow.names)
         batches = file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=columns)
-        yield from read_batches(reader, batches, first)
+        share = part.size / max(1, sum(sizes[part.start :]))
+        yield from read_batches(reader, batches, first, lambda rows: advance(int(rows * share)))
 
 
 def arrow_parts(number: int, path: str, size: int, part_bytes: int) -> list[Part]:
@@ -50,7 +56,7 @@ def arrow_parts(number: int, path: str, size: int, part_bytes: int) -> list[Part
     return _ranges(number, path, [size // max(1, batches)] * batches, part_bytes)
 
 
-def read_arrow(reader: RowReader, part: Part) -> Iterator[Item]:
+def read_arrow(reader: RowReader, part: Part, advance: Advance) -> Iterator[Item]:
     """The rows of a part, numbered within the file."""
     (path,) = part.names
     with _whole_file(path), pyarrow.memory_map(path) as stream:
@@ -63,19 +69,25 @@ def read_arrow(reader: RowReader, part: Part) -> Iterator[Item]:
             file = pyarrow.ipc.open_stream(stream)
             _check_columns(path, reader, file.schema)
             first, batches = 0, iter(file)
-        yield from read_batches(reader, _small(batches), first)
+        yield from read_batches(reader, _small(batches, advance, part), first)
 
 
-def _small(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
+def _small(batches: Iterator[pyarrow.RecordBatch], advance: Advance, part: Part) -> Iterator[pyarrow.RecordBatch]:
+    # All batches of a file with a footer are taken to be alike; of a stream nobody knows how many there are.
+    share = part.size // (part.stop - part.start)
     for batch in batches:
         for start in range(0, batch.num_rows, ROWS_AT_ONCE):
             yield batch.slice(start, ROWS_AT_ONCE)
+        advance(min(share, batch.nbytes))
 
 
 def read_batches(
-    reader: RowReader, batches: Iterable[pyarrow.RecordBatch | pyarrow.Table], first: int
+    reader: RowReader,
+    batches: Iterable[pyarrow.RecordBatch | pyarrow.Table],
+    first: int,
+    advance: Advance = lambda rows: None,
 ) -> Iterator[Item]:
-    """The rows of batches, numbered from `first` on."""
+    """The rows of batches, numbered from `first` on. `advance` is told of rows that were read since."""
     number = first
     for batch in batches:
         columns = [column for column in reader.columns if column in batch.schema.names]
@@ -86,15 +98,34 @@ def read_batches(
             number += batch.num_rows
             continue
         columns = reader.wanted(batch.schema.names)
-        for row in zip(*(_values(batch.column(column)) for column in columns), strict=True):
-            yield from reader.items(dict(zip(columns, row, strict=True)), number)
+        limit = reader.filters.max_row_bytes
+        for row in zip(*(_values(batch.column(column), limit) for column in columns), strict=True):
+            if any(value is _TOO_LONG for value in row):
+                yield Skipped(number, f"a text of more than filters.max_row_bytes = {readable_size(limit)}")
+            else:
+                yield from reader.items(dict(zip(columns, row, strict=True)), number)
             number += 1
+        advance(batch.num_rows)
 
 
-def _values(column: pyarrow.Array | pyarrow.ChunkedArray) -> list[Any]:
-    # As bytes: a column of text may hold bytes that are not UTF-8, and one such row must not end the batch.
+def _values(column: pyarrow.Array | pyarrow.ChunkedArray, limit: int) -> list[Any]:
+    """The values of a column; `_TOO_LONG` for texts of more than `limit` bytes, which are never copied."""
+    if isinstance(column, pyarrow.ChunkedArray):
+        return [value for chunk in column.chunks for value in _values(chunk, limit)]
+    if pyarrow.types.is_dictionary(column.type):
+        # Each entry once, however many rows have it.
+        entries = _values(column.dictionary, limit)
+        return [None if place is None else entries[place] for place in column.indices.to_pylist()]
+    if _is_text(column.type):
+        # As bytes: a column of text may hold bytes that are not UTF-8, and one such row must not end the batch.
+        binary = column.cast(pyarrow.large_binary())
+        sizes = pyarrow.compute.binary_length(binary).to_pylist()
+        return [
+            _TOO_LONG if size is not None and size > limit else value.as_py()
+            for size, value in zip(sizes, binary, strict=True)
+        ]
     try:
-        values = (column.cast(pyarrow.large_binary()) if _is_text(column.type) else column).to_pylist()
+        values = column.to_pylist()
     except UnicodeDecodeError:
         values = [_value(value) for value in column]
     return [_without_padding(value) for value in values] if pyarrow.types.is_nested(column.type) else values
@@ -125,7 +156,10 @@ def _check_columns(path: str, reader: RowReader, schema: pyarrow.Schema) -> None
         if column in reader.filters.columns:
             right, wanted = pyarrow.types.is_boolean(kind), "true or false"
         elif column == reader.source.messages_column:
-            right, wanted = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind), "lists of messages"
+            lists = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+            right, wanted = lists or _is_text(kind), "lists of messages"
+        elif column == reader.source.tools_column:
+            continue
         else:
             right, wanted = _is_text(kind), "text"
         if not right:
@@ -133,7 +167,11 @@ def _check_columns(path: str, reader: RowReader, schema: pyarrow.Schema) -> None
 
 
 def _is_text(kind: pyarrow.DataType) -> bool:
-    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+    types = pyarrow.types
+    if types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return text or types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
 
 def _has_footer(path: str) -> bool:

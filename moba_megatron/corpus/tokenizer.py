@@ -202,7 +202,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Toke
         "eos_token": END_OF_DOCUMENT,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Tokenizer(folder)
 
 
@@ -215,7 +215,7 @@ def copy_tokenizer(source: str | Path, folder: str | Path, end_of_document: str 
             shutil.copyfile(source / name, folder / name)
     if end_of_document is not None:
         config = {**_read_json(folder / _CONFIG_FILE), _EOD_KEY: end_of_document}
-        (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return Tokenizer(folder)
 
 

@@ -60,7 +60,7 @@ class Workspace:
     def _write(self, engine: tuple[str, str] | None, shares: int) -> None:
         plan = {"layout": _LAYOUT, "identity": self.identity, "shares": shares, "engine": engine}
         unfinished = self.folder / f"plan.{socket.gethostname()}.{os.getpid()}"
-        unfinished.write_text(json.dumps(plan, indent=2))
+        unfinished.write_text(json.dumps(plan, indent=2), encoding="utf-8")
         unfinished.rename(self.folder / "plan.json")
 
     @contextmanager
@@ -86,6 +86,21 @@ class Workspace:
         _empty(self.folder)
         # Only the lock is left. A run that opens the folder now makes a lock of its own, and with it the folder stays.
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def real_output(output: Path) -> Path:
+    """The folder that is to be made: what a link leads to, so that work and result are on the disk that is meant.
+
+    Raises:
+        ValueError: it is a mount point, which cannot take its name by one rename.
+    """
+    real = output.resolve() if output.is_symlink() else output
+    if real.is_mount():
+        raise ValueError(
+            f"{output} is a mount point, whose place no finished folder can take: name a folder in it, such as "
+            f"{output / 'data'}"
+        )
+    return real
 
 
 def work_folder(output: Path) -> Path:
@@ -262,7 +277,7 @@ def _try_lock(lock: TextIO, shared: bool = False) -> bool:
 def _plan_of(folder: Path) -> dict[str, Any]:
     """Contents of plan.json; empty where there is none."""
     plan = folder / "plan.json"
-    return json.loads(plan.read_text()) if plan.is_file() else {}
+    return json.loads(plan.read_text(encoding="utf-8")) if plan.is_file() else {}
 
 
 def _empty(folder: Path) -> None:

@@ -70,7 +70,10 @@ def turns(*texts: str) -> list[dict[str, Any]]:
     return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
 
 
-CONVERSATIONS = [turns("good day", "none fine"), turns("what is it?\n", "  Paris", "and é?", "def f(x):\n    return x\n")]
+CONVERSATIONS = [
+    turns("good day", "none fine"),
+    turns("what is it?\n", "  Paris", "and é?", "def f(x):\n    return x\n"),
+]
 
 
 def folder_with(template: str, folder: Path, kind: str = "byte_level") -> Path:
@@ -190,6 +193,7 @@ def test_rows_may_hold_arguments_and_other_forms_of_messages(tmp_path: Path):
     [
         ({"messages": "hello"}, "not JSON"),
         ({"messages": {"role": "user"}}, "not a list of messages"),
+        ({"messages": None}, "not a list of messages"),
         ({"messages": [{"content": "a"}]}, "not a list of messages with role and content"),
         ({"messages": turns("only a question")}, "no turn of the assistant"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "nothing asks for that turn"),

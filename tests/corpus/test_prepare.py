@@ -12,12 +12,13 @@ from prepare_examples import changed, data_bytes, documents_of, stdlib_recipe
 
 from moba_megatron.corpus.documents import Document
 from moba_megatron.corpus.encode import choose_split
+from moba_megatron.corpus.engines import Encoder, EngineMismatch
 from moba_megatron.corpus.indexed import read_index, token_dtype
 from moba_megatron.corpus.manifest import load_manifest
 from moba_megatron.corpus.prepare import prepare
 from moba_megatron.corpus.prepare_plan import plan_preparation
 from moba_megatron.corpus.recipe import Recipe, recipe_from_dict
-from moba_megatron.corpus.tokenizer import Encoder, EngineMismatch, Tokenizer, train_bpe
+from moba_megatron.corpus.tokenizer import Tokenizer, train_bpe
 
 
 def test_text_comes_back_document_by_document(recipe: Recipe, dataset: Path):
@@ -171,7 +172,7 @@ def test_unreadable_files_are_listed_and_empty_results_are_errors(recipe: Recipe
     (folder / "empty.txt").write_text("")
     own = changed(recipe, sources=[{"kind": "files", "path": str(folder)}])
     with pytest.raises(
-        ValueError, match=r"no documents: 2 unreadable or empty \(first bad.txt: not UTF-8.*\), 0 left out by filters"
+        ValueError, match=r"no documents: 2 could not be read \(first bad.txt: not UTF-8.*\), 0 left out by filters"
     ):
         prepare(own, tmp_path / "out", workers=1)
     (folder / "good.txt").write_text("the only document")

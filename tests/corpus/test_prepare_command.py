@@ -3,13 +3,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import typer
 import yaml
 from typer.testing import CliRunner, Result
 
+from moba_megatron.corpus.direct import direct_sources
 from moba_megatron.corpus.manifest import load_manifest
 from moba_megatron.corpus.prepare import merge_shares
-from moba_megatron.corpus.prepare_command import direct_sources, prepare_command
+from moba_megatron.corpus.prepare_command import prepare_command
 from moba_megatron.corpus.recipe import Recipe
 from moba_megatron.corpus.tokenizer import Tokenizer
 
@@ -75,19 +77,62 @@ def test_shares_by_the_command(tmp_path: Path, recipe: Recipe):
         assert (result.exit_code, f"--shard {share}: give I/N" in result.output) == (2, True), result.output
 
 
-def test_kinds_of_input_by_their_endings(tmp_path: Path):
-    (tmp_path / "one.md").write_text("x")
-    sources = direct_sources(
-        ["a/*.jsonl.zst", "b.parquet", "c.arrow", "docs/**/*.md", str(tmp_path), str(tmp_path / "one.md")],
-        "hub/name",
-        "train",
-        "t",
-    )
-    assert [source["kind"] for source in sources] == [
-        *("jsonl", "parquet", "arrow", "files", "files", "files", "datasets")
+def test_kinds_of_input_by_name_and_by_what_they_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    rows, text = b'{"text": "a"}\n', b"some text\n"
+    contents = {
+        **dict.fromkeys(["rows.ndjson", "ROWS.JSONL", "a/x.jsonl.GZ", "spark/part-00000", "spark/_SUCCESS.crc"], rows),
+        **dict.fromkeys(
+            ["one.md", "docs/deep/two.md", "docs/three.md", "code/main.c", "texts/a.txt", "mixed/a.txt"], text
+        ),
+        **dict.fromkeys(["mixed/b.jsonl", "unknown.data", "code/tool [x].json"], rows),
+        "table.csv": b"a,b\n",
+        "code/braces.c": b"{ not json }",
+        "texts/left.md": text,
+        "b.parquet": b"PAR1",
+        "c.bin": b"PAR1",
+    }
+    for name, data in contents.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+
+    def sources(*paths: str, kind: str | None = None) -> list[tuple[str, str, str | None]]:
+        return [(s["kind"], s["path"], s.get("pattern")) for s in direct_sources([*paths], None, "train", "t", kind)[0]]
+
+    for path in ("rows.ndjson", "ROWS.*", "a/*", "spark/part-*", "code/tool [x].json"):
+        assert sources(path) == [("jsonl", path, None)]
+    assert sources("spark") == [("jsonl", "spark/**/part-*", None)]
+    assert sources("b.parquet", "c.bin") == [("parquet", "b.parquet", None), ("parquet", "c.bin", None)]
+    assert sources("one.md", "docs/**/*.md", "texts", "code/*.c") == [
+        ("files", ".", "one.md"),
+        ("files", "docs", "**/*.md"),
+        ("files", "texts", None),
+        ("files", "code", "*.c"),
     ]
-    assert [(s["path"], s.get("pattern")) for s in sources[3:6]] == [
-        ("docs", "**/*.md"),
-        (str(tmp_path), None),
-        (str(tmp_path), "one.md"),
-    ]
+    assert direct_sources(["texts"], None, "train", "t")[1] == ["texts: 1 of 2 files are left out (.md 1)"]
+    assert sources("unknown.data", kind="jsonl") == [("jsonl", "unknown.data", None)]
+    for path, message in (
+        ("unknown.data", "looks like JSON, but its ending is not known: .* `--kind jsonl`"),
+        ("*.csv", "tables of this kind are not read"),
+        (
+            "mixed",
+            r"several kinds: 1 of kind files \(mixed/a.txt\), 1 of kind jsonl \(mixed/b.jsonl\): give one --input",
+        ),
+        ("docs", r"no file of a known ending, only .md 2"),
+        ("none/*.jsonl", f"no file matches none/.*; relative paths count from {tmp_path}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sources(path)
+
+
+def test_inputs_take_overrides(tmp_path: Path, tokenizer: Tokenizer):
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"body": "{"long " * n}"}}\n' for n in range(1, 40)))
+    given = ["--input", tmp_path / "rows.jsonl", "--tokenizer", tokenizer.folder, "--validation", "0", tmp_path / "out"]
+    result = run(*given, "sources.0.text_column=body", "filters.min_characters=100")
+    assert result.exit_code == 0, result.output
+    manifest = load_manifest(tmp_path / "out")
+    assert (manifest.splits["train"].documents, manifest.filtered) == (20, 19)
+    result = run(*given, tmp_path / "more")
+    assert (result.exit_code, "give one folder, OUT, and key=value" in result.output) == (2, True)
+    result = run(*given, "filters.min_caracters=100")
+    assert (result.exit_code, "filters.min_caracters: unknown key" in result.output) == (2, True)

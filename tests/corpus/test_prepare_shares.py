@@ -15,11 +15,12 @@ from prepare_examples import changed, data_bytes, stdlib_recipe
 
 from moba_megatron.corpus import prepare as prepare_module
 from moba_megatron.corpus import workspace
+from moba_megatron.corpus.engines import EngineMismatch
 from moba_megatron.corpus.manifest import load_manifest
 from moba_megatron.corpus.prepare import merge_shares, prepare, prepare_share
 from moba_megatron.corpus.prepare_plan import plan_preparation
 from moba_megatron.corpus.recipe import Recipe
-from moba_megatron.corpus.tokenizer import EngineMismatch, Tokenizer
+from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.corpus.workspace import open_workspace
 
 _RUN = """

@@ -196,8 +196,8 @@ def test_text_that_is_not_utf8_inside_messages_is_skipped(tmp_path: Path, kind: 
     checked = TypeAdapter(Source).validate_python(source | {"messages_column": "talk"})
 
     class Template:
-        def document(self, messages: Any, number: int) -> tuple[int, Any]:
-            return number, messages
+        def documents(self, messages: Any, number: int, tools: Any, arguments: Any) -> list[tuple[int, Any]]:
+            return [(number, messages)]
 
     (part,) = list_parts(0, checked, list_inputs(checked), LARGE)
     assert list(read_part(checked, part, None, Template())) == [(0, [{"role": "user"}]), (1, None)]

@@ -1,0 +1,107 @@
+"""Recipes from the flags of the command line: `prepare --input PATH --tokenizer DIR`."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from moba_megatron.corpus.files import expanded, find_files, kind_by_name, kind_of_file, split_pattern
+
+KINDS = ("files", "jsonl", "parquet", "arrow")
+_TEXT = (".txt", ".text", ".md", ".rst")
+_SHOWN = 5
+
+
+def direct_sources(
+    inputs: list[str], dataset: str | None, dataset_split: str, text_column: str, kind: str | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """(sources of a recipe, what is to be said of them) from the flags of the command line.
+
+    Args:
+        kind: of all inputs. None: each is looked at.
+
+    Raises:
+        ValueError: nothing there, files of a kind that is not known, or of several kinds.
+    """
+    sources, lines = [], []
+    for path in inputs:
+        own, pattern = kind, path
+        if own is None:
+            own, pattern, left_out = _kind_of(path)
+            lines += left_out
+        if own == "files":
+            sources.append({"kind": "files", **_folder_and_pattern(pattern)})
+        else:
+            sources.append({"kind": own, "path": pattern, "text_column": text_column})
+    if dataset:
+        sources.append({
+            "kind": "datasets", "path": dataset, "dataset_split": dataset_split, "text_column": text_column
+        })  # fmt: skip
+    return sources, lines
+
+
+def direct_tokenizer(folder: Path | None, entries: int | None) -> dict[str, Any]:
+    """Tokenizer of a recipe from the flags of the command line.
+
+    Raises:
+        ValueError: both or neither given.
+    """
+    if (folder is None) == (entries is None):
+        raise ValueError("give either --tokenizer DIR or --train-tokenizer ENTRIES")
+    return {"kind": "bpe", "vocab_size": entries} if folder is None else {"kind": "pretrained", "path": str(folder)}
+
+
+def _kind_of(path: str) -> tuple[str, str, list[str]]:
+    """(kind of the files that a path means, path of the source, what of it is left out)."""
+    names = find_files(path).names
+    if not names:
+        raise ValueError(
+            f"no documents: no file matches {path}; relative paths count from {Path.cwd()}: correct the path, or the "
+            "working directory"
+        )
+    folder = os.path.isdir(expanded(path))
+    kinds: dict[str, list[str]] = defaultdict(list)
+    other: list[str] = []
+    for name in names:
+        own = "files" if name.lower().endswith(_TEXT) else None
+        if folder and not name.lower().endswith(".txt") and kind_by_name(name) is None and not _is_part(name):
+            # Of a folder only what is known is read.
+            other.append(name)
+        else:
+            kinds[own or kind_of_file(name)].append(name)
+    if not kinds:
+        raise ValueError(f"{path} has no file of a known ending, only {_endings(other)}: give a pattern, or --kind")
+    if len(kinds) > 1:
+        found = ", ".join(f"{len(own)} of kind {kind} ({own[0]})" for kind, own in sorted(kinds.items()))
+        raise ValueError(
+            f"{path} holds files of several kinds: {found}: give one --input for each, or --kind for how all are to be "
+            "read"
+        )
+    ((kind, own),) = kinds.items()
+    lines = [f"{path}: {len(other):,} of {len(names):,} files are left out ({_endings(other)})"] if other else []
+    if folder and kind == "jsonl" and any(_is_part(name) and kind_by_name(name) is None for name in own):
+        return kind, f"{path}/**/part-*", lines
+    return kind, path, lines
+
+
+def _is_part(name: str) -> bool:
+    """Whether a file is a part of what Spark or Hadoop wrote, whose names need no ending."""
+    return os.path.basename(name).startswith("part-")
+
+
+def _endings(names: list[str]) -> str:
+    counts = Counter(os.path.splitext(name)[1] or os.path.basename(name) for name in names)
+    shown = ", ".join(f"{ending} {count}" for ending, count in counts.most_common(_SHOWN))
+    return f"{shown}, ..." if len(counts) > _SHOWN else shown
+
+
+def _folder_and_pattern(path: str) -> dict[str, str]:
+    real = expanded(path)
+    if os.path.isdir(real):
+        return {"path": path}
+    if os.path.isfile(real):
+        return {"path": os.path.dirname(path) or ".", "pattern": os.path.basename(path)}
+    folder, pattern = split_pattern(path)
+    return {"path": folder, "pattern": pattern}

@@ -1,0 +1,188 @@
+"""JSON Lines: plain files by byte ranges, compressed ones as streams.
+
+A row that is longer than the limit is passed over in pieces, so that a small file that unpacks to one endless line
+costs no memory.
+"""
+
+from __future__ import annotations
+
+import bz2
+import io
+import json
+import lzma
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow
+import zstandard
+
+from moba_megatron.corpus.documents import MIB, CorpusError, Incomplete, Item, Part, Skipped
+from moba_megatron.corpus.files import COMPRESSED, readable_size
+from moba_megatron.corpus.rows import RowReader, missing_columns
+
+Advance = Callable[[int], None]
+"""Told of bytes of the input that were read since."""
+_PATIENCE = 1000
+"""Rows at the beginning of a part after which a column that none of them has is taken to be missing in all."""
+_PIECE = 1024
+"""Bytes of zstd that are unpacked at once: at most some 32 MiB of output."""
+_LARGEST_WINDOW = 2**31
+
+
+def jsonl_parts(number: int, path: str, size: int, part_bytes: int) -> list[Part]:
+    """Byte ranges of about `part_bytes`; the whole of a compressed file. `number` is the source's place in the
+    recipe."""
+    if _compression(path):
+        return [Part(number, (path,), 0, size, size)]
+    edges = [*range(0, size, part_bytes), size]
+    return [Part(number, (path,), a, b, b - a) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def read_jsonl(reader: RowReader, part: Part, advance: Advance) -> Iterator[Item]:
+    """The rows of a part, numbered within it from 1.
+
+    Raises:
+        CorpusError: none of the first rows has the columns, the file is cut short, or it is one JSON list.
+    """
+    (path,) = part.names
+    limit, missing, complete = reader.filters.max_row_bytes, 0, False
+    with _whole(path):
+        for number, line in enumerate(_lines(path, part, limit, advance), start=1):
+            if line is None:
+                yield Skipped(number, f"a row of more than filters.max_row_bytes = {readable_size(limit)}")
+                continue
+            if line.isspace():
+                continue
+            row = _json_object(line, number)
+            if isinstance(row, Skipped):
+                if number == 1 and not part.start and line.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+                    raise CorpusError(
+                        f"{path} is one JSON list, not a row a line: read it with kind: datasets, path: json, "
+                        f"data_files: {path}, or write it as JSON Lines"
+                    )
+                yield row
+                continue
+            items = reader.items(row, number)
+            if isinstance(item := items[0], Incomplete):
+                missing += 1
+                if missing == _PATIENCE and not complete:
+                    place = f"{path}: the first {missing} rows from byte {part.start} on"
+                    raise CorpusError(missing_columns(place, item.reason, item.present))
+            else:
+                complete = True
+            yield from items
+
+
+def _json_object(line: bytes, number: int) -> dict | Skipped:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        return Skipped(number, f"not JSON: {error}")
+    except RecursionError:
+        return Skipped(number, "not JSON that can be read: nested too deep")
+    return row if isinstance(row, dict) else Skipped(number, f"a JSON {type(row).__name__}, not an object")
+
+
+def _lines(path: str, part: Part, limit: int, advance: Advance) -> Iterator[bytes | None]:
+    """Lines of a part, None for one over the limit. A byte range owns the lines that start in it."""
+    with open(path, "rb", buffering=MIB) as file:
+        if _compression(path):
+            with io.BufferedReader(_unpacked(file, path), MIB) as stream:
+                done = 0
+                while line := stream.readline(limit + 1):
+                    _, line = _rest_of(line, stream, limit)
+                    yield line
+                    if file.tell() > done:
+                        advance(file.tell() - done)
+                        done = file.tell()
+            return
+        position = _seek_line(file, part.start)
+        while position < part.stop and (line := file.readline(limit + 1)):
+            size, line = _rest_of(line, file, limit)
+            yield line
+            position += size
+            advance(size)
+
+
+def _rest_of(line: bytes, stream: BinaryIO | io.BufferedReader, limit: int) -> tuple[int, bytes | None]:
+    """(bytes of a line, the line or None where it goes on over the limit); passes over what is left of it."""
+    size = len(line)
+    if size <= limit:
+        return size, line
+    while not line.endswith(b"\n") and (line := stream.readline(MIB)):
+        size += len(line)
+    return size, None
+
+
+def _seek_line(stream: BinaryIO, start: int) -> int:
+    """Go to the first line that starts at byte `start` or after."""
+    if start == 0:
+        return 0
+    stream.seek(start - 1)
+    while (piece := stream.readline(MIB)) and not piece.endswith(b"\n"):
+        pass
+    return stream.tell()
+
+
+def _compression(path: str) -> str | None:
+    ending = Path(path).suffix.lower()
+    return ending if ending in COMPRESSED else None
+
+
+def _unpacked(file: BinaryIO, path: str) -> io.RawIOBase:
+    """Streams of several members are read to their end, and one that is cut short is an error."""
+    ending = _compression(path)
+    if ending == ".zst":
+        return _Zstd(file)
+    if ending == ".gz":
+        return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "gzip")
+    return bz2.BZ2File(file) if ending == ".bz2" else lzma.LZMAFile(file)
+
+
+class _Zstd(io.RawIOBase):
+    """zstd with windows of any size, which pyarrow refuses and `--long` makes."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
+        self._frame = self._decompressor.decompressobj()
+        self._inside = False
+        self._input, self._output = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self._output:
+            piece = self._input or self._file.read(_PIECE)
+            self._input = b""
+            if not piece:
+                if self._inside:
+                    raise OSError("the last zstd frame is cut short")
+                return 0
+            if self._frame.eof:
+                self._frame = self._decompressor.decompressobj()
+            self._inside = True
+            try:
+                self._output = memoryview(self._frame.decompress(piece))
+            except zstandard.ZstdError as error:
+                raise OSError(f"zstd: {error}") from error
+            if self._frame.eof:
+                self._inside, self._input = False, self._frame.unused_data
+        count = min(len(buffer), len(self._output))
+        buffer[:count], self._output = self._output[:count], self._output[count:]
+        return count
+
+
+@contextmanager
+def _whole(path: str) -> Iterator[None]:
+    """Turn what a decompressor finds in the bytes into an error of the corpus; one of the system has a number and
+    stays."""
+    try:
+        yield
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise CorpusError(f"{path} cannot be read to its end ({error}): fetch it again or remove it") from error
