@@ -13,17 +13,20 @@ from moba_megatron.convert.exported import Exported
 from moba_megatron.runs.folder import RunFolder
 
 
-def export_in_run(exported: Exported, advance: Callable[[int, int], None] = lambda done, total: None) -> Path:
+def export_in_run(
+    exported: Exported, run: RunFolder | None = None, advance: Callable[[int, int], None] = lambda done, total: None
+) -> Path:
     """The Hugging Face folder of a checkpoint within its run folder; written if it is not there.
 
     Args:
+        run: another folder to keep it in.
         advance: as in `export_huggingface`.
 
     Raises:
         CheckpointError: the folder there is no export of this checkpoint as this version writes it.
         ConfigError, CheckpointError: as `export_huggingface`.
     """
-    folder = RunFolder.of(exported.checkpoint).exports / exported.checkpoint.name
+    folder = (run or RunFolder.of(exported.checkpoint)).exports / exported.checkpoint.name
     if not folder.exists():
         export_huggingface(exported, folder, advance=advance)
         return folder

@@ -70,17 +70,28 @@ def evaluate_command(
     lm_eval_tasks: Annotated[Path | None, typer.Option(help="Folder of task files of your own.")] = None,
     lm_eval_limit: Annotated[int | None, typer.Option(min=1, help="Samples of each task. Default: all.")] = None,
     lm_eval_batch: Annotated[int, typer.Option(min=1, help="Texts that the harness takes at a time.")] = 1,
+    lm_eval_chat: Annotated[
+        bool,
+        typer.Option("--lm-eval-chat", help="Ask by the tokenizer's chat template, earlier examples as turns."),
+    ] = False,
+    lm_eval_system: Annotated[
+        str | None, typer.Option(help="System message of --lm-eval-chat, for templates that take one.")
+    ] = None,
     ruler: Annotated[
         str | None,
         typer.Option(help="Lengths (4K,8K,...) of a RULER-style task set, drawn here and run by lm-eval."),
     ] = None,
     ruler_samples: Annotated[int, typer.Option(min=1, help="Samples of each of its tasks at each length.")] = 20,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for results and pictures, such as of a model that may only be read. Default: RUN."),
+    ] = None,
 ) -> None:
     """Evaluate a trained model: losses (by position, trailing, against full attention of the same weights), or what
     the options ask for.
 
     Writes RUN/evaluation/*.json, a line each in RUN/evaluations.jsonl, pictures in RUN/plots, and to the trackers that
-    the run has on.
+    the run has on; with --output, the files there and nothing to the trackers.
     """
     from rich.console import Console
 
@@ -102,7 +113,8 @@ def evaluate_command(
             raise ValueError(f"--lengths {lengths} without --tasks: name the tasks to run")
         elif haystack is not None and ruler is None:
             raise ValueError(f"--haystack {haystack} without --tasks or --ruler: name what it goes around")
-        harness = any(option is not None for option in (lm_eval, ruler, lm_eval_tasks, lm_eval_limit))
+        harness = any(option is not None for option in (lm_eval, ruler, lm_eval_tasks, lm_eval_limit, lm_eval_system))
+        harness = harness or lm_eval_chat
         wants_losses = losses or (losses is None and not routing and not options and not harness)
         of_losses = {"--samples": samples, "--trailing": trailing, "--validation": None if routing else validation}
         unused = [name for name, value in of_losses.items() if value is not None]
@@ -119,14 +131,16 @@ def evaluate_command(
                 ruler=ruler,
                 samples=ruler_samples,
                 haystack=haystack,
+                chat=lm_eval_chat,
+                system=lm_eval_system,
             )
-            evaluate_with_harness(target, settings, console, attention=attention)
+            evaluate_with_harness(target, settings, console, attention=attention, output=output)
             if not wants_losses and not routing and not options:
                 return
         if options and not wants_losses and not routing and (target / "config.json").is_file():
             from moba_megatron.evaluation.tasks.evaluate_tasks import evaluate_folder_tasks
 
-            evaluate_folder_tasks(target, options, console, attention)
+            evaluate_folder_tasks(target, options, console, attention, output)
             return
         subject = open_subject(
             target,
@@ -135,6 +149,7 @@ def evaluate_command(
             samples=samples,
             trailing_tokens=trailing,
             on_validation=wants_losses or routing,
+            output=output,
         )
         with EvaluationRecords(subject.folder, subject.config) as records:
             if wants_losses:

@@ -33,11 +33,13 @@ class Subject:
         opened: the model, in evaluation mode.
         config: the run's configuration, with the data and numbers of samples asked for, one sample a pass.
         attentions: how the parts shall let it attend, in this order.
+        output: where results go; None: to the run folder.
     """
 
     opened: OpenedModel
     config: Config
     attentions: list[Attention]
+    output: Path | None = None
 
     @property
     def step(self) -> int:
@@ -50,8 +52,8 @@ class Subject:
 
     @property
     def folder(self) -> RunFolder:
-        """The run folder, where results go."""
-        return self.opened.folder
+        """Where results go: the run folder, unless another one is asked for."""
+        return self.opened.folder if self.output is None else RunFolder(self.output)
 
     @property
     def own_attention(self) -> Attention:
@@ -103,6 +105,7 @@ def open_subject(
     samples: int | None = None,
     trailing_tokens: int | None = None,
     on_validation: bool = True,
+    output: Path | None = None,
 ) -> Subject:
     """Load the model of a run or checkpoint folder into this process.
 
@@ -111,6 +114,7 @@ def open_subject(
         validation: prefix of indexed data; None: the run's own.
         samples, trailing_tokens: in place of the run's `evaluation.samples` and `evaluation.trailing_tokens`.
         on_validation: whether validation data are needed; they are checked before the model is loaded.
+        output: where results go; None: to the run folder.
 
     Raises:
         CheckpointError: no complete checkpoint there, or not one for this tokenizer.
@@ -127,7 +131,7 @@ def open_subject(
         check_validation(config)
     tokenizer = Tokenizer(config.data.tokenizer)
     opened = open_model(target, tokenizer.fingerprint, tokenizer.vocab_size)
-    subject = Subject(replace(opened, config=config), config, attentions)
+    subject = Subject(replace(opened, config=config), config, attentions, output)
     # The model's own way first: its results are what training recorded.
     subject.attentions.sort(key=lambda name: name != subject.own_attention)
     return subject

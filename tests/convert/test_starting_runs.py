@@ -15,11 +15,16 @@ from distributed import run_ranks
 from huggingface_models import LLAMA3, SIZES, save_model
 from small_run import TOKENS, read_metrics, small_config, train_here
 from test_logits import configuration
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 from moba_megatron.cli import app
-from moba_megatron.config import Config, config_from_dict
+from moba_megatron.config import Config, ConfigError, config_from_dict
+from moba_megatron.convert.initial import check_initial_weights
+from moba_megatron.corpus.prepare import prepare
+from moba_megatron.corpus.recipe import recipe_from_dict
+from moba_megatron.corpus.tokenizer import Tokenizer, copy_tokenizer
 from moba_megatron.data.datasets import build_datasets
 from moba_megatron.data.feed import rank_batches
 
@@ -104,6 +109,50 @@ def test_the_first_loss_is_that_of_the_model_at_every_layout(source, imported, t
         courses.append([line["loss"] for line in read_metrics(Path(config.run.dir))])
         assert courses[-1][0] == pytest.approx(expected, rel=2e-6), name
         assert courses[-1][2] == pytest.approx(courses[0][2], rel=1e-4), name
+
+
+def test_which_token_ends_documents_makes_no_other_tokenizer(source, imported, tmp_path):
+    own = copy_tokenizer(TOKENS / "tokenizer", tmp_path / "tokenizer", "w9")
+    assert own.fingerprint != Tokenizer(TOKENS / "tokenizer").fingerprint
+    for origin in (source, imported, imported / "checkpoints/step_0"):
+        config = start(origin, tmp_path, data__tokenizer=str(own.folder))
+        assert check_initial_weights(config, ENTRIES)
+    path = own.folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"w5"', '"other"'))
+    for origin in (source, imported):
+        with pytest.raises(ConfigError, match="is not the tokenizer of model.init_from"):
+            check_initial_weights(start(origin, tmp_path, data__tokenizer=str(own.folder)), ENTRIES)
+
+
+def test_data_that_do_not_begin_as_the_tokenizer_begins_texts_are_told_of(source, tmp_path):
+    tokenizer = Path(shutil.copytree(TOKENS / "tokenizer", tmp_path / "tokenizer"))
+    config = start(source, tmp_path, data__tokenizer=str(tokenizer))
+    assert not [line for line in check_initial_weights(config, ENTRIES) if "begin_of_document" in line]
+    backend = Tokenizer(tokenizer).backend
+    backend.add_special_tokens(["w7"])
+    backend.post_processor = TemplateProcessing(single="w7 $A", special_tokens=[("w7", backend.token_to_id("w7"))])
+    (model := tmp_path / "model").mkdir()
+    for path in source.iterdir():
+        (model / path.name).symlink_to(path)
+    for folder in (tokenizer, model):
+        (folder / "tokenizer.json").unlink()
+        backend.save(str(folder / "tokenizer.json"))
+    (line,) = [
+        line
+        for line in check_initial_weights(start(model, tmp_path, data__tokenizer=str(tokenizer)), ENTRIES)
+        if "begin_of_document" in line
+    ]
+    assert "its documents do not begin with 'w7'" in line and line.endswith("tokenizer.begin_of_document=w7")
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "w5 w6 w8"}\n')
+    recipe = {
+        "sources": [{"kind": "jsonl", "path": str(data)}],
+        "tokenizer": {"kind": "pretrained", "path": str(tokenizer), "begin_of_document": "w7"},
+        "split": {"validation": 0},
+    }
+    prepare(recipe_from_dict(recipe), tmp_path / "data", workers=1)
+    config = start(model, tmp_path, data__tokenizer=str(tokenizer), data__train=str(tmp_path / "data/train"))
+    assert not [line for line in check_initial_weights(config, ENTRIES) if "begin_of_document" in line]
 
 
 def test_a_resumed_run_does_not_read_its_source_again(source, tmp_path):

@@ -184,6 +184,26 @@ def test_results_stay_in_the_run_folder_and_the_export_is_made_once(run, tmp_pat
     assert line["two/perplexity"] == found["two"]["metrics"]["perplexity"]
 
 
+def test_a_chat_template_asks_and_results_go_where_asked(run, tmp_path):
+    model = tmp_path / "model"
+    export_huggingface(open_exported(run), model)
+    rows = write_likelihood_task(tmp_path, "asked", 60)
+    with pytest.raises(ValueError, match="--lm-eval-chat: the tokenizer of .*/model has no chat template"):
+        evaluate(model, "asked", folder=tmp_path, chat=True)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ {'system': 'w2', 'user': 'w3', 'assistant': 'w4'}[m.role] }} {{ m.content }} "
+        "{% endfor %}{% if add_generation_prompt %}w4{% endif %}"
+    )
+    settings = HarnessSettings(("asked",), tmp_path, chat=True, system="w9")
+    before = sorted(path for path in model.rglob("*"))
+    (file,) = evaluate_with_harness(model, settings, Console(quiet=True), output=tmp_path / "results")
+    assert file.is_relative_to(tmp_path / "results") and sorted(path for path in model.rglob("*")) == before
+    found = json.loads(file.read_text())["tasks"]["asked"]
+    asked = [{"text": f"w2 w9 w3 {row['text']} w4", "answer": row["answer"]} for row in rows]
+    assert found["metrics"]["perplexity"] == pytest.approx(likelihood_by_hand(model, asked, "moba"), rel=1e-4)
+    assert (found["chat_template"], found["system"]) == (True, "w9")
+
+
 def test_an_export_of_other_weights_is_not_used(run, tmp_path):
     write_likelihood_task(tmp_path, "one", 20)
     evaluate(run, "one", folder=tmp_path)

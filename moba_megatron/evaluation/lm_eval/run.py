@@ -45,6 +45,8 @@ class HarnessSettings:
         ruler: task set to generate and run as well.
         limit: samples of each task; None: all.
         batch_size: texts at a time.
+        chat: ask by the tokenizer's chat template.
+        system: the system message then.
     """
 
     tasks: tuple[str, ...] = ()
@@ -52,6 +54,8 @@ class HarnessSettings:
     ruler: RulerSettings | None = None
     limit: int | None = None
     batch_size: int = 1
+    chat: bool = False
+    system: str | None = None
 
 
 def harness_settings(
@@ -63,13 +67,17 @@ def harness_settings(
     ruler: str | None,
     samples: int,
     haystack: str | None,
+    chat: bool = False,
+    system: str | None = None,
 ) -> HarnessSettings:
     """Settings from the options of the command; `samples` and `haystack` are those of the RULER-style set."""
     if not tasks and not ruler:
-        given = {"--lm-eval-tasks": folder, "--lm-eval-limit": limit}
+        given = {"--lm-eval-tasks": folder, "--lm-eval-limit": limit, "--lm-eval-chat": chat or None}
         unused = [name for name, value in given.items() if value is not None]
         if unused:
             raise ValueError(f"{' and '.join(unused)} without --lm-eval or --ruler: name the tasks to run")
+    if system is not None and not chat:
+        raise ValueError("--lm-eval-system without --lm-eval-chat: only a chat template writes a system message")
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     drawn = None
     if ruler:
@@ -77,7 +85,7 @@ def harness_settings(
             drawn = RulerSettings(tuple(parse_lengths(ruler)), samples=samples, haystack=haystack)
         except ValueError as error:
             raise ValueError(f"--ruler {ruler}: {error}") from error
-    return HarnessSettings(names, folder, drawn, limit, batch_size)
+    return HarnessSettings(names, folder, drawn, limit, batch_size, chat, system)
 
 
 @dataclass(frozen=True)
@@ -92,12 +100,18 @@ class _Target:
 
 
 def evaluate_with_harness(
-    target: Path, settings: HarnessSettings, console: Console, *, attention: str | None = None
+    target: Path,
+    settings: HarnessSettings,
+    console: Console,
+    *,
+    attention: str | None = None,
+    output: Path | None = None,
 ) -> list[Path]:
     """Run tasks on a run folder, a checkpoint or a Hugging Face folder, and record the results there.
 
     Args:
         attention: `moba`, `full` or `both`; None: as the model has it.
+        output: where results go; None: to the run, or to the Hugging Face folder.
 
     Returns:
         The files written.
@@ -109,8 +123,10 @@ def evaluate_with_harness(
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("lm-eval is not installed: pip install 'moba-megatron[lm-eval]'")
-    found = _open_target(target, console)
+    found = _open_target(target, console, output)
     tokenizer = _load(load_tokenizer, found.model)
+    if settings.chat and not tokenizer.chat_template:
+        raise ValueError(f"--lm-eval-chat: the tokenizer of {target} has no chat template")
     names, folders = list(settings.tasks), [settings.folder] if settings.folder else []
     if settings.ruler:
         folders.append(found.folder.evaluation / RULER)
@@ -130,17 +146,19 @@ def evaluate_with_harness(
     return files
 
 
-def _open_target(target: Path, console: Console) -> _Target:
-    if (target / "config.json").is_file():
-        if not os.access(target, os.W_OK):
-            raise ValueError(f"{target} cannot be written to, and results go there: use a copy")
-        return _Target(target, RunFolder(target))
-    exported = open_exported(target)
+def _open_target(target: Path, console: Console, output: Path | None) -> _Target:
+    is_model = (target / "config.json").is_file()
+    exported = None if is_model else open_exported(target)
+    folder = RunFolder(output or target) if exported is None or output else RunFolder.of(exported.checkpoint)
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder.path, os.W_OK):
+        raise ValueError(f"{folder} cannot be written to, and results go there: name another folder with --output")
+    if exported is None:
+        return _Target(target, folder)
     with console.status("exporting"):
-        model = export_in_run(exported)
-    config = exported.config
-    step, tokens = exported.manifest.step, exported.manifest.tokens
-    return _Target(model, RunFolder.of(exported.checkpoint), step, tokens, config)
+        model = export_in_run(exported, folder)
+    return _Target(model, folder, exported.manifest.step, exported.manifest.tokens, exported.config)
 
 
 def _load(read: Callable[[Path], Any], folder: Path) -> Any:
@@ -212,7 +230,16 @@ def _run(
         check_attends(model)
     harness = HarnessModel(model, tokenizer, settings.batch_size)
     console.print(f"evaluating {', '.join(names)} under {attention} attention", markup=False)
-    found = simple_evaluate(harness, tasks=names, limit=settings.limit, task_manager=manager, log_samples=False)
+    found = simple_evaluate(
+        harness,
+        tasks=names,
+        limit=settings.limit,
+        task_manager=manager,
+        log_samples=False,
+        apply_chat_template=settings.chat,
+        fewshot_as_multiturn=settings.chat,
+        system_instruction=settings.system,
+    )
     if attention == "moba" and harness.longest <= _covered(model):
         console.print(
             f"note: no text was longer than {harness.longest} tokens; up to {_covered(model)} (block_size * top_k) "
@@ -230,6 +257,7 @@ def _run(
             "shots": found["n-shot"].get(name),
             "version": found["versions"].get(name),
             "limit": settings.limit,
+            **({"chat_template": True, "system": settings.system} if settings.chat else {}),
         }
         for name, values in found["results"].items()
     }

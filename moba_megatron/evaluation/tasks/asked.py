@@ -95,8 +95,8 @@ def from_subject(subject: Subject) -> Asked:
     )
 
 
-def from_huggingface(folder: Path, attention: str | None) -> Asked:
-    """The model of a Hugging Face folder, where results go, too.
+def from_huggingface(folder: Path, attention: str | None, output: Path | None = None) -> Asked:
+    """The model of a Hugging Face folder, where results go, too, unless `output` is another one.
 
     Args:
         attention: `moba`, `full` or `both`; None: both, if the model has MoBA layers.
@@ -114,7 +114,7 @@ def from_huggingface(folder: Path, attention: str | None) -> Asked:
 
     return Asked(
         title=str(folder),
-        folder=RunFolder(folder),
+        folder=RunFolder(output or folder),
         step=None,
         tokens=None,
         config=None,

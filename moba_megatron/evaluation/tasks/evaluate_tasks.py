@@ -19,7 +19,6 @@ from moba_megatron.evaluation.tasks.options import TaskOptions
 from moba_megatron.evaluation.tasks.puzzles import TASKS
 from moba_megatron.evaluation.tasks.sample import Sample
 from moba_megatron.evaluation.tasks.scoring import SampleScore, score_sample
-from moba_megatron.runs.folder import RunFolder
 from moba_megatron.runs.records import EvaluationRecords
 
 
@@ -73,14 +72,17 @@ def _other_cells(records: EvaluationRecords, asked: Asked, attention: str, names
     return [cell for cell in cells if cell["task"] not in names]
 
 
-def evaluate_folder_tasks(folder: Path, options: TaskOptions, console: Console, attention: str | None) -> None:
+def evaluate_folder_tasks(
+    folder: Path, options: TaskOptions, console: Console, attention: str | None, output: Path | None = None
+) -> None:
     """`evaluate_tasks` on a Hugging Face folder.
 
     Raises:
         ValueError, OSError: see `from_huggingface` and `evaluate_tasks`.
     """
-    with EvaluationRecords(RunFolder(folder)) as records:
-        evaluate_tasks(from_huggingface(folder, attention), options, records, console)
+    asked = from_huggingface(folder, attention, output)
+    with EvaluationRecords(asked.folder) as records:
+        evaluate_tasks(asked, options, records, console)
 
 
 def _samples(
