@@ -102,6 +102,9 @@ def test_the_settings_of_the_report():
         assert [layer.kind for layer in layers] == ["moba"] * (20 - count) + ["full"] * count
     for model, interpolated in (("llama3.1_8b", "rotary_interpolation"), ("qwen2.5_7b", "rotary_scaling_factor")):
         folder = CONFIGS / "continued_pretraining" / model
+        at_once = load_config(folder / "128k_moba.yaml")
+        assert getattr(at_once.model, interpolated) == 1.0 and at_once.data.sequence_length == 2**17
+        assert [layer.kind for layer in schedule_of(at_once).stages[0][-4:]] == ["moba", "full", "full", "full"]
         for stage, length in (("128k", 2**17), ("256k", 2**18), ("512k", 2**19), ("1m", 2**20), ("1m_moba", 2**20)):
             config = load_config(folder / f"{stage}.yaml")
             assert config.data.sequence_length == length and config.tokens_per_step == 2**23
