@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from moba_megatron.config.model import ModelConfig, rotary_checks
+from moba_megatron.config.model import ModelConfig
+from moba_megatron.config.rotary import rotary_checks
 from moba_megatron.config.schema import AttentionConfig, Config, ParallelConfig
 
 

@@ -95,6 +95,7 @@ def model_section(values: dict[str, Any]) -> dict[str, Any]:
         "kv_channels": values.get("head_dim", values["hidden_size"] // heads),
         "ffn_hidden_size": values["intermediate_size"],
         "vocab_size": values["vocab_size"],
+        "max_position_embeddings": values["max_position_embeddings"],
         "layernorm_epsilon": values["rms_norm_eps"],
         "init_method_std": values["initializer_range"],
         "share_embeddings_and_output_weights": values["tie_word_embeddings"],
@@ -141,6 +142,7 @@ def _rotary_section(values: dict[str, Any]) -> dict[str, Any]:
         "default": (),
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+        "yarn": (),
         "longrope": ("short_factor", "long_factor"),
     }
     if kind not in needed:
@@ -156,16 +158,47 @@ def _rotary_section(values: dict[str, Any]) -> dict[str, Any]:
     original = original or values["max_position_embeddings"]
     if kind in ("linear", "llama3"):
         section["rotary_scaling_factor"] = rope["factor"]
-    if kind in ("llama3", "longrope"):
+    if kind in ("llama3", "yarn", "longrope"):
         section["rotary_original_length"] = original
     if kind == "llama3":
         section["rotary_low_freq_factor"] = rope["low_freq_factor"]
         section["rotary_high_freq_factor"] = rope["high_freq_factor"]
+    if kind == "yarn":
+        section |= _yarn_section(rope, values["max_position_embeddings"] / original)
     if kind == "longrope":
         section["rotary_short_factors"] = rope["short_factor"]
         section["rotary_long_factors"] = rope["long_factor"]
         section["rotary_attention_factor"] = _longrope_attention_factor(rope, values, original)
     return section
+
+
+def _yarn_section(rope: dict[str, Any], implied: float) -> dict[str, Any]:
+    """Settings of `yarn`, with what transformers takes where a number is missing, null or 0.
+
+    Args:
+        implied: the factor where none is said: the new length over the old one.
+    """
+    factor = rope.get("factor") or implied
+    section = {
+        "rotary_scaling_factor": factor,
+        "rotary_beta_fast": rope.get("beta_fast") or 32.0,
+        "rotary_beta_slow": rope.get("beta_slow") or 1.0,
+        "rotary_truncate": rope.get("truncate", True),
+    }
+    given, mscales = rope.get("attention_factor"), (rope.get("mscale"), rope.get("mscale_all_dim"))
+    if given is None:
+        mscales = mscales if all(mscales) else (None, None)
+    elif given == 1.0 and factor > 1:
+        # Our 1.0 may be left of a model without yarn, and is not taken.
+        given, mscales = None, (1.0, 1.0)
+    else:
+        mscales = (None, None)
+    return {
+        **section,
+        "rotary_attention_factor": given,
+        "rotary_mscale": mscales[0],
+        "rotary_mscale_all_dim": mscales[1],
+    }
 
 
 def _rope(values: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,12 @@ from moba_megatron.config.checks import ConfigError
 from moba_megatron.config.huggingface import model_section, read_huggingface_config
 from moba_megatron.config.model import ModelConfig
 
+# Written configurations of earlier versions are complete without these.
+YOUNGER = {
+    *("max_position_embeddings", "rotary_beta_fast", "rotary_beta_slow", "rotary_truncate", "rotary_mscale"),
+    "rotary_mscale_all_dim",
+}
+
 
 def with_pretrained_model(values: dict[str, Any]) -> dict[str, Any]:
     """Configuration values whose `model` section is completed from the folder `model.init_from`.
@@ -24,9 +30,22 @@ def with_pretrained_model(values: dict[str, Any]) -> dict[str, Any]:
     model = values.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("init_from"), str):
         return values
-    if set(ModelConfig.model_fields) <= model.keys():
+    missing = set(ModelConfig.model_fields) - model.keys()
+    if not missing or (missing <= YOUNGER and not Path(model["init_from"]).exists()):
         return values
-    return {**values, "model": {**pretrained_model_section(model["init_from"]), **model}}
+    source = pretrained_model_section(model["init_from"])
+    if model.get("rotary_scaling") == "yarn" and source.get("rotary_scaling", "none") != "yarn":
+        source = _before_yarn(source)
+    return {**values, "model": {**source, **model}}
+
+
+def _before_yarn(source: dict[str, Any]) -> dict[str, Any]:
+    """What a `model` section that adds `yarn` takes of one without it: the factor on queries and keys is another, and
+    the original length is the one that the source was made for."""
+    kept = {key: value for key, value in source.items() if key != "rotary_attention_factor"}
+    if source.get("rotary_scaling", "none") in ("none", "linear") and source.get("max_position_embeddings"):
+        kept["rotary_original_length"] = source["max_position_embeddings"]
+    return kept
 
 
 def pretrained_model_section(folder: str | Path) -> dict[str, Any]:

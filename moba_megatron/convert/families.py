@@ -16,6 +16,7 @@ import torch
 
 from moba_megatron.config import ConfigError, ModelConfig
 from moba_megatron.config.huggingface import FAMILIES
+from moba_megatron.config.model import yarn_attention_factor
 from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.model.rotary import rotary_frequencies
 from moba_megatron.model.schedule import LayerAttention
@@ -27,6 +28,10 @@ _EXTRAS: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": False, "sliding_window": None},
     "qwen3": {"attention_bias": False, "use_sliding_window": False, "sliding_window": None},
 }
+
+
+# Within the rotary embedding, for other engines than transformers.
+_FOR_OTHERS = {"short_mscale", "long_mscale", "attn_factor"}
 
 
 def family_of(model: ModelConfig) -> str:
@@ -122,16 +127,24 @@ def _rope(model: ModelConfig, length: int) -> dict[str, Any]:
         "rope_scaling": scaling,
         "rope_parameters": {"rope_theta": model.rotary_base, **(scaling or {"rope_type": "default"})},
     }
-    if scaling is None or scaling["rope_type"] != "longrope":
+    if scaling is None:
         return both
-    return {**both, "original_max_position_embeddings": model.rotary_original_length}
+    # transformers warns of keys that it does not read, unless it is told.
+    if unread := sorted(_FOR_OTHERS & scaling.keys()):
+        both["ignore_keys_at_rope_validation"] = unread
+    if scaling["rope_type"] in ("yarn", "longrope"):
+        both["original_max_position_embeddings"] = model.rotary_original_length
+    return both
 
 
 def _scaling(model: ModelConfig, length: int) -> dict[str, Any] | None:
     original = {"original_max_position_embeddings": model.rotary_original_length}
     longrope = {
         "rope_type": "longrope",
-        "attention_factor": model.rotary_attention_factor,
+        "attention_factor": model.attention_factor,
+        # What engines read that know no attention_factor (vLLM, SGLang).
+        "short_mscale": model.attention_factor,
+        "long_mscale": model.attention_factor,
         # Without effect beside attention_factor, but transformers warns where it is missing.
         "factor": max(1.0, length / model.rotary_original_length),
         **original,
@@ -151,9 +164,30 @@ def _scaling(model: ModelConfig, length: int) -> dict[str, Any] | None:
             "high_freq_factor": model.rotary_high_freq_factor,
             **original,
         }
+    if model.rotary_scaling == "yarn":
+        return {**_yarn(model), **original}
     if model.rotary_scaling == "longrope":
         return {**longrope, "short_factor": model.rotary_short_factors, "long_factor": model.rotary_long_factors}
     return None
+
+
+def _yarn(model: ModelConfig) -> dict[str, Any]:
+    said = {
+        "attention_factor": model.rotary_attention_factor,
+        "mscale": model.rotary_mscale,
+        "mscale_all_dim": model.rotary_mscale_all_dim,
+    }
+    # vLLM reads none of these, but a factor on top of the usual one.
+    beyond = model.attention_factor / yarn_attention_factor(model.rotary_scaling_factor, None, None)
+    return {
+        "rope_type": "yarn",
+        "factor": model.rotary_scaling_factor,
+        "beta_fast": model.rotary_beta_fast,
+        "beta_slow": model.rotary_beta_slow,
+        "truncate": model.rotary_truncate,
+        **{key: value for key, value in said.items() if value is not None},
+        **({} if beyond == 1.0 else {"attn_factor": beyond}),
+    }
 
 
 def _longrope_factors(model: ModelConfig, frequencies: torch.Tensor) -> list[float]:

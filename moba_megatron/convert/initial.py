@@ -16,8 +16,8 @@ from moba_megatron.corpus.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Drawn weights are replaced, and other positions are a way to extend the context.
-_FREE = ("init_from", "init_method_std", "rotary_")
+# Drawn weights are replaced, other positions are a way to extend the context, and the rest says where it comes from.
+_FREE = ("init_from", "init_method_std", "max_position_embeddings", "rotary_")
 
 
 def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
@@ -115,7 +115,9 @@ def _find(source: Path) -> Path:
 
 
 def _differences(ours: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[object, object]]:
-    before, now = theirs.model_dump(), ours.model_dump()
+    before, now = (
+        {**model.model_dump(), "rotary_attention_factor": model.attention_factor} for model in (theirs, ours)
+    )
     return {key: (now[key], before[key]) for key in now if now[key] != before[key]}
 
 

@@ -56,6 +56,8 @@ def rotary_frequencies(model: ModelConfig) -> RotaryFrequencies:
         short = long = short / model.rotary_scaling_factor
     elif model.rotary_scaling == "llama3":
         short = long = _llama3(short, model)
+    elif model.rotary_scaling == "yarn":
+        short = long = _yarn(powers, model)
     elif model.rotary_scaling == "longrope":
         short, long = (
             1.0 / (torch.tensor(factors, dtype=torch.float32, device="cpu") * powers)
@@ -66,8 +68,8 @@ def rotary_frequencies(model: ModelConfig) -> RotaryFrequencies:
 
 
 def softmax_scale(model: ModelConfig) -> float | None:
-    """Scale of the scores where it is not 1 / sqrt(head size): longrope's factor on queries and on keys."""
-    factor = model.rotary_attention_factor
+    """Scale of the scores where it is not 1 / sqrt(head size): the factor of longrope and yarn on queries and keys."""
+    factor = model.attention_factor
     return None if factor == 1.0 else factor**2 / math.sqrt(model.head_size)
 
 
@@ -79,6 +81,29 @@ def _llama3(frequencies: Tensor, model: ModelConfig) -> Tensor:
     blended = (1 - kept) * frequencies / model.rotary_scaling_factor + kept * frequencies
     slow = torch.where(waves > length / low, frequencies / model.rotary_scaling_factor, blended)
     return torch.where(waves < length / high, frequencies, slow)
+
+
+def _yarn(powers: Tensor, model: ModelConfig) -> Tensor:
+    """Divide the slow channels by the factor, keep the fast ones, and blend linearly (in the channel) in between.
+
+    Args:
+        powers: of the base, [pairs] in fp32.
+    """
+    size, length = 2 * len(powers), model.rotary_original_length
+
+    def channel(turns: float) -> float:
+        """The pair of channels that turns so often within the original length."""
+        return size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(model.rotary_base))
+
+    low, high = channel(model.rotary_beta_fast), channel(model.rotary_beta_slow)
+    if model.rotary_truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    if low == high:
+        high += 0.001
+    slow = ((torch.arange(len(powers), dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    kept = 1 - slow
+    return 1.0 / (model.rotary_scaling_factor * powers) * (1 - kept) + 1.0 / powers * kept
 
 
 class DocumentRotaryEmbedding(RotaryEmbedding):

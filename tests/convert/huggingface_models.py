@@ -37,6 +37,15 @@ LONGROPE = {
     "original_max_position_embeddings": ORIGINAL,
     "factor": 4.0,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": ORIGINAL,
+    # Of four pairs of channels, one is kept, one is divided, and two are blended.
+    "beta_fast": 4.0,
+    "beta_slow": 0.05,
+}
 MODELS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "llama-one-key-head-each": (LlamaConfig, {"num_key_value_heads": 8, "tie_word_embeddings": True}),
@@ -47,7 +56,12 @@ MODELS: dict[str, tuple[type, dict[str, Any]]] = {
     "mistral": (MistralConfig, {"sliding_window": None, "hidden_size": 60, "head_dim": 10}),
     "qwen2": (Qwen2Config, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen2-tied": (Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen2-yarn": (Qwen2Config, {"rope_parameters": YARN}),
     "qwen3": (Qwen3Config, {"head_dim": 12}),
+    "qwen3-yarn": (
+        Qwen3Config,
+        {"rope_parameters": {**YARN, "truncate": False, "mscale": 0.7, "mscale_all_dim": 1.3}, "head_dim": 16},
+    ),
     "qwen3-tied": (Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
 }
 

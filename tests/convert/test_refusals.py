@@ -48,7 +48,7 @@ def change_config(folder: Path, **changes: Any) -> None:
         ({"sliding_window": 4096}, "sliding_window = 4096"),
         ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "sliding_window = 4096"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type = 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, "rope_type = 'dynamic'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "'llama3' without low_freq_factor"),
         ({"rope_theta": 5e5}, "rope_theta = 10000.0 and = 500000.0: keep one"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
