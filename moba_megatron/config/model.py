@@ -32,6 +32,9 @@ class ModelConfig(Section):
     max_position_embeddings: int | None = Field(default=None, ge=1)
     """Tokens that the model this run starts from was made for; exports keep the larger of it and what was trained.
     Default: of `init_from`."""
+    export_as: Literal["llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"] | None = None
+    """The kind of Hugging Face model that exports are, where several compute this one. Default: that of `init_from`,
+    else the first that does."""
     vocab_size: int | None = Field(default=None, ge=2)
     """Entries of the embedding before padding. Default: the tokenizer's size, which needs no padding of its own: rows
     are added only up to a multiple of `parallel.tensor`, and they never enter the loss."""
@@ -47,6 +50,11 @@ class ModelConfig(Section):
     """RMSNorm on each query and key head (Qwen 3)."""
     rotary_base: float = Field(default=10000.0, gt=0)
     """Base of the rotary embedding (Llama 3: 500000)."""
+    rotary_percent: float = Field(default=1.0, gt=0, le=1)
+    """Part of each head's channels that is rotated, from the first on (Phi-4-mini: 0.75)."""
+    no_rope_freq: list[int] | None = None
+    """Layers without rotary embedding: 1 for each that has none, 0 for the others (SmolLM3: every fourth is 1).
+    Default: all layers are rotated."""
     rotary_scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
     """How the rotary frequencies differ from powers of the base. `linear` is position interpolation (arXiv
     2306.15595): positions divided by the factor. `llama3` is the scaling of Llama 3.1: long waves divided by the
@@ -73,7 +81,7 @@ class ModelConfig(Section):
     rotary_mscale_all_dim: float | None = Field(default=None, gt=0)
     """`yarn`: see rotary_mscale."""
     rotary_short_factors: list[float] | None = None
-    """`longrope`: divisors of the frequencies, one for each pair of channels of a head, for sequences of up to
+    """`longrope`: divisors of the frequencies, one for each pair of rotated channels, for sequences of up to
     rotary_original_length tokens. Packs of documents take those for `data.sequence_length`."""
     rotary_long_factors: list[float] | None = None
     """`longrope`: the same for longer sequences."""
@@ -97,6 +105,16 @@ class ModelConfig(Section):
         return self.ffn_hidden_size or 256 * -(-8 * self.hidden_size // (3 * 256))
 
     @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that are rotated."""
+        return int(self.head_size * self.rotary_percent)
+
+    @property
+    def rotates_everything(self) -> bool:
+        """Whether all channels of all layers are rotated."""
+        return self.rotary_channels == self.head_size and not any(self.no_rope_freq or ())
+
+    @property
     def attention_factor(self) -> float:
         """`rotary_attention_factor`, or what it is by default."""
         if self.rotary_attention_factor is not None or self.rotary_scaling != "yarn":
@@ -115,3 +133,13 @@ def yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: f
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     return grown(mscale) / grown(mscale_all_dim) if mscale and mscale_all_dim else grown(1.0)
+
+
+def longrope_attention_factor(factor: float, original: int) -> float:
+    """What LongRoPE multiplies queries and keys by (arXiv 2402.13753), as transformers has it.
+
+    Args:
+        factor: the new length over the old one.
+        original: the old one, in tokens.
+    """
+    return 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))

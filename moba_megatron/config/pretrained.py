@@ -14,8 +14,8 @@ from moba_megatron.config.model import ModelConfig
 
 # Written configurations of earlier versions are complete without these.
 YOUNGER = {
-    *("max_position_embeddings", "rotary_beta_fast", "rotary_beta_slow", "rotary_truncate", "rotary_mscale"),
-    "rotary_mscale_all_dim",
+    *("max_position_embeddings", "export_as", "rotary_percent", "no_rope_freq", "rotary_beta_fast"),
+    *("rotary_beta_slow", "rotary_truncate", "rotary_mscale", "rotary_mscale_all_dim"),
 }
 
 

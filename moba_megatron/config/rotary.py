@@ -27,6 +27,7 @@ def rotary_checks(model: ModelConfig) -> list[Check]:
     low, high = model.rotary_low_freq_factor, model.rotary_high_freq_factor
     return [
         (model.head_size % 2 != 0, f"size of a head = {model.head_size}: rotary embedding needs an even one"),
+        *_part_checks(model),
         *_without_effect(model),
         (
             scaling == "llama3" and low >= high,
@@ -39,6 +40,28 @@ def rotary_checks(model: ModelConfig) -> list[Check]:
             f"model.rotary_interpolation = {model.rotary_interpolation} with model.rotary_scaling = {scaling}: set "
             "model.rotary_scaling = linear and say all of it by model.rotary_scaling_factor",
         ),
+    ]
+
+
+def _part_checks(model: ModelConfig) -> list[Check]:
+    """Which channels and which layers are rotated."""
+    channels, skipped = model.rotary_channels, model.no_rope_freq
+    shown = f"model.no_rope_freq = {skipped}"
+    return [
+        (
+            model.head_size % 2 == 0 and (channels % 2 != 0 or channels == 0),
+            f"model.rotary_percent = {model.rotary_percent} rotates {channels} of {model.head_size} channels: it must "
+            "be an even number above 0",
+        ),
+        (
+            skipped is not None and len(skipped) != model.num_layers,
+            f"{shown} has {len(skipped or [])} entries, but model.num_layers = {model.num_layers}: give one for each",
+        ),
+        (
+            skipped is not None and not set(skipped) <= {0, 1},
+            f"{shown}: an entry is 1 (no rotary embedding) or 0",
+        ),
+        (skipped is not None and not any(skipped), f"{shown} skips no layer: leave it out"),
     ]
 
 
@@ -95,7 +118,7 @@ def _yarn_checks(model: ModelConfig) -> list[Check]:
 
 def _longrope_checks(model: ModelConfig) -> list[Check]:
     factors = (model.rotary_short_factors, model.rotary_long_factors)
-    pairs = model.head_size // 2
+    pairs = model.rotary_channels // 2
     wrong_lengths = [f"{len(values)}" for values in factors if values is not None and len(values) != pairs]
     return [
         (
@@ -105,7 +128,7 @@ def _longrope_checks(model: ModelConfig) -> list[Check]:
         (
             bool(wrong_lengths),
             f"model.rotary_short_factors and rotary_long_factors have {' and '.join(wrong_lengths)} entries: give "
-            f"{pairs}, half the size of a head",
+            f"{pairs}, half the rotated channels of a head",
         ),
         (
             any(value <= 0 for values in factors for value in values or []),

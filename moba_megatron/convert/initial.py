@@ -17,7 +17,9 @@ from moba_megatron.corpus.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 # Drawn weights are replaced, other positions are a way to extend the context, and the rest says where it comes from.
-_FREE = ("init_from", "init_method_std", "max_position_embeddings", "rotary_")
+_FREE = ("init_from", "init_method_std", "max_position_embeddings", "export_as", "rotary_")
+# Which channels are rotated is no such way.
+_FIXED = ("rotary_percent",)
 
 
 def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
@@ -41,7 +43,7 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
     problems = [
         f"model.{key} = {ours}, but {source} has {theirs}: leave the key out, or set it to that"
         for key, (ours, theirs) in differing.items()
-        if not key.startswith(_FREE)
+        if key in _FIXED or not key.startswith(_FREE)
     ]
     if problems:
         raise ConfigError(problems)

@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 
 from moba_megatron.config import ConfigError, ModelConfig
+from moba_megatron.config.huggingface import family_of_folder
 from moba_megatron.convert.mapping import canonical_name, huggingface_shapes, pieces
 from moba_megatron.convert.safetensors_folder import SafetensorsFolder
 
@@ -29,7 +30,7 @@ def open_weights(folder: str | Path, model: ModelConfig) -> SafetensorsFolder:
     weights = SafetensorsFolder(folder)
     if model.share_embeddings_and_output_weights and _TIED[0] in weights.shapes:
         _drop_tied_copy(weights)
-    problems = weights.problems(huggingface_shapes(model))
+    problems = weights.problems(huggingface_shapes(model, fused=family_of_folder(folder).fused))
     if problems:
         raise ConfigError([f"{weights.folder}: {line}" for line in problems])
     return weights
@@ -65,10 +66,11 @@ def read_weights(
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     ranks = parallel_state.get_tensor_model_parallel_world_size()
+    fused = family_of_folder(weights.folder).fused
     todo = [named for chunk in chunks for named in canonical_parameters(chunk) if not named[0].endswith(_OWN)]
     for number, (name, parameter) in enumerate(todo, start=1):
         filled = 0
-        for piece in pieces(name, model, rank, ranks):
+        for piece in pieces(name, model, rank, ranks, fused=fused):
             target = parameter[piece.here] if piece.here else parameter
             target.copy_(weights.read(piece.source, piece.there))
             filled += target.numel()

@@ -18,6 +18,7 @@ FREE = (
     "run.dir",
     "run.threads",
     "model.max_position_embeddings",
+    "model.export_as",
     "attention.backend",
     "attention.full_backend",
     "parallel",
