@@ -115,6 +115,13 @@ class ModelConfig(Section):
         return self.rotary_channels == self.head_size and not any(self.no_rope_freq or ())
 
     @property
+    def window(self) -> int | None:
+        """Tokens that the model this run starts from was made for, with those that its yarn adds; None: not known."""
+        if self.max_position_embeddings is None or self.rotary_scaling != "yarn":
+            return self.max_position_embeddings
+        return max(self.max_position_embeddings, int(self.rotary_scaling_factor * self.rotary_original_length))
+
+    @property
     def attention_factor(self) -> float:
         """`rotary_attention_factor`, or what it is by default."""
         if self.rotary_attention_factor is not None or self.rotary_scaling != "yarn":

@@ -58,12 +58,14 @@ def pretrained_model_section(folder: str | Path) -> dict[str, Any]:
     if (folder / "config.json").is_file():
         return model_section(read_huggingface_config(folder))
     if (folder / "checkpoint.json").is_file():
-        section = json.loads((folder / "checkpoint.json").read_text())["config"]["model"]
+        config = json.loads((folder / "checkpoint.json").read_text())["config"]
     elif (folder / "config.yaml").is_file():
-        section = yaml.safe_load((folder / "config.yaml").read_text())["model"]
+        config = yaml.safe_load((folder / "config.yaml").read_text())
     else:
         raise ConfigError([
             f"model.init_from = {folder} is no Hugging Face folder (config.json), run folder (config.yaml) or "
             "checkpoint (checkpoint.json)"
         ])  # fmt: skip
-    return {key: value for key, value in section.items() if key != "init_from"}
+    section, trained = config["model"], config.get("data", {}).get("sequence_length", 0)
+    window = max(section.get("max_position_embeddings") or 0, trained) or None
+    return {**{key: value for key, value in section.items() if key != "init_from"}, "max_position_embeddings": window}

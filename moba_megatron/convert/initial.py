@@ -11,6 +11,7 @@ from moba_megatron.checkpoint import CheckpointError, Manifest, load_model
 from moba_megatron.checkpoint.find import find_checkpoint, saved_config
 from moba_megatron.config import Config, ConfigError, ModelConfig
 from moba_megatron.config.pretrained import pretrained_model_section
+from moba_megatron.convert.half_precision import F16, half_precision_note
 from moba_megatron.convert.weights import open_weights, read_weights
 from moba_megatron.corpus.tokenizer import Tokenizer
 
@@ -51,14 +52,23 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
     if _is_huggingface(source):
         dtypes = sorted(set(open_weights(source, model).dtypes.values()))
         lines = [f"model.init_from = {source}: Hugging Face weights in {', '.join(dtypes)}"]
+        if F16 in dtypes:
+            lines.append(f"model.init_from: {half_precision_note(config.training.precision)}")
     else:
         _check_key_convolution(config, _find(source))
         lines = [f"model.init_from = {source}: {_find(source)}"]
-    return lines + [
-        f"model.{key} = {ours}: the weights come from a model with {theirs}"
-        for key, (ours, theirs) in differing.items()
-        if key.startswith("rotary_")
+    rotary = {key: values for key, values in differing.items() if key.startswith("rotary_")}
+    lines += [
+        f"model.{key} = {ours}: the weights come from a model with {theirs}" for key, (ours, theirs) in rotary.items()
     ]
+    window = config.model.window
+    if not rotary and window and config.data.sequence_length > window:
+        lines.append(
+            f"data.sequence_length = {config.data.sequence_length} is longer than what {source} was made for, {window} "
+            "tokens, and its rotary embedding is unchanged: positions beyond are new to it; model.rotary_scaling "
+            "(yarn), rotary_interpolation or a larger rotary_base extend it"
+        )
+    return lines
 
 
 def load_initial_weights(config: Config, vocab_size: int, chunks: list[torch.nn.Module]) -> None:

@@ -42,7 +42,8 @@ def _drop_tied_copy(weights: SafetensorsFolder) -> None:
     same = weights.shapes.get(output) == weights.shapes.get(embedding)
     if not (same and torch.equal(weights.read(output), weights.read(embedding).clone())):
         raise ConfigError([
-            f"{weights.folder}: {output} differs from {embedding}, but tie_word_embeddings = true: one of them is wrong"
+            f"{weights.folder}: {output} differs from {embedding}, but tie_word_embeddings = true: one of them is "
+            "wrong; set tie_word_embeddings: false in config.json if the model was trained with both"
         ])  # fmt: skip
     for table in (weights.shapes, weights.dtypes, weights.files):
         del table[output]

@@ -37,7 +37,7 @@ def change_config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model_type": "gpt2"}, "model_type = 'gpt2' is not one of llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "model_type = 'gpt2' is not one of llama, mistral, qwen2, qwen3, phi3, smollm3"),
         ({"model_type": "qwen3_moe"}, "model_type = 'qwen3_moe'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "is not LlamaForCausalLM"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "code of its own, which is never run"),
@@ -116,11 +116,52 @@ def test_pickle_files_are_never_opened(folder):
     assert "save_pretrained" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        (None, "fetch the weights: hf download NAME --local-dir"),
+        ("adapter_config.json", "merge_and_unload"),
+        ("model-Q4_K_M.gguf", "GGUF files of llama.cpp: fetch the model in the format of transformers"),
+        ("consolidated.safetensors", "weights in the maker's own names"),
+    ],
+)
+def test_a_folder_without_weights_says_where_to_get_them(folder, file, expected):
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    if file:
+        (folder / file).write_bytes(b"{}")
+    with pytest.raises(ConfigError) as error:
+        open_weights(folder, model_of(folder))
+    assert expected in str(error.value)
+
+
+WAYS = [
+    ({"model_type": "gpt2"}, "moba_megatron.hf.configure gives MoBA to every model"),
+    (
+        {"quantization_config": {"quant_method": "awq"}},
+        "(awq): quantized weights are not supported: take the bf16 model",
+    ),
+    ({"sliding_window": 4096}, "set sliding_window: null in config.json"),
+    ({"layer_types": ["sliding_attention"]}, "set all of them to it"),
+    ({"attention_bias": True}, "moba_megatron.hf.configure"),
+    ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "model.rotary_scaling = yarn"),
+    ({"hidden_size": "gone"}, "fetch the file again (hf download NAME --local-dir"),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), WAYS)
+def test_a_refusal_names_a_way_to_go_on(folder, changes, expected):
+    change_config(folder, **changes)
+    with pytest.raises(ConfigError) as error:
+        model_section(read_huggingface_config(folder))
+    assert expected in str(error.value)
+
+
 def test_weights_of_another_kind_of_number_are_refused(folder):
     path = next(path for path in folder.glob("*.safetensors") if "model.norm.weight" in load_file(path))
     tensors = load_file(path)
     save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"].to(torch.float8_e4m3fn)}, path)
-    with pytest.raises(ConfigError, match="model.norm.weight has dtype F8_E4M3"):
+    with pytest.raises(ConfigError, match="model.norm.weight has dtype F8_E4M3.*take the bf16 model"):
         open_weights(folder, model_of(folder))
 
 
