@@ -15,7 +15,7 @@ import torch
 
 from moba_megatron.config import ConfigError, ModelConfig
 from moba_megatron.config.families import FAMILIES, families_of, family_checks
-from moba_megatron.convert.written_rope import written_rope
+from moba_megatron.convert.written_rope import written_positions, written_rope
 from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.model.schedule import LayerAttention
 
@@ -48,7 +48,8 @@ def huggingface_config(
 
     Args:
         model: with `vocab_size` set.
-        length: tokens of the sequences it was trained on, written as `max_position_embeddings`.
+        length: tokens of the sequences it was trained on, written as `max_position_embeddings`; with yarn no less
+            than it reaches.
         dtype: of the weights.
         moba: what `moba_config` gave; None: full attention.
         special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`, those that exist.
@@ -57,6 +58,7 @@ def huggingface_config(
         ConfigError: no plain model of transformers computes this one.
     """
     family = family_of(model)
+    length = written_positions(model, length, FAMILIES[family])
     values = {
         "architectures": [FAMILIES[family].architecture],
         "model_type": family,

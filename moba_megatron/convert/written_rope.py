@@ -24,6 +24,16 @@ from moba_megatron.model.rotary import rotary_frequencies
 _FOR_OTHERS = {"short_mscale", "long_mscale", "attn_factor"}
 
 
+def written_positions(model: ModelConfig, length: int, family: Family) -> int:
+    """`max_position_embeddings` of an export of a model that was trained on `length` tokens.
+
+    transformers 4 computes yarn's factor anew, as `max_position_embeddings` over the original length.
+    """
+    reach = model.rotary_scaling_factor * model.rotary_original_length
+    named = model.rotary_scaling == "yarn" and model.rotary_interpolation == 1.0 and "yarn" in family.scalings
+    return max(length, int(reach)) if named and reach == int(reach) else length
+
+
 def written_rope(model: ModelConfig, length: int, family: Family) -> dict[str, Any]:
     """The rotary embedding in the words of transformers 4 and 5.
 
@@ -69,7 +79,9 @@ def _scaling(model: ModelConfig, length: int, family: Family) -> dict[str, Any] 
         "factor": max(1.0, length / model.rotary_original_length),
         **original,
     }
-    if model.rotary_interpolation != 1.0 or model.rotary_scaling not in family.scalings:
+    # transformers 4 would take another factor than yarn's.
+    misread = model.rotary_scaling == "yarn" and length != model.rotary_scaling_factor * model.rotary_original_length
+    if misread or model.rotary_interpolation != 1.0 or model.rotary_scaling not in family.scalings:
         # Interpolated positions on top of another scaling have no name of their own; longrope can say any frequencies.
         frequencies = rotary_frequencies(model)
         short, long = _longrope_factors(model, frequencies.short), _longrope_factors(model, frequencies.long)

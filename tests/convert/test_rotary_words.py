@@ -37,8 +37,8 @@ SCALINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def written(model: ModelConfig, folder: Path) -> dict[str, Any]:
-    values = huggingface_config(model, length=LENGTH, dtype=torch.float32, moba=None, special_ids={})
+def written(model: ModelConfig, folder: Path, length: int = LENGTH) -> dict[str, Any]:
+    values = huggingface_config(model, length=length, dtype=torch.float32, moba=None, special_ids={})
     (folder / "config.json").write_text(json.dumps(values))
     return values
 
@@ -61,6 +61,18 @@ def test_what_is_written_is_read_the_same_without_a_warning(tmp_path, monkeypatc
     assert back.attention_factor == pytest.approx(model.attention_factor, rel=1e-12)
     old = {key: value for key, value in values.items() if key != "rope_parameters"}
     assert model_section({**old}) == model_section(values)
+
+
+def test_yarn_is_named_where_transformers_4_finds_its_factor(tmp_path):
+    """That computes it as max_position_embeddings over the original length, whatever is said."""
+    model = ModelConfig(**SHAPE, rotary_original_length=32, **SCALINGS["yarn"])
+    for length, positions, kind in ((64, 128, "yarn"), (128, 128, "yarn"), (256, 256, "longrope")):
+        values = written(model, tmp_path, length)
+        assert (values["max_position_embeddings"], values["rope_scaling"]["rope_type"]) == (positions, kind)
+        config = AutoConfig.from_pretrained(tmp_path)
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=length)
+        torch.testing.assert_close(frequencies, rotary_frequencies(model).long, rtol=2e-7, atol=0)
+        assert factor == pytest.approx(model.attention_factor, rel=1e-12)
 
 
 @pytest.mark.parametrize("scaling", ["longrope", "llama3-interpolated", "yarn-interpolated"])
