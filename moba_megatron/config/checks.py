@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from moba_megatron.config.model import ModelConfig, rotary_checks
+from moba_megatron.config.families import family_checks
+from moba_megatron.config.model import ModelConfig
+from moba_megatron.config.rotary import rotary_checks
 from moba_megatron.config.schema import AttentionConfig, Config, ParallelConfig
 
 
@@ -115,6 +117,7 @@ def _model_checks(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[bo
             "change one, or set model.kv_channels",
         ),
         *rotary_checks(model),
+        *family_checks(model),
         *[
             (size % tp != 0, f"parallel.tensor = {tp} does not divide {key} = {size}: use {tensor_sizes}")
             for key, size in (

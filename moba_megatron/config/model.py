@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -28,6 +29,12 @@ class ModelConfig(Section):
     """Size of one head. Default: hidden_size / num_attention_heads."""
     ffn_hidden_size: int | None = Field(default=None, ge=1)
     """Width of the SwiGLU layer. Default: 8/3 hidden_size rounded up to a multiple of 256, as in Llama."""
+    max_position_embeddings: int | None = Field(default=None, ge=1)
+    """Tokens that the model this run starts from was made for; exports keep the larger of it and what was trained.
+    Default: of `init_from`."""
+    export_as: Literal["llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"] | None = None
+    """The kind of Hugging Face model that exports are, where several compute this one. Default: that of `init_from`,
+    else the first that does."""
     vocab_size: int | None = Field(default=None, ge=2)
     """Entries of the embedding before padding. Default: the tokenizer's size, which needs no padding of its own: rows
     are added only up to a multiple of `parallel.tensor`, and they never enter the loss."""
@@ -43,28 +50,47 @@ class ModelConfig(Section):
     """RMSNorm on each query and key head (Qwen 3)."""
     rotary_base: float = Field(default=10000.0, gt=0)
     """Base of the rotary embedding (Llama 3: 500000)."""
-    rotary_scaling: Literal["none", "linear", "llama3", "longrope"] = "none"
+    rotary_percent: float = Field(default=1.0, gt=0, le=1)
+    """Part of each head's channels that is rotated, from the first on (Phi-4-mini: 0.75)."""
+    no_rope_freq: list[int] | None = None
+    """Layers without rotary embedding: 1 for each that has none, 0 for the others (SmolLM3: every fourth is 1).
+    Default: all layers are rotated."""
+    rotary_scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
     """How the rotary frequencies differ from powers of the base. `linear` is position interpolation (arXiv
     2306.15595): positions divided by the factor. `llama3` is the scaling of Llama 3.1: long waves divided by the
-    factor, short ones kept. `longrope` (arXiv 2402.13753): each frequency divided by a factor of its own."""
+    factor, short ones kept. `yarn` (arXiv 2309.00071) does the same by channel, and sharpens the scores; Qwen 2.5 and 3
+    go from 32K to 128K by it. `longrope` (arXiv 2402.13753): each frequency divided by a factor of its own."""
     rotary_scaling_factor: float = Field(default=1.0, ge=1.0)
-    """Factor of `linear` and `llama3`: the new length over the old one."""
+    """Factor of `linear`, `llama3` and `yarn`: the new length over the old one."""
     rotary_low_freq_factor: float = Field(default=1.0, gt=0)
     """`llama3`: waves longer than rotary_original_length over this are divided by the factor."""
     rotary_high_freq_factor: float = Field(default=4.0, gt=0)
     """`llama3`: waves shorter than rotary_original_length over this are kept; in between the two are blended."""
     rotary_original_length: int = Field(default=8192, ge=1)
-    """`llama3` and `longrope`: the length (tokens) before the extension."""
+    """`llama3`, `yarn` and `longrope`: the length (tokens) before the extension. A plain model of `init_from` that this
+    run extends by `yarn` gives its `max_position_embeddings`."""
+    rotary_beta_fast: float = Field(default=32.0, gt=0)
+    """`yarn`: channels that turn more often than this within rotary_original_length are kept."""
+    rotary_beta_slow: float = Field(default=1.0, gt=0)
+    """`yarn`: channels that turn less often than this are divided by the factor; in between the two are blended."""
+    rotary_truncate: bool = True
+    """`yarn`: these two bounds are rounded to whole channels."""
+    rotary_mscale: float | None = Field(default=None, gt=0)
+    """`yarn`: with rotary_mscale_all_dim, rotary_attention_factor is (0.1 mscale ln(factor) + 1) over the same of
+    mscale_all_dim (DeepSeek's way; two equal numbers make it 1)."""
+    rotary_mscale_all_dim: float | None = Field(default=None, gt=0)
+    """`yarn`: see rotary_mscale."""
     rotary_short_factors: list[float] | None = None
-    """`longrope`: divisors of the frequencies, one for each pair of channels of a head, for sequences of up to
+    """`longrope`: divisors of the frequencies, one for each pair of rotated channels, for sequences of up to
     rotary_original_length tokens. Packs of documents take those for `data.sequence_length`."""
     rotary_long_factors: list[float] | None = None
     """`longrope`: the same for longer sequences."""
-    rotary_attention_factor: float = Field(default=1.0, gt=0)
-    """`longrope`: what queries and keys are multiplied by; scores grow by its square."""
+    rotary_attention_factor: float | None = Field(default=None, gt=0)
+    """`yarn` and `longrope`: what the rotated channels of queries and keys are multiplied by; their scores grow by its
+    square. Default: 1 for `longrope`, for `yarn` 0.1 ln(factor) + 1 or what rotary_mscale says."""
     rotary_interpolation: float = Field(default=1.0, ge=1.0)
-    """Position interpolation on top of `llama3` or `longrope`: positions divided by this (the MoBA report's way from
-    128K to 1M). For `none` use `linear`."""
+    """Position interpolation on top of `llama3`, `yarn` or `longrope`: positions divided by this (the MoBA report's way
+    from 128K to 1M). For `none` use `linear`."""
 
     @property
     def query_groups(self) -> int:
@@ -78,48 +104,49 @@ class ModelConfig(Section):
     def ffn_size(self) -> int:
         return self.ffn_hidden_size or 256 * -(-8 * self.hidden_size // (3 * 256))
 
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that are rotated."""
+        return int(self.head_size * self.rotary_percent)
 
-def rotary_checks(model: ModelConfig) -> list[tuple[bool, str]]:
-    """Settings of the rotary embedding that cannot work together: (wrong, what to say) for each."""
-    scaling, factors = model.rotary_scaling, (model.rotary_short_factors, model.rotary_long_factors)
-    pairs = model.head_size // 2
-    belongs = f"with model.rotary_scaling = {scaling}: it belongs to"
-    low, high = model.rotary_low_freq_factor, model.rotary_high_freq_factor
-    wrong_lengths = [f"{len(values)}" for values in factors if values is not None and len(values) != pairs]
-    return [
-        (model.head_size % 2 != 0, f"size of a head = {model.head_size}: rotary embedding needs an even one"),
-        (
-            scaling in ("none", "longrope") and model.rotary_scaling_factor != 1.0,
-            f"model.rotary_scaling_factor = {model.rotary_scaling_factor} has no effect {belongs} linear and llama3",
-        ),
-        (
-            scaling == "llama3" and low >= high,
-            f"model.rotary_low_freq_factor = {low} must be below model.rotary_high_freq_factor = {high}",
-        ),
-        (
-            scaling == "longrope" and None in factors,
-            "model.rotary_scaling = longrope needs model.rotary_short_factors and model.rotary_long_factors",
-        ),
-        (
-            scaling != "longrope" and factors != (None, None),
-            f"model.rotary_short_factors and rotary_long_factors have no effect {belongs} longrope",
-        ),
-        (
-            scaling != "longrope" and model.rotary_attention_factor != 1.0,
-            f"model.rotary_attention_factor = {model.rotary_attention_factor} has no effect {belongs} longrope",
-        ),
-        (
-            bool(wrong_lengths),
-            f"model.rotary_short_factors and rotary_long_factors have {' and '.join(wrong_lengths)} entries: give "
-            f"{pairs}, half the size of a head",
-        ),
-        (
-            any(value <= 0 for values in factors for value in values or []),
-            "model.rotary_short_factors and rotary_long_factors must be above 0",
-        ),
-        (
-            scaling in ("none", "linear") and model.rotary_interpolation != 1.0,
-            f"model.rotary_interpolation = {model.rotary_interpolation} with model.rotary_scaling = {scaling}: set "
-            "model.rotary_scaling = linear and say all of it by model.rotary_scaling_factor",
-        ),
-    ]
+    @property
+    def rotates_everything(self) -> bool:
+        """Whether all channels of all layers are rotated."""
+        return self.rotary_channels == self.head_size and not any(self.no_rope_freq or ())
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that the model this run starts from was made for, with those that its yarn adds; None: not known."""
+        if self.max_position_embeddings is None or self.rotary_scaling != "yarn":
+            return self.max_position_embeddings
+        return max(self.max_position_embeddings, int(self.rotary_scaling_factor * self.rotary_original_length))
+
+    @property
+    def attention_factor(self) -> float:
+        """`rotary_attention_factor`, or what it is by default."""
+        if self.rotary_attention_factor is not None or self.rotary_scaling != "yarn":
+            return self.rotary_attention_factor or 1.0
+        return yarn_attention_factor(self.rotary_scaling_factor, self.rotary_mscale, self.rotary_mscale_all_dim)
+
+
+def yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
+    """What YaRN multiplies queries and keys by (arXiv 2309.00071, equation 22), and DeepSeek's form of it.
+
+    >>> round(yarn_attention_factor(4.0, None, None), 4), yarn_attention_factor(40.0, 0.707, 0.707)
+    (1.1386, 1.0)
+    """
+
+    def grown(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    return grown(mscale) / grown(mscale_all_dim) if mscale and mscale_all_dim else grown(1.0)
+
+
+def longrope_attention_factor(factor: float, original: int) -> float:
+    """What LongRoPE multiplies queries and keys by (arXiv 2402.13753), as transformers has it.
+
+    Args:
+        factor: the new length over the old one.
+        original: the old one, in tokens.
+    """
+    return 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))

@@ -12,6 +12,12 @@ from moba_megatron.config.checks import ConfigError
 from moba_megatron.config.huggingface import model_section, read_huggingface_config
 from moba_megatron.config.model import ModelConfig
 
+# Written configurations of earlier versions are complete without these.
+YOUNGER = {
+    *("max_position_embeddings", "export_as", "rotary_percent", "no_rope_freq", "rotary_beta_fast"),
+    *("rotary_beta_slow", "rotary_truncate", "rotary_mscale", "rotary_mscale_all_dim"),
+}
+
 
 def with_pretrained_model(values: dict[str, Any]) -> dict[str, Any]:
     """Configuration values whose `model` section is completed from the folder `model.init_from`.
@@ -24,9 +30,22 @@ def with_pretrained_model(values: dict[str, Any]) -> dict[str, Any]:
     model = values.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("init_from"), str):
         return values
-    if set(ModelConfig.model_fields) <= model.keys():
+    missing = set(ModelConfig.model_fields) - model.keys()
+    if not missing or (missing <= YOUNGER and not Path(model["init_from"]).exists()):
         return values
-    return {**values, "model": {**pretrained_model_section(model["init_from"]), **model}}
+    source = pretrained_model_section(model["init_from"])
+    if model.get("rotary_scaling") == "yarn" and source.get("rotary_scaling", "none") != "yarn":
+        source = _before_yarn(source)
+    return {**values, "model": {**source, **model}}
+
+
+def _before_yarn(source: dict[str, Any]) -> dict[str, Any]:
+    """What a `model` section that adds `yarn` takes of one without it: the factor on queries and keys is another, and
+    the original length is the one that the source was made for."""
+    kept = {key: value for key, value in source.items() if key != "rotary_attention_factor"}
+    if source.get("rotary_scaling", "none") in ("none", "linear") and source.get("max_position_embeddings"):
+        kept["rotary_original_length"] = source["max_position_embeddings"]
+    return kept
 
 
 def pretrained_model_section(folder: str | Path) -> dict[str, Any]:
@@ -39,12 +58,14 @@ def pretrained_model_section(folder: str | Path) -> dict[str, Any]:
     if (folder / "config.json").is_file():
         return model_section(read_huggingface_config(folder))
     if (folder / "checkpoint.json").is_file():
-        section = json.loads((folder / "checkpoint.json").read_text())["config"]["model"]
+        config = json.loads((folder / "checkpoint.json").read_text())["config"]
     elif (folder / "config.yaml").is_file():
-        section = yaml.safe_load((folder / "config.yaml").read_text())["model"]
+        config = yaml.safe_load((folder / "config.yaml").read_text())
     else:
         raise ConfigError([
             f"model.init_from = {folder} is no Hugging Face folder (config.json), run folder (config.yaml) or "
             "checkpoint (checkpoint.json)"
         ])  # fmt: skip
-    return {key: value for key, value in section.items() if key != "init_from"}
+    section, trained = config["model"], config.get("data", {}).get("sequence_length", 0)
+    window = max(section.get("max_position_embeddings") or 0, trained) or None
+    return {**{key: value for key, value in section.items() if key != "init_from"}, "max_position_embeddings": window}

@@ -21,9 +21,10 @@ from moba_megatron.checkpoint.manifest import NAME as MANIFEST
 from moba_megatron.checkpoint.manifest import digest_file
 from moba_megatron.checkpoint.manifest import verify as damages
 from moba_megatron.config import ModelConfig
+from moba_megatron.config.families import FAMILIES
 from moba_megatron.convert.exported import Exported
-from moba_megatron.convert.families import huggingface_config, moba_config
-from moba_megatron.convert.mapping import parameter_shapes, pieces
+from moba_megatron.convert.families import family_of, huggingface_config, moba_config
+from moba_megatron.convert.mapping import Piece, parameter_shapes, pieces
 from moba_megatron.convert.model_card import model_card
 from moba_megatron.convert.publish import check_unused, new_folder
 from moba_megatron.convert.safetensors_folder import INDEX, SINGLE
@@ -155,11 +156,17 @@ def _write_weights(
 
 def _huggingface_tensors(name: str, parameter: torch.Tensor, model: ModelConfig) -> dict[str, torch.Tensor]:
     """A whole parameter, cut into the Hugging Face tensors that it is made of."""
-    parts: dict[str, list[torch.Tensor]] = {}
-    for piece in pieces(name, model):
-        parts.setdefault(piece.source, []).append(parameter[piece.here] if piece.here else parameter)
-    # The pieces of a tensor come in the order of its rows. Only tensors that share a parameter are copied.
-    return {source: torch.cat(rows) if len(parts) > 1 else rows[0] for source, rows in parts.items()}
+    parts: dict[str, list[Piece]] = {}
+    for piece in pieces(name, model, fused=FAMILIES[family_of(model)].fused):
+        parts.setdefault(piece.source, []).append(piece)
+    # Only tensors that are not a parameter as it is are copied.
+    whole = sum(map(len, parts.values())) == 1
+    return {
+        source: parameter[found[0].here or ...]
+        if whole
+        else torch.cat([parameter[piece.here] for piece in sorted(found, key=lambda piece: piece.there[0].start)])
+        for source, found in parts.items()
+    }
 
 
 def _bytes(tensor: torch.Tensor) -> int:

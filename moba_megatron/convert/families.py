@@ -1,50 +1,44 @@
 """Our model as a plain model of transformers: the contents of an exported `config.json`.
 
-The kind follows from what the model has: biases on queries, keys and values make it a Qwen 2, norms of queries and keys
-a Qwen 3, neither a Llama (or, where the heads do not divide the width, which transformers refuses for Llama, a Mistral
-without a window: the same computation). The rotary embedding is written in both dialects, and with both places of the
-original length, because transformers 4 reads base 10000, silently, where only the words of transformers 5 are there.
+It is the kind that the model came from (`model.export_as`), or the first that computes it: biases on queries, keys and
+values make it a Qwen 2, norms of queries and keys a Qwen 3, channels without rotation a Phi-3, layers without it a
+SmolLM3, nothing of it a Llama (or, where the heads do not divide the width, which transformers refuses for Llama, a
+Mistral without a window: the same computation). What differs between kinds stands in `config.families`.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import Any
 
 import torch
 
 from moba_megatron.config import ConfigError, ModelConfig
-from moba_megatron.config.huggingface import FAMILIES
+from moba_megatron.config.families import FAMILIES, families_of, family_checks
+from moba_megatron.convert.written_rope import written_positions, written_rope
 from moba_megatron.hf.settings import MoBASettings
-from moba_megatron.model.rotary import rotary_frequencies
 from moba_megatron.model.schedule import LayerAttention
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_EXTRAS: dict[str, dict[str, Any]] = {
-    "llama": {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
-    "mistral": {"sliding_window": None},
-    "qwen2": {"use_sliding_window": False, "sliding_window": None},
-    "qwen3": {"attention_bias": False, "use_sliding_window": False, "sliding_window": None},
-}
 
 
 def family_of(model: ModelConfig) -> str:
-    """The `model_type` that computes this model.
+    """The `model_type` of an export: `model.export_as`, or the first that computes this model.
 
     Raises:
-        ConfigError: no plain one does.
+        ConfigError: no plain one does, or not the one that is asked for.
     """
-    if model.add_qkv_bias and model.qk_layernorm:
+    computing = families_of(model)
+    if not computing:
+        own = {"add_qkv_bias": False, "qk_layernorm": False, "rotary_percent": 1.0, "no_rope_freq": None}
+        said = [f"model.{key} = {getattr(model, key)}" for key, plain in own.items() if getattr(model, key) != plain]
         raise ConfigError([
-            "model.add_qkv_bias and model.qk_layernorm together: no plain model of transformers has biases on queries, "
-            "keys and values and norms of queries and keys"
+            f"no plain model of transformers has {' and '.join(said)}, with heads of {model.head_size} in a width of "
+            f"{model.hidden_size}: exports and generation need one that has"
         ])  # fmt: skip
-    if model.add_qkv_bias:
-        return "qwen2"
-    if model.qk_layernorm:
-        return "qwen3"
-    return "llama" if model.hidden_size % model.num_attention_heads == 0 else "mistral"
+    if wrong := [text for refused, text in family_checks(model) if refused]:
+        raise ConfigError(wrong)
+    return model.export_as or computing[0]
 
 
 def huggingface_config(
@@ -54,7 +48,8 @@ def huggingface_config(
 
     Args:
         model: with `vocab_size` set.
-        length: tokens of the sequences it was trained on, written as `max_position_embeddings`.
+        length: tokens of the sequences it was trained on, written as `max_position_embeddings`; with yarn no less
+            than it reaches.
         dtype: of the weights.
         moba: what `moba_config` gave; None: full attention.
         special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`, those that exist.
@@ -63,6 +58,7 @@ def huggingface_config(
         ConfigError: no plain model of transformers computes this one.
     """
     family = family_of(model)
+    length = written_positions(model, length, FAMILIES[family])
     values = {
         "architectures": [FAMILIES[family].architecture],
         "model_type": family,
@@ -83,8 +79,8 @@ def huggingface_config(
         "dtype": _DTYPES[dtype],
         "torch_dtype": _DTYPES[dtype],
         **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **special_ids},
-        **_EXTRAS[family],
-        **_rope(model, length),
+        **FAMILIES[family].written(model),
+        **written_rope(model, length, FAMILIES[family]),
     }
     # Named here, a load without the package that registers "moba" fails in transformers 5, instead of attending fully.
     # transformers 4 ignores the name; the one it would heed forbids any other choice, even an outspoken one.
@@ -112,63 +108,3 @@ def moba_config(layers: tuple[LayerAttention, ...], decode: str) -> dict[str, An
     most, _ = Counter(sizes.values()).most_common(1)[0]
     own = {number: size for number, size in sizes.items() if size != most}
     return MoBASettings(*most, tuple(layer.kind for layer in layers), decode, own).to_config()
-
-
-def _rope(model: ModelConfig, length: int) -> dict[str, Any]:
-    """The rotary embedding in the words of transformers 4 and 5."""
-    scaling = _scaling(model, length)
-    both = {
-        "rope_theta": model.rotary_base,
-        "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": model.rotary_base, **(scaling or {"rope_type": "default"})},
-    }
-    if scaling is None or scaling["rope_type"] != "longrope":
-        return both
-    return {**both, "original_max_position_embeddings": model.rotary_original_length}
-
-
-def _scaling(model: ModelConfig, length: int) -> dict[str, Any] | None:
-    original = {"original_max_position_embeddings": model.rotary_original_length}
-    longrope = {
-        "rope_type": "longrope",
-        "attention_factor": model.rotary_attention_factor,
-        # Without effect beside attention_factor, but transformers warns where it is missing.
-        "factor": max(1.0, length / model.rotary_original_length),
-        **original,
-    }
-    if model.rotary_interpolation != 1.0:
-        # Interpolated positions on top of another scaling have no name of their own; longrope can say any frequencies.
-        frequencies = rotary_frequencies(model)
-        short, long = _longrope_factors(model, frequencies.short), _longrope_factors(model, frequencies.long)
-        return {**longrope, "short_factor": short, "long_factor": long}
-    if model.rotary_scaling == "linear":
-        return {"rope_type": "linear", "factor": model.rotary_scaling_factor}
-    if model.rotary_scaling == "llama3":
-        return {
-            "rope_type": "llama3",
-            "factor": model.rotary_scaling_factor,
-            "low_freq_factor": model.rotary_low_freq_factor,
-            "high_freq_factor": model.rotary_high_freq_factor,
-            **original,
-        }
-    if model.rotary_scaling == "longrope":
-        return {**longrope, "short_factor": model.rotary_short_factors, "long_factor": model.rotary_long_factors}
-    return None
-
-
-def _longrope_factors(model: ModelConfig, frequencies: torch.Tensor) -> list[float]:
-    """Factors f with 1 / (f x base^(i / D)) = frequency in fp32, which is how they will be used.
-
-    The nearest fp32 number may miss the frequency by its last place, which at position 100,000 is a visible angle; one
-    of its neighbours mostly meets it.
-    """
-    exponents = torch.arange(0, model.head_size, 2, dtype=torch.int64).float() / model.head_size
-    powers = model.rotary_base**exponents
-    up = down = (1.0 / (frequencies.double() * powers.double())).float()
-    candidates = [up]
-    for _ in range(3):
-        up, down = torch.nextafter(up, torch.tensor(math.inf)), torch.nextafter(down, torch.tensor(0.0))
-        candidates += [up, down]
-    tried = torch.stack(candidates)
-    misses = (1.0 / (tried * powers) - frequencies).abs()
-    return tried.gather(0, misses.argmin(0, keepdim=True))[0].tolist()

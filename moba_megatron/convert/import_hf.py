@@ -21,6 +21,7 @@ from moba_megatron.checkpoint import CheckpointWriter, Manifest
 from moba_megatron.checkpoint.state import sharded_model
 from moba_megatron.config import Config, ConfigError, config_from_dict
 from moba_megatron.config.huggingface import model_section, read_huggingface_config
+from moba_megatron.convert.half_precision import F16, half_precision_note
 from moba_megatron.convert.publish import check_unused, new_folder
 from moba_megatron.convert.safetensors_folder import SafetensorsFolder
 from moba_megatron.convert.tokenizer_files import copy_tokenizer_files
@@ -55,8 +56,8 @@ def import_huggingface(
         ConfigError: `out` is taken, or a model that is not supported or not whole, with one line for each reason.
     """
     check_unused(out)
-    values = read_huggingface_config(source)
-    config = config_from_dict(_configuration(source, out, values, SafetensorsFolder(source)))
+    values, files = read_huggingface_config(source), SafetensorsFolder(source)
+    config = config_from_dict(_configuration(source, out, values, files))
     weights = open_weights(source, config.model)
 
     def fill(chunks: list[torch.nn.Module]) -> None:
@@ -64,7 +65,10 @@ def import_huggingface(
 
     with new_folder(out) as folder:
         fingerprint, notes = copy_tokenizer(source, folder / "tokenizer", config.model.vocab_size)
-        goes_on = write_run(folder, out, config, fill, fingerprint, source)
+        half = F16 in files.dtypes.values()
+        goes_on = write_run(folder, out, config, fill, fingerprint, source, precision="bf16" if half else None)
+    if half:
+        notes.append(f"the import holds F16 weights in fp32, as they are. In training, {half_precision_note('bf16')}")
     return goes_on, notes
 
 
@@ -75,6 +79,7 @@ def write_run(
     fill: Callable[[list[torch.nn.Module]], None],
     fingerprint: str,
     source: Path,
+    precision: str | None = None,
 ) -> Config:
     """Write `checkpoints/step_0` and `config.yaml` of an imported model. Starts this process as a single rank.
 
@@ -84,13 +89,15 @@ def write_run(
         fill: puts the weights into the model's chunks.
         fingerprint: of the tokenizer.
         source: what was imported.
+        precision: to go on in. Default: that of the import.
 
     Returns:
         the configuration that was written: a start for training.
     """
     _write_checkpoint(RunFolder(folder).checkpoints, config, fill, fingerprint)
     model = config.model.model_copy(update={"init_from": str(out.resolve())})
-    goes_on = config.model_copy(update={"model": model})
+    training = config.training.model_copy(update={"precision": precision or config.training.precision})
+    goes_on = config.model_copy(update={"model": model, "training": training})
     head = _HEAD.format(source=source, path=RunFolder(out).config)
     RunFolder(folder).config.write_text(head + goes_on.to_yaml())
     return goes_on
@@ -175,7 +182,10 @@ def copy_tokenizer(source: Path, folder: Path, vocab_size: int) -> tuple[str, li
         return NO_TOKENIZER, [f"{why}: evaluation and generation need one"]
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
-            [f"{source}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but vocab_size = {vocab_size}"]
+            [
+                f"{source}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but vocab_size = {vocab_size}: "
+                "take the model's own tokenizer, or give the model these ids (resize_token_embeddings, save_pretrained)"
+            ]
         )
     return tokenizer.fingerprint, []
 

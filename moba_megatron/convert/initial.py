@@ -12,6 +12,7 @@ from moba_megatron.checkpoint import CheckpointError, Manifest, load_model
 from moba_megatron.checkpoint.find import find_checkpoint, saved_config
 from moba_megatron.config import Config, ConfigError, ModelConfig
 from moba_megatron.config.pretrained import pretrained_model_section
+from moba_megatron.convert.half_precision import F16, half_precision_note
 from moba_megatron.convert.weights import open_weights, read_weights
 from moba_megatron.corpus.blend import blend_entries
 from moba_megatron.corpus.indexed import load_index
@@ -19,8 +20,10 @@ from moba_megatron.corpus.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Drawn weights are replaced, and other positions are a way to extend the context.
-_FREE = ("init_from", "init_method_std", "rotary_")
+# Drawn weights are replaced, other positions are a way to extend the context, and the rest says where it comes from.
+_FREE = ("init_from", "init_method_std", "max_position_embeddings", "export_as", "rotary_")
+# Which channels are rotated is no such way.
+_FIXED = ("rotary_percent",)
 
 
 def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
@@ -44,7 +47,7 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
     problems = [
         f"model.{key} = {ours}, but {source} has {theirs}: leave the key out, or set it to that"
         for key, (ours, theirs) in differing.items()
-        if not key.startswith(_FREE)
+        if key in _FIXED or not key.startswith(_FREE)
     ]
     if problems:
         raise ConfigError(problems)
@@ -52,15 +55,24 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
     if _is_huggingface(source):
         dtypes = sorted(set(open_weights(source, model).dtypes.values()))
         lines = [f"model.init_from = {source}: Hugging Face weights in {', '.join(dtypes)}"]
+        if F16 in dtypes:
+            lines.append(f"model.init_from: {half_precision_note(config.training.precision)}")
     else:
         _check_key_convolution(config, _find(source))
         lines = [f"model.init_from = {source}: {_find(source)}"]
     lines += _without_beginning(config)
-    return lines + [
-        f"model.{key} = {ours}: the weights come from a model with {theirs}"
-        for key, (ours, theirs) in differing.items()
-        if key.startswith("rotary_")
+    rotary = {key: values for key, values in differing.items() if key.startswith("rotary_")}
+    lines += [
+        f"model.{key} = {ours}: the weights come from a model with {theirs}" for key, (ours, theirs) in rotary.items()
     ]
+    window = config.model.window
+    if not rotary and window and config.data.sequence_length > window:
+        lines.append(
+            f"data.sequence_length = {config.data.sequence_length} is longer than what {source} was made for, {window} "
+            "tokens, and its rotary embedding is unchanged: positions beyond are new to it; model.rotary_scaling "
+            "(yarn), rotary_interpolation or a larger rotary_base extend it"
+        )
+    return lines
 
 
 def load_initial_weights(config: Config, vocab_size: int, chunks: list[torch.nn.Module]) -> None:
@@ -145,7 +157,9 @@ def _find(source: Path) -> Path:
 
 
 def _differences(ours: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[object, object]]:
-    before, now = theirs.model_dump(), ours.model_dump()
+    before, now = (
+        {**model.model_dump(), "rotary_attention_factor": model.attention_factor} for model in (theirs, ours)
+    )
     return {key: (now[key], before[key]) for key in now if now[key] != before[key]}
 
 

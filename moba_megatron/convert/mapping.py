@@ -11,6 +11,9 @@ The arrangements, with N query heads and G key heads of D channels:
 - `linear_proj` and `linear_fc2` are split by columns, embedding and output layer by rows of the vocabulary, whose
   number is rounded up to a multiple of the ranks. Norms are whole on every rank.
 
+Families with fused tensors (`config.families`) have one for queries, keys and values, in this order, and one for gate
+over up.
+
 Nothing is permuted for the rotary embedding: both sides rotate channel i with channel i + D / 2.
 
 Parameters have the names of megatron-core's checkpoints, `decoder.layers.N.` with N counted from 0 over the whole
@@ -111,25 +114,21 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def huggingface_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def huggingface_shapes(model: ModelConfig, *, fused: bool = False) -> dict[str, tuple[int, ...]]:
     """Every tensor of the Hugging Face model of this shape, in the order of the model."""
     shapes = {}
     for name, shape in parameter_shapes(model).items():
-        for source in sources(name, model):
-            rows = {piece.there[0].stop for piece in pieces(name, model) if piece.source == source and piece.there}
+        parts = pieces(name, model, fused=fused)
+        for source in dict.fromkeys(piece.source for piece in parts):
+            rows = {piece.there[0].stop for piece in parts if piece.source == source and piece.there}
             shapes[source] = (max(rows), *shape[1:]) if rows else shape
     return shapes
 
 
-def sources(name: str, model: ModelConfig) -> list[str]:
-    """The Hugging Face tensors that a whole parameter is made of, each once."""
-    return list(dict.fromkeys(piece.source for piece in pieces(name, model)))
-
-
-def pieces(name: str, model: ModelConfig, rank: int = 0, ranks: int = 1) -> list[Piece]:
+def pieces(name: str, model: ModelConfig, rank: int = 0, ranks: int = 1, *, fused: bool = False) -> list[Piece]:
     """What a parameter (by canonical name) shares with Hugging Face tensors, on one of `ranks` tensor-parallel ranks.
 
-    Rows of the vocabulary's padding are in no piece.
+    Rows of the vocabulary's padding are in no piece. `fused`: for a family with fused tensors.
 
     Raises:
         ValueError: a parameter that this model does not have.
@@ -150,14 +149,9 @@ def pieces(name: str, model: ModelConfig, rank: int = 0, ranks: int = 1) -> list
     if rest in _WHOLE:
         return [Piece(prefix + _WHOLE[rest])]
     if rest in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
-        return list(_by_key_head(prefix + "self_attn.", rest.rsplit(".", 1)[1], model, rank, ranks))
+        return list(_by_key_head(prefix + "self_attn.", rest.rsplit(".", 1)[1], model, rank, ranks, fused))
     if rest == "mlp.linear_fc1.weight":
-        rows = model.ffn_size // ranks
-        there = slice(rank * rows, (rank + 1) * rows)
-        return [
-            Piece(f"{prefix}mlp.{part}_proj.weight", (there,), (slice(n * rows, (n + 1) * rows),))
-            for n, part in enumerate(("gate", "up"))
-        ]
+        return list(_gate_and_up(prefix + "mlp.", model.ffn_size, rank, ranks, fused))
     if rest == "mlp.linear_fc2.weight":
         return [_columns(prefix + "mlp.down_proj.weight", model.hidden_size, model.ffn_size // ranks, rank)]
     if rest == "self_attention.linear_proj.weight":
@@ -178,12 +172,28 @@ def _vocabulary(source: str, entries: int, rank: int, ranks: int) -> Iterator[Pi
         yield Piece(source, (slice(begin, end),), (slice(0, end - begin),))
 
 
-def _by_key_head(prefix: str, kind: str, model: ModelConfig, rank: int, ranks: int) -> Iterator[Piece]:
+def _gate_and_up(prefix: str, size: int, rank: int, ranks: int, fused: bool) -> Iterator[Piece]:
+    rows = size // ranks
+    for number, part in enumerate(("gate", "up")):
+        first = rank * rows + (number * size if fused else 0)
+        name = "gate_up" if fused else part
+        here = slice(number * rows, (number + 1) * rows)
+        yield Piece(f"{prefix}{name}_proj.weight", (slice(first, first + rows),), (here,))
+
+
+def _by_key_head(prefix: str, kind: str, model: ModelConfig, rank: int, ranks: int, fused: bool) -> Iterator[Piece]:
     size, groups = model.head_size, model.query_groups // ranks
     queries = model.num_attention_heads // model.query_groups * size
+    # Rows of the fused tensor before those of each part.
+    before = {
+        "q": 0,
+        "k": model.num_attention_heads * size,
+        "v": (model.num_attention_heads + model.query_groups) * size,
+    }
     row = 0
     for group in range(rank * groups, (rank + 1) * groups):
         for part, rows in (("q", queries), ("k", size), ("v", size)):
-            there = slice(group * rows, (group + 1) * rows)
-            yield Piece(f"{prefix}{part}_proj.{kind}", (there,), (slice(row, row + rows),))
+            first = group * rows + (before[part] if fused else 0)
+            name = "qkv" if fused else part
+            yield Piece(f"{prefix}{name}_proj.{kind}", (slice(first, first + rows),), (slice(row, row + rows),))
             row += rows

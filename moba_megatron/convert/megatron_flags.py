@@ -45,10 +45,13 @@ def differences(flags: dict[str, Any], model: ModelConfig) -> list[str]:
         "layernorm_epsilon": flags.get("norm_epsilon"),
         "qk_layernorm": flags.get("qk_layernorm"),
         "add_qkv_bias": flags.get("add_qkv_bias"),
+        "rotary_percent": flags.get("rotary_percent"),
+        "no_rope_freq": _layers_without_rotary(flags.get("no_rope_freq"), model.num_layers),
         "share_embeddings_and_output_weights": _not(flags.get("untie_embeddings_and_output_weights")),
     }
     ours = {
         **{name: getattr(model, name) for name in theirs},
+        "no_rope_freq": model.no_rope_freq or [0] * model.num_layers,
         "num_query_groups": model.query_groups,
         "kv_channels": model.head_size,
         "ffn_hidden_size": model.ffn_size,
@@ -65,14 +68,21 @@ def differences(flags: dict[str, Any], model: ModelConfig) -> list[str]:
             f"{'with' if scaled else 'without'} --use-rope-scaling (llama3)"
         )
     needed = {
-        "normalization": "RMSNorm", "swiglu": True, "position_embedding_type": "rope", "rotary_percent": 1.0,
-        "rotary_interleaved": False, "add_bias_linear": False,
+        "normalization": "RMSNorm", "swiglu": True, "position_embedding_type": "rope", "rotary_interleaved": False,
+        "add_bias_linear": False,
     }  # fmt: skip
     return found + [
         f"the checkpoint was trained with {name} = {flags[name]}, our models have {value}"
         for name, value in needed.items()
         if flags.get(name, value) != value
     ]
+
+
+def _layers_without_rotary(given: int | list[int] | None, layers: int) -> list[int]:
+    """Megatron-LM's flag, a list or every how many layers one has none, as a list."""
+    if isinstance(given, int):
+        given = [int((number + 1) % given == 0) for number in range(layers)] if given else None
+    return given or [0] * layers
 
 
 def _inert(name: str) -> type:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moba_megatron.config import ConfigError
+from moba_megatron.config.huggingface import DOWNLOAD
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = ("F32", "BF16", "F16")
@@ -59,7 +60,10 @@ class SafetensorsFolder:
             if self.shapes[name] != expected[name]:
                 lines.append(f"{name} has shape {list(self.shapes[name])}, this model needs {list(expected[name])}")
             if self.dtypes[name] not in _DTYPES:
-                lines.append(f"{name} has dtype {self.dtypes[name]}: {', '.join(_DTYPES)} are supported")
+                lines.append(
+                    f"{name} has dtype {self.dtypes[name]}: {', '.join(_DTYPES)} are supported; take the bf16 model of "
+                    "the same name"
+                )
         return sorted(lines)
 
     def _read_headers(self) -> list[str]:
@@ -77,10 +81,10 @@ class SafetensorsFolder:
                         self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
                         self.files[name] = file
             except (OSError, SafetensorError) as error:
-                problems.append(f"{file} cannot be read: {error}")
+                problems.append(f"{file} cannot be read: {error}; fetch it again ({DOWNLOAD} {self.folder})")
         if index is not None and not problems:
             problems += [
-                f"{INDEX} puts {name} into {file}, where it is not"
+                f"{INDEX} puts {name} into {file}, where it is not: fetch the folder again ({DOWNLOAD} {self.folder})"
                 for name, file in index.items()
                 if not name.endswith(_IGNORED) and self.files.get(name) != file
             ]
@@ -93,7 +97,9 @@ class SafetensorsFolder:
             try:
                 return dict(json.loads(path.read_text())["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError([f"{path} is damaged: {type(error).__name__}: {error}"]) from error
+                raise ConfigError([
+                    f"{path} is damaged: {type(error).__name__}: {error}; fetch it again ({DOWNLOAD} {self.folder})"
+                ]) from error  # fmt: skip
         if (self.folder / SINGLE).is_file():
             return None
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self.folder.glob(pattern))
@@ -104,4 +110,20 @@ class SafetensorsFolder:
                 f"import AutoModelForCausalLM as M; M.from_pretrained('{self.folder}', dtype='auto')"
                 ".save_pretrained('CONVERTED')\""
             ])  # fmt: skip
-        raise ConfigError([f"{self.folder} has neither {SINGLE} nor {INDEX}"])
+        raise ConfigError([self._without_weights()])
+
+    def _without_weights(self) -> str:
+        """What a folder without weights may be, and the way to one that has them."""
+        fetch = f"{DOWNLOAD} {self.folder}"
+        if (self.folder / "adapter_config.json").is_file():
+            return (
+                f"{self.folder} holds an adapter, not a model: add it to its model by peft (merge_and_unload) and "
+                "save_pretrained that"
+            )
+        for pattern, what in (
+            ("*.gguf", "GGUF files of llama.cpp"),
+            ("consolidated*", "weights in the maker's own names"),
+        ):
+            if any(self.folder.glob(pattern)):
+                return f"{self.folder} holds {what}: fetch the model in the format of transformers ({fetch})"
+        return f"{self.folder} has neither {SINGLE} nor {INDEX}: fetch the weights: {fetch}"

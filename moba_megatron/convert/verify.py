@@ -80,7 +80,7 @@ def _texts(exported: Exported) -> list[Text]:
     texts = [Text("random tokens", random(_COMPARED))]
     if exported.tokenizer is not None and (real := exported.tokenizer.encode_batch([TEXT]))[0]:
         texts.append(Text("real tokens", torch.tensor(real)))
-    scaled = model.rotary_scaling in ("llama3", "longrope")
+    scaled = model.rotary_scaling in ("llama3", "yarn", "longrope")
     original = model.rotary_original_length if scaled else exported.config.data.sequence_length
     texts.append(Text("past the original length", random(min(original + _COMPARED, _LONGEST))))
     if covered := [layer.block_size * layer.top_k for layer in exported.layers if layer.kind == "moba"]:

@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 
 from moba_megatron.config import ConfigError, ModelConfig
+from moba_megatron.config.huggingface import family_of_folder
 from moba_megatron.convert.mapping import canonical_name, huggingface_shapes, pieces
 from moba_megatron.convert.safetensors_folder import SafetensorsFolder
 
@@ -29,7 +30,7 @@ def open_weights(folder: str | Path, model: ModelConfig) -> SafetensorsFolder:
     weights = SafetensorsFolder(folder)
     if model.share_embeddings_and_output_weights and _TIED[0] in weights.shapes:
         _drop_tied_copy(weights)
-    problems = weights.problems(huggingface_shapes(model))
+    problems = weights.problems(huggingface_shapes(model, fused=family_of_folder(folder).fused))
     if problems:
         raise ConfigError([f"{weights.folder}: {line}" for line in problems])
     return weights
@@ -41,7 +42,8 @@ def _drop_tied_copy(weights: SafetensorsFolder) -> None:
     same = weights.shapes.get(output) == weights.shapes.get(embedding)
     if not (same and torch.equal(weights.read(output), weights.read(embedding).clone())):
         raise ConfigError([
-            f"{weights.folder}: {output} differs from {embedding}, but tie_word_embeddings = true: one of them is wrong"
+            f"{weights.folder}: {output} differs from {embedding}, but tie_word_embeddings = true: one of them is "
+            "wrong; set tie_word_embeddings: false in config.json if the model was trained with both"
         ])  # fmt: skip
     for table in (weights.shapes, weights.dtypes, weights.files):
         del table[output]
@@ -65,10 +67,11 @@ def read_weights(
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     ranks = parallel_state.get_tensor_model_parallel_world_size()
+    fused = family_of_folder(weights.folder).fused
     todo = [named for chunk in chunks for named in canonical_parameters(chunk) if not named[0].endswith(_OWN)]
     for number, (name, parameter) in enumerate(todo, start=1):
         filled = 0
-        for piece in pieces(name, model, rank, ranks):
+        for piece in pieces(name, model, rank, ranks, fused=fused):
             target = parameter[piece.here] if piece.here else parameter
             target.copy_(weights.read(piece.source, piece.there))
             filled += target.numel()

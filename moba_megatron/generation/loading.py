@@ -31,8 +31,9 @@ from moba_megatron.checkpoint import load_model
 from moba_megatron.checkpoint.find import find_checkpoint, saved_config
 from moba_megatron.checkpoint.manifest import CheckpointError, Manifest
 from moba_megatron.config import Config
+from moba_megatron.config.families import FAMILIES
 from moba_megatron.convert.exported import Exported, open_exported
-from moba_megatron.convert.families import huggingface_config, moba_config
+from moba_megatron.convert.families import family_of, huggingface_config, moba_config
 from moba_megatron.convert.mapping import parameter_shapes, pieces
 from moba_megatron.convert.stored import StoredWeights
 from moba_megatron.convert.tokenizer_files import complete_tokenizer_config, copy_tokenizer_files
@@ -222,9 +223,10 @@ def _as_list(ids: int | list[int] | None) -> list[int]:
 def _fill(model: Any, stored: StoredWeights, exported: Exported) -> None:
     """Copy a checkpoint's weights into a model of transformers, one parameter at a time."""
     parameters = dict(model.named_parameters())
+    fused = FAMILIES[family_of(exported.model)].fused
     for name, shape in parameter_shapes(exported.model).items():
         parameter = stored.read(name, shape)
-        for piece in pieces(name, exported.model):
+        for piece in pieces(name, exported.model, fused=fused):
             target = parameters[piece.source]
             # Without slices the whole of one is the whole of the other.
             target[piece.there or ...] = parameter[piece.here or ...]

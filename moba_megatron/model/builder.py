@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moba_megatron.config import Config, ParallelConfig
 from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.model.gpt import ChunkedLossGPTModel
-from moba_megatron.model.rotary import rotary_frequencies, softmax_scale
+from moba_megatron.model.rotary import cosine_factor, rotary_frequencies, set_cosine_factor, softmax_scale
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.model.specs import block_spec, choose_implementation
 from moba_megatron.platform import current_device, optional_libraries, seed_all
@@ -48,7 +48,7 @@ def transformer_config(config: Config, *, device_type: str | None = None) -> Tra
     model = config.model
     device_type = device_type or current_device().type
     dtype = DTYPES[config.training.precision]
-    return TransformerConfig(
+    transformer = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -63,6 +63,7 @@ def transformer_config(config: Config, *, device_type: str | None = None) -> Tra
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
         rotary_interleaved=False,
+        no_rope_freq=model.no_rope_freq,
         softmax_scale=softmax_scale(model),
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -76,8 +77,10 @@ def transformer_config(config: Config, *, device_type: str | None = None) -> Tra
         calculate_per_token_loss=True,
         **_parallel_settings(config, dtype),
         **_recompute_settings(config.training.recompute),
-        **_machine_settings(device_type),
+        **_machine_settings(device_type, fused_rotary=cosine_factor(model) == 1.0),
     )
+    set_cosine_factor(transformer, cosine_factor(model))
+    return transformer
 
 
 def _parallel_settings(config: Config, dtype: torch.dtype) -> dict:
@@ -123,7 +126,7 @@ def _recompute_settings(recompute: str) -> dict:
     return {}
 
 
-def _machine_settings(device_type: str) -> dict:
+def _machine_settings(device_type: str, *, fused_rotary: bool = True) -> dict:
     """Fused kernels: none on the CPU; on a GPU those whose library is there."""
     libraries = optional_libraries()
     cuda = device_type == "cuda"
@@ -132,7 +135,7 @@ def _machine_settings(device_type: str) -> dict:
         "transformer_impl": implementation,
         "masked_softmax_fusion": False,
         "bias_activation_fusion": cuda,
-        "apply_rope_fusion": implementation == "transformer_engine",
+        "apply_rope_fusion": fused_rotary and implementation == "transformer_engine",
         # megatron-core's own linear layers need apex's kernel for it; the output layer, which is always one of them,
         # does without (`ChunkedLossGPTModel`).
         "gradient_accumulation_fusion": implementation == "transformer_engine"

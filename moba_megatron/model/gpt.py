@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from moba_megatron.model.context_parallel import check_layout
 from moba_megatron.model.loss import chunked_cross_entropy
-from moba_megatron.model.rotary import DocumentRotaryEmbedding, RotaryFrequencies
+from moba_megatron.model.rotary import DocumentRotaryEmbedding, RotaryFrequencies, has_cosine_factor
 
 
 class _OutputLayer(tensor_parallel.ColumnParallelLinear):
@@ -78,7 +79,7 @@ class ChunkedLossGPTModel(GPTModel):
             rotary_frequencies,
             stock["max_sequence_length"],
             fused=self.config.apply_rope_fusion,
-            dtype=self.config.params_dtype,
+            dtype=torch.float32 if has_cosine_factor(self.config) else self.config.params_dtype,
             kv_channels=self.config.kv_channels,
             rotary_interleaved=self.config.rotary_interleaved,
             use_cpu_initialization=self.config.use_cpu_initialization,

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moba_megatron.config import ModelConfig
@@ -31,7 +32,7 @@ from moba_megatron.platform.differences import ROTATION_OF_PACKS, applied
 
 @dataclass(frozen=True)
 class RotaryFrequencies:
-    """Radians per token of each pair of channels: [head size / 2] fp32 on the CPU.
+    """Radians per token of each pair of rotated channels: [pairs] fp32 on the CPU.
 
     Attributes:
         short, long: for sequences of up to `original_length` tokens and for longer ones; the same where there is no
@@ -49,13 +50,16 @@ class RotaryFrequencies:
 
 def rotary_frequencies(model: ModelConfig) -> RotaryFrequencies:
     """The frequencies that a `model` section asks for."""
-    exponents = torch.arange(0, model.head_size, 2, dtype=torch.int64, device="cpu").float() / model.head_size
+    channels = model.rotary_channels
+    exponents = torch.arange(0, channels, 2, dtype=torch.int64, device="cpu").float() / channels
     powers = model.rotary_base**exponents
     short = long = 1.0 / powers
     if model.rotary_scaling == "linear":
         short = long = short / model.rotary_scaling_factor
     elif model.rotary_scaling == "llama3":
         short = long = _llama3(short, model)
+    elif model.rotary_scaling == "yarn":
+        short = long = _yarn(powers, model)
     elif model.rotary_scaling == "longrope":
         short, long = (
             1.0 / (torch.tensor(factors, dtype=torch.float32, device="cpu") * powers)
@@ -66,9 +70,35 @@ def rotary_frequencies(model: ModelConfig) -> RotaryFrequencies:
 
 
 def softmax_scale(model: ModelConfig) -> float | None:
-    """Scale of the scores where it is not 1 / sqrt(head size): longrope's factor on queries and on keys."""
-    factor = model.rotary_attention_factor
-    return None if factor == 1.0 else factor**2 / math.sqrt(model.head_size)
+    """Scale of the scores where it is not 1 / sqrt(head size): the factor of longrope and yarn on queries and keys,
+    where all of their channels have it in all layers. Otherwise it is `cosine_factor`."""
+    factor = model.attention_factor
+    return factor**2 / math.sqrt(model.head_size) if factor != 1.0 and model.rotates_everything else None
+
+
+def cosine_factor(model: ModelConfig) -> float:
+    """What cosines and sines are multiplied by: the factor of longrope and yarn, where channels or layers that are not
+    rotated go without it."""
+    return 1.0 if model.rotates_everything else model.attention_factor
+
+
+def set_cosine_factor(transformer: TransformerConfig, factor: float) -> None:
+    """Let megatron-core multiply cosines and sines by a factor.
+
+    It knows that of YaRN only, which it computes of three attributes as (0.1 m ln(s) + 1) / (0.1 a ln(s) + 1); with
+    s = e^10, m = factor - 1 and a = 0 that is the factor. Fused rotation leaves it out, without a word for packs.
+    """
+    if factor == 1.0:
+        return
+    if transformer.apply_rope_fusion:
+        raise ValueError(f"a factor of {factor} on cosines and sines: set apply_rope_fusion to False")
+    names = ("yarn_rotary_scaling_factor", "yarn_mscale", "yarn_mscale_all_dim")
+    for name, value in zip(names, (math.exp(10), factor - 1, 0.0), strict=True):
+        setattr(transformer, name, value)
+
+
+def has_cosine_factor(transformer: TransformerConfig) -> bool:
+    return hasattr(transformer, "yarn_mscale")
 
 
 def _llama3(frequencies: Tensor, model: ModelConfig) -> Tensor:
@@ -79,6 +109,29 @@ def _llama3(frequencies: Tensor, model: ModelConfig) -> Tensor:
     blended = (1 - kept) * frequencies / model.rotary_scaling_factor + kept * frequencies
     slow = torch.where(waves > length / low, frequencies / model.rotary_scaling_factor, blended)
     return torch.where(waves < length / high, frequencies, slow)
+
+
+def _yarn(powers: Tensor, model: ModelConfig) -> Tensor:
+    """Divide the slow channels by the factor, keep the fast ones, and blend linearly (in the channel) in between.
+
+    Args:
+        powers: of the base, [pairs] in fp32.
+    """
+    size, length = 2 * len(powers), model.rotary_original_length
+
+    def channel(turns: float) -> float:
+        """The pair of channels that turns so often within the original length."""
+        return size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(model.rotary_base))
+
+    low, high = channel(model.rotary_beta_fast), channel(model.rotary_beta_slow)
+    if model.rotary_truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    if low == high:
+        high += 0.001
+    slow = ((torch.arange(len(powers), dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    kept = 1 - slow
+    return 1.0 / (model.rotary_scaling_factor * powers) * (1 - kept) + 1.0 / powers * kept
 
 
 class DocumentRotaryEmbedding(RotaryEmbedding):
@@ -94,13 +147,14 @@ class DocumentRotaryEmbedding(RotaryEmbedding):
         frequencies: what `rotary_frequencies` gives.
         sequence_length: tokens of a sample, which decides for packs between short and long frequencies.
         fused: whether megatron-core rotates by Transformer Engine's kernel, which takes the table and the boundaries.
-        dtype: of queries and keys.
+        dtype: of a pack's cosines and sines: that of queries and keys, or fp32 where they are still to be multiplied.
         **stock: arguments of `RotaryEmbedding`, by name.
     """
 
     def __init__(
         self, frequencies: RotaryFrequencies, sequence_length: int, *, fused: bool, dtype: torch.dtype, **stock: Any
     ):
+        # It is for the frequencies that are replaced, whose number says how many channels are rotated.
         super().__init__(rotary_percent=1.0, **stock)
         self.fused, self.dtype = fused, dtype
         self._pack: tuple[Tensor, int] | None = None
@@ -114,7 +168,7 @@ class DocumentRotaryEmbedding(RotaryEmbedding):
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
         """Angles as megatron-core's embedding gives them, from the frequencies for this length (tokens over all
         context-parallel ranks): [s, 1, 1, d] in fp32. For a pack that is not rotated by a fused kernel: cosines and
-        sines of this rank's tokens, [t, 2, 1, d] in the dtype of queries.
+        sines of this rank's tokens, [t, 2, 1, d]. d counts the rotated channels.
 
         Raises:
             RuntimeError: for a pack, where megatron-core would take them for angles (`platform.apply` was not called).

@@ -143,12 +143,15 @@ def _rotation_of_packs() -> list[Replacement]:
     def rotate(t, cu_seqlens, freqs, rotary_interleaved=False, *args, mscale=1.0, **kwargs):
         if freqs.dim() != 4 or freqs.shape[1] != 2:
             return stock(t, cu_seqlens, freqs, rotary_interleaved, *args, mscale=mscale, **kwargs)
-        # [t, h, d] with cosines and sines [t, 2, 1, d].
+        # [t, h, d] with cosines and sines [t, 2, 1, c] for the first c of the d channels.
         if freqs.shape[0] != t.shape[0]:
             raise ValueError(f"the pack has {freqs.shape[0]} positions on this rank, but queries or keys {t.shape[0]}")
         cos, sin = (freqs if mscale == 1.0 else freqs * mscale).to(t.dtype).unbind(1)
-        half_turned = rope_utils._rotate_half(t.unsqueeze(1), rotary_interleaved).squeeze(1)
-        return t * cos + half_turned * sin
+        channels = freqs.shape[-1]
+        part = t if channels == t.shape[-1] else t[..., :channels]
+        half_turned = rope_utils._rotate_half(part.unsqueeze(1), rotary_interleaved).squeeze(1)
+        turned = part * cos + half_turned * sin
+        return turned if part is t else torch.cat((turned, t[..., channels:]), dim=-1)
 
     return [(rope_utils, "_apply_rotary_pos_emb_thd", rotate)]
 

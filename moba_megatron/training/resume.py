@@ -17,6 +17,8 @@ from moba_megatron.runs.folder import RunFolder
 FREE = (
     "run.dir",
     "run.threads",
+    "model.max_position_embeddings",
+    "model.export_as",
     "attention.backend",
     "attention.full_backend",
     "parallel",
@@ -81,7 +83,7 @@ def differences(manifest: Manifest, config: Config, schedule: AttentionSchedule,
     def free(key: str) -> bool:
         return any(key == name or key.startswith(name + ".") for name in allowed)
 
-    before, now = _flatten(_with_defaults(manifest.config)), _flatten(config.model_dump(mode="json"))
+    before, now = _flatten(_with_defaults(manifest.config)), _flatten(_compared(config))
     changed = [
         (key, f"{key} = {now.get(key)!r}, but the run has {before.get(key)!r}")
         for key in sorted(before.keys() | now.keys())
@@ -109,9 +111,16 @@ def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's configuration with settings that are younger than it at their defaults; as it is where it cannot
     be read today."""
     try:
-        return Config.model_validate(values).model_dump(mode="json")
+        return _compared(Config.model_validate(values))
     except ValidationError:
         return values
+
+
+def _compared(config: Config) -> dict[str, Any]:
+    """The values of a configuration, with a default that was once another number as that number."""
+    values = config.model_dump(mode="json")
+    values["model"]["rotary_attention_factor"] = config.model.attention_factor
+    return values
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

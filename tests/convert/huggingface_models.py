@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 VOCABULARY = 99
 SIZES = {
@@ -37,6 +45,16 @@ LONGROPE = {
     "original_max_position_embeddings": ORIGINAL,
     "factor": 4.0,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": ORIGINAL,
+    # Of four pairs of channels, one is kept, one is divided, and two are blended.
+    "beta_fast": 4.0,
+    "beta_slow": 0.05,
+}
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 MODELS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "llama-one-key-head-each": (LlamaConfig, {"num_key_value_heads": 8, "tie_word_embeddings": True}),
@@ -47,8 +65,35 @@ MODELS: dict[str, tuple[type, dict[str, Any]]] = {
     "mistral": (MistralConfig, {"sliding_window": None, "hidden_size": 60, "head_dim": 10}),
     "qwen2": (Qwen2Config, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen2-tied": (Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen2-yarn": (Qwen2Config, {"rope_parameters": YARN}),
     "qwen3": (Qwen3Config, {"head_dim": 12}),
+    "qwen3-yarn": (
+        Qwen3Config,
+        {"rope_parameters": {**YARN, "truncate": False, "mscale": 0.7, "mscale_all_dim": 1.3}, "head_dim": 16},
+    ),
     "qwen3-tied": (Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
+    "phi3": (Phi3Config, {**IDS, "tie_word_embeddings": True}),
+    # Three of four pairs of channels are rotated, and the attention factor is theirs alone.
+    "phi3-partial-longrope": (
+        Phi3Config,
+        {
+            **IDS,
+            "original_max_position_embeddings": ORIGINAL,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.3],
+                "long_factor": [1.0, 2.0, 4.5],
+            },
+        },
+    ),
+    "smollm3": (SmolLM3Config, {**IDS, "no_rope_layer_interval": 2, "rms_norm_eps": 1e-5}),
+    # The layers without rotary embedding go without the attention factor.
+    "smollm3-yarn": (
+        SmolLM3Config,
+        {**IDS, "no_rope_layers": [1, 0, 0, 1], "rope_parameters": YARN, "tie_word_embeddings": False},
+    ),
 }
 
 

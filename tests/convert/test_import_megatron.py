@@ -20,12 +20,19 @@ from safetensors.torch import load_file
 from small_run import TOKENS
 
 from moba_megatron.checkpoint import CheckpointError
-from moba_megatron.config import AttentionConfig, ConfigError, attention_checks, config_from_dict, load_config
+from moba_megatron.config import (
+    AttentionConfig,
+    ConfigError,
+    ModelConfig,
+    attention_checks,
+    config_from_dict,
+    load_config,
+)
 from moba_megatron.config.huggingface import model_section, read_huggingface_config
 from moba_megatron.convert.export_hf import export_huggingface
 from moba_megatron.convert.exported import open_exported
 from moba_megatron.convert.import_megatron import LATEST, as_section, find_iteration, import_megatron
-from moba_megatron.convert.megatron_flags import read_flags
+from moba_megatron.convert.megatron_flags import differences, read_flags
 from moba_megatron.model.schedule import AttentionSchedule
 
 ATTENTION = {"block_size": 16, "top_k": 2, "last_n_full": 1}
@@ -131,6 +138,21 @@ def test_another_model_is_refused_before_anything_is_written(models, saved, tmp_
     with pytest.raises((CheckpointError, ConfigError), match=says):
         import_megatron(saved, tmp_path / "run", model=tmp_path / "model.yaml", attention=ATTENTION, sequence_length=64)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"rotary_percent": 0.5}, ["model.rotary_percent = 1.0, but the checkpoint was trained with 0.5"]),
+        ({"rotary_percent": 1.0, "no_rope_freq": None}, []),
+        ({"no_rope_freq": 2}, ["model.no_rope_freq = [0, 0, 0, 0], but the checkpoint was trained with [0, 1, 0, 1]"]),
+        ({"no_rope_freq": [0, 0, 0, 1]}, ["model.no_rope_freq = [0, 0, 0, 0], but the checkpoint was trained with"]),
+    ],
+)
+def test_what_is_rotated_is_held_against_the_flags(flags, says):
+    model = ModelConfig(num_layers=4, hidden_size=64, num_attention_heads=4)
+    found = differences(flags, model)
+    assert len(found) == len(says) and all(text in line for text, line in zip(says, found, strict=True))
 
 
 def test_what_is_no_checkpoint_of_the_format_is_named(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from huggingface_models import LLAMA3, LONGROPE, MODELS, SIZES, VOCABULARY, save_model
+from huggingface_models import LLAMA3, LONGROPE, MODELS, SIZES, VOCABULARY, YARN, save_model
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -96,7 +96,15 @@ LONG_MODELS = {
         {"rope_parameters": {**LLAMA3, "factor": 8.0, "original_max_position_embeddings": 8192}},
     ),
     "llama-longrope": (LlamaConfig, {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 4096}}),
+    "phi3-partial-longrope": (
+        MODELS["phi3-partial-longrope"][0],
+        {**MODELS["phi3-partial-longrope"][1], "original_max_position_embeddings": 4096},
+    ),
     "qwen2": MODELS["qwen2"],
+    "qwen2-yarn": (
+        MODELS["qwen2-yarn"][0],
+        {"rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096}},
+    ),
     "qwen3": MODELS["qwen3"],
 }
 

@@ -15,7 +15,7 @@ from small_run import TOKENS
 from test_logits import configuration
 
 from moba_megatron.config import Config, ConfigError, ModelConfig
-from moba_megatron.config.huggingface import model_section, read_huggingface_config
+from moba_megatron.config.huggingface import family_of_folder, model_section, read_huggingface_config
 from moba_megatron.convert.families import family_of
 from moba_megatron.convert.initial import check_initial_weights
 from moba_megatron.convert.mapping import huggingface_shapes, parameter_shapes, pieces
@@ -37,7 +37,7 @@ def change_config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model_type": "gpt2"}, "model_type = 'gpt2' is not one of llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "model_type = 'gpt2' is not one of llama, mistral, qwen2, qwen3, phi3, smollm3"),
         ({"model_type": "qwen3_moe"}, "model_type = 'qwen3_moe'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "is not LlamaForCausalLM"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "code of its own, which is never run"),
@@ -48,7 +48,7 @@ def change_config(folder: Path, **changes: Any) -> None:
         ({"sliding_window": 4096}, "sliding_window = 4096"),
         ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "sliding_window = 4096"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type = 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, "rope_type = 'dynamic'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "'llama3' without low_freq_factor"),
         ({"rope_theta": 5e5}, "rope_theta = 10000.0 and = 500000.0: keep one"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
@@ -116,11 +116,52 @@ def test_pickle_files_are_never_opened(folder):
     assert "save_pretrained" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        (None, "fetch the weights: hf download NAME --local-dir"),
+        ("adapter_config.json", "merge_and_unload"),
+        ("model-Q4_K_M.gguf", "GGUF files of llama.cpp: fetch the model in the format of transformers"),
+        ("consolidated.safetensors", "weights in the maker's own names"),
+    ],
+)
+def test_a_folder_without_weights_says_where_to_get_them(folder, file, expected):
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    if file:
+        (folder / file).write_bytes(b"{}")
+    with pytest.raises(ConfigError) as error:
+        open_weights(folder, model_of(folder))
+    assert expected in str(error.value)
+
+
+WAYS = [
+    ({"model_type": "gpt2"}, "moba_megatron.hf.configure gives MoBA to every model"),
+    (
+        {"quantization_config": {"quant_method": "awq"}},
+        "(awq): quantized weights are not supported: take the bf16 model",
+    ),
+    ({"sliding_window": 4096}, "set sliding_window: null in config.json"),
+    ({"layer_types": ["sliding_attention"]}, "set all of them to it"),
+    ({"attention_bias": True}, "moba_megatron.hf.configure"),
+    ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "model.rotary_scaling = yarn"),
+    ({"hidden_size": "gone"}, "fetch the file again (hf download NAME --local-dir"),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), WAYS)
+def test_a_refusal_names_a_way_to_go_on(folder, changes, expected):
+    change_config(folder, **changes)
+    with pytest.raises(ConfigError) as error:
+        model_section(read_huggingface_config(folder))
+    assert expected in str(error.value)
+
+
 def test_weights_of_another_kind_of_number_are_refused(folder):
     path = next(path for path in folder.glob("*.safetensors") if "model.norm.weight" in load_file(path))
     tensors = load_file(path)
     save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"].to(torch.float8_e4m3fn)}, path)
-    with pytest.raises(ConfigError, match="model.norm.weight has dtype F8_E4M3"):
+    with pytest.raises(ConfigError, match="model.norm.weight has dtype F8_E4M3.*take the bf16 model"):
         open_weights(folder, model_of(folder))
 
 
@@ -177,12 +218,13 @@ def test_what_no_plain_model_computes_is_not_exported(models):
 def test_every_number_of_every_tensor_has_exactly_one_place(models, ranks):
     """The table alone, without tensors of any size: over all ranks the pieces tile both sides."""
     for saved in models.values():
-        model = model_of(saved.folder)
-        places = {name: torch.zeros(shape, dtype=torch.int) for name, shape in huggingface_shapes(model).items()}
+        model, fused = model_of(saved.folder), family_of_folder(saved.folder).fused
+        shapes = huggingface_shapes(model, fused=fused)
+        places = {name: torch.zeros(shape, dtype=torch.int) for name, shape in shapes.items()}
         whole = {"norm", "layer_norm", "layernorm"}
         for name in parameter_shapes(model):
             for rank in range(ranks):
-                for piece in pieces(name, model, rank, ranks):
+                for piece in pieces(name, model, rank, ranks, fused=fused):
                     if rank == 0 or not any(word in name for word in whole):
                         places[piece.source][piece.there] += 1
         assert all((count == 1).all() for count in places.values())

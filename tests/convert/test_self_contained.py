@@ -15,13 +15,20 @@ from moba_megatron.config import ConfigError
 from moba_megatron.convert.export_hf import export_huggingface
 from moba_megatron.convert.exported import open_exported
 
+KINDS = {
+    "llama": {},
+    "qwen2": {"model__add_qkv_bias": True},
+    "phi3": {"model__rotary_percent": 0.75},
+    "smollm3": {"model__no_rope_freq": [0, 0, 1, 0]},
+}
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
+
+@pytest.fixture(scope="module", params=KINDS)
 def folders(request, tmp_path_factory):
     """A trained hybrid model, exported plainly and with its own code."""
     folder = tmp_path_factory.mktemp(request.param)
-    biases, own = request.param == "qwen2", {2: {"block_size": 8, "top_k": 4}}
-    config = small_config(folder, training__steps=3, model__add_qkv_bias=biases, attention__layers=own)
+    own = {2: {"block_size": 8, "top_k": 4}}
+    config = small_config(folder, training__steps=3, attention__layers=own, **KINDS[request.param])
     run_ranks(1, train_here, config)
     for decode in ("full", "moba"):
         exported = open_exported(config.run.dir)
@@ -53,7 +60,8 @@ def outputs(folder: Path, own: bool, cache: Path) -> tuple[str, list[torch.Tenso
     labels[0, 23] = -100  # padding would predict it
     loss = model(ids, attention_mask=mask, labels=labels).loss
     loss.backward()
-    gradient = model.model.layers[0].self_attn.k_proj.weight.grad
+    attention = model.model.layers[0].self_attn
+    gradient = getattr(attention, "k_proj", getattr(attention, "qkv_proj", None)).weight.grad
     return type(model).__name__, [logits[0, 23:], logits[1], texts, alone, gradient]
 
 

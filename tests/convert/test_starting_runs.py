@@ -20,13 +20,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 from moba_megatron.cli import app
-from moba_megatron.config import Config, ConfigError, config_from_dict
+from moba_megatron.config import Config, ConfigError, config_from_dict, load_config
 from moba_megatron.convert.initial import check_initial_weights
 from moba_megatron.corpus.prepare import prepare
 from moba_megatron.corpus.recipe import recipe_from_dict
 from moba_megatron.corpus.tokenizer import Tokenizer, copy_tokenizer
 from moba_megatron.data.datasets import build_datasets
 from moba_megatron.data.feed import rank_batches
+from moba_megatron.training.preflight import preflight
 
 ENTRIES = 128
 
@@ -169,6 +170,46 @@ def test_an_imported_model_generates_evaluates_and_is_exported(imported, tmp_pat
     assert "verified" in call("export-hf", imported, tmp_path / "out", "--verify")
     assert "nothing is overwritten" in call("export-hf", imported, tmp_path / "out", code=2)
     assert "no config.json" in call("import-hf", tmp_path, tmp_path / "in", code=2)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A Llama in F16, made for 64 tokens."""
+    folder = tmp_path_factory.mktemp("half") / "llama"
+    save_model(
+        folder, LlamaConfig(**{**SIZES, "vocab_size": ENTRIES, "max_position_embeddings": 64}), dtype=torch.float16
+    )
+    shutil.copytree(TOKENS / "tokenizer", folder, dirs_exist_ok=True)
+    return folder
+
+
+def test_f16_weights_train_in_bf16_and_both_ways_in_say_so(half, tmp_path):
+    folder_of_run = tmp_path / "direct"
+    run_ranks(1, train_here, start(half, folder_of_run, training__precision="bf16"))
+    assert "F16 weights are rounded to bf16" in (folder_of_run / "run/config.yaml").read_text()
+    assert "note: the import holds F16 weights in fp32" in call("import-hf", half, tmp_path / "imported", "--verify")
+    assert load_config(tmp_path / "imported/config.yaml").training.precision == "bf16"
+    exact = call("export-hf", tmp_path / "imported", tmp_path / "out", "--verify")
+    assert "verified" in exact
+    run_ranks(1, train_here, start(tmp_path / "imported", tmp_path / "second", training__precision="bf16"))
+    losses = [[line["loss"] for line in read_metrics(tmp_path / name / "run")] for name in ("direct", "second")]
+    assert losses[0] == losses[1]
+
+
+def test_training_past_the_window_of_the_source_is_said_unless_its_positions_change(half, tmp_path):
+    window = "is longer than what"
+
+    def lines(**changes: Any) -> str:
+        return "\n".join(preflight(start(half, tmp_path, **changes), 1).choices)
+
+    said = lines()
+    assert f"data.sequence_length = 128 is longer than what {half} was made for, 64 tokens" in said
+    assert window not in lines(data__sequence_length=64)
+    assert window not in lines(model__rotary_base=5e5)
+    yarn = {"model__rotary_scaling": "yarn", "model__rotary_scaling_factor": 2.0}
+    assert window not in lines(**yarn)
+    assert "model.rotary_attention_factor = 1.069" in lines(**yarn)
+    assert start(half, tmp_path).model.max_position_embeddings == 64
 
 
 def copied_tokens(folder: Path) -> Path:

@@ -99,6 +99,21 @@ def one_rank_packed():
     return shape, weights, losses, norms
 
 
+PARTLY_ROTATED = {"rotary_percent": 0.75, "no_rope_freq": [0, 1, 0, 1]}
+YARN = {"rotary_scaling": "yarn", "rotary_scaling_factor": 4.0, "rotary_original_length": 16}
+
+
+@pytest.mark.parametrize("shape", [PARTLY_ROTATED, {**PARTLY_ROTATED, **YARN}], ids=["part", "part-yarn"])
+def test_layouts_agree_where_not_everything_is_rotated(shape):
+    """Layers know by their number in the whole model whether they are rotated, and packs rotate the same channels."""
+    _, _, weights = run_ranks(1, train, config(model=dict(shape)), VOCABULARY, 0)[0]
+    losses, norms, _ = run_ranks(1, train, config(model=dict(shape)), VOCABULARY, STEPS, weights, PACKS)[0]
+    plain, _, _ = run_ranks(1, train, config(), VOCABULARY, STEPS, weights, PACKS)[0]
+    assert abs(plain[0] - losses[0]) > 1e-3
+    layouts = [{"pipeline": 2, "pipeline_layers": [3, 1]}, INTERLEAVED, {"tensor": 2}, {"context": 2}]
+    assert_layouts_agree(2, layouts, shape, weights, (losses, norms), PACKS)
+
+
 @pytest.mark.parametrize(
     ("ranks", "layouts"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from distributed import run_ranks
 from model_examples import tiny
@@ -35,7 +37,7 @@ def test_rotation_has_the_bits_of_megatron_core():
         from moba_megatron import platform
 
         stock = rope_utils._apply_rotary_pos_emb_thd.__wrapped__
-        config = tiny(data={"sequence_length": 64})
+        whole, part = (tiny(model={"rotary_percent": percent}).model for percent in (1.0, 0.75))
         different = []
         for size, rank in ((1, 0), (2, 0), (2, 1), (4, 3)):
             group = Group(size, rank)
@@ -44,21 +46,23 @@ def test_rotation_has_the_bits_of_megatron_core():
             class Sizes:
                 sequence_parallel, context_parallel_size = False, size
 
-            for dtype in (torch.float32, torch.bfloat16):
+            cases = [(whole, 1.0), (part, 1.0), (part, 1.19)]
+            for dtype, (model, factor) in itertools.product((torch.float32, torch.bfloat16), cases):
                 embedding = DocumentRotaryEmbedding(
-                    rotary_frequencies(config.model), 64, fused=False, dtype=dtype,
-                    kv_channels=config.model.head_size, cp_group=group,
+                    rotary_frequencies(model), 64, fused=False, dtype=dtype if factor == 1.0 else torch.float32,
+                    kv_channels=model.head_size, cp_group=group,
                 )  # fmt: skip
-                t = torch.randn(64 // size, 4, config.model.head_size).to(dtype)
+                t = torch.randn(64 // size, 4, model.head_size).to(dtype)
                 length = embedding.get_rotary_seq_len(None, None, t, Sizes, pack)
                 cos_and_sin = embedding(length, packed_seq=True)
                 table = super(DocumentRotaryEmbedding, embedding).forward(length, packed_seq=True)
-                got = rope_utils._apply_rotary_pos_emb_thd(t, BOUNDS, cos_and_sin, cp_group=group)
-                want = stock(t, BOUNDS, table, cp_group=group)
+                assert cos_and_sin.shape[1:] == (2, 1, model.rotary_channels)
+                got = rope_utils._apply_rotary_pos_emb_thd(t, BOUNDS, cos_and_sin, mscale=factor, cp_group=group)
+                want = stock(t, BOUNDS, table, mscale=factor, cp_group=group)
                 # A table goes to megatron-core's function.
-                passed_on = rope_utils._apply_rotary_pos_emb_thd(t, BOUNDS, table, cp_group=group)
-                if not (torch.equal(got, want) and torch.equal(passed_on, want) and cos_and_sin.shape[1] == 2):
-                    different.append((size, rank, dtype))
+                passed_on = rope_utils._apply_rotary_pos_emb_thd(t, BOUNDS, table, mscale=factor, cp_group=group)
+                if not (torch.equal(got, want) and torch.equal(passed_on, want)):
+                    different.append((size, rank, dtype, model.rotary_percent, factor))
         assert "rotation of packs" in platform.applied()
         return different
 

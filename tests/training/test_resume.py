@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from distributed import run_ranks
 from small_run import numbers_of, read_metrics, small_config, train_here
 
-from moba_megatron.checkpoint import list_checkpoints
+from moba_megatron.checkpoint import Manifest, list_checkpoints
 from moba_megatron.config import ConfigError, load_config
 from moba_megatron.runs.claim import check_shared, claimed
 from moba_megatron.runs.folder import RunFolder
@@ -223,6 +224,18 @@ def test_a_named_checkpoint_starts_a_run_that_then_goes_its_own_way(paused, tmp_
 def test_layout_and_logging_may_change_freely(paused):
     config = small_config(paused, training__micro_batch_size=1, logging__every=5, training__recompute="full")
     assert preflight(config, 1).resume.name == "step_2"
+
+
+def test_what_a_younger_version_knows_of_the_model_is_no_difference(paused, tmp_path):
+    """The window of the model that a run started from, and a default that was once a number."""
+    shutil.copytree(paused, tmp_path / "copy")
+    (checkpoint,) = list_checkpoints(tmp_path / "copy/run/checkpoints")
+    manifest = Manifest.read(checkpoint)
+    model = {key: value for key, value in manifest.config["model"].items() if key != "max_position_embeddings"}
+    replace(manifest, config={**manifest.config, "model": {**model, "rotary_attention_factor": 1.0}}).write(checkpoint)
+    moved = {"checkpoint__allow_changed": ["data"]}
+    config = small_config(tmp_path / "copy", model__max_position_embeddings=4096, **moved)
+    assert preflight(config, 1).resume == checkpoint
 
 
 def test_status_and_history_tell_how_a_run_went(tmp_path):
