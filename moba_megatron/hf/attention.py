@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moba_megatron.hf.mask import Segment, segments
+from moba_megatron.hf.packing import check_packing
 from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.ops import full_attention, moba_attention
 from moba_megatron.ops.decode import continue_text, decode_tokens
@@ -33,7 +34,6 @@ NOT_MOBA = {
     "position_bias": "use a model with rotary positions",
     "head_mask": "leave it out",
     "output_attentions": "there is no matrix of weights to return; leave it out",
-    "cu_seq_lens_q": "packed rows are told by position_ids; leave it out",
 }
 
 
@@ -62,13 +62,15 @@ def moba_attention_forward(
         [batch, queries, N, D] in query's dtype, 0 for padding; and no weights.
 
     Raises:
-        ValueError: no settings, or something that is not MoBA (dropout, windows, softcapping, masks, ...).
+        ValueError: no settings, something that is not MoBA (dropout, windows, softcapping, masks, ...), or keywords of
+            packing that tell other documents than `position_ids` (`packing.check_packing`).
     """
     settings = MoBASettings.from_config(module.config).of_layer(module.layer_idx)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     _refuse_what_is_not_moba(dropout, causal, kwargs)
     is_moba = settings.layer_types[module.layer_idx] == "moba"
     stretches = segments(attention_mask, kwargs.get("position_ids"))
+    check_packing(attention_mask, stretches, query.shape[0], query.shape[2], kwargs)
     if all(s.past == 0 and s.first == s.start for s in stretches):
         return _whole(query, key, value, stretches, settings if is_moba else None, scaling), None
     inputs = (query, key, value)

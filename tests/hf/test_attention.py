@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from hf_examples import BLOCK_SIZE, MODELS, TOP_K, attending, build, close, padded, tokens, truth
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, MistralConfig, MistralForCausalLM
 
 import moba_megatron.hf as hf
 
@@ -70,6 +70,82 @@ def test_packed_rows_are_separate(use_cache):
         logits = model(ids, position_ids=positions, use_cache=use_cache).logits
     for got, row in zip(logits, rows, strict=True):
         close(got[None], torch.cat([truth(model, text) for text in row], dim=1))
+
+
+LENGTHS = (18, 1, 26)
+BOUNDS = torch.tensor([0, 18, 19, 45], dtype=torch.int32)
+
+
+def packed(lengths=LENGTHS, **keywords):
+    """A packed row [1, 45] as transformers' own collator makes it for trainers, and what else a call is given."""
+    texts = [{"input_ids": tokens(length, seed=length)[0].tolist()} for length in lengths]
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    batch = collate(texts, return_tensors="pt")
+    del batch["labels"]
+    return {**batch, "use_cache": False, **keywords}
+
+
+@torch.no_grad()
+def test_keywords_of_packing_are_taken_where_they_say_what_positions_say():
+    model, given = build(), packed()
+    separate = torch.cat([truth(model, tokens(length, seed=length)) for length in LENGTHS], dim=1)
+    close(model(**given).logits, separate)
+    for left_out in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
+        some = {name: value for name, value in given.items() if name != left_out}
+        close(model(**some).logits, separate)
+    # Two rows laid end to end, and an empty document.
+    ids, positions = (given[name].expand(2, -1) for name in ("input_ids", "position_ids"))
+    bounds = torch.tensor([0, 18, 19, 19, 45, 63, 64, 90])
+    both = model(input_ids=ids, position_ids=positions, use_cache=False, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
+    close(both.logits, separate.expand(2, -1, -1))
+
+
+@torch.no_grad()
+def test_keywords_of_packing_may_stop_before_padding():
+    """Padding after the last boundary, or hidden by the mask, is of no document."""
+    model, given, padding = build(), packed(), torch.zeros(1, 3, dtype=torch.int64)
+    wider = {name: torch.cat([given[name], padding], dim=1) for name in ("input_ids", "position_ids")}
+    want = model(**packed()).logits
+    rest = {name: given[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k", "use_cache")}
+    close(model(**wider, **rest).logits[:, :45], want)
+    hidden = {"attention_mask": (torch.arange(48) < 45).long()[None]}
+    rest["cu_seq_lens_q"] = rest["cu_seq_lens_k"] = torch.cat([BOUNDS, torch.tensor([48])])
+    close(model(**wider, **hidden, **rest).logits[:, :45], want)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        (
+            {"cu_seq_lens_k": BOUNDS + torch.tensor([0, 1, 0, 0])},
+            r"cu_seq_lens_k and position_ids .*\[0, 19\].*\[0, 18, 19\]",
+        ),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 45])},
+            r"cu_seq_lens_q and position_ids tell of different documents.*\[0\]",
+        ),
+        ({"cu_seq_lens_q": torch.tensor([0, 9, 18, 19, 45])}, r"\[0, 9, 18, 19\].*\[0, 18, 19\]"),
+        ({"cu_seq_lens_q": torch.tensor([0, 18, 19, 44])}, "ends at 44"),
+        ({"cu_seq_lens_q": torch.tensor([0, 18, 19, 46])}, "ends at token 46, but the batch has 1 x 45 = 45"),
+        ({"cu_seq_lens_q": torch.tensor([5, 18, 45])}, r"\[5, 18, 45\] must rise from 0"),
+        ({"position_ids": None}, "seq_idx and position_ids tell of different documents.*start again at 0"),
+        ({"seq_idx": torch.zeros(1, 45, dtype=torch.int32)}, "seq_idx and position_ids tell of different documents"),
+        ({"seq_idx": torch.zeros(1, 44, dtype=torch.int32)}, r"seq_idx of shape \(1, 44\)"),
+    ],
+)
+@torch.no_grad()
+def test_keywords_of_packing_that_say_something_else_raise(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        build()(**packed(**keywords))
+
+
+@torch.no_grad()
+def test_packed_rows_are_not_continued_with_keywords_of_packing():
+    model, cache = build(), hf.MoBACache()
+    model(tokens(20), past_key_values=cache)
+    with pytest.raises(ValueError, match="cu_seq_lens_q and cu_seq_lens_k with a cache"):
+        bounds = torch.tensor([0, 1], dtype=torch.int32)
+        model(tokens(1), past_key_values=cache, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
 
 
 def test_gradients_also_under_recomputation():
