@@ -98,6 +98,8 @@ class MoBALlamaForCausalLM(LlamaForCausalLM):
         # transformers 4 does not read the name in config.json.
         if config._attn_implementation is None:
             config._attn_implementation = NAME
+        # transformers leaves that name out of what it saves; a plain attribute goes along.
+        config.attn_implementation = NAME
         super().__init__(config)
 
 
