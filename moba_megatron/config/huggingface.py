@@ -95,6 +95,7 @@ def model_section(values: dict[str, Any]) -> dict[str, Any]:
         "kv_channels": values.get("head_dim", values["hidden_size"] // heads),
         "ffn_hidden_size": values["intermediate_size"],
         "vocab_size": values["vocab_size"],
+        "max_position_embeddings": values.get("max_position_embeddings"),
         "layernorm_epsilon": values["rms_norm_eps"],
         "init_method_std": values["initializer_range"],
         "share_embeddings_and_output_weights": values["tie_word_embeddings"],

@@ -12,6 +12,9 @@ from moba_megatron.config.checks import ConfigError
 from moba_megatron.config.huggingface import model_section, read_huggingface_config
 from moba_megatron.config.model import ModelConfig
 
+# Younger than some written configurations, which count as complete without it.
+_YOUNGER = {"max_position_embeddings"}
+
 
 def with_pretrained_model(values: dict[str, Any]) -> dict[str, Any]:
     """Configuration values whose `model` section is completed from the folder `model.init_from`.
@@ -24,9 +27,16 @@ def with_pretrained_model(values: dict[str, Any]) -> dict[str, Any]:
     model = values.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("init_from"), str):
         return values
-    if set(ModelConfig.model_fields) <= model.keys():
+    missing = set(ModelConfig.model_fields) - model.keys()
+    if not missing:
         return values
-    return {**values, "model": {**pretrained_model_section(model["init_from"]), **model}}
+    try:
+        section = pretrained_model_section(model["init_from"])
+    except ConfigError:
+        if missing <= _YOUNGER:
+            return values
+        raise
+    return {**values, "model": {**section, **model}}
 
 
 def pretrained_model_section(folder: str | Path) -> dict[str, Any]:
@@ -39,12 +49,15 @@ def pretrained_model_section(folder: str | Path) -> dict[str, Any]:
     if (folder / "config.json").is_file():
         return model_section(read_huggingface_config(folder))
     if (folder / "checkpoint.json").is_file():
-        section = json.loads((folder / "checkpoint.json").read_text())["config"]["model"]
+        config = json.loads((folder / "checkpoint.json").read_text())["config"]
     elif (folder / "config.yaml").is_file():
-        section = yaml.safe_load((folder / "config.yaml").read_text())["model"]
+        config = yaml.safe_load((folder / "config.yaml").read_text())
     else:
         raise ConfigError([
             f"model.init_from = {folder} is no Hugging Face folder (config.json), run folder (config.yaml) or "
             "checkpoint (checkpoint.json)"
         ])  # fmt: skip
-    return {key: value for key, value in section.items() if key != "init_from"}
+    section = {key: value for key, value in config["model"].items() if key != "init_from"}
+    # It was trained on its sequences, too.
+    made_for = max(section.get("max_position_embeddings") or 0, config["data"]["sequence_length"])
+    return {**section, "max_position_embeddings": made_for}

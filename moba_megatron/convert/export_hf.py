@@ -46,6 +46,7 @@ def export_huggingface(
     *,
     decode: str = "full",
     self_contained: bool = False,
+    length: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> str | None:
@@ -54,6 +55,8 @@ def export_huggingface(
     Args:
         decode: how new tokens attend to a cache, `full` or `moba`; goes into `moba_config`.
         self_contained: add the attention as a file of Python that transformers runs with `trust_remote_code=True`.
+        length: tokens that the model can take, for `max_position_embeddings`. Default: what it was trained on, or what
+            the model that it started from was made for, if that is more.
         shard_bytes: largest file of weights. Twice as much memory is used, or twice that of the largest tensor.
         advance: told parameters done and in all, after each.
 
@@ -75,7 +78,7 @@ def export_huggingface(
     special = special_ids(exported.tokenizer) if exported.tokenizer else {}
     values = huggingface_config(
         exported.model,
-        length=exported.config.data.sequence_length,
+        length=length or exported.config.window,
         dtype=stored.dtype(),
         moba=moba,
         special_ids=special,

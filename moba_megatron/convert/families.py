@@ -54,7 +54,7 @@ def huggingface_config(
 
     Args:
         model: with `vocab_size` set.
-        length: tokens of the sequences it was trained on, written as `max_position_embeddings`.
+        length: tokens that it can take, written as `max_position_embeddings`.
         dtype: of the weights.
         moba: what `moba_config` gave; None: full attention.
         special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`, those that exist.

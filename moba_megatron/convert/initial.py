@@ -16,8 +16,8 @@ from moba_megatron.corpus.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Drawn weights are replaced, and other positions are a way to extend the context.
-_FREE = ("init_from", "init_method_std", "rotary_")
+# Drawn weights are replaced, other positions are a way to extend the context, and the window is what exports say.
+_FREE = ("init_from", "init_method_std", "rotary_", "max_position_embeddings")
 
 
 def check_initial_weights(config: Config, vocab_size: int) -> list[str]:

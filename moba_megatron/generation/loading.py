@@ -198,7 +198,7 @@ def _from_checkpoint(exported: Exported, decode: str | None) -> Generator:
     dtype = stored.dtype()
     values = huggingface_config(
         exported.model,
-        length=exported.config.data.sequence_length,
+        length=exported.config.window,
         dtype=dtype,
         moba=moba_config(exported.layers, decode or "full"),
         special_ids={"eos_token_id": exported.tokenizer.eod_id},
