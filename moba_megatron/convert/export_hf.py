@@ -64,8 +64,8 @@ def export_huggingface(
         The class of transformers that reads the tokenizer as it is meant, if there is a tokenizer.
 
     Raises:
-        ConfigError: `out` is taken, no plain model of transformers computes this one, or `self_contained` without
-            MoBA layers.
+        ConfigError: `out` is taken, no plain model of transformers computes this one or no class of it reads the
+            tokenizer, or `self_contained` without MoBA layers.
         CheckpointError: the checkpoint is damaged, lacks parameters of the model, or has others.
     """
     check_unused(out)
@@ -90,12 +90,12 @@ def export_huggingface(
         if code:
             (folder / CODE_FILE).write_text(code, encoding="utf-8")
         _write_json(folder / CONFIG, values)
-        _write_weights(folder, stored, shapes, exported.model, shard_bytes, advance)
         reader = None
         if exported.tokenizer:
             copy_tokenizer_files(exported.tokenizer.folder, folder)
             complete_tokenizer_config(folder, exported.tokenizer.eod_token)
             reader = tokenizer_class(folder, exported.tokenizer)
+        _write_weights(folder, stored, shapes, exported.model, shard_bytes, advance)
         if not (folder / "generation_config.json").exists():
             _write_json(folder / "generation_config.json", {**special, "do_sample": False})
         _write_json(folder / SOURCE, source_of(exported))
