@@ -21,6 +21,7 @@ from moba_megatron.checkpoint import CheckpointWriter, Manifest
 from moba_megatron.checkpoint.state import sharded_model
 from moba_megatron.config import Config, ConfigError, config_from_dict
 from moba_megatron.config.huggingface import model_section, read_huggingface_config
+from moba_megatron.convert.origin import keep_origin
 from moba_megatron.convert.publish import check_unused, new_folder
 from moba_megatron.convert.safetensors_folder import SafetensorsFolder
 from moba_megatron.convert.tokenizer_files import copy_tokenizer_files
@@ -45,7 +46,8 @@ def import_huggingface(
 
     Args:
         source: a Hugging Face folder with safetensors.
-        out: the run folder to make: `config.yaml`, `tokenizer/`, `checkpoints/step_0/`. It appears when it is complete.
+        out: the run folder to make: `config.yaml`, `tokenizer/`, `checkpoints/step_0/`, and `origin.json` where a
+            name or a license of the source is known. It appears when it is complete.
         advance: told parameters done and in all, after each.
 
     Returns:
@@ -65,6 +67,7 @@ def import_huggingface(
     with new_folder(out) as folder:
         fingerprint, notes = copy_tokenizer(source, folder / "tokenizer", config.model.vocab_size)
         goes_on = write_run(folder, out, config, fill, fingerprint, source)
+        keep_origin(RunFolder(folder), source)
     return goes_on, notes
 
 

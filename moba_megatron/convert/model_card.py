@@ -1,11 +1,15 @@
-"""The README of an exported model: how to run it, what it was trained on, and what other engines make of it."""
+"""The README of an exported model: how to run it, what it was trained on, what other engines make of it, how it does,
+and what it comes from."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from moba_megatron.convert.exported import Exported
+from moba_megatron.convert.origin import origin_of
 from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.runs.files import read_json_lines
@@ -50,6 +54,8 @@ _FULL = """## Attention
 All layers attend fully. This is a plain {architecture}: any engine runs it as it was trained.
 """
 
+_OF_TASKS = ("_greedy_match", "_ranked_first", "_answer_nats")
+
 
 def model_card(name: str, exported: Exported, values: dict[str, Any], reader: str | None) -> str:
     """The text of README.md.
@@ -62,12 +68,26 @@ def model_card(name: str, exported: Exported, values: dict[str, Any], reader: st
     """
     moba = values.get("moba_config")
     head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-    head += "tags:\n- moba\n---\n\n" if moba else "---\n\n"
+    head += "tags:\n- moba\n" if moba else ""
+    if known := origin_of(exported.checkpoint) or _origin_of_source(exported):
+        head += yaml.safe_dump(known, sort_keys=False, allow_unicode=True)
+    head += "---\n\n"
     parts = [f"# {name}\n", _attention(name, values)]
     if reader:
         warning = "" if reader == "AutoTokenizer" else _NOT_AUTO
         parts.append(_TOKENIZER.format(name=name, reader=reader, warning=warning))
-    return head + "\n".join([*parts, _training(exported)])
+    parts.append(_training(exported))
+    if results := evaluation_table(
+        read_json_lines(RunFolder.of(exported.checkpoint).evaluations), exported.manifest.step
+    ):
+        parts.append(results)
+    return head + "\n".join(parts)
+
+
+def _origin_of_source(exported: Exported) -> dict[str, Any]:
+    """For a run that is older than its note: what the source says, if it is still there."""
+    source = exported.config.model.init_from
+    return origin_of(source) if source else {}
 
 
 def _attention(name: str, values: dict[str, Any]) -> str:
@@ -104,6 +124,46 @@ def _training(exported: Exported) -> str:
     }
     lines = ["## Training", "", "| | |", "|---|---|", *[f"| {key} | {value} |" for key, value in facts.items()]]
     return "\n".join(lines) + "\n"
+
+
+def evaluation_table(lines: list[dict[str, Any]], step: int) -> str:
+    """What `moba-megatron evaluate` found out about the model of a step, as a section of the card; empty if nothing.
+
+    Args:
+        lines: of `evaluations.jsonl`. The last one counts where several say the same; those of attentions that are not
+            the model's own sizes (`choice`) do not.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for line in lines:
+        if line.get("step") == step and "choice" not in line:
+            for name, value in _numbers(line).items():
+                found.setdefault(name, {})[line["attention"]] = f"{value:.4g}"
+    if not found:
+        return ""
+    attentions = sorted({attention for values in found.values() for attention in values}, reverse=True)
+    head = ["## Evaluation", "", f"| | {' | '.join(f'{name} attention' for name in attentions)} |"]
+    head.append(f"|{'---|' * (len(attentions) + 1)}")
+    rows = [f"| {name} | {' | '.join(values.get(a, '') for a in attentions)} |" for name, values in found.items()]
+    return "\n".join([*head, *rows]) + "\n"
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    """The results of a line of `evaluations.jsonl`, by what a reader of the card would call them."""
+    kind = line.get("kind")
+    if kind == "losses":
+        data = f"on {Path(str(line.get('data'))).name}, {line.get('samples')} samples (nats per token)"
+        named = {
+            f"{word} loss {data}": line.get(key) for word, key in (("mean", "loss"), ("trailing", "trailing_loss"))
+        }
+    elif kind == "tasks":
+        where = f"{line.get('haystack')}, {line.get('samples')} samples"
+        named = {f"`{key}` ({where})": value for key, value in line.items() if key.endswith(_OF_TASKS)}
+    elif kind == "lm_eval":
+        limit = f", first {line['limit']} samples" if line.get("limit") else ""
+        named = {f"{key} (lm-eval{limit})": value for key, value in line.items() if "/" in key}
+    else:
+        named = {}
+    return {name: value for name, value in named.items() if isinstance(value, int | float)}
 
 
 def _losses(exported: Exported) -> dict[str, str]:
