@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.model.rotary import rotary_frequencies
 from moba_megatron.model.schedule import LayerAttention
 
+T = TypeVar("T")
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _EXTRAS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
@@ -96,22 +97,20 @@ def moba_config(layers: tuple[LayerAttention, ...], decode: str) -> dict[str, An
 
     Args:
         decode: how new tokens attend to a cache, `full` or `moba`.
-
-    Raises:
-        ConfigError: layers that choose blocks otherwise than MoBA, which the entry cannot say.
     """
     sparse = {number: layer for number, layer in enumerate(layers) if layer.kind == "moba"}
     if not sparse:
         return None
-    if others := sorted({str(layer.selection) for layer in sparse.values() if not layer.selection.is_plain}):
-        raise ConfigError([
-            f"blocks chosen by {', '.join(others)} (attention.selector, attention.summary): moba_config knows top_k of "
-            "mean only"
-        ])  # fmt: skip
-    sizes = {number: (layer.block_size, layer.top_k) for number, layer in sparse.items()}
-    most, _ = Counter(sizes.values()).most_common(1)[0]
-    own = {number: size for number, size in sizes.items() if size != most}
-    return MoBASettings(*most, tuple(layer.kind for layer in layers), decode, own).to_config()
+    size, sizes = _most({number: (layer.block_size, layer.top_k) for number, layer in sparse.items()})
+    selection, selections = _most({number: layer.selection for number, layer in sparse.items()})
+    kinds = tuple(layer.kind for layer in layers)
+    return MoBASettings(*size, kinds, decode, sizes, selection, selections).to_config()
+
+
+def _most(values: dict[int, T]) -> tuple[T, dict[int, T]]:
+    """What most layers have (of several as many, the first), and what the others have."""
+    most, _ = Counter(values.values()).most_common(1)[0]
+    return most, {number: value for number, value in values.items() if value != most}
 
 
 def _rope(model: ModelConfig, length: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from moba_megatron.convert.safetensors_folder import SafetensorsFolder
 from moba_megatron.convert.tokenizer_files import copy_tokenizer_files
 from moba_megatron.convert.weights import open_weights, read_weights
 from moba_megatron.corpus.tokenizer import Tokenizer
+from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.model.builder import build_model
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.platform.start import start_single_rank
@@ -121,15 +122,43 @@ def _write_checkpoint(
 
 
 def attention_section(values: dict[str, Any]) -> dict[str, Any]:
-    """The `attention` section of a Hugging Face configuration: full, unless it has a `moba_config`."""
+    """The `attention` section of a Hugging Face configuration: full, unless it has a `moba_config`.
+
+    Raises:
+        ConfigError: a `moba_config` that cannot be read, or that no such section says.
+    """
     moba = values.get("moba_config")
     if moba is None:
         return {"kind": "full"}
-    kinds = moba.get("layer_types") or []
-    full = [number for number, kind in enumerate(kinds, start=1) if kind == "full"]
-    own = {int(number) + 1: sizes for number, sizes in moba.get("layer_sizes", {}).items()}
-    sizes = {"block_size": moba["block_size"], "top_k": moba["top_k"]}
-    return {"kind": "moba", **sizes, "full_layers": full, "layers": own}
+    try:
+        settings = MoBASettings.from_entry(moba, values["num_hidden_layers"])
+    except ValueError as error:
+        raise ConfigError([f"config.json: {error}"]) from error
+    full = [number for number, kind in enumerate(settings.layer_types, start=1) if kind == "full"]
+    own: dict[int, dict[str, Any]] = {
+        number + 1: {"block_size": size, "top_k": top_k} for number, (size, top_k) in settings.layer_sizes.items()
+    }
+    for number, selection in settings.layer_selections.items():
+        own.setdefault(number + 1, {})["selector"] = selection.selector
+    section = {"kind": "moba", "block_size": settings.block_size, "top_k": settings.top_k}
+    return {**section, **_selection_section(settings), "full_layers": full, "layers": own}
+
+
+def _selection_section(settings: MoBASettings) -> dict[str, Any]:
+    """What of the `attention` section says how blocks are chosen; nothing where it is top-k of the means."""
+    chosen = [settings.selection, *settings.layer_selections.values()]
+    if all(selection.is_plain for selection in chosen):
+        return {}
+    # One summary and one threshold serve all layers whose selector asks for them.
+    summaries = {selection.summary for selection in chosen if selection.uses_scores} or {"mean"}
+    thresholds = {selection.threshold for selection in chosen if selection.threshold is not None} or {None}
+    if len(summaries) > 1 or len(thresholds) > 1:
+        raise ConfigError([
+            f"config.json: moba_config has layers of several summaries ({', '.join(sorted(summaries))}) or thresholds "
+            f"({', '.join(map(str, thresholds))}): attention.summary and attention.threshold say one for all"
+        ])  # fmt: skip
+    (summary,), (threshold,) = summaries, thresholds
+    return {"selector": settings.selection.selector, "summary": summary, "threshold": threshold}
 
 
 def _configuration(source: Path, out: Path, values: dict[str, Any], weights: SafetensorsFolder) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from moba_megatron.runs.folder import RunFolder, training_records
 _MOBA = """## Attention
 
 {layers} of {all_layers} layers attend by Mixture of Block Attention (MoBA, arXiv 2502.13189): each query to its own
-block and to the {past} past blocks of {block_size} tokens whose mean key fits it best{others}. `moba_config` in
+block and to the {past} past blocks of {block_size} tokens {chosen}{others}. `moba_config` in
 `config.json` says so.
 
 **Engines that do not know `moba_config` run this model with full attention.** vLLM and SGLang do, and so does
@@ -54,6 +54,12 @@ _FULL = """## Attention
 All layers attend fully. This is a plain {architecture}: any engine runs it as it was trained.
 """
 
+_CHOSEN = {
+    "top_k": "whose {summary} it best",
+    "recent": "nearest to it (a sliding window)",
+    "sink_recent": "that are the first one and the nearest to it (a sliding window with an attention sink)",
+    "threshold": "whose {summary} it best, or fewer: until their share of the scores' softmax reaches {threshold}",
+}
 _OF_TASKS = ("_greedy_match", "_ranked_first", "_answer_nats")
 
 
@@ -95,16 +101,30 @@ def _attention(name: str, values: dict[str, Any]) -> str:
     if moba is None:
         return _FULL.format(architecture=values["architectures"][0])
     settings = MoBASettings.from_entry(moba, values["num_hidden_layers"])
-    others = [f"layer {n + 1}: {top_k - 1} of {size}" for n, (size, top_k) in settings.layer_sizes.items()]
+    others = []
+    for number in sorted({*settings.layer_sizes, *settings.layer_selections}):
+        own = settings.of_layer(number)
+        words = f" {_CHOSEN[own.selection.selector]}" if number in settings.layer_selections else ""
+        others.append(f"layer {number + 1}: {own.top_k - 1} of {own.block_size}{words.format(**_said(own))}")
     return _MOBA.format(
         load=(_WITH_OWN_CODE if "auto_map" in values else _WITH_PACKAGE).format(name=name),
         layers=settings.layer_types.count("moba"),
         all_layers=len(settings.layer_types),
         past=settings.top_k - 1,
         block_size=settings.block_size,
+        chosen=_CHOSEN[settings.selection.selector].format(**_said(settings)),
         others=f" ({'; '.join(others)})" if others else "",
         covered=settings.covered,
     )
+
+
+def _said(settings: MoBASettings) -> dict[str, Any]:
+    """What the words for a selector leave open."""
+    bounds = settings.selection.summary == "min_max"
+    return {
+        "summary": "channel-wise bounds of keys fit" if bounds else "mean key fits",
+        "threshold": settings.selection.threshold,
+    }
 
 
 def _training(exported: Exported) -> str:

@@ -32,13 +32,24 @@ from moba_megatron.hf.prefill import prefill
 from moba_megatron.hf.probe import check_attends
 from moba_megatron.hf.settings import NAME, MoBASettings, layer_types
 from moba_megatron.hf.standing import check_takes_attention, stand_by_settings
+from moba_megatron.ops.selection import Selection
 
 AttentionInterface.register(NAME, moba_attention_forward)
 AttentionMaskInterface.register(NAME, moba_mask)
 stand_by_settings()
 
 
-def configure(model: Any, *, block_size: int, top_k: int, last_n_full: int = 0, decode: str = "full") -> MoBASettings:
+def configure(
+    model: Any,
+    *,
+    block_size: int,
+    top_k: int,
+    last_n_full: int = 0,
+    decode: str = "full",
+    selector: str = "top_k",
+    summary: str = "mean",
+    threshold: float | None = None,
+) -> MoBASettings:
     """Let a transformers model attend by MoBA from now on, and what is saved and loaded of it.
 
     Args:
@@ -47,6 +58,7 @@ def configure(model: Any, *, block_size: int, top_k: int, last_n_full: int = 0, 
         top_k: blocks per query, its own counted.
         last_n_full: so many last layers attend fully.
         decode: how new tokens attend to a cache: `full` (the MoBA report's way) or `moba`.
+        selector, summary, threshold: how past blocks are chosen, as for `moba_attention`.
 
     Raises:
         ValueError: settings that do not fit, or a class of models that does not take its attention by name.
@@ -54,7 +66,7 @@ def configure(model: Any, *, block_size: int, top_k: int, last_n_full: int = 0, 
     check_takes_attention(model)
     config = model.config.get_text_config()
     kinds = layer_types(config.num_hidden_layers, last_n_full)
-    settings = MoBASettings(block_size, top_k, kinds, decode)
+    settings = MoBASettings(block_size, top_k, kinds, decode, selection=Selection(selector, summary, threshold))
     config.moba_config = settings.to_config()
     model.set_attn_implementation(NAME)
     return settings
