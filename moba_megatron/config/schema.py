@@ -261,6 +261,11 @@ class Config(Section):
         return self.training.global_batch_size * self.data.sequence_length
 
     @property
+    def window(self) -> int:
+        """Tokens that the model can take: what it is trained on, or what it was made for before, if that is more."""
+        return max(self.data.sequence_length, self.model.max_position_embeddings or 0)
+
+    @property
     def chunk_layers(self) -> list[int]:
         """Layers of each model chunk, in the order of the model; chunk i is on pipeline stage i modulo the stages."""
         chunks = self.parallel.pipeline * (self.parallel.virtual_pipeline or 1)

@@ -47,6 +47,7 @@ def export_huggingface(
     *,
     decode: str = "full",
     self_contained: bool = False,
+    length: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> str | None:
@@ -55,6 +56,8 @@ def export_huggingface(
     Args:
         decode: how new tokens attend to a cache, `full` or `moba`; goes into `moba_config`.
         self_contained: add the attention as a file of Python that transformers runs with `trust_remote_code=True`.
+        length: tokens that the model can take, for `max_position_embeddings`. Default: what it was trained on, or what
+            the model that it started from was made for, if that is more.
         shard_bytes: largest file of weights. Twice as much memory is used, or twice that of the largest tensor.
         advance: told parameters done and in all, after each.
 
@@ -62,8 +65,8 @@ def export_huggingface(
         The class of transformers that reads the tokenizer as it is meant, if there is a tokenizer.
 
     Raises:
-        ConfigError: `out` is taken, no plain model of transformers computes this one, or `self_contained` without
-            MoBA layers.
+        ConfigError: `out` is taken, no plain model of transformers computes this one or no class of it reads the
+            tokenizer, or `self_contained` without MoBA layers.
         CheckpointError: the checkpoint is damaged, lacks parameters of the model, or has others.
     """
     check_unused(out)
@@ -76,7 +79,7 @@ def export_huggingface(
     special = special_ids(exported.tokenizer) if exported.tokenizer else {}
     values = huggingface_config(
         exported.model,
-        length=exported.config.data.sequence_length,
+        length=length or exported.config.window,
         dtype=stored.dtype(),
         moba=moba,
         special_ids=special,
@@ -88,12 +91,12 @@ def export_huggingface(
         if code:
             (folder / CODE_FILE).write_text(code, encoding="utf-8")
         _write_json(folder / CONFIG, values)
-        _write_weights(folder, stored, shapes, exported.model, shard_bytes, advance)
         reader = None
         if exported.tokenizer:
             copy_tokenizer_files(exported.tokenizer.folder, folder)
             complete_tokenizer_config(folder, exported.tokenizer.eod_token)
             reader = tokenizer_class(folder, exported.tokenizer)
+        _write_weights(folder, stored, shapes, exported.model, shard_bytes, advance)
         if not (folder / "generation_config.json").exists():
             _write_json(folder / "generation_config.json", {**special, "do_sample": False})
         _write_json(folder / SOURCE, source_of(exported))

@@ -9,7 +9,7 @@ Mistral without a window: the same computation). What differs between kinds stan
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ from moba_megatron.convert.written_rope import written_positions, written_rope
 from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.model.schedule import LayerAttention
 
+T = TypeVar("T")
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -92,19 +93,17 @@ def moba_config(layers: tuple[LayerAttention, ...], decode: str) -> dict[str, An
 
     Args:
         decode: how new tokens attend to a cache, `full` or `moba`.
-
-    Raises:
-        ConfigError: layers that choose blocks otherwise than MoBA, which the entry cannot say.
     """
     sparse = {number: layer for number, layer in enumerate(layers) if layer.kind == "moba"}
     if not sparse:
         return None
-    if others := sorted({str(layer.selection) for layer in sparse.values() if not layer.selection.is_plain}):
-        raise ConfigError([
-            f"blocks chosen by {', '.join(others)} (attention.selector, attention.summary): moba_config knows top_k of "
-            "mean only"
-        ])  # fmt: skip
-    sizes = {number: (layer.block_size, layer.top_k) for number, layer in sparse.items()}
-    most, _ = Counter(sizes.values()).most_common(1)[0]
-    own = {number: size for number, size in sizes.items() if size != most}
-    return MoBASettings(*most, tuple(layer.kind for layer in layers), decode, own).to_config()
+    size, sizes = _most({number: (layer.block_size, layer.top_k) for number, layer in sparse.items()})
+    selection, selections = _most({number: layer.selection for number, layer in sparse.items()})
+    kinds = tuple(layer.kind for layer in layers)
+    return MoBASettings(*size, kinds, decode, sizes, selection, selections).to_config()
+
+
+def _most(values: dict[int, T]) -> tuple[T, dict[int, T]]:
+    """What most layers have (of several as many, the first), and what the others have."""
+    most, _ = Counter(values.values()).most_common(1)[0]
+    return most, {number: value for number, value in values.items() if value != most}

@@ -110,6 +110,15 @@ def export_command(
             "this package.",
         ),
     ] = False,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens that the model can take (max_position_embeddings in config.json): engines refuse longer "
+            "prompts. Any number is taken as it is. Default: data.sequence_length of the training, or the window of "
+            "the model that it started from, if that is more.",
+        ),
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Folder of the tokenizer, if it is no longer where the run had it.")
     ] = None,
@@ -131,6 +140,7 @@ def export_command(
                 out,
                 decode=decode,
                 self_contained=self_contained,
+                length=length,
                 shard_bytes=int(shard_gigabytes * 1e9),
                 advance=bar.at,
             )

@@ -22,11 +22,13 @@ from moba_megatron.checkpoint.state import sharded_model
 from moba_megatron.config import Config, ConfigError, config_from_dict
 from moba_megatron.config.huggingface import model_section, read_huggingface_config
 from moba_megatron.convert.half_precision import F16, half_precision_note
+from moba_megatron.convert.origin import keep_origin
 from moba_megatron.convert.publish import check_unused, new_folder
 from moba_megatron.convert.safetensors_folder import SafetensorsFolder
 from moba_megatron.convert.tokenizer_files import copy_tokenizer_files
 from moba_megatron.convert.weights import open_weights, read_weights
 from moba_megatron.corpus.tokenizer import Tokenizer
+from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.model.builder import build_model
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.platform.start import start_single_rank
@@ -46,7 +48,8 @@ def import_huggingface(
 
     Args:
         source: a Hugging Face folder with safetensors.
-        out: the run folder to make: `config.yaml`, `tokenizer/`, `checkpoints/step_0/`. It appears when it is complete.
+        out: the run folder to make: `config.yaml`, `tokenizer/`, `checkpoints/step_0/`, and `origin.json` where a
+            name or a license of the source is known. It appears when it is complete.
         advance: told parameters done and in all, after each.
 
     Returns:
@@ -67,6 +70,7 @@ def import_huggingface(
         fingerprint, notes = copy_tokenizer(source, folder / "tokenizer", config.model.vocab_size)
         half = F16 in files.dtypes.values()
         goes_on = write_run(folder, out, config, fill, fingerprint, source, precision="bf16" if half else None)
+        keep_origin(RunFolder(folder), source)
     if half:
         notes.append(f"the import holds F16 weights in fp32, as they are. In training, {half_precision_note('bf16')}")
     return goes_on, notes
@@ -125,15 +129,43 @@ def _write_checkpoint(
 
 
 def attention_section(values: dict[str, Any]) -> dict[str, Any]:
-    """The `attention` section of a Hugging Face configuration: full, unless it has a `moba_config`."""
+    """The `attention` section of a Hugging Face configuration: full, unless it has a `moba_config`.
+
+    Raises:
+        ConfigError: a `moba_config` that cannot be read, or that no such section says.
+    """
     moba = values.get("moba_config")
     if moba is None:
         return {"kind": "full"}
-    kinds = moba.get("layer_types") or []
-    full = [number for number, kind in enumerate(kinds, start=1) if kind == "full"]
-    own = {int(number) + 1: sizes for number, sizes in moba.get("layer_sizes", {}).items()}
-    sizes = {"block_size": moba["block_size"], "top_k": moba["top_k"]}
-    return {"kind": "moba", **sizes, "full_layers": full, "layers": own}
+    try:
+        settings = MoBASettings.from_entry(moba, values["num_hidden_layers"])
+    except ValueError as error:
+        raise ConfigError([f"config.json: {error}"]) from error
+    full = [number for number, kind in enumerate(settings.layer_types, start=1) if kind == "full"]
+    own: dict[int, dict[str, Any]] = {
+        number + 1: {"block_size": size, "top_k": top_k} for number, (size, top_k) in settings.layer_sizes.items()
+    }
+    for number, selection in settings.layer_selections.items():
+        own.setdefault(number + 1, {})["selector"] = selection.selector
+    section = {"kind": "moba", "block_size": settings.block_size, "top_k": settings.top_k}
+    return {**section, **_selection_section(settings), "full_layers": full, "layers": own}
+
+
+def _selection_section(settings: MoBASettings) -> dict[str, Any]:
+    """What of the `attention` section says how blocks are chosen; nothing where it is top-k of the means."""
+    chosen = [settings.selection, *settings.layer_selections.values()]
+    if all(selection.is_plain for selection in chosen):
+        return {}
+    # One summary and one threshold serve all layers whose selector asks for them.
+    summaries = {selection.summary for selection in chosen if selection.uses_scores} or {"mean"}
+    thresholds = {selection.threshold for selection in chosen if selection.threshold is not None} or {None}
+    if len(summaries) > 1 or len(thresholds) > 1:
+        raise ConfigError([
+            f"config.json: moba_config has layers of several summaries ({', '.join(sorted(summaries))}) or thresholds "
+            f"({', '.join(map(str, thresholds))}): attention.summary and attention.threshold say one for all"
+        ])  # fmt: skip
+    (summary,), (threshold,) = summaries, thresholds
+    return {"selector": settings.selection.selector, "summary": summary, "threshold": threshold}
 
 
 def _configuration(source: Path, out: Path, values: dict[str, Any], weights: SafetensorsFolder) -> dict[str, Any]:

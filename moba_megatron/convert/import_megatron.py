@@ -25,11 +25,13 @@ from moba_megatron.config.pretrained import pretrained_model_section
 from moba_megatron.convert.import_hf import NO_TOKENIZER, copy_tokenizer, start_of_training, write_run
 from moba_megatron.convert.mapping import parameter_shapes
 from moba_megatron.convert.megatron_flags import differences, read_flags
+from moba_megatron.convert.origin import keep_origin
 from moba_megatron.convert.publish import check_unused, new_folder
 from moba_megatron.convert.stored import StoredWeights
 from moba_megatron.convert.weights import canonical_parameters
 from moba_megatron.megatron.settings import Attention, attention_plan
 from moba_megatron.model.schedule import LayerAttention, kind_of
+from moba_megatron.runs.folder import RunFolder
 
 LATEST = "latest_checkpointed_iteration.txt"
 
@@ -86,6 +88,8 @@ def import_megatron(
         if folder_of_tokenizer := tokenizer or _tokenizer_beside(model):
             fingerprint, notes = copy_tokenizer(folder_of_tokenizer, unfinished / "tokenizer", section.vocab_size)
         config = write_run(unfinished, out, config, lambda chunks: _fill(chunks, stored, advance), fingerprint, folder)
+        if model.is_dir():
+            keep_origin(RunFolder(unfinished), model)
     if not flags:
         notes.append(
             f"{folder} keeps no flags: numbers of heads, rotary base and epsilon are those of --model, unchecked"

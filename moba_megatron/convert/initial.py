@@ -13,10 +13,12 @@ from moba_megatron.checkpoint.find import find_checkpoint, saved_config
 from moba_megatron.config import Config, ConfigError, ModelConfig
 from moba_megatron.config.pretrained import pretrained_model_section
 from moba_megatron.convert.half_precision import F16, half_precision_note
+from moba_megatron.convert.origin import keep_origin
 from moba_megatron.convert.weights import open_weights, read_weights
 from moba_megatron.corpus.blend import blend_entries
 from moba_megatron.corpus.indexed import load_index
 from moba_megatron.corpus.tokenizer import Tokenizer
+from moba_megatron.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -76,13 +78,16 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
 
 
 def load_initial_weights(config: Config, vocab_size: int, chunks: list[torch.nn.Module]) -> None:
-    """Fill the model chunks of this rank from `model.init_from`. Collective.
+    """Fill the model chunks of this rank from `model.init_from`, and note in the run folder where they come from.
+    Collective.
 
     Args:
         vocab_size: entries of the vocabulary, without padding.
         chunks: bare model chunks, before an optimizer copies their weights.
     """
     source = Path(config.model.init_from)
+    if torch.distributed.get_rank() == 0:
+        keep_origin(RunFolder(config.run.dir), source)
     if _is_huggingface(source):
         model = sized(config.model, vocab_size)
         read_weights(chunks, open_weights(source, model), model, advance=log_progress)

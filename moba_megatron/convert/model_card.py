@@ -1,11 +1,15 @@
-"""The README of an exported model: how to run it, what it was trained on, and what other engines make of it."""
+"""The README of an exported model: how to run it, what it was trained on, what other engines make of it, how it does,
+and what it comes from."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from moba_megatron.convert.exported import Exported
+from moba_megatron.convert.origin import origin_of
 from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.runs.files import read_json_lines
@@ -14,7 +18,7 @@ from moba_megatron.runs.folder import RunFolder, training_records
 _MOBA = """## Attention
 
 {layers} of {all_layers} layers attend by Mixture of Block Attention (MoBA, arXiv 2502.13189): each query to its own
-block and to the {past} past blocks of {block_size} tokens whose mean key fits it best{others}. `moba_config` in
+block and to the {past} past blocks of {block_size} tokens {chosen}{others}. `moba_config` in
 `config.json` says so.
 
 **Engines that do not know `moba_config` run this model with full attention.** vLLM and SGLang do, and so does
@@ -50,6 +54,14 @@ _FULL = """## Attention
 All layers attend fully. This is a plain {architecture}: any engine runs it as it was trained.
 """
 
+_CHOSEN = {
+    "top_k": "whose {summary} it best",
+    "recent": "nearest to it (a sliding window)",
+    "sink_recent": "that are the first one and the nearest to it (a sliding window with an attention sink)",
+    "threshold": "whose {summary} it best, or fewer: until their share of the scores' softmax reaches {threshold}",
+}
+_OF_TASKS = ("_greedy_match", "_ranked_first", "_answer_nats")
+
 
 def model_card(name: str, exported: Exported, values: dict[str, Any], reader: str | None) -> str:
     """The text of README.md.
@@ -62,12 +74,26 @@ def model_card(name: str, exported: Exported, values: dict[str, Any], reader: st
     """
     moba = values.get("moba_config")
     head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-    head += "tags:\n- moba\n---\n\n" if moba else "---\n\n"
+    head += "tags:\n- moba\n" if moba else ""
+    if known := origin_of(exported.checkpoint) or _origin_of_source(exported):
+        head += yaml.safe_dump(known, sort_keys=False, allow_unicode=True)
+    head += "---\n\n"
     parts = [f"# {name}\n", _attention(name, values)]
     if reader:
         warning = "" if reader == "AutoTokenizer" else _NOT_AUTO
         parts.append(_TOKENIZER.format(name=name, reader=reader, warning=warning))
-    return head + "\n".join([*parts, _training(exported)])
+    parts.append(_training(exported))
+    if results := evaluation_table(
+        read_json_lines(RunFolder.of(exported.checkpoint).evaluations), exported.manifest.step
+    ):
+        parts.append(results)
+    return head + "\n".join(parts)
+
+
+def _origin_of_source(exported: Exported) -> dict[str, Any]:
+    """For a run that is older than its note: what the source says, if it is still there."""
+    source = exported.config.model.init_from
+    return origin_of(source) if source else {}
 
 
 def _attention(name: str, values: dict[str, Any]) -> str:
@@ -75,16 +101,30 @@ def _attention(name: str, values: dict[str, Any]) -> str:
     if moba is None:
         return _FULL.format(architecture=values["architectures"][0])
     settings = MoBASettings.from_entry(moba, values["num_hidden_layers"])
-    others = [f"layer {n + 1}: {top_k - 1} of {size}" for n, (size, top_k) in settings.layer_sizes.items()]
+    others = []
+    for number in sorted({*settings.layer_sizes, *settings.layer_selections}):
+        own = settings.of_layer(number)
+        words = f" {_CHOSEN[own.selection.selector]}" if number in settings.layer_selections else ""
+        others.append(f"layer {number + 1}: {own.top_k - 1} of {own.block_size}{words.format(**_said(own))}")
     return _MOBA.format(
         load=(_WITH_OWN_CODE if "auto_map" in values else _WITH_PACKAGE).format(name=name),
         layers=settings.layer_types.count("moba"),
         all_layers=len(settings.layer_types),
         past=settings.top_k - 1,
         block_size=settings.block_size,
+        chosen=_CHOSEN[settings.selection.selector].format(**_said(settings)),
         others=f" ({'; '.join(others)})" if others else "",
         covered=settings.covered,
     )
+
+
+def _said(settings: MoBASettings) -> dict[str, Any]:
+    """What the words for a selector leave open."""
+    bounds = settings.selection.summary == "min_max"
+    return {
+        "summary": "channel-wise bounds of keys fit" if bounds else "mean key fits",
+        "threshold": settings.selection.threshold,
+    }
 
 
 def _training(exported: Exported) -> str:
@@ -104,6 +144,46 @@ def _training(exported: Exported) -> str:
     }
     lines = ["## Training", "", "| | |", "|---|---|", *[f"| {key} | {value} |" for key, value in facts.items()]]
     return "\n".join(lines) + "\n"
+
+
+def evaluation_table(lines: list[dict[str, Any]], step: int) -> str:
+    """What `moba-megatron evaluate` found out about the model of a step, as a section of the card; empty if nothing.
+
+    Args:
+        lines: of `evaluations.jsonl`. The last one counts where several say the same; those of attentions that are not
+            the model's own sizes (`choice`) do not.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for line in lines:
+        if line.get("step") == step and "choice" not in line:
+            for name, value in _numbers(line).items():
+                found.setdefault(name, {})[line["attention"]] = f"{value:.4g}"
+    if not found:
+        return ""
+    attentions = sorted({attention for values in found.values() for attention in values}, reverse=True)
+    head = ["## Evaluation", "", f"| | {' | '.join(f'{name} attention' for name in attentions)} |"]
+    head.append(f"|{'---|' * (len(attentions) + 1)}")
+    rows = [f"| {name} | {' | '.join(values.get(a, '') for a in attentions)} |" for name, values in found.items()]
+    return "\n".join([*head, *rows]) + "\n"
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    """The results of a line of `evaluations.jsonl`, by what a reader of the card would call them."""
+    kind = line.get("kind")
+    if kind == "losses":
+        data = f"on {Path(str(line.get('data'))).name}, {line.get('samples')} samples (nats per token)"
+        named = {
+            f"{word} loss {data}": line.get(key) for word, key in (("mean", "loss"), ("trailing", "trailing_loss"))
+        }
+    elif kind == "tasks":
+        where = f"{line.get('haystack')}, {line.get('samples')} samples"
+        named = {f"`{key}` ({where})": value for key, value in line.items() if key.endswith(_OF_TASKS)}
+    elif kind == "lm_eval":
+        limit = f", first {line['limit']} samples" if line.get("limit") else ""
+        named = {f"{key} (lm-eval{limit})": value for key, value in line.items() if "/" in key}
+    else:
+        named = {}
+    return {name: value for name, value in named.items() if isinstance(value, int | float)}
 
 
 def _losses(exported: Exported) -> dict[str, str]:

@@ -2,9 +2,12 @@
 
 Each query attends to its own block and to the past blocks of its text whose mean key has the largest inner product with
 it (equal ones: the earlier block), `top_k` in all; blocks begin at the text's first token. `moba_config` in config.json
-gives the sizes and which layers do so. It follows transformers' own mask, so padding on either side and caches of every
-kind work. Masks are dense: it is exact and meant for moderate lengths; where the package moba-megatron has been
-imported (`import moba_megatron.hf`), its faster attention is used instead.
+gives the sizes and which layers do so. It may choose otherwise: by bounds of the keys (`summary`), until a share of the
+scores is reached (`threshold`), the nearest blocks (`selector` `recent`), or the first and the nearest (`sink_recent`).
+
+It follows transformers' own mask, so padding on either side and caches of every kind work. Masks are dense: it is exact
+and meant for moderate lengths; where the package moba-megatron has been imported (`import moba_megatron.hf`), its
+faster attention is used instead.
 """
 
 from __future__ import annotations
@@ -42,8 +45,7 @@ def moba_attention(
     queries, N, D]."""
     if attention_mask is None or dropout or kwargs.get("sliding_window") or kwargs.get("output_attentions"):
         raise ValueError("MoBA needs transformers' mask, and has no dropout, window or returned attention weights")
-    settings = module.config.moba_config
-    settings = {**settings, **settings.get("layer_sizes", {}).get(str(module.layer_idx), {})}
+    settings = settings_of(module.config.moba_config, str(module.layer_idx))
     sparse = settings["layer_types"][module.layer_idx] == "moba"
     if query.shape[2] == 1 and settings["decode"] == "full":
         sparse = False
@@ -53,16 +55,26 @@ def moba_attention(
     for start in range(0, query.shape[2], ROWS):
         q, seen = query[:, :, start : start + ROWS], attention_mask[:, :, start : start + ROWS, : key.shape[2]]
         if sparse:
-            seen = seen & chosen_keys(q.detach(), key.detach(), seen, settings["block_size"], settings["top_k"])
+            seen = seen & chosen_keys(q.detach(), key.detach(), seen, settings)
         # Padding sees nothing, and would give nan; what it sees is never used.
         seen = seen | ~seen.any(-1, keepdim=True)
         outputs.append(F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, scale=scaling))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 
-def chosen_keys(query: Tensor, key: Tensor, seen: Tensor, block_size: int, top_k: int) -> Tensor:
+def settings_of(entry: dict[str, Any], layer: str) -> dict[str, Any]:
+    """How one layer attends, from `moba_config`."""
+    if entry.get("version", 1) > 2:
+        raise ValueError(f"moba_config has version {entry['version']}: this file reads up to 2")
+    chosen = entry.get("layer_selections", {}).get(layer)
+    if chosen is not None:
+        entry = {**entry, "selector": "top_k", "summary": "mean", "threshold": None, **chosen}
+    return {"selector": "top_k", "summary": "mean", **entry, **entry.get("layer_sizes", {}).get(layer, {})}
+
+
+def chosen_keys(query: Tensor, key: Tensor, seen: Tensor, settings: dict[str, Any]) -> Tensor:
     """Keys of each query's own block and of its chosen ones: bool [batch, N, queries, keys]."""
-    batch, heads, queries, _ = query.shape
+    (batch, heads, queries, _), block_size = query.shape, settings["block_size"]
     slots = torch.arange(key.shape[2], device=key.device)
     chosen = seen.new_zeros(batch, heads, queries, len(slots))
     for row in range(batch):
@@ -71,24 +83,44 @@ def chosen_keys(query: Tensor, key: Tensor, seen: Tensor, block_size: int, top_k
         own = ((seen[row, 0] * slots).amax(-1) - first) // block_size
         for begin in first[real].unique().tolist():
             mine = real & (first == begin)
-            blocks = pick(query[row, :, mine], key[row, :, begin:], own[mine], block_size, top_k)
+            blocks = pick(query[row, :, mine], key[row, :, begin:], own[mine], settings)
             number = torch.div(slots - begin, block_size, rounding_mode="floor")
             inside = (number >= 0) & (number < blocks.shape[-1])
             chosen[row, :, mine] = blocks[..., number.clamp(0, blocks.shape[-1] - 1)] & inside
     return chosen
 
 
-def pick(query: Tensor, key: Tensor, own: Tensor, block_size: int, top_k: int) -> Tensor:
+def pick(query: Tensor, key: Tensor, own: Tensor, settings: dict[str, Any]) -> Tensor:
     """Blocks of one text by query: query [N, t, D], key [G, keys, D] from the text's first on, own [t] -> bool [N, t,
     blocks]."""
-    past = int(own.max())
-    means = key[:, : past * block_size].float().unflatten(1, (past, block_size)).mean(2)
-    scores = query.float() @ means.repeat_interleave(query.shape[0] // key.shape[0], dim=0).transpose(1, 2)
-    is_past = torch.arange(past, device=key.device) < own[:, None]
-    best = scores.masked_fill(~is_past, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., : top_k - 1]
-    blocks = torch.zeros(*scores.shape[:2], past + 1, dtype=torch.bool, device=key.device)
-    blocks.scatter_(-1, best, is_past.expand_as(scores).gather(-1, best))
-    return blocks.scatter_(-1, own.expand(query.shape[0], -1).unsqueeze(-1), True)
+    past, heads, others = int(own.max()), query.shape[0], settings["top_k"] - 1
+    number = torch.arange(past, device=key.device)
+    is_past = number < own[:, None]
+    blocks = torch.zeros(heads, len(own), past + 1, dtype=torch.bool, device=key.device)
+    if settings["selector"] in ("recent", "sink_recent"):
+        sink = settings["selector"] == "sink_recent" and others > 0
+        near = number >= own[:, None] - others + sink
+        blocks[..., :past] = is_past & (near | (number == 0) if sink else near)
+    else:
+        keys = key[:, : past * settings["block_size"]].float().unflatten(1, (past, settings["block_size"]))
+        scores = scored(query.float(), keys, settings["summary"])
+        scores = scores.masked_fill(~is_past, -torch.inf)
+        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :others]
+        taken = is_past.expand_as(scores).gather(-1, order)
+        if settings["selector"] == "threshold":
+            shares = (scores * query.shape[-1] ** -0.5).softmax(-1).gather(-1, order)
+            taken &= shares.cumsum(-1) - shares < settings["threshold"]
+        blocks.scatter_(-1, order, taken)
+    return blocks.scatter_(-1, own.expand(heads, -1).unsqueeze(-1), True)
+
+
+def scored(query: Tensor, keys: Tensor, summary: str) -> Tensor:
+    """Scores [N, t, past] of queries [N, t, D] against blocks of keys [G, past, B, D]."""
+    repeat = query.shape[0] // keys.shape[0]
+    if summary == "mean":
+        return query @ keys.mean(2).repeat_interleave(repeat, dim=0).transpose(1, 2)
+    high, low = (x.repeat_interleave(repeat, dim=0).transpose(1, 2) for x in (keys.amax(2), keys.amin(2)))
+    return query.relu() @ high - (-query).relu() @ low
 
 
 class MoBALlamaForCausalLM(LlamaForCausalLM):
@@ -98,6 +130,8 @@ class MoBALlamaForCausalLM(LlamaForCausalLM):
         # transformers 4 does not read the name in config.json.
         if config._attn_implementation is None:
             config._attn_implementation = NAME
+        # transformers leaves that name out of what it saves; a plain attribute goes along.
+        config.attn_implementation = NAME
         super().__init__(config)
 
 

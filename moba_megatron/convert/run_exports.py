@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moba_megatron.checkpoint import CheckpointError
-from moba_megatron.convert.export_hf import SOURCE, export_huggingface, source_of
+from moba_megatron.convert.export_hf import CONFIG, SOURCE, export_huggingface, source_of
 from moba_megatron.convert.exported import Exported
 from moba_megatron.runs.folder import RunFolder
 
@@ -30,11 +30,15 @@ def export_in_run(
     if not folder.exists():
         export_huggingface(exported, folder, advance=advance)
         return folder
-    path = folder / SOURCE
+    path, config = folder / SOURCE, folder / CONFIG
     found, wanted = json.loads(path.read_text()) if path.is_file() else {}, source_of(exported)
+    if found == wanted and config.is_file():
+        # Exports of this step once said the length of its sequences, whatever the model was made for.
+        key = "max_position_embeddings"
+        found, wanted = {**found, key: json.loads(config.read_text())[key]}, {**wanted, key: exported.config.window}
     if found != wanted:
         raise CheckpointError(
-            f"{folder} is not the export of {exported.checkpoint} ({SOURCE} says {found}, expected {wanted}): remove "
-            "the folder, it will be made anew"
+            f"{folder} is not the export of {exported.checkpoint} ({SOURCE} and {CONFIG} say {found}, expected "
+            f"{wanted}): remove the folder, it will be made anew"
         )
     return folder

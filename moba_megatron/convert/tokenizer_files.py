@@ -2,7 +2,8 @@
 
 `AutoTokenizer` of transformers 5 goes by `model_type` where `tokenizer_class` is not given, and for Qwen 2 even where
 it is: it builds that family's own tokenizer around the vocabulary, which cuts text in another way and gives other ids
-without a word. So the class is always written, and the ids are compared.
+without a word. So the class is always written, and the ids are compared, on texts in which such tokenizers part: the
+rules differ in spaces, digits, line ends and letters, and in what comes after a special token.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from moba_megatron.config import ConfigError
 from moba_megatron.corpus.tokenizer import TOKENIZER_FILES, Tokenizer
 
 CONFIG = "tokenizer_config.json"
@@ -22,6 +24,20 @@ without interference and to seek, receive and impart information and ideas throu
 
 \tw12 = 34567  # 東京
 """
+_TEXTS = (
+    TEXT,
+    " one leading space",
+    "   three leading spaces",
+    "a  b   c    d\t\te \t f  ",
+    "0 1 00 11 000 111 0000 1111 2222 12345 3.14159 1,000,000 2024-01-31 7x7 x99 ٣٤ ² ½",
+    "\n\n\nlines\n\n\n\nof \n \n  all\r\n\r\nkinds\n",
+    "I'LL we've DON'T it’s O'Neill's 'quoted' “so” … (a)[b]{c}; x!=y?--z++",
+    "def f(x):\n    return x**2  # two\n\n\n\tif x:\n\t\tpass",
+    "naïve Café É ﬁ ① ａｂ \u00a0no\u200bbreak Привет ПРИВЕТ שלום مرحبا हिन्दी ไทย 東京タワー 한국어",
+    "👩\u200d👩\u200d👧 🇯🇵 e\u0301 \ufffd ∑x² → 50% £9",
+)
+_AFTER_SPECIAL = ("{0}word {0} word{0}  word{0}\nword{0}1 {0}{0}\n\n{0}.", "word{0} word {0}\n")
+_SPECIAL_TOKENS = 8
 
 
 def copy_tokenizer_files(source: Path, folder: Path) -> None:
@@ -59,11 +75,36 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 def tokenizer_class(folder: Path, tokenizer: Tokenizer) -> str:
     """The class of transformers that gives this tokenizer's ids: `AutoTokenizer`, or `PreTrainedTokenizerFast` where
-    the automatic choice is wrong."""
-    from transformers import AutoTokenizer
+    the automatic choice is wrong.
 
-    ids = AutoTokenizer.from_pretrained(folder)(TEXT, add_special_tokens=False).input_ids
-    return "AutoTokenizer" if ids == tokenizer.encode_batch([TEXT])[0] else "PreTrainedTokenizerFast"
+    Raises:
+        ConfigError: neither does, with a text that they read otherwise.
+    """
+    import transformers
+
+    texts = compared_texts(tokenizer)
+    wanted = tokenizer.encode_batch(texts)
+    differing = {}
+    for name in ("AutoTokenizer", "PreTrainedTokenizerFast"):
+        reader = getattr(transformers, name).from_pretrained(folder)
+        given = (reader(text, add_special_tokens=False).input_ids for text in texts)
+        other = next((text for text, ids, ours in zip(texts, given, wanted, strict=True) if ids != ours), None)
+        if other is None:
+            return name
+        differing[name] = other
+    said = "; ".join(f"{name} reads {text!r} otherwise" for name, text in differing.items())
+    raise ConfigError([
+        f"{tokenizer.folder}: no class of transformers gives the ids of its tokenizer.json ({said}): settings in "
+        f"{CONFIG} change them, such as a special token that tokenizer.json does not have. They did not hold in "
+        "training: take them out"
+    ])  # fmt: skip
+
+
+def compared_texts(tokenizer: Tokenizer) -> list[str]:
+    """Texts that tell readers of a tokenizer apart, some with its own special tokens."""
+    added = tokenizer.backend.get_added_tokens_decoder().values()
+    special = [token.content for token in added if token.special][:_SPECIAL_TOKENS]
+    return [*_TEXTS, *(text.format(token) for token in special for text in _AFTER_SPECIAL)]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -50,7 +50,9 @@ def evaluate_command(
     ] = None,
     lengths: Annotated[
         str | None,
-        typer.Option(help="Tokens of the tasks' samples (1024,8K,...). Default: the model's window and its halves."),
+        typer.Option(
+            help="Tokens of the tasks' samples (1024,8K,...). Default: data.sequence_length of the run and its halves."
+        ),
     ] = None,
     depths: Annotated[str, typer.Option(help="Where the decisive statement lies, 0 (start) to 1 (end).")] = DEPTHS,
     task_samples: Annotated[int, typer.Option(min=1, help="Samples of each task, length and depth.")] = 10,

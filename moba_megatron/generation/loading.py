@@ -189,7 +189,7 @@ def _from_checkpoint(exported: Exported, decode: str | None) -> Generator:
     dtype = stored.dtype()
     values = huggingface_config(
         exported.model,
-        length=exported.config.data.sequence_length,
+        length=exported.config.window,
         dtype=dtype,
         moba=moba_config(exported.layers, decode or "full"),
         special_ids={"eos_token_id": exported.tokenizer.eod_id},
@@ -246,14 +246,24 @@ def _set_attention(config: Any, decode: str | None, path: str) -> tuple[str, str
     sparse = settings.layer_types.count("moba")
     line = (
         f"MoBA in {sparse} of {len(settings.layer_types)} layers, block_size = {settings.block_size}, "
-        f"top_k = {settings.top_k}{_other_sizes(settings)}, decode = {settings.decode}"
+        f"top_k = {settings.top_k}{_words(settings)}{_other_layers(settings)}, decode = {settings.decode}"
     )
     return line, NAME
 
 
-def _other_sizes(settings: MoBASettings) -> str:
-    own = (f"{size}, {top_k} in layer {number + 1}" for number, (size, top_k) in settings.layer_sizes.items())
-    return f" ({'; '.join(own)})" if settings.layer_sizes else ""
+def _words(settings: MoBASettings) -> str:
+    return "" if settings.selection.is_plain else f", {settings.selection}"
+
+
+def _other_layers(settings: MoBASettings) -> str:
+    """Layers that differ from the others in size or in how they choose blocks."""
+    numbers = sorted({*settings.layer_sizes, *settings.layer_selections})
+    own = []
+    for number in numbers:
+        layer = settings.of_layer(number)
+        chosen = f", {layer.selection}" if number in settings.layer_selections else ""
+        own.append(f"{layer.block_size}, {layer.top_k}{chosen} in layer {number + 1}")
+    return f" ({'; '.join(own)})" if own else ""
 
 
 def _ready(model: Any) -> Any:

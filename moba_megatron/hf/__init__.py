@@ -9,11 +9,13 @@ transformers' interface (Llama, Qwen, Mistral, ...) then attends by MoBA:
     moba.configure(model, block_size=512, top_k=3, last_n_full=3)
     model.generate(**inputs, past_key_values=moba.MoBACache())
 
-A checkpoint whose configuration has a `moba_config` needs only `from_pretrained(path, attn_implementation="moba")`.
+A checkpoint whose configuration has a `moba_config` needs only `from_pretrained(path)`, and so does what such a model
+is saved as; `attn_implementation="sdpa"` asks for full attention.
 
-`settings` is what the configuration says, `mask` reads padding and packing, `attention` attends, `cache` is a cache
-with block summaries, `prefill` takes a long prompt in pieces, `probe` asks a model whether it attends so. Needs torch
-and transformers 4.57 or newer.
+`settings` is what the configuration says, `standing` lets it decide where no attention is named, `mask` reads padding
+and packing, `packing` holds what trainers say of it besides against that, `attention` attends, `cache` is a cache with
+block summaries, `prefill` takes a long prompt in pieces, `probe` asks a model whether it attends so. Needs torch and
+transformers 4.57 or newer.
 """
 
 from __future__ import annotations
@@ -29,13 +31,26 @@ from moba_megatron.hf.mask import moba_mask
 from moba_megatron.hf.prefill import prefill
 from moba_megatron.hf.probe import check_attends
 from moba_megatron.hf.settings import NAME, MoBASettings, layer_types
+from moba_megatron.hf.standing import check_takes_attention, stand_by_settings
+from moba_megatron.ops.selection import Selection
 
 AttentionInterface.register(NAME, moba_attention_forward)
 AttentionMaskInterface.register(NAME, moba_mask)
+stand_by_settings()
 
 
-def configure(model: Any, *, block_size: int, top_k: int, last_n_full: int = 0, decode: str = "full") -> MoBASettings:
-    """Let a transformers model attend by MoBA from now on; `save_pretrained` keeps the settings.
+def configure(
+    model: Any,
+    *,
+    block_size: int,
+    top_k: int,
+    last_n_full: int = 0,
+    decode: str = "full",
+    selector: str = "top_k",
+    summary: str = "mean",
+    threshold: float | None = None,
+) -> MoBASettings:
+    """Let a transformers model attend by MoBA from now on, and what is saved and loaded of it.
 
     Args:
         model: a model of transformers; its text configuration gets `moba_config`.
@@ -43,13 +58,15 @@ def configure(model: Any, *, block_size: int, top_k: int, last_n_full: int = 0, 
         top_k: blocks per query, its own counted.
         last_n_full: so many last layers attend fully.
         decode: how new tokens attend to a cache: `full` (the MoBA report's way) or `moba`.
+        selector, summary, threshold: how past blocks are chosen, as for `moba_attention`.
 
     Raises:
-        ValueError: settings that do not fit.
+        ValueError: settings that do not fit, or a class of models that does not take its attention by name.
     """
+    check_takes_attention(model)
     config = model.config.get_text_config()
     kinds = layer_types(config.num_hidden_layers, last_n_full)
-    settings = MoBASettings(block_size, top_k, kinds, decode)
+    settings = MoBASettings(block_size, top_k, kinds, decode, selection=Selection(selector, summary, threshold))
     config.moba_config = settings.to_config()
     model.set_attn_implementation(NAME)
     return settings

@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moba_megatron.hf.cache import BlockSummaries
 from moba_megatron.hf.mask import Segment, segments
+from moba_megatron.hf.packing import check_packing
 from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.ops import full_attention, moba_attention
 from moba_megatron.ops.decode import continue_text, decode_tokens
@@ -33,7 +35,6 @@ NOT_MOBA = {
     "position_bias": "use a model with rotary positions",
     "head_mask": "leave it out",
     "output_attentions": "there is no matrix of weights to return; leave it out",
-    "cu_seq_lens_q": "packed rows are told by position_ids; leave it out",
 }
 
 
@@ -62,13 +63,15 @@ def moba_attention_forward(
         [batch, queries, N, D] in query's dtype, 0 for padding; and no weights.
 
     Raises:
-        ValueError: no settings, or something that is not MoBA (dropout, windows, softcapping, masks, ...).
+        ValueError: no settings, something that is not MoBA (dropout, windows, softcapping, masks, ...), or keywords of
+            packing that tell other documents than `position_ids` (`packing.check_packing`).
     """
     settings = MoBASettings.from_config(module.config).of_layer(module.layer_idx)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     _refuse_what_is_not_moba(dropout, causal, kwargs)
     is_moba = settings.layer_types[module.layer_idx] == "moba"
     stretches = segments(attention_mask, kwargs.get("position_ids"))
+    check_packing(attention_mask, stretches, query.shape[0], query.shape[2], kwargs)
     if all(s.past == 0 and s.first == s.start for s in stretches):
         return _whole(query, key, value, stretches, settings if is_moba else None, scaling), None
     inputs = (query, key, value)
@@ -126,7 +129,8 @@ def _whole(
     if settings is None:
         out = full_attention(q, k, v, cu_seqlens, **pack)
     else:
-        out = moba_attention(q, k, v, cu_seqlens, block_size=settings.block_size, top_k=settings.top_k, **pack)
+        sizes = {"block_size": settings.block_size, "top_k": settings.top_k}
+        out = moba_attention(q, k, v, cu_seqlens, **sizes, **settings.selection.settings, **pack)
     if padded:
         out = out.new_zeros(batch * length, *out.shape[1:]).index_copy(0, real, out)
     return out.unflatten(0, (batch, length))
@@ -148,10 +152,10 @@ def _step(
         whole = F.scaled_dot_product_attention(query, k, v, scale=scale, enable_gqa=query.shape[1] != k.shape[1])
         return whole.transpose(1, 2)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
-    summaries = getattr(key, "block_summaries", None)
-    means = None if summaries is None else summaries.of_all(k, s.first, settings.block_size)
-    sizes = {"block_size": settings.block_size, "top_k": settings.top_k}
-    return decode_tokens(query[:, :, 0], k, v, means, softmax_scale=scale, **sizes).unsqueeze(1)
+    kept, selection = _summaries(key, settings), settings.selection
+    summaries = None if kept is None else kept.of_all(k, s.first, settings.block_size, selection)
+    sizes = {"block_size": settings.block_size, "top_k": settings.top_k, "selection": selection}
+    return decode_tokens(query[:, :, 0], k, v, summaries, softmax_scale=scale, **sizes).unsqueeze(1)
 
 
 def _continue(
@@ -162,11 +166,17 @@ def _continue(
     k, v = (x[s.row, :, s.first : s.first + s.length].transpose(0, 1) for x in (key, value))
     if settings is None:
         return continue_text(q, k, v, block_size=s.length, top_k=1, softmax_scale=scale)
-    summaries = getattr(key, "block_summaries", None)
-    means = None
-    if summaries is not None:
-        means = summaries.of_row(s.row, k, s.first, key.shape[0], settings.block_size)
-    return continue_text(q, k, v, means, block_size=settings.block_size, top_k=settings.top_k, softmax_scale=scale)
+    kept, selection = _summaries(key, settings), settings.selection
+    summaries = None
+    if kept is not None:
+        summaries = kept.of_row(s.row, k, s.first, key.shape[0], settings.block_size, selection)
+    sizes = {"block_size": settings.block_size, "top_k": settings.top_k, "selection": selection}
+    return continue_text(q, k, v, summaries, softmax_scale=scale, **sizes)
+
+
+def _summaries(key: Tensor, settings: MoBASettings) -> BlockSummaries | None:
+    """Those that the cache keeps beside its keys, where there are such and blocks are chosen by them."""
+    return getattr(key, "block_summaries", None) if settings.selection.uses_scores else None
 
 
 class _NoGradient(torch.autograd.Function):

@@ -19,61 +19,71 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from moba_megatron.ops.decode import block_means
+from moba_megatron.ops.decode import block_summaries
+from moba_megatron.ops.selection import MOBA, Selection
 
 SMALLEST_ROOM = 64
 
 
 class BlockSummaries:
-    """Mean keys of the complete blocks of each row, brought up to date on demand.
+    """What the complete blocks of each row show of their keys (mostly the mean), brought up to date on demand.
 
     Attributes:
-        means: [b, M, G, D] in fp32 or wider, None before the first use; of row r the first `blocks[r]` are valid.
+        values: [b, M, G, D] in fp32 or wider (2 D for `min_max`), None before the first use; of row r the first
+            `blocks[r]` are valid.
         blocks: complete blocks known of each row.
         first: slot at which each row's blocks start.
         block_size: B, 0 before the first use.
+        selection: whose summaries these are.
     """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        self.means: Tensor | None = None
+        self.values: Tensor | None = None
         self.blocks: list[int] = []
         self.first: list[int] = []
         self.block_size = 0
+        self.selection = MOBA
 
-    def of_row(self, row: int, k_SGD: Tensor, first: int, rows: int, block_size: int) -> Tensor:
-        """Summaries [M, G, D] of all complete blocks of a row's text.
+    def of_row(
+        self, row: int, k_SGD: Tensor, first: int, rows: int, block_size: int, selection: Selection = MOBA
+    ) -> Tensor:
+        """Summaries [M, G, D or 2 D] of all complete blocks of a row's text.
 
         Args:
             k_SGD: keys of the text, which starts at slot `first` of the row.
             rows: b.
+            selection: one that looks at scores.
         """
-        if self.means is None or self.block_size != block_size or len(self.blocks) != rows:
-            self.means = block_means(k_SGD[:0], block_size).new_empty(rows, 0, *k_SGD.shape[1:])
-            self.blocks, self.first, self.block_size = [0] * rows, [first] * rows, block_size
+        settings = (block_size, selection)
+        if self.values is None or (self.block_size, self.selection) != settings or len(self.blocks) != rows:
+            none = block_summaries(k_SGD[:0], block_size, selection=selection)
+            self.values = none.new_empty(rows, 0, *none.shape[1:])
+            self.blocks, self.first = [0] * rows, [first] * rows
+            self.block_size, self.selection = settings
         if self.first[row] != first:
             self.first[row], self.blocks[row] = first, 0
         known, complete = self.blocks[row], k_SGD.shape[0] // block_size
         if complete > known:
             self._reserve(complete)
-            self.means[row, known:complete] = block_means(k_SGD, block_size, known)
+            self.values[row, known:complete] = block_summaries(k_SGD, block_size, known, selection)
             self.blocks[row] = complete
-        return self.means[row, :complete]
+        return self.values[row, :complete]
 
-    def of_all(self, k_bSGD: Tensor, first: int, block_size: int) -> Tensor:
-        """Summaries [b, room for blocks, G, D] of texts of one length that start at one slot."""
+    def of_all(self, k_bSGD: Tensor, first: int, block_size: int, selection: Selection = MOBA) -> Tensor:
+        """Summaries [b, room for blocks, G, D or 2 D] of texts of one length that start at one slot."""
         for row, k_SGD in enumerate(k_bSGD):
-            self.of_row(row, k_SGD, first, len(k_bSGD), block_size)
-        return self.means
+            self.of_row(row, k_SGD, first, len(k_bSGD), block_size, selection)
+        return self.values
 
     def _reserve(self, blocks: int) -> None:
-        room = self.means.shape[1]
+        room = self.values.shape[1]
         if blocks > room:
-            wider = self.means.new_empty(len(self.blocks), max(blocks, 2 * room), *self.means.shape[2:])
-            wider[:, :room] = self.means
-            self.means = wider
+            wider = self.values.new_empty(len(self.blocks), max(blocks, 2 * room), *self.values.shape[2:])
+            wider[:, :room] = self.values
+            self.values = wider
 
     def crop(self, slots: int) -> None:
         """Forget the blocks that reach beyond so many slots."""
@@ -84,8 +94,8 @@ class BlockSummaries:
 
     def select(self, indices: Tensor) -> None:
         """Row i becomes what row indices[i] was."""
-        if self.means is not None:
-            self.means = self.means.index_select(0, indices.to(self.means.device))
+        if self.values is not None:
+            self.values = self.values.index_select(0, indices.to(self.values.device))
             chosen = indices.tolist()
             self.blocks, self.first = ([values[row] for row in chosen] for values in (self.blocks, self.first))
 

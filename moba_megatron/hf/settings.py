@@ -8,6 +8,10 @@ It is a plain dictionary, so that `save_pretrained` writes it into config.json a
 `layer_types` may be left out (all layers are `moba`), and `decode` (`full`, as in the MoBA report). Layers of other
 sizes are named in `layer_sizes`, by their number from 0: `{"1": {"block_size": 128, "top_k": 8}}`. The entry lies below
 the top level because transformers refuses names of its own `layer_types` that it does not know.
+
+Blocks that are chosen otherwise than by top-k of their means have `selector`, `summary` and `threshold` in the words of
+`ops.selection`, layers that differ in this from the others an entry in `layer_selections`: `{"1": {"selector":
+"recent"}}`. Such entries have version 2, so that readers of before refuse them instead of choosing by the means.
 """
 
 from __future__ import annotations
@@ -17,14 +21,25 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moba_megatron.ops.layout import check_settings
+from moba_megatron.ops.selection import MOBA, Selection
 
 NAME = "moba"
 """Of the attention and the mask in transformers' registries."""
 VERSION = 1
+VERSION_OF_SELECTIONS = 2
 LAYER_TYPES = ("moba", "full")
 DECODE_MODES = ("full", "moba")
 EXAMPLE = '{"1": {"block_size": 128, "top_k": 8}}'
+EXAMPLE_OF_SELECTIONS = '{"1": {"selector": "sink_recent"}}'
 HOW_TO_SET = "call moba_megatron.hf.configure(model, block_size=..., top_k=...)"
+_SELECTION = ("selector", "summary", "threshold")
+_KEYS = {
+    VERSION: {"block_size", "top_k", "layer_types", "decode", "layer_sizes"},
+    VERSION_OF_SELECTIONS: {
+        *("block_size", "top_k", "layer_types", "decode", "layer_sizes", "layer_selections"),
+        *_SELECTION,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,8 @@ class MoBASettings:
         decode: how a single new token attends to a cache in `moba` layers: `full`, to all of it, as the MoBA report
             does; `moba`, to its blocks, as in one forward pass over the whole text.
         layer_sizes: (block size, top-k) of layers that have others, by their number from 0.
+        selection: how past blocks are chosen.
+        layer_selections: that of layers that choose otherwise, by their number from 0.
     """
 
     block_size: int
@@ -45,12 +62,16 @@ class MoBASettings:
     layer_types: tuple[str, ...]
     decode: str = "full"
     layer_sizes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    selection: Selection = MOBA
+    layer_selections: Mapping[int, Selection] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_settings(self.block_size, self.top_k)
-        for layer, sizes in self.layer_sizes.items():
-            if not 0 <= layer < len(self.layer_types) or self.layer_types[layer] != "moba":
-                raise ValueError(f"layer_sizes names layer {layer}, which is no moba layer of {self.layer_types}")
+        for name, own in (("layer_sizes", self.layer_sizes), ("layer_selections", self.layer_selections)):
+            for layer in own:
+                if not 0 <= layer < len(self.layer_types) or self.layer_types[layer] != "moba":
+                    raise ValueError(f"{name} names layer {layer}, which is no moba layer of {self.layer_types}")
+        for sizes in self.layer_sizes.values():
             check_settings(*sizes)
         for layer, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:
@@ -79,12 +100,13 @@ class MoBASettings:
         """Read the entry `moba_config` of a model of so many layers. Raises as `from_config`."""
         values = dict(entry)
         version = values.pop("version", VERSION)
-        if version != VERSION:
+        if version not in _KEYS:
             raise ValueError(
-                f"moba_config has version {version!r}, this package reads {VERSION}: use the package's release"
+                f"moba_config has version {version!r}, this package reads {' and '.join(map(str, _KEYS))}: use the "
+                "package's release"
             )
         missing = {"block_size", "top_k"} - values.keys()
-        unknown = values.keys() - {"block_size", "top_k", "layer_types", "decode", "layer_sizes"}
+        unknown = values.keys() - _KEYS[version]
         if missing or unknown:
             raise ValueError(
                 f"moba_config lacks {sorted(missing)} and has unknown keys {sorted(unknown)}: {HOW_TO_SET}"
@@ -98,19 +120,29 @@ class MoBASettings:
             }
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"moba_config: layer_sizes must be as {EXAMPLE}, got {entry['layer_sizes']!r}") from error
-        return cls(layer_types=kinds, layer_sizes=own, **values)
+        selection = _selection({key: values.pop(key) for key in _SELECTION if key in values})
+        others = values.pop("layer_selections", {})
+        try:
+            selections = {int(layer): _selection(chosen) for layer, chosen in others.items()}
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                f"moba_config: layer_selections must be as {EXAMPLE_OF_SELECTIONS}, got {others!r}"
+            ) from error
+        return cls(layer_types=kinds, layer_sizes=own, selection=selection, layer_selections=selections, **values)
 
     def of_layer(self, layer: int) -> MoBASettings:
-        """The same with the block size and top-k of a layer, counted from 0."""
+        """The same with the block size, top-k and selection of a layer, counted from 0."""
         block_size, top_k = self.layer_sizes.get(layer, (self.block_size, self.top_k))
-        return replace(self, block_size=block_size, top_k=top_k)
+        selection = self.layer_selections.get(layer, self.selection)
+        return replace(self, block_size=block_size, top_k=top_k, selection=selection)
 
     @property
     def covered(self) -> int | None:
         """Tokens up to which all layers attend to everything; None if no layer attends by MoBA."""
-        sparse = [layer for layer, kind in enumerate(self.layer_types) if kind == "moba"]
-        sizes = [self.layer_sizes.get(layer, (self.block_size, self.top_k)) for layer in sparse]
-        return min((block_size * top_k for block_size, top_k in sizes), default=None)
+        sparse = [self.of_layer(layer) for layer, kind in enumerate(self.layer_types) if kind == "moba"]
+        # Of two past blocks a threshold may leave one out; of one it never does.
+        blocks = [own.top_k if own.selection.fills_up else min(own.top_k, 2) for own in sparse]
+        return min((own.block_size * count for own, count in zip(sparse, blocks, strict=True)), default=None)
 
     def to_config(self) -> dict[str, Any]:
         """The entry `moba_config`."""
@@ -118,7 +150,7 @@ class MoBASettings:
             str(layer): {"block_size": block_size, "top_k": top_k}
             for layer, (block_size, top_k) in self.layer_sizes.items()
         }
-        return {
+        entry = {
             "block_size": self.block_size,
             "top_k": self.top_k,
             "layer_types": list(self.layer_types),
@@ -126,6 +158,23 @@ class MoBASettings:
             "version": VERSION,
             **({"layer_sizes": sizes} if sizes else {}),
         }
+        if self.selection.is_plain and not self.layer_selections:
+            return entry
+        others = {str(layer): _words(selection) for layer, selection in self.layer_selections.items()}
+        entry |= {**_words(self.selection), **({"layer_selections": others} if others else {})}
+        return {**entry, "version": VERSION_OF_SELECTIONS}
+
+
+def _selection(words: Mapping[str, Any]) -> Selection:
+    """Raises ValueError where the words are none that `ops.selection` knows, or do not go together."""
+    unknown = words.keys() - set(_SELECTION)
+    if unknown:
+        raise ValueError(f"moba_config: a selection of blocks has {', '.join(_SELECTION)}, got {sorted(unknown)}")
+    return Selection(**words)
+
+
+def _words(selection: Selection) -> dict[str, Any]:
+    return {key: value for key, value in selection.settings.items() if value is not None}
 
 
 def layer_types(num_layers: int, last_n_full: int = 0) -> tuple[str, ...]:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from moba_megatron.ops.backends import resolve_backend
-from moba_megatron.ops.gathered.decode import block_means, continue_text
+from moba_megatron.ops.gathered.decode import block_means, block_summaries, continue_text
 from moba_megatron.ops.layout import check_settings
+from moba_megatron.ops.selection import MOBA, Selection
 
-__all__ = ["block_means", "continue_text", "decode_tokens"]
+__all__ = ["block_means", "block_summaries", "continue_text", "decode_tokens"]
 
 
 @torch.no_grad()
@@ -25,20 +26,23 @@ def decode_tokens(
     q_bND: Tensor,
     k_bSGD: Tensor,
     v_bSGD: Tensor,
-    means_bMGD: Tensor | None = None,
+    summaries_bMGD: Tensor | None = None,
     *,
     block_size: int,
     top_k: int,
     softmax_scale: float | None = None,
     backend: str = "auto",
+    selection: Selection = MOBA,
 ) -> Tensor:
     """MoBA for the newest token of each of several texts of one length; no gradient.
 
     Args:
         q_bND: queries [b, N, D] of the last tokens.
         k_bSGD, v_bSGD: keys and values [b, S, G, D] of the whole texts; any strides.
-        means_bMGD: as for `continue_text`; there may be room for more blocks behind them.
-        backend: as for `moba_attention`, `triton` or portable.
+        summaries_bMGD: as for `continue_text`; there may be room for more blocks behind them.
+        backend: as for `moba_attention`, `triton` or portable. The kernel knows top-k of the means alone: any other
+            selection is portable on every device.
+        selection: how past blocks are chosen.
 
     Returns:
         [b, N, D] in q's dtype.
@@ -47,17 +51,17 @@ def decode_tokens(
         ValueError: as `continue_text`, or a backend that cannot run or does not take these sizes.
     """
     check_settings(block_size, top_k)
-    if resolve_backend(backend, q_bND.device, q_bND.dtype)[0] == "triton":
+    if resolve_backend(backend, q_bND.device, q_bND.dtype)[0] == "triton" and selection.is_plain:
         from moba_megatron.ops.triton.decode import decode_cached
 
         scale = 1 / math.sqrt(q_bND.shape[2]) if softmax_scale is None else softmax_scale
-        if means_bMGD is None:
-            means_bMGD = torch.stack([block_means(k_SGD, block_size) for k_SGD in k_bSGD])
+        if summaries_bMGD is None:
+            summaries_bMGD = torch.stack([block_means(k_SGD, block_size) for k_SGD in k_bSGD])
         lengths_b = torch.full((len(q_bND),), k_bSGD.shape[1], dtype=torch.int32, device=q_bND.device)
         settings = {"block_size": block_size, "top_k": top_k, "softmax_scale": scale}
-        return decode_cached(q_bND, k_bSGD, v_bSGD, means_bMGD, lengths_b, **settings)
-    settings = {"block_size": block_size, "top_k": top_k, "softmax_scale": softmax_scale}
+        return decode_cached(q_bND, k_bSGD, v_bSGD, summaries_bMGD, lengths_b, **settings)
+    settings = {"block_size": block_size, "top_k": top_k, "softmax_scale": softmax_scale, "selection": selection}
     blocks = k_bSGD.shape[1] // block_size
-    means = [None] * len(q_bND) if means_bMGD is None else means_bMGD[:, :blocks]
-    texts = zip(q_bND.unsqueeze(1), k_bSGD, v_bSGD, means, strict=True)
-    return torch.cat([continue_text(q, k, v, m, **settings) for q, k, v, m in texts])
+    summaries = [None] * len(q_bND) if summaries_bMGD is None else summaries_bMGD[:, :blocks]
+    texts = zip(q_bND.unsqueeze(1), k_bSGD, v_bSGD, summaries, strict=True)
+    return torch.cat([continue_text(q, k, v, s, **settings) for q, k, v, s in texts])

@@ -1,6 +1,7 @@
 """The run folder: what a run leaves on disk. Who reads or writes one of its files takes the path from here.
 
 RUN/config.yaml          the resolved configuration; one that a later start changed is kept as config.until_step_N.yaml
+RUN/origin.json          base model and license of the first weights, where they are known
 RUN/environment.json     versions and hardware
 RUN/metrics.jsonl        one line a step
 RUN/evaluations.jsonl    one line an evaluation
@@ -30,6 +31,7 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.origin = self.path / "origin.json"
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"

@@ -13,7 +13,8 @@ from moba_megatron.config import Config, ConfigError
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.runs.folder import RunFolder
 
-# What may differ between the processes of one run: where it writes, what it shows, how the work is spread.
+# What may differ between the processes of one run: where it writes, what it shows, how the work is spread, what its
+# exports say.
 FREE = (
     "run.dir",
     "run.threads",

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from distributed import run_ranks
@@ -28,7 +29,7 @@ from moba_megatron.convert.model_card import model_card
 from moba_megatron.convert.publish import new_folder
 from moba_megatron.convert.tokenizer_files import complete_tokenizer_config, tokenizer_class
 from moba_megatron.convert.verify import Comparison, verify
-from moba_megatron.corpus.tokenizer import Tokenizer
+from moba_megatron.corpus.tokenizer import Tokenizer, train_bpe
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -172,6 +173,52 @@ def test_the_class_that_reads_a_tokenizer_is_found(tmp_path, kind, reader):
     assert tokenizer_class(folder, tokenizer) == reader
     right = getattr(transformers, reader).from_pretrained(folder)
     assert right("w5 w6", add_special_tokens=False).input_ids == tokenizer.encode_batch(["w5 w6"])[0] == [5, 6]
+
+
+def qwen_like(folder: Path, *merges: str, normalizer: str | None = "NFC") -> Tokenizer:
+    """A tokenizer in a Qwen 2's folder that differs from Qwen's in how it cuts digits alone, with these merges."""
+    backend = train_bpe(["text"] * 9, 258, folder).backend
+    values = json.loads(backend.to_str())
+    values["normalizer"] = {"type": normalizer} if normalizer else None
+    values["model"]["merges"] = [list(merge.split()) for merge in merges]
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    entries = [*alphabet, *(merge.replace(" ", "") for merge in merges), "<|endoftext|>"]
+    values["model"]["vocab"] = {entry: number for number, entry in enumerate(entries)}
+    values["added_tokens"][0]["id"] = len(entries) - 1
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    complete_tokenizer_config(folder, "<|endoftext|>")
+    return Tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("merge", "normalizer", "reader"),
+    [
+        ("0 0", "NFC", "PreTrainedTokenizerFast"),
+        ("2 2", "NFC", "PreTrainedTokenizerFast"),
+        ("Ġ w", None, "PreTrainedTokenizerFast"),
+        ("Ġ w", "NFKC", "PreTrainedTokenizerFast"),
+        ("Ġ w", "Lowercase", "PreTrainedTokenizerFast"),
+        ("7 x", "NFC", "AutoTokenizer"),
+        ("Ġ Ġ", "NFC", "AutoTokenizer"),
+        ("Ċ Ċ", "NFC", "AutoTokenizer"),
+    ],
+)
+def test_readers_that_part_on_few_texts_are_told_apart(tmp_path, merge, normalizer, reader):
+    tokenizer = qwen_like(tmp_path, merge, normalizer=normalizer)
+    assert tokenizer_class(tmp_path, tokenizer) == reader
+    right = getattr(transformers, reader).from_pretrained(tmp_path)
+    for text in ("100 200", "x22", "7x", "\n\n \n\n", "    w", "e\u0301 ﬁ A", "<|endoftext|>  w\n\n1"):
+        assert right(text, add_special_tokens=False).input_ids == tokenizer.encode_batch([text])[0], text
+
+
+def test_a_tokenizer_that_no_class_reads_is_refused(tmp_path):
+    """A setting beside tokenizer.json that transformers heeds and training did not."""
+    tokenizer = qwen_like(tmp_path, "Ġ w")
+    values = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**values, "pad_token": "lines"}))
+    with pytest.raises(ConfigError, match="no class of transformers .*AutoTokenizer reads .*lines.* otherwise"):
+        tokenizer_class(tmp_path, tokenizer)
 
 
 def test_without_the_attention_a_moba_export_does_not_load(trained, tmp_path):

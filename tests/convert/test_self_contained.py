@@ -37,15 +37,26 @@ def folders(request, tmp_path_factory):
     return folder
 
 
+def without_the_package(cache: Path) -> None:
+    """Take back what the import of `moba_megatron.hf` did to transformers, in a process of its own."""
+    import transformers
+    from transformers import dynamic_module_utils, masking_utils
+
+    for registry in (transformers.AttentionInterface, masking_utils.AttentionMaskInterface):
+        registry._global_mapping.pop("moba", None)
+    taught = [
+        (transformers.PreTrainedModel, "get_correct_attn_implementation"),
+        (transformers.PretrainedConfig, "to_dict"),
+    ]
+    for owner, name in taught:
+        setattr(owner, name, getattr(owner, name).__wrapped__)
+    dynamic_module_utils.HF_MODULES_CACHE = str(cache)
+
+
 def outputs(folder: Path, own: bool, cache: Path) -> tuple[str, list[torch.Tensor]]:
     """Logits of a row with left padding beside a whole one, and greedy continuations of both."""
-    from transformers import AttentionInterface, dynamic_module_utils
-    from transformers.masking_utils import AttentionMaskInterface
-
     if own:
-        for registry in (AttentionInterface, AttentionMaskInterface):
-            registry._global_mapping.pop("moba", None)
-        dynamic_module_utils.HF_MODULES_CACHE = str(cache)
+        without_the_package(cache)
     else:
         import moba_megatron.hf  # noqa: F401
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own).eval()
@@ -73,6 +84,29 @@ def test_own_code_gives_what_the_package_gives(folders, tmp_path, decode):
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
     torch.testing.assert_close(found[0], found[3][0], rtol=0, atol=2e-6)  # left padding changes nothing
+
+
+def saved_again(folder: Path, again: Path, cache: Path) -> list[torch.Tensor]:
+    """Logits of a model by its own code, and of what it was saved as."""
+    without_the_package(cache)
+    logits = []
+    for source in (folder, again):
+        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True).eval()
+        with torch.no_grad():
+            logits.append(model(torch.arange(120)[None]).logits)
+        if source == folder:
+            model.save_pretrained(again)
+            assert "attn_implementation" not in model.config.__class__().to_dict()
+    return logits
+
+
+def test_own_code_saved_again_goes_along(folders, tmp_path):
+    again = tmp_path / "again"
+    before, after = run_ranks(1, saved_again, folders / "own-full", again, tmp_path / "cache", prepare=False)[0]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert (again / "modeling_moba.py").is_file()
+    # Without the package and without its code transformers 5 refuses it.
+    assert json.loads((again / "config.json").read_text())["attn_implementation"] == "moba"
 
 
 def test_engines_that_go_by_names_do_not_know_it(folders):

@@ -3,6 +3,7 @@ each rank reads no more than its part."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from distributed import run_ranks
 from huggingface_models import LLAMA3, SIZES, save_model
 from small_run import TOKENS, read_metrics, small_config, train_here
@@ -27,6 +29,7 @@ from moba_megatron.corpus.recipe import recipe_from_dict
 from moba_megatron.corpus.tokenizer import Tokenizer, copy_tokenizer
 from moba_megatron.data.datasets import build_datasets
 from moba_megatron.data.feed import rank_batches
+from moba_megatron.generation.loading import load_generator
 from moba_megatron.training.preflight import preflight
 
 ENTRIES = 128
@@ -162,6 +165,64 @@ def test_a_resumed_run_does_not_read_its_source_again(source, tmp_path):
     resumed = start(copy, tmp_path)
     shutil.rmtree(copy)
     assert run_ranks(1, train_here, resumed) == [("finished", 3)]
+
+
+@pytest.fixture(scope="module")
+def shortened(source, tmp_path_factory):
+    """A run on sequences of 128 tokens, from a model that was made for 1024."""
+    folder = tmp_path_factory.mktemp("shortened")
+    copy = Path(shutil.copytree(source, folder / "model"))
+    text = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(re.sub(r'("max_position_embeddings": )\d+', r"\g<1>1024", text))
+    config = start(copy, folder, training__stop_after=1, checkpoint__every=1)
+    run_ranks(1, train_here, config)
+    return config
+
+
+def window_of(folder: Path) -> int:
+    return json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+
+
+def test_an_export_keeps_the_window_of_the_model_it_started_from(shortened, tmp_path):
+    run = Path(shortened.run.dir)
+    assert load_config(run / "config.yaml").model.max_position_embeddings == 1024
+    call("export-hf", run, tmp_path / "out")
+    call("export-hf", run, tmp_path / "asked", "--length", 256)
+    assert (window_of(tmp_path / "out"), window_of(tmp_path / "asked")) == (1024, 256)
+    assert load_generator(run).model.config.max_position_embeddings == 1024
+    # What is trained on more takes more; a run hands on what it was made for, and what it was trained on.
+    assert start(shortened.model.init_from, tmp_path, data__sequence_length=2048).window == 2048
+    assert start(run, tmp_path).window == 1024
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    values["model"]["max_position_embeddings"], values["data"]["sequence_length"] = None, 512
+    (tmp_path / "longer").mkdir()
+    (tmp_path / "longer/config.yaml").write_text(yaml.safe_dump(values))
+    assert start(tmp_path / "longer", tmp_path).window == 512
+
+
+def test_tasks_may_be_as_long_as_the_window(shortened):
+    run = shortened.run.dir
+    asked = (run, "--tasks", "needle", "--depths", "0", "--task-samples", 1)
+    assert "needle" in call("evaluate", *asked, "--lengths", 700)
+    assert "over the model's window of 1024 tokens" in call("evaluate", *asked, "--lengths", 1025, code=2)
+    call("evaluate", *asked)
+    found = json.loads((Path(run) / "evaluation/tasks_step_1_full.json").read_text())
+    assert (found["lengths"], found["window"]) == ([128], 1024)
+
+
+def test_configurations_older_than_the_window_still_load(shortened, tmp_path):
+    """Where it is not written it is taken from the source, and nothing is missed where the source is gone."""
+    run = Path(shutil.copytree(shortened.run.dir, tmp_path / "run"))
+    lines = (run / "config.yaml").read_text().splitlines(keepends=True)
+    old = "".join(line for line in lines if "max_position_embeddings" not in line)
+    (run / "config.yaml").write_text(old)
+    assert load_config(run / "config.yaml").window == 1024
+    (run / "config.yaml").write_text(old.replace(str(shortened.model.init_from), str(tmp_path / "gone")))
+    assert load_config(run / "config.yaml").window == 128
+    manifest = run / "checkpoints/step_1/checkpoint.json"
+    manifest.write_text(re.sub(r'"max_position_embeddings": 1024,\s*', "", manifest.read_text()))
+    resumed = load_config(run / "config.yaml", [f"run.dir={run}", f"model.init_from={shortened.model.init_from}"])
+    assert preflight(resumed, 1).resume == run / "checkpoints/step_1"
 
 
 def test_an_imported_model_generates_evaluates_and_is_exported(imported, tmp_path):

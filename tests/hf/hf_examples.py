@@ -22,6 +22,14 @@ import moba_megatron.hf as hf
 from moba_megatron.ops.reference import reference_attend, reference_select
 
 BLOCK_SIZE, TOP_K, VOCABULARY = 4, 3, 97
+SELECTIONS = {
+    "min_max": {"selector": "top_k", "summary": "min_max"},
+    "recent": {"selector": "recent", "summary": "mean"},
+    "sink_recent": {"selector": "sink_recent", "summary": "mean"},
+    "threshold": {"selector": "threshold", "summary": "mean", "threshold": 0.6},
+    "threshold of min_max": {"selector": "threshold", "summary": "min_max", "threshold": 0.6},
+}
+"""How blocks may be chosen, in the words of `moba_config`."""
 MODELS = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
@@ -51,6 +59,13 @@ def build(family: str = "llama", decode: str = "moba", last_n_full: int = 1, **c
     return model
 
 
+def choosing(model, words: dict):
+    """The same model whose first layer chooses blocks by the words, its second one by the nearest blocks of others."""
+    entry = model.config.moba_config
+    entry |= {"version": 2, **words, "layer_selections": {"1": {"selector": "recent"}}}
+    return model
+
+
 def tokens(length: int, seed: int = 0) -> torch.Tensor:
     """int64 [1, length], never the padding token."""
     return torch.randint(2, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
@@ -64,7 +79,7 @@ def _by_definition(module, query, key, value, attention_mask, scaling=None, **_)
     full = reference_attend(q, k, v, reference_select(q, k, None, len(q), 0), None, len(q), scaling)[0]
     if settings.layer_types[module.layer_idx] == "full":
         return full[None], None
-    ids = reference_select(q, k, None, settings.block_size, settings.top_k - 1)
+    ids = reference_select(q, k, None, settings.block_size, settings.top_k - 1, settings.selection)
     sparse = reference_attend(q, k, v, ids, None, settings.block_size, scaling)[0]
     prompt = getattr(module.config, "prompt_length", len(q))
     return torch.cat([sparse[:prompt], full[prompt:]])[None], None

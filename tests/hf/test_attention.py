@@ -7,10 +7,26 @@ import sys
 
 import pytest
 import torch
-from hf_examples import BLOCK_SIZE, MODELS, TOP_K, attending, build, close, padded, tokens, truth
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from hf_examples import (
+    BLOCK_SIZE,
+    MODELS,
+    SELECTIONS,
+    TOP_K,
+    attending,
+    build,
+    choosing,
+    close,
+    padded,
+    tokens,
+    truth,
+)
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, MistralConfig, MistralForCausalLM
 
 import moba_megatron.hf as hf
+
+RECENT = {"selector": "recent", "summary": "mean"}
+LENGTHS = (18, 1, 26)
+BOUNDS = torch.tensor([0, 18, 19, 45], dtype=torch.int32)
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -48,6 +64,40 @@ def test_layers_may_have_sizes_of_their_own():
     assert settings.covered == 12 and settings.to_config() == model.config.moba_config
 
 
+@pytest.mark.parametrize("name", SELECTIONS)
+@torch.no_grad()
+def test_blocks_are_chosen_as_the_layers_say(name):
+    """Whole, padded and packed. Bounds of channels change with positions, which are said therefore."""
+    model, ids = choosing(build(), SELECTIONS[name]), tokens(45)
+    want = truth(model, ids)
+    close(model(ids).logits, want)
+    assert (build()(ids).logits - want).abs().max() > 1e-2
+    batch, mask = padded([tokens(45), tokens(30, seed=1)], "left")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(batch, attention_mask=mask, position_ids=positions).logits
+    close(logits[1, 15:][None], truth(model, tokens(30, seed=1)))
+    separate = torch.cat([truth(model, tokens(length, seed=length)) for length in LENGTHS], dim=1)
+    close(model(**packed()).logits, separate)
+
+
+def test_settings_of_selections_come_back(tmp_path):
+    model = choosing(build(), SELECTIONS["threshold"])
+    settings = hf.MoBASettings.from_config(model.config)
+    assert settings.to_config() == {**model.config.moba_config, "layer_selections": {"1": RECENT}}
+    assert settings.covered == 8  # a threshold takes one past block at least
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    with torch.no_grad():
+        close(again(tokens(45)).logits, model(tokens(45)).logits)
+    configured = hf.configure(build(), block_size=4, top_k=3, last_n_full=1, decode="moba", selector="recent")
+    assert configured.to_config() == {**build().config.moba_config, "version": 2, **RECENT}
+    # Plain layers keep the words and the version that older readers know.
+    assert hf.MoBASettings(4, 3, ("moba", "full")).to_config() == {
+        **{"block_size": 4, "top_k": 3, "layer_types": ["moba", "full"]},
+        **{"decode": "full", "version": 1},
+    }
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("positions", [True, False])
 def test_padding_changes_nothing(side, positions):
@@ -70,6 +120,78 @@ def test_packed_rows_are_separate(use_cache):
         logits = model(ids, position_ids=positions, use_cache=use_cache).logits
     for got, row in zip(logits, rows, strict=True):
         close(got[None], torch.cat([truth(model, text) for text in row], dim=1))
+
+
+def packed(lengths=LENGTHS, **keywords):
+    """A packed row [1, 45] as transformers' own collator makes it for trainers, and what else a call is given."""
+    texts = [{"input_ids": tokens(length, seed=length)[0].tolist()} for length in lengths]
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    batch = collate(texts, return_tensors="pt")
+    del batch["labels"]
+    return {**batch, "use_cache": False, **keywords}
+
+
+@torch.no_grad()
+def test_keywords_of_packing_are_taken_where_they_say_what_positions_say():
+    model, given = build(), packed()
+    separate = torch.cat([truth(model, tokens(length, seed=length)) for length in LENGTHS], dim=1)
+    close(model(**given).logits, separate)
+    for left_out in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
+        some = {name: value for name, value in given.items() if name != left_out}
+        close(model(**some).logits, separate)
+    # Two rows laid end to end, and an empty document.
+    ids, positions = (given[name].expand(2, -1) for name in ("input_ids", "position_ids"))
+    bounds = torch.tensor([0, 18, 19, 19, 45, 63, 64, 90])
+    both = model(input_ids=ids, position_ids=positions, use_cache=False, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
+    close(both.logits, separate.expand(2, -1, -1))
+
+
+@torch.no_grad()
+def test_keywords_of_packing_may_stop_before_padding():
+    """Padding after the last boundary, or hidden by the mask, is of no document."""
+    model, given, padding = build(), packed(), torch.zeros(1, 3, dtype=torch.int64)
+    wider = {name: torch.cat([given[name], padding], dim=1) for name in ("input_ids", "position_ids")}
+    want = model(**packed()).logits
+    rest = {name: given[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k", "use_cache")}
+    close(model(**wider, **rest).logits[:, :45], want)
+    hidden = {"attention_mask": (torch.arange(48) < 45).long()[None]}
+    rest["cu_seq_lens_q"] = rest["cu_seq_lens_k"] = torch.cat([BOUNDS, torch.tensor([48])])
+    close(model(**wider, **hidden, **rest).logits[:, :45], want)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        (
+            {"cu_seq_lens_k": BOUNDS + torch.tensor([0, 1, 0, 0])},
+            r"cu_seq_lens_k and position_ids .*\[0, 19\].*\[0, 18, 19\]",
+        ),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 45])},
+            r"cu_seq_lens_q and position_ids tell of different documents.*\[0\]",
+        ),
+        ({"cu_seq_lens_q": torch.tensor([0, 9, 18, 19, 45])}, r"\[0, 9, 18, 19\].*\[0, 18, 19\]"),
+        ({"cu_seq_lens_q": torch.tensor([0, 18, 19, 44])}, "ends at 44"),
+        ({"cu_seq_lens_q": torch.tensor([0, 18, 19, 46])}, "ends at token 46, but the batch has 1 x 45 = 45"),
+        ({"cu_seq_lens_q": torch.tensor([5, 18, 45])}, r"\[5, 18, 45\] must rise from 0"),
+        ({"position_ids": None}, "seq_idx and position_ids tell of different documents.*start again at 0"),
+        ({"seq_idx": torch.zeros(1, 45, dtype=torch.int32)}, "seq_idx and position_ids tell of different documents"),
+        ({"seq_idx": torch.zeros(1, 44, dtype=torch.int32)}, r"seq_idx of shape \(1, 44\)"),
+    ],
+)
+@torch.no_grad()
+def test_keywords_of_packing_that_say_something_else_raise(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        build()(**packed(**keywords))
+
+
+@torch.no_grad()
+def test_packed_rows_are_not_continued_with_keywords_of_packing():
+    model, cache = build(), hf.MoBACache()
+    model(tokens(20), past_key_values=cache)
+    with pytest.raises(ValueError, match="cu_seq_lens_q and cu_seq_lens_k with a cache"):
+        bounds = torch.tensor([0, 1], dtype=torch.int32)
+        model(tokens(1), past_key_values=cache, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
 
 
 def test_gradients_also_under_recomputation():
@@ -122,6 +244,12 @@ def test_missing_settings_raise():
         ({"block_size": 4, "top_k": 2, "layer_types": ["moba", "dense", "full"]}, r"layer_types\[1\].*'dense'"),
         ({"block_size": 4, "top_k": 2, "version": 7}, "version 7"),
         ({"block_size": 4, "top_k": 2, "layer_sizes": {"0": [8, 2]}}, "layer_sizes must be as"),
+        ({"block_size": 4, "top_k": 2, "selector": "recent"}, r"unknown keys \['selector'\]"),
+        ({"block_size": 4, "top_k": 2, "version": 2, "selector": "best"}, "selector = 'best'"),
+        ({"block_size": 4, "top_k": 2, "version": 2, "selector": "threshold"}, "threshold = None"),
+        ({"block_size": 4, "top_k": 2, "version": 2, "layer_selections": {"0": "recent"}}, "layer_selections must be"),
+        ({"block_size": 4, "top_k": 2, "version": 2, "layer_selections": {"0": {"top_k": 3}}}, r"got \['top_k'\]"),
+        ({"block_size": 4, "top_k": 2, "version": 2, "layer_selections": {"3": RECENT}}, "layer 3, .* no moba layer"),
         (
             {"block_size": 4, "top_k": 2, "layer_sizes": {"3": {"block_size": 8, "top_k": 2}}},
             "layer 3, .* no moba layer",

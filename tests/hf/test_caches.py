@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_examples import MODELS, build, close, padded, tokens, truth
+from hf_examples import MODELS, SELECTIONS, build, choosing, close, padded, tokens, truth
 from transformers import DynamicCache, StaticCache
 
 import moba_megatron.hf as hf
@@ -41,6 +41,32 @@ def test_moba_mode_token_by_token_equals_one_pass(family, cache):
     model, ids = build(family), tokens(45)
     bounds = [0, 10, *range(11, 46)]
     close(in_pieces(model, CACHES[cache](model), ids, bounds), truth(model, ids))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_every_selection_goes_through_a_cache(name, cache):
+    """In pieces and token by token, alone and in padded rows, like one pass."""
+    model, ids = choosing(build(), SELECTIONS[name]), tokens(45)
+    close(in_pieces(model, CACHES[cache](model), ids, [0, 3, 20, 33, *range(34, 46)]), truth(model, ids))
+    rows = [tokens(length, seed=length) for length in (40, 29)]
+    batch, mask = padded(rows, "left")
+    logits = in_pieces(model, CACHES[cache](model), batch, [0, 9, 31, *range(32, 41)], mask)
+    for row, text in enumerate(rows):
+        close(logits[row, mask[row].bool()][None], truth(model, text))
+
+
+def test_a_cache_whose_selection_changes_forgets_its_summaries():
+    cache, ids = hf.MoBACache(), tokens(45)
+    model = build()
+    in_pieces(model, cache, ids[:, :40], [0, *range(30, 41)])
+    other = choosing(build(), SELECTIONS["min_max"])
+    settings = {"past_key_values": cache, "cache_position": torch.arange(40, 45), "use_cache": True}
+    fresh = DynamicCache(config=model.config)
+    in_pieces(model, fresh, ids[:, :40], [0, *range(30, 41)])
+    with torch.no_grad():
+        got = other(ids[:, 40:], **settings).logits
+        close(got, other(ids[:, 40:], **settings | {"past_key_values": fresh}).logits)
 
 
 @pytest.mark.parametrize("cache", CACHES)

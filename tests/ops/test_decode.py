@@ -10,9 +10,10 @@ import sys
 import pytest
 import torch
 
-from moba_megatron.ops.decode import block_means, continue_text, decode_tokens
+from moba_megatron.ops.decode import block_means, block_summaries, continue_text, decode_tokens
 from moba_megatron.ops.gathered.decode import ONE_BY_ONE
 from moba_megatron.ops.reference import reference_attend, reference_select
+from moba_megatron.ops.selection import Selection
 
 
 def text(length, heads=4, kv_heads=2, dtype=torch.float64):
@@ -47,6 +48,35 @@ def test_given_summaries_and_texts_side_by_side():
     assert torch.equal(got, decode_tokens(q[:, -1], k, v, block_size=8, top_k=3))
     for row, parts in enumerate(texts):
         torch.testing.assert_close(got[row], by_definition(*parts, 8, 3)[-1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        Selection("recent"),
+        Selection("sink_recent"),
+        Selection(summary="min_max"),
+        Selection("threshold", threshold=0.6),
+        Selection("threshold", "min_max", 0.6),
+    ],
+    ids=str,
+)
+def test_every_selection_at_any_end_of_a_text(selection):
+    for length, block_size, top_k in itertools.product((33, 64), (7, 16, 200), (1, 2, 3, 50)):
+        q, k, v = text(length)
+        ids = reference_select(q, k, None, block_size, top_k - 1, selection)
+        want = reference_attend(q, k, v, ids, None, block_size, 8**-0.5)[0]
+        for new in (1, 3, 20, length):
+            got = continue_text(q[length - new :], k, v, block_size=block_size, top_k=top_k, selection=selection)
+            torch.testing.assert_close(got, want[length - new :], rtol=1e-12, atol=1e-12)
+        got = decode_tokens(q[None, -1], k[None], v[None], block_size=block_size, top_k=top_k, selection=selection)
+        torch.testing.assert_close(got[0], want[-1], rtol=1e-12, atol=1e-12)
+        if selection.uses_scores:
+            # Summaries made bit by bit.
+            parts = [block_summaries(k[: length // 2], block_size, selection=selection)]
+            parts.append(block_summaries(k, block_size, len(parts[0]), selection))
+            sizes = {"block_size": block_size, "top_k": top_k, "selection": selection}
+            torch.testing.assert_close(continue_text(q[-1:], k, v, torch.cat(parts), **sizes)[0], want[-1])
 
 
 def test_ties_go_to_the_lower_block():

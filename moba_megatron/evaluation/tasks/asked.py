@@ -32,6 +32,7 @@ class Asked:
         config: of its run, for the trackers.
         tokenizer: its own.
         window: tokens that it can take, and what says so.
+        usual: tokens that it is asked with where nothing is said: these, and halves of them.
         template: tokens that it gets before every prompt, as in generation (one for the beginning of a text, or none).
         attentions: how it shall attend, in this order.
         attend: the model, attending so from now on.
@@ -44,6 +45,7 @@ class Asked:
     config: Config | None
     tokenizer: Tokenizer
     window: tuple[int, str]
+    usual: int
     template: int
     attentions: Sequence[str]
     attend: Callable[[str], TaskModel]
@@ -73,7 +75,7 @@ class HuggingFaceTaskModel:
 
 
 def from_subject(subject: Subject) -> Asked:
-    """The model of a run or checkpoint folder. It takes what it was trained on: rows of `data.sequence_length`."""
+    """The model of a run or checkpoint folder. Usual is what it was trained on: rows of `data.sequence_length`."""
     tokenizer = Tokenizer(subject.config.data.tokenizer)
     before = text_start(load_training_tokenizer(tokenizer.folder, tokenizer.eod_token))
 
@@ -88,7 +90,8 @@ def from_subject(subject: Subject) -> Asked:
         tokens=subject.tokens,
         config=subject.config,
         tokenizer=tokenizer,
-        window=(subject.config.data.sequence_length, "data.sequence_length"),
+        window=(subject.config.window, "the larger of data.sequence_length and model.max_position_embeddings"),
+        usual=subject.config.data.sequence_length,
         template=len(before),
         attentions=subject.attentions,
         attend=attend,
@@ -120,6 +123,7 @@ def from_huggingface(folder: Path, attention: str | None, output: Path | None = 
         config=None,
         tokenizer=Tokenizer(folder),
         window=(model.config.max_position_embeddings, "max_position_embeddings"),
+        usual=model.config.max_position_embeddings,
         template=len(before),
         attentions=chosen_attentions(attention, has_moba_layers(model)),
         attend=attend,

@@ -43,7 +43,7 @@ def evaluate_tasks(asked: Asked, options: TaskOptions, records: EvaluationRecord
         ValueError: lengths that are over the model's window or too short for a task, or no such haystack. Nothing has
             been scored then.
     """
-    lengths = options.lengths_for(*asked.window)
+    lengths = options.lengths_for(*asked.window, asked.usual)
     haystack = load_haystack(options.haystack, asked.tokenizer)
     with console.status("drawing samples"):
         samples = _samples(options, lengths, asked, haystack)

@@ -20,7 +20,7 @@ class TaskOptions:
     Attributes:
         names: of `TASKS`.
         depths: for tasks that have one, 0 to 1.
-        lengths: tokens of prompt and answer; None: the window of the model and its halves, four lengths in all.
+        lengths: tokens of prompt and answer; None: the model's usual length and its halves, four lengths in all.
         samples: for each task, length and depth; a task without depths gets as many as there are over all depths.
         haystack: see `load_haystack`.
         seed: of the samples.
@@ -33,15 +33,18 @@ class TaskOptions:
     haystack: str | None = None
     seed: int = 0
 
-    def lengths_for(self, window: int, set_by: str) -> list[int]:
+    def lengths_for(self, window: int, set_by: str, usual: int) -> list[int]:
         """The lengths, held against the tokens that a model can take, and the setting that says so.
+
+        Args:
+            usual: tokens that the model was trained on, or its window where that is not known.
 
         Raises:
             ValueError: one is longer than the window.
         """
         if self.lengths is None:
-            halves = [window >> i for i in range(_DEFAULT_LENGTHS)]
-            return sorted({length for length in halves if length >= _SHORTEST} or {window})
+            halves = [usual >> i for i in range(_DEFAULT_LENGTHS)]
+            return sorted({length for length in halves if length >= _SHORTEST} or {usual})
         if max(self.lengths) > window:
             raise ValueError(
                 f"--lengths {max(self.lengths)} is over the model's window of {window} tokens "
@@ -55,7 +58,7 @@ def task_options(tasks: str, *, lengths: str | None, depths: str, samples: int, 
 
     Args:
         tasks: names with commas, or `all`.
-        lengths: numbers of tokens with commas, such as `4096,32K`; None: by the window of the model.
+        lengths: numbers of tokens with commas, such as `4096,32K`; None: by the model's usual length.
         depths: numbers from 0 to 1 with commas.
 
     Raises:

@@ -31,6 +31,8 @@ from moba_megatron.ops.gathered.attention import accumulate
 from moba_megatron.ops.gathered.routing import select_past
 from moba_megatron.ops.layout import TokenBlocks, check_settings
 from moba_megatron.ops.precision import score_dtype, without_autocast
+from moba_megatron.ops.selection import MOBA, Selection
+from moba_megatron.ops.summaries import MEAN
 
 # Up to so many new tokens are taken one by one. Above, sharing blocks among them pays for the copy of all keys.
 ONE_BY_ONE = 8
@@ -57,24 +59,49 @@ def block_means(k_SGD: Tensor, block_size: int, first_block: int = 0) -> Tensor:
 
 
 @torch.no_grad()
+def block_summaries(k_SGD: Tensor, block_size: int, first_block: int = 0, selection: Selection = MOBA) -> Tensor:
+    """What a text's complete blocks show of their keys to a selection that looks at scores.
+
+    Args: as for `block_means`, which this is where the summary is the mean.
+
+    Returns:
+        [M - first_block, G, what the summary has for a block: D, or 2 D for `min_max`] in fp32 or wider.
+    """
+    summary = selection.make_summary()
+    assert summary is not None, selection
+    if summary is MEAN:
+        return block_means(k_SGD, block_size, first_block)
+    blocks = k_SGD.shape[0] // block_size
+    keys, count = k_SGD[first_block * block_size : blocks * block_size], max(0, blocks - first_block)
+    if count == 0:
+        width = summary.queries(k_SGD.new_empty(0, k_SGD.shape[2])).shape[-1]
+        return k_SGD.new_empty(0, k_SGD.shape[1], width, dtype=score_dtype(k_SGD.dtype))
+    lengths_M = torch.full((count,), block_size, device=k_SGD.device)
+    block_T = torch.arange(count, device=k_SGD.device).repeat_interleave(block_size)
+    return summary.finish(summary.partial(keys, block_T, count), lengths_M)
+
+
+@torch.no_grad()
 @without_autocast
 def continue_text(
     q_tND: Tensor,
     k_SGD: Tensor,
     v_SGD: Tensor,
-    means_MGD: Tensor | None = None,
+    summaries_MGD: Tensor | None = None,
     *,
     block_size: int,
     top_k: int,
     softmax_scale: float | None = None,
+    selection: Selection = MOBA,
 ) -> Tensor:
     """MoBA for the newest tokens of one text; no gradient.
 
     Args:
         q_tND: queries [t, N, D] of the last t tokens.
         k_SGD, v_SGD: keys and values [S, G, D] of the whole text, the new tokens included; any strides, S >= t.
-        means_MGD: summaries of the text's complete blocks (`block_means`); made here if None.
+        summaries_MGD: of the text's complete blocks (`block_summaries`); made here if None and needed.
         block_size, top_k, softmax_scale: as for `moba_attention`; `block_size` >= S is full attention.
+        selection: how past blocks are chosen.
 
     Returns:
         [t, N, D] in q's dtype.
@@ -91,11 +118,15 @@ def continue_text(
     new, length = q_tND.shape[0], k_SGD.shape[0]
     scale = 1 / math.sqrt(q_tND.shape[2]) if softmax_scale is None else softmax_scale
     num_past = min(top_k - 1, length // block_size)
-    if means_MGD is None:
-        means_MGD = block_means(k_SGD, block_size) if num_past else k_SGD.new_empty(0, *k_SGD.shape[1:])
+    if not selection.uses_scores:
+        summaries_MGD = None
+    elif summaries_MGD is None and num_past:
+        summaries_MGD = block_summaries(k_SGD, block_size, selection=selection)
     blocks_t = torch.arange(length - new, length, device=q_tND.device) // block_size
-    layout = TokenBlocks(means_MGD.shape[0], blocks_t, torch.zeros_like(blocks_t))
-    ids_tNK = select_past(q_tND, means_MGD, layout, num_past)
+    known = length // block_size if summaries_MGD is None else summaries_MGD.shape[0]
+    layout = TokenBlocks(known, blocks_t, torch.zeros_like(blocks_t))
+    chosen = selection.make_selector(), selection.make_summary()
+    ids_tNK = select_past(q_tND, summaries_MGD, layout, num_past, *chosen)
     if new <= ONE_BY_ONE:
         out = [
             _attend_newest(q_tND[at], k_SGD[:end], v_SGD[:end], ids_tNK[at], block_size, scale)

@@ -1,0 +1,84 @@
+"""A configuration with `moba_config` attends by MoBA, wherever it goes, unless another attention is asked for.
+
+transformers keeps the name of a model's attention in memory alone: `save_pretrained` leaves it out, and a model that is
+made without a name attends by "sdpa", fully and without a word. What makes a model a MoBA model is its `moba_config`,
+which is saved. So two places of transformers are taught to go by it, when this package is imported:
+
+- where a model that is being made finds the name of its attention, no name means "moba" if there is a `moba_config`;
+- where a configuration becomes a dictionary, for config.json among others, one with `moba_config` says
+  `"attn_implementation": "moba"`. Where this package is not imported, transformers 5 then refuses to load the folder.
+
+A name that is given (`attn_implementation="sdpa"`) holds. Models without `moba_config` are left alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from moba_megatron.hf.settings import NAME
+
+ENTRY = "moba_config"
+
+
+def stand_by_settings() -> None:
+    """Teach transformers the two; once, however often it is called."""
+    _wrap(PreTrainedModel, "get_correct_attn_implementation", _named_by_settings)
+    _wrap(PretrainedConfig, "to_dict", _naming_the_attention)
+
+
+def check_takes_attention(model: PreTrainedModel) -> None:
+    """Hold a model's class against what a registered attention needs, as far as transformers can tell by its code.
+
+    Raises:
+        ValueError: the class computes its attention itself.
+    """
+    if not model._can_set_attn_implementation():
+        raise ValueError(
+            f"transformers finds no place in the code of {type(model).__name__} that takes an attention by name, so it "
+            'would attend fully: ask for full attention by attn_implementation="sdpa" (or "eager") or, if it does take '
+            f'one, load it with attn_implementation="{NAME}", and let moba_megatron.hf.check_attends(model) look'
+        )
+
+
+def _wrap(owner: type, name: str, wrapper: Callable[..., Callable]) -> None:
+    stock = getattr(owner, name)
+    if not hasattr(stock, "stands_by_settings"):
+        wrapped = functools.wraps(stock)(wrapper(stock))
+        wrapped.stands_by_settings = True
+        setattr(owner, name, wrapped)
+
+
+def _named_by_settings(stock: Callable[..., str]) -> Callable[..., str]:
+    def get_correct_attn_implementation(
+        self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any
+    ) -> str:
+        if getattr(self.config, ENTRY, None) is not None:
+            _refuse_weights_of_attention(self.config, requested_attention)
+            if requested_attention is None:
+                check_takes_attention(self)
+                requested_attention = NAME
+        return stock(self, requested_attention, *args, **kwargs)
+
+    return get_correct_attn_implementation
+
+
+def _refuse_weights_of_attention(config: PretrainedConfig, requested: str | None) -> None:
+    """Where weights of attention are asked for, transformers names "eager" itself, and full attention would follow."""
+    if config.output_attentions and requested in (None, "eager"):
+        raise ValueError(
+            "output_attentions = True for a model with moba_config: MoBA has no matrix of weights to return. Leave it "
+            'out, or, for the weights of full attention, load with attn_implementation="eager" and set '
+            "model.config.output_attentions = True then"
+        )
+
+
+def _naming_the_attention(stock: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    def to_dict(self: PretrainedConfig, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        values = stock(self, *args, **kwargs)
+        return values if values.get(ENTRY) is None else {**values, "attn_implementation": NAME}
+
+    return to_dict
