@@ -11,6 +11,7 @@ import yaml
 from moba_megatron.config.checks import ConfigError
 from moba_megatron.config.huggingface import model_section, read_huggingface_config
 from moba_megatron.config.model import ModelConfig
+from moba_megatron.config.overrides import MISSING
 
 
 def with_pretrained_model(values: dict[str, Any]) -> dict[str, Any]:
@@ -23,6 +24,8 @@ def with_pretrained_model(values: dict[str, Any]) -> dict[str, Any]:
     """
     model = values.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("init_from"), str):
+        return values
+    if model["init_from"] == MISSING:
         return values
     if set(ModelConfig.model_fields) <= model.keys():
         return values

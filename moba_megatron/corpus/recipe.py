@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError, model_validator
 
 from moba_megatron.config import ConfigError, Section
+from moba_megatron.config.overrides import refuse_missing, resolved, with_override
 
 S = TypeVar("S", bound=Section)
 SplitChoice = Literal["hash", "train", "validation"]
@@ -264,14 +265,14 @@ def load_section(schema: type[S], path: str | Path, overrides: list[str] | None 
         tree = OmegaConf.load(path)
         if not isinstance(tree, DictConfig):
             raise ConfigError([f"{path} must hold a mapping with the keys {', '.join(schema.model_fields)}"])
-        for text in overrides or []:
-            key, equals, value = text.partition("=")
-            if not equals or not key or key.startswith("-"):
-                raise ConfigError([f"override {text!r} is not of the form key.path=value"])
-            OmegaConf.update(tree, key, _plain_value(value))
-        return _checked(schema, OmegaConf.to_container(tree, resolve=True))
+        values = OmegaConf.to_container(tree)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError([f"{path}: {str(error).splitlines()[0]}"]) from error
+    for override in overrides or []:
+        values = with_override(values, override, schema)
+    values = resolved(values)
+    refuse_missing(values)
+    return _checked(schema, values)
 
 
 def _checked(schema: type[S], values: Any) -> S:
@@ -284,14 +285,6 @@ def _checked(schema: type[S], values: Any) -> S:
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe decides the dataset, as plain values: all but the engine that encodes."""
     return recipe.model_dump(mode="json", exclude={"tokenizer": {"engine"}})
-
-
-def _plain_value(text: str) -> Any:
-    """A number, list, ... as YAML reads it; what YAML cannot read, such as the glob `*.py`, is text."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
 
 
 def _explain(error: Any) -> str:
