@@ -34,7 +34,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         ConfigError: with one line for each unknown key, wrong type or impossible combination.
     """
-    tree = read_yaml(Path(path))
+    return config_from_tree(read_yaml(Path(path)), overrides)
+
+
+def config_from_tree(tree: dict[str, Any], overrides: list[str] | None = None) -> Config:
+    """As `load_config`, from what `read_yaml` gave or from plain values."""
     for override in overrides or []:
         tree = _with_both_exchanges(with_override(tree, override, Config))
     return config_from_dict(resolved(tree))

@@ -10,7 +10,9 @@ import torch
 from moba_megatron.checkpoint import CheckpointError, Manifest, load_model
 from moba_megatron.checkpoint.find import find_checkpoint, saved_config
 from moba_megatron.config import Config, ConfigError, ModelConfig
+from moba_megatron.config.overrides import MISSING
 from moba_megatron.config.pretrained import pretrained_model_section
+from moba_megatron.convert.safetensors_folder import SafetensorsFolder
 from moba_megatron.convert.weights import open_weights, read_weights
 from moba_megatron.corpus.tokenizer import Tokenizer
 
@@ -27,13 +29,14 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
         vocab_size: entries of `data.tokenizer`, which count where `model.vocab_size` is not set.
 
     Returns:
-        What is to be said about it, one line each; nothing without `model.init_from`.
+        What is to be said about it beside `describe_weights`, one line each.
 
     Raises:
         ConfigError: with one line for each size, tensor or tokenizer that does not fit.
     """
     if config.model.init_from is None:
         return []
+    require_source(config)
     source = Path(config.model.init_from)
     given = ModelConfig.model_validate(pretrained_model_section(source))
     model = sized(config.model, vocab_size)
@@ -47,16 +50,46 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
         raise ConfigError(problems)
     _check_tokenizer(config, source)
     if _is_huggingface(source):
-        dtypes = sorted(set(open_weights(source, model).dtypes.values()))
-        lines = [f"model.init_from = {source}: Hugging Face weights in {', '.join(dtypes)}"]
+        open_weights(source, model)
     else:
         _check_key_convolution(config, _find(source))
-        lines = [f"model.init_from = {source}: {_find(source)}"]
-    return lines + [
+    return [
         f"model.{key} = {ours}: the weights come from a model with {theirs}"
         for key, (ours, theirs) in differing.items()
         if key.startswith("rotary_")
     ]
+
+
+def require_source(config: Config) -> None:
+    """Raise ConfigError where a recipe leaves it to the user which weights a training starts from."""
+    if config.model.init_from == MISSING:
+        raise ConfigError([
+            f"model.init_from = {MISSING}: give the weights that this training starts from (a Hugging Face folder, a "
+            "run folder or a checkpoint), for instance model.init_from=models/Llama-3.1-8B; null draws them anew"
+        ])  # fmt: skip
+
+
+def describe_weights(config: Config, resume: Path | None) -> str:
+    """Where the weights of a start come from, in one line.
+
+    Args:
+        resume: the checkpoint that the run continues from, None for a new run.
+
+    Raises:
+        ConfigError: there are none at `model.init_from`.
+    """
+    if resume is not None:
+        return f"weights: from checkpoint {resume}, step {Manifest.read(resume).step}"
+    if config.model.init_from is None:
+        return f"weights: drawn anew, seed {config.run.seed}"
+    if config.model.init_from == MISSING:
+        return f"weights: still to be given, model.init_from = {MISSING}"
+    source = Path(config.model.init_from)
+    if _is_huggingface(source):
+        dtypes = sorted(set(SafetensorsFolder(source).dtypes.values()))
+        return f"weights: from {source} (Hugging Face, {', '.join(dtypes)})"
+    checkpoint = _find(source)
+    return f"weights: from checkpoint {checkpoint}, step {Manifest.read(checkpoint).step}"
 
 
 def load_initial_weights(config: Config, vocab_size: int, chunks: list[torch.nn.Module]) -> None:

@@ -40,6 +40,29 @@ def find_resume(config: Config, schedule: AttentionSchedule, data: dict[str, str
     Raises:
         ConfigError: the run folder or the named checkpoint cannot be used, with every difference in the way.
     """
+    chosen = chosen_checkpoint(config)
+    if chosen is not None:
+        try:
+            manifest = Manifest.read(chosen)
+        except CheckpointError as error:
+            raise ConfigError([str(error)]) from error
+        if "train" not in manifest.data:
+            raise ConfigError([
+                f"{chosen} is an imported model, not a state of a training that could go on: choose another run.dir "
+                f"than {config.run.dir}, and start from these weights with model.init_from={RunFolder.of(chosen)}"
+            ])  # fmt: skip
+        problems = differences(manifest, config, schedule, data)
+        if problems:
+            raise ConfigError([f"{chosen} belongs to a run with other settings", *problems])
+    return chosen
+
+
+def chosen_checkpoint(config: Config) -> Path | None:
+    """The checkpoint that `checkpoint.resume` asks for, whether it fits or not; None for a new run.
+
+    Raises:
+        ConfigError: it is not there, or may not be taken.
+    """
     folder, resume = RunFolder(config.run.dir), config.checkpoint.resume
     own = find_latest(folder.checkpoints)
     if resume == "never":
@@ -49,15 +72,7 @@ def find_resume(config: Config, schedule: AttentionSchedule, data: dict[str, str
                 "or continue it with checkpoint.resume=auto"
             ])  # fmt: skip
         return None
-    chosen = own if resume == "auto" else _named_checkpoint(Path(resume), own)
-    if chosen is not None:
-        try:
-            problems = differences(Manifest.read(chosen), config, schedule, data)
-        except CheckpointError as error:
-            raise ConfigError([str(error)]) from error
-        if problems:
-            raise ConfigError([f"{chosen} belongs to a run with other settings", *problems])
-    return chosen
+    return own if resume == "auto" else _named_checkpoint(Path(resume), own)
 
 
 def _named_checkpoint(named: Path, own: Path | None) -> Path:

@@ -111,6 +111,7 @@ def _introduce(
 ) -> None:
     local = sum(parameter.numel() for chunk in wrapped for parameter in chunk.parameters())
     progress.say(f"run folder {config.run.dir}: " + (f"resuming from {ready.resume}" if ready.resume else "new run"))
+    progress.say(ready.weights)
     progress.say(
         f"{local:,} parameters on this rank, {ready.world_size} processes ({ready.data_parallel} data-parallel), "
         f"{config.tokens_per_step:,} tokens a step"

@@ -22,6 +22,7 @@ from moba_megatron.cli import app
 from moba_megatron.config import Config, config_from_dict
 from moba_megatron.data.datasets import build_datasets
 from moba_megatron.data.feed import rank_batches
+from moba_megatron.training.preflight import preflight
 
 ENTRIES = 128
 
@@ -104,6 +105,12 @@ def test_the_first_loss_is_that_of_the_model_at_every_layout(source, imported, t
         courses.append([line["loss"] for line in read_metrics(Path(config.run.dir))])
         assert courses[-1][0] == pytest.approx(expected, rel=2e-6), name
         assert courses[-1][2] == pytest.approx(courses[0][2], rel=1e-4), name
+
+
+def test_a_start_names_the_folder_of_its_weights(source, imported, tmp_path):
+    assert preflight(start(source, tmp_path / "a"), 1).weights == f"weights: from {source} (Hugging Face, F32)"
+    step_0 = f"weights: from checkpoint {imported}/checkpoints/step_0, step 0"
+    assert preflight(start(imported, tmp_path / "b"), 1).weights == step_0
 
 
 def test_a_resumed_run_does_not_read_its_source_again(source, tmp_path):
