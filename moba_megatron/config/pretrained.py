@@ -12,6 +12,7 @@ from moba_megatron.config.checks import ConfigError
 from moba_megatron.config.huggingface import model_section, read_huggingface_config
 from moba_megatron.config.model import ModelConfig
 from moba_megatron.config.overrides import MISSING
+from moba_megatron.config.paths import counted_from
 
 
 def with_pretrained_model(values: dict[str, Any]) -> dict[str, Any]:
@@ -48,6 +49,6 @@ def pretrained_model_section(folder: str | Path) -> dict[str, Any]:
     else:
         raise ConfigError([
             f"model.init_from = {folder} is no Hugging Face folder (config.json), run folder (config.yaml) or "
-            "checkpoint (checkpoint.json)"
+            f"checkpoint (checkpoint.json){counted_from(folder)}"
         ])  # fmt: skip
     return {key: value for key, value in section.items() if key != "init_from"}

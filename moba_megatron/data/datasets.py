@@ -27,6 +27,7 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
 from moba_megatron.config import BlendEntry, Config, ConfigError
+from moba_megatron.config.paths import counted_from
 from moba_megatron.corpus.blend import blend_entries
 from moba_megatron.corpus.indexed import IndexSummary, read_index
 from moba_megatron.corpus.loss_mask import check_loss_mask, loss_mask_path
@@ -111,6 +112,12 @@ def check_validation(config: Config) -> ValidationSummary:
     )
 
 
+def training_tokenizer(config: Config) -> Path:
+    """Folder of the tokenizer: `data.tokenizer`; where there is none, the copy that the run has kept of it."""
+    named, kept = Path(config.data.tokenizer), Path(config.run.dir) / "tokenizer"
+    return kept if not named.is_dir() and kept.is_dir() else named
+
+
 def build_datasets(
     config: Config, train_samples: int | None = None
 ) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset | None]:
@@ -136,7 +143,7 @@ def build_validation(config: Config) -> torch.utils.data.Dataset | None:
 
 def _build(config: Config, split: int, samples: int, seed: int) -> torch.utils.data.Dataset:
     """One split: 0 is train, 1 is validation, as in megatron-core's lists of three."""
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = Tokenizer(training_tokenizer(config))
     entries = blend_entries(config.data.train if split == 0 else config.data.validation)
     paths, digest = [entry.path for entry in entries], _data_digest(entries)
     blend = (paths, [entry.weight for entry in entries] if len(entries) > 1 else None)
@@ -193,9 +200,10 @@ class _Size:
 def _check_splits(config: Config, keys: list[str]) -> tuple[Tokenizer, dict[str, _Size]]:
     """Check the tokenizer and the data of these splits; return it and the size of each."""
     try:
-        tokenizer = Tokenizer(config.data.tokenizer)
+        tokenizer = Tokenizer(training_tokenizer(config))
     except ValueError as error:
-        raise ConfigError([f"data.tokenizer = {config.data.tokenizer}: {error}"]) from error
+        where = counted_from(config.data.tokenizer)
+        raise ConfigError([f"data.tokenizer = {config.data.tokenizer}: {error}{where}"]) from error
     problems: list[str] = []
     model_size = config.model.vocab_size
     if model_size is not None and tokenizer.vocab_size > model_size:
@@ -234,7 +242,7 @@ def _check_entry(key: str, path: str, samples: int, tokenizer: Tokenizer, config
         manifest = load_manifest(Path(path).parent)
         check_loss_mask(path, index.dtype.itemsize)
     except ValueError as error:
-        raise ValueError(f"{key} = {path}: {error}") from error
+        raise ValueError(f"{key} = {path}: {error}{counted_from(path)}") from error
     if manifest is None:
         logger.warning("%s = %s has no manifest: that data.tokenizer made it cannot be checked", key, path)
         largest = int(np.fromfile(f"{path}.bin", index.dtype, _SAMPLED_TOKENS).max(initial=0))

@@ -1,7 +1,8 @@
 """The run folder: what a run leaves on disk. Who reads or writes one of its files takes the path from here.
 
 RUN/config.yaml          the resolved configuration; one that a later start changed is kept as config.until_step_N.yaml
-RUN/environment.json     versions and hardware
+RUN/tokenizer/           a copy of the tokenizer that it trains with
+RUN/environment.json     versions, hardware, and the working directory of the last start
 RUN/metrics.jsonl        one line a step
 RUN/evaluations.jsonl    one line an evaluation
 RUN/evaluation/*.json    the whole results of `moba-megatron evaluate`
@@ -30,6 +31,7 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.tokenizer = self.path / "tokenizer"
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"

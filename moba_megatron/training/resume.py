@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from moba_megatron.checkpoint import CheckpointError, find_latest
 from moba_megatron.checkpoint.manifest import NAME, Manifest
 from moba_megatron.config import Config, ConfigError
+from moba_megatron.config.paths import counted_from
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.runs.folder import RunFolder
 
@@ -80,7 +81,10 @@ def _named_checkpoint(named: Path, own: Path | None) -> Path:
     these."""
     if not (named / NAME).is_file():
         raise ConfigError(
-            [f"checkpoint.resume = {named}: no complete checkpoint there (auto, never, or a step_N folder)"]
+            [
+                f"checkpoint.resume = {named}: no complete checkpoint there (auto, never, or a step_N folder)"
+                + counted_from(named)
+            ]
         )
     if own is not None and named.resolve() != own.resolve() and named.resolve().parent == own.resolve().parent:
         raise ConfigError(
