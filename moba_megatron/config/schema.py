@@ -140,6 +140,9 @@ class DataConfig(Section):
     """Folder of the Hugging Face tokenizer that made the data. Data made with another one is refused."""
     sequence_length: int = Field(ge=2)
     """Tokens per sample."""
+    index_cache: str | None = None
+    """Folder of the sample indices that rank 0 builds from the data, on a disk that all machines see; runs may share
+    it. Default: `index_cache/` beside the data, or in the run folder where the data's cannot be written to."""
     packing: Literal["concatenate", "best_fit", "document"] = "concatenate"
     """`concatenate`: documents are joined by the end-of-document token and cut into samples (GPT style). `best_fit`:
     whole documents share a sample so that it is as full as possible; only documents longer than a sample are cut.

@@ -43,7 +43,7 @@ def keep_tokenizer(source: Path, folder: RunFolder, step: int) -> None:
 
 
 def found_config(checkpoint: Path) -> Config:
-    """As `saved_config`, with the paths of tokenizer and data as they are to be found from here.
+    """As `saved_config`, with the paths of run folder, tokenizer and data as they are to be found from here.
 
     What is nowhere keeps the absolute path that it should have.
     """
@@ -61,7 +61,8 @@ def found_config(checkpoint: Path) -> Config:
     if _fingerprint(folder.tokenizer) == fingerprint or not Path(tokenizer).is_dir() and folder.tokenizer.is_dir():
         tokenizer = str(folder.tokenizer)
     found = {"train": dataset(data.train), "validation": dataset(data.validation), "tokenizer": tokenizer}
-    return config.model_copy(update={"data": data.model_copy(update=found)})
+    run = config.run.model_copy(update={"dir": str(folder.path)})
+    return config.model_copy(update={"run": run, "data": data.model_copy(update=found)})
 
 
 def _dataset(path: str, start: Path | None) -> str:

@@ -11,6 +11,7 @@ from moba_megatron.checkpoint import Manifest
 from moba_megatron.config import Config, ConfigError, check_world
 from moba_megatron.convert.initial import check_initial_weights, describe_weights, require_source
 from moba_megatron.data.datasets import DataSummary, check_data
+from moba_megatron.data.index_cache import index_lines
 from moba_megatron.model.builder import DTYPES
 from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.model.schedule import AttentionSchedule, checked_schedule
@@ -67,7 +68,7 @@ def preflight(config: Config, world_size: int) -> Preflight:
         resume=resume,
         position=position,
         weights=describe_weights(config, resume),
-        choices=[*run_choices(config, schedule), *initial, *position.lines()],
+        choices=[*run_choices(config, schedule), *index_lines(config), *initial, *position.lines()],
     )
 
 

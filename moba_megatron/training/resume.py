@@ -29,6 +29,7 @@ FREE = (
     "evaluation",
     "logging",
     "data.validation",
+    "data.index_cache",
 )
 
 
