@@ -62,7 +62,7 @@ def _print_run(console: Console, path: Path, overrides: list[str] | None) -> Non
     console.print(
         f"  data: {ready.data.train_tokens:,} tokens to train on, {ready.data.epochs:.3g} epochs of them; "
         f"{ready.data.validation_tokens:,} to validate on\n"
-        f"  starting from {ready.resume or config.model.init_from or 'drawn weights'}",
+        f"  {ready.weights}",
         markup=False,
     )
 

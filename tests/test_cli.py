@@ -110,7 +110,8 @@ def test_a_folder_without_a_run_is_refused(tmp_path, command):
 def test_doctor_tells_what_a_configuration_would_use(run):
     output = call("doctor", run / "config.yaml")
     chosen = ("attention.backend = auto: gathered", FULL, "layers: local")
-    for expected in ("megatron-core", "transformer_engine", *chosen):
+    weights = f"weights: from checkpoint {run}/checkpoints/step_"
+    for expected in ("megatron-core", "transformer_engine", weights, *chosen):
         assert expected in output
     # What this release of megatron-core lacks is named.
     lacks = [capability.name for capability in missing_capabilities()]

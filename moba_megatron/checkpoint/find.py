@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moba_megatron.checkpoint.manifest import NAME, CheckpointError, Manifest, find_latest
 from moba_megatron.config import Config, ParallelConfig, config_from_dict
+from moba_megatron.config.paths import counted_from
 from moba_megatron.runs.folder import RunFolder
 
 
@@ -18,7 +19,9 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     found = path if (path / NAME).is_file() else find_latest(RunFolder(path).checkpoints)
     if found is None:
-        raise CheckpointError(f"{path} is neither a checkpoint nor a run folder with a complete checkpoint")
+        raise CheckpointError(
+            f"{path} is neither a checkpoint nor a run folder with a complete checkpoint{counted_from(path)}"
+        )
     return found
 
 

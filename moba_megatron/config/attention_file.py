@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from moba_megatron.config.checks import ConfigError
 from moba_megatron.config.load import explain, read_yaml
+from moba_megatron.config.overrides import refuse_missing, resolved
 from moba_megatron.config.parallel import ExchangeConfig, ExchangeSetting
 from moba_megatron.config.schema import AttentionConfig
 from moba_megatron.config.section import Section
@@ -55,7 +54,6 @@ def load_attention(source: str | Path | Mapping[str, Any] | AttentionConfig) -> 
 
 
 def _values(path: Path) -> dict[str, Any]:
-    try:
-        return OmegaConf.to_container(read_yaml(path), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError([f"{path}: {str(error).splitlines()[0]}"]) from error
+    values = resolved(read_yaml(path))
+    refuse_missing(values)
+    return values

@@ -1,7 +1,8 @@
 """Reading a configuration: defaults, then the file named by `base:`, then the file itself, then `key.path=value`
 overrides.
 
-`base:` is a path relative to the file that names it, or a list of them, later ones winning. Unknown keys, wrong types
+`base:` is a path relative to the file that names it, or a list of them, later ones winning. What the text of an
+override means follows from the type of its key (`overrides`). Unknown keys, wrong types
 and combinations that cannot work end as one `ConfigError` that lists every problem with its key, its value and the
 mend.
 """
@@ -19,9 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from moba_megatron.config.checks import ConfigError, combination_problems
+from moba_megatron.config.overrides import merged, refuse_missing, resolved, with_override
 from moba_megatron.config.pretrained import with_pretrained_model
 from moba_megatron.config.schema import Config
 from moba_megatron.config.section import Section
+
+NEEDED_BY_TRAINING = ("model.init_from",)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -30,22 +34,26 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         ConfigError: with one line for each unknown key, wrong type or impossible combination.
     """
-    tree = read_yaml(Path(path))
-    try:
-        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(_check_overrides(overrides or [])))
-        values = OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError([str(error).splitlines()[0]]) from error
-    except yaml.YAMLError as error:
-        raise ConfigError([f"an override among {overrides} has a value that is not valid YAML: {error}"]) from error
-    return config_from_dict(values)
+    return config_from_tree(read_yaml(Path(path)), overrides)
+
+
+def config_from_tree(tree: dict[str, Any], overrides: list[str] | None = None) -> Config:
+    """As `load_config`, from what `read_yaml` gave or from plain values."""
+    for override in overrides or []:
+        tree = _with_both_exchanges(with_override(tree, override, Config))
+    return config_from_dict(resolved(tree))
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:
     """A checked `Config` from plain values, as `load_config` makes it from files.
 
-    What the `model` section leaves out is taken from `model.init_from`, if there is one.
+    What the `model` section leaves out is taken from `model.init_from`, if there is one. Where that is still to be
+    given (`???`), it stays so: only a training needs it.
+
+    Raises:
+        ConfigError: with one line for each unknown key, wrong type, value still to be given or impossible combination.
     """
+    refuse_missing(values, needed_later=NEEDED_BY_TRAINING)
     values = with_pretrained_model(values)
     try:
         config = Config.model_validate(values)
@@ -57,9 +65,9 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     return config
 
 
-def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
-    """What a file and the files that its `base:` names say, unchecked."""
-    path = path.resolve()
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What a file and the files that its `base:` names say, unchecked, references (`${...}`) as they stand."""
+    path = path.expanduser().resolve()
     if path in seen:
         raise ConfigError([f"base: {path} includes itself"])
     if not path.is_file():
@@ -68,25 +76,26 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
         tree = OmegaConf.load(path)
     except yaml.YAMLError as error:
         raise ConfigError([f"{path} is not valid YAML: {error}"]) from error
+    except OmegaConfBaseException as error:
+        raise ConfigError([f"{path}: {str(error).splitlines()[0]}"]) from error
     if not isinstance(tree, DictConfig):
         raise ConfigError([f"{path} must hold a mapping of sections"])
-    for key in ("parallel.exchange", "exchange"):
-        exchange = OmegaConf.select(tree, key)
-        if isinstance(exchange, str):
-            # One word for both kinds of layers, of which an override may change one.
-            OmegaConf.update(tree, key, {"moba": exchange, "full": exchange})
     bases = tree.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, Sequence) or not all(isinstance(base, str) for base in bases):
         raise ConfigError([f"{path}: base = {bases!r} must be a path or a list of paths"])
-    return OmegaConf.merge(*[read_yaml(path.parent / base, (*seen, path)) for base in bases], tree)
+    values: dict[str, Any] = {}
+    for base in bases:
+        values = merged(values, read_yaml(path.parent / Path(base).expanduser(), (*seen, path)))
+    return merged(values, _with_both_exchanges(OmegaConf.to_container(tree)))
 
 
-def _check_overrides(overrides: list[str]) -> list[str]:
-    wrong = [text for text in overrides if "=" not in text or text.startswith("-")]
-    if wrong:
-        raise ConfigError([f"override {text!r} is not of the form key.path=value" for text in wrong])
-    return overrides
+def _with_both_exchanges(tree: dict[str, Any]) -> dict[str, Any]:
+    """One word for both kinds of layers is written out, so that what is laid over it may change one of them."""
+    for section in (tree.get("parallel"), tree):
+        if isinstance(section, dict) and isinstance(word := section.get("exchange"), str):
+            section["exchange"] = {"moba": word, "full": word}
+    return tree
 
 
 def explain(error: Any, schema: type[Section]) -> str:

@@ -16,7 +16,8 @@ class ModelConfig(Section):
     init_from: str | None = None
     """Where a new run takes its weights from: a Hugging Face folder (config.json and safetensors), a run folder, or a
     checkpoint folder. What this section leaves out is then as there. A resumed run does not load these weights again,
-    but at every start this section is filled up from there, unless it is complete, as in RUN/config.yaml."""
+    but at every start this section is filled up from there, unless it is complete, as in RUN/config.yaml. None: they
+    are drawn. `???` in a recipe: to be given before training; plans and dry runs do without."""
     num_layers: int = Field(ge=1)
     """Decoder layers."""
     hidden_size: int = Field(ge=1)

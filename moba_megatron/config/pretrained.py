@@ -11,6 +11,8 @@ import yaml
 from moba_megatron.config.checks import ConfigError
 from moba_megatron.config.huggingface import model_section, read_huggingface_config
 from moba_megatron.config.model import ModelConfig
+from moba_megatron.config.overrides import MISSING
+from moba_megatron.config.paths import counted_from
 
 # Written configurations of earlier versions are complete without these.
 YOUNGER = {
@@ -29,6 +31,8 @@ def with_pretrained_model(values: dict[str, Any]) -> dict[str, Any]:
     """
     model = values.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("init_from"), str):
+        return values
+    if model["init_from"] == MISSING:
         return values
     missing = set(ModelConfig.model_fields) - model.keys()
     if not missing or (missing <= YOUNGER and not Path(model["init_from"]).exists()):
@@ -64,7 +68,7 @@ def pretrained_model_section(folder: str | Path) -> dict[str, Any]:
     else:
         raise ConfigError([
             f"model.init_from = {folder} is no Hugging Face folder (config.json), run folder (config.yaml) or "
-            "checkpoint (checkpoint.json)"
+            f"checkpoint (checkpoint.json){counted_from(folder)}"
         ])  # fmt: skip
     section, trained = config["model"], config.get("data", {}).get("sequence_length", 0)
     window = max(section.get("max_position_embeddings") or 0, trained) or None

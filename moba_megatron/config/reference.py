@@ -17,8 +17,12 @@ HEAD = """# Configuration reference
 
 Made from the schema by `python -m moba_megatron.config.reference`; do not edit. A configuration is a YAML file with
 these sections. `base: other.yaml`, or a list of files of which later ones win, is taken over first;
-`section.key=value` on the command line wins over all files, its value being YAML (`key=null`, `'key=[a,b]'`). A base is
-relative to the file it stands in, all other paths to the working directory. Sizes are in tokens unless said otherwise.
+`section.key=value` on the command line wins over all files. There the value of a key whose type is a string is the
+text as it stands (`run.dir=runs/exp #2`, `007`, `true`); `key=null` means none where the type allows it,
+`'key=[...]'` a list where it allows one. All other values are YAML (`'key=[a,b]'`). Members of lists have numbers
+(`data.train.0.weight=2`). `${other.key}` in a file is the value of that key, `???` one that is still to be given. A
+base is relative to the file it stands in, all other paths to the working directory; a leading `~` is the home folder.
+Sizes are in tokens unless said otherwise.
 """
 
 

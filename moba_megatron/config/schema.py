@@ -6,11 +6,13 @@ working directory. Sizes are in tokens unless the field says otherwise.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field
 
+from moba_megatron.config.literal import literal
 from moba_megatron.config.model import ModelConfig
 from moba_megatron.config.parallel import ParallelConfig
 from moba_megatron.config.section import Section
@@ -138,6 +140,9 @@ class DataConfig(Section):
     """Folder of the Hugging Face tokenizer that made the data. Data made with another one is refused."""
     sequence_length: int = Field(ge=2)
     """Tokens per sample."""
+    index_cache: str | None = None
+    """Folder of the sample indices that rank 0 builds from the data, on a disk that all machines see; runs may share
+    it. Default: `index_cache/` beside the data, or in the run folder where the data's cannot be written to."""
     packing: Literal["concatenate", "best_fit", "document"] = "concatenate"
     """`concatenate`: documents are joined by the end-of-document token and cut into samples (GPT style). `best_fit`:
     whole documents share a sample so that it is as full as possible; only documents longer than a sample are cut.
@@ -282,4 +287,16 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """This configuration as YAML that `load_config` reads back to an equal one."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+        return yaml.dump(literal(self.model_dump(mode="json")), Dumper=_Dumper, sort_keys=False, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes strings that begin as numbers do: OmegaConf takes more of them for numbers than PyYAML does (1e3)."""
+
+
+def _quoted_number(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "'" if re.match(r"[-+.]*[0-9]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _quoted_number)

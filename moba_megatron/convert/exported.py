@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moba_megatron.checkpoint import CheckpointError, Manifest
-from moba_megatron.checkpoint.find import find_checkpoint, saved_config
+from moba_megatron.checkpoint.find import find_checkpoint
 from moba_megatron.config import Config, ConfigError, ModelConfig
 from moba_megatron.convert.import_hf import NO_TOKENIZER
-from moba_megatron.convert.initial import sized, tokenizer_folder
+from moba_megatron.convert.initial import sized
+from moba_megatron.convert.run_inputs import found_config
 from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
+from moba_megatron.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -45,22 +47,23 @@ def open_exported(path: str | Path, tokenizer: str | None = None) -> Exported:
         ConfigError: keys are convolved, which models of transformers do not do.
     """
     checkpoint = find_checkpoint(path)
-    manifest, config = Manifest.read(checkpoint), saved_config(checkpoint)
+    manifest, config = Manifest.read(checkpoint), found_config(checkpoint)
     if width := config.attention.key_convolution:
         raise ConfigError([f"attention.key_convolution = {width}: no plain model of transformers convolves its keys"])
     schedule = AttentionSchedule.from_dict(manifest.schedule)
     layers = schedule.stages[schedule.stage_at(max(manifest.step, 1), config.training.steps)]
-    folder = tokenizer or tokenizer_folder(checkpoint, config)
+    folder = Path(tokenizer or config.data.tokenizer)
+    put = f"put it into {RunFolder.of(checkpoint).tokenizer}"
     found = None
     if manifest.data["tokenizer"] != NO_TOKENIZER:
         try:
             found = Tokenizer(folder)
         except ValueError as error:
-            raise CheckpointError(f"data.tokenizer: {error}. Name its folder with --tokenizer") from error
+            raise CheckpointError(f"{checkpoint}: {error}. If it is elsewhere, {put}") from error
         if found.fingerprint != manifest.data["tokenizer"]:
             raise CheckpointError(
                 f"{checkpoint} was trained with the tokenizer of fingerprint {manifest.data['tokenizer']}, but "
-                f"{folder} has {found.fingerprint}: name the right folder with --tokenizer"
+                f"{folder} has {found.fingerprint}: find the right one and {put}"
             )
     if config.model.vocab_size is None and found is None:
         raise CheckpointError(f"{checkpoint} says neither model.vocab_size nor a tokenizer")

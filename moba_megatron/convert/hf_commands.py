@@ -19,7 +19,8 @@ def import_command(
 ) -> None:
     """Make a run folder from a Hugging Face model.
 
-    OUT gets config.yaml (a start for training: python train.py OUT/config.yaml data.train=PREFIX), tokenizer/ and
+    OUT gets config.yaml (a start for training in another run folder: python train.py OUT/config.yaml
+    run.dir=RUN data.train=PREFIX), tokenizer/ and
     checkpoints/step_0, which evaluate, generate, export-hf and model.init_from take.
 
     A model that does not fit into the memory of one process needs no import: set model.init_from=HF_DIR in training.

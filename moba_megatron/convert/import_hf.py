@@ -10,6 +10,7 @@ This runs as one process that holds the whole model. A model too large for that 
 from __future__ import annotations
 
 import importlib.metadata
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from moba_megatron.runs.folder import RunFolder
 NO_TOKENIZER = "none"
 _HEAD = """# A start for training from {source}.
 # Set data.train (prepared with the tokenizer below), data.sequence_length, the attention and the optimizer:
-#   python train.py {path} data.train=PREFIX data.sequence_length=32768 attention.kind=moba
+#   python train.py {path} run.dir={run} data.train=PREFIX data.sequence_length=32768 attention.kind=moba
 """
 
 
@@ -102,8 +103,9 @@ def write_run(
     model = config.model.model_copy(update={"init_from": str(out.resolve())})
     training = config.training.model_copy(update={"precision": precision or config.training.precision})
     goes_on = config.model_copy(update={"model": model, "training": training})
-    head = _HEAD.format(source=source, path=RunFolder(out).config)
-    RunFolder(folder).config.write_text(head + goes_on.to_yaml())
+    words = shlex.quote(str(RunFolder(out).config)), shlex.quote(config.run.dir)
+    head = _HEAD.format(source=source, path=words[0], run=words[1])
+    RunFolder(folder).config.write_text(head + goes_on.to_yaml(), encoding="utf-8")
     return goes_on
 
 
@@ -190,7 +192,8 @@ def start_of_training(
     """
     name = out.name
     return {
-        "run": {"dir": f"runs/{name}"},
+        # Not the folder itself, whose checkpoint is no state of a training.
+        "run": {"dir": f"runs/{name}-trained"},
         "model": model,
         "attention": attention,
         "data": {

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from moba_megatron.checkpoint import CheckpointError
 from moba_megatron.checkpoint.common_state import read_common
 from moba_megatron.config import AttentionConfig, Config, ConfigError, ModelConfig, config_from_dict
 from moba_megatron.config.load import explain, read_yaml
+from moba_megatron.config.overrides import resolved
 from moba_megatron.config.pretrained import pretrained_model_section
 from moba_megatron.convert.import_hf import NO_TOKENIZER, copy_tokenizer, start_of_training, write_run
 from moba_megatron.convert.mapping import parameter_shapes
@@ -154,7 +154,7 @@ def _model_section(path: Path) -> ModelConfig:
     if path.is_dir():
         values = pretrained_model_section(path)
     else:
-        values = OmegaConf.to_container(read_yaml(path)).get("model") or {}
+        values = resolved(read_yaml(path)).get("model") or {}
         values.pop("init_from", None)
     try:
         section = ModelConfig.model_validate(values)

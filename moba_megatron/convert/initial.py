@@ -11,9 +11,12 @@ import torch
 from moba_megatron.checkpoint import CheckpointError, Manifest, load_model
 from moba_megatron.checkpoint.find import find_checkpoint, saved_config
 from moba_megatron.config import Config, ConfigError, ModelConfig
+from moba_megatron.config.overrides import MISSING
 from moba_megatron.config.pretrained import pretrained_model_section
 from moba_megatron.convert.half_precision import F16, half_precision_note
 from moba_megatron.convert.origin import keep_origin
+from moba_megatron.convert.run_inputs import found_config
+from moba_megatron.convert.safetensors_folder import SafetensorsFolder
 from moba_megatron.convert.weights import open_weights, read_weights
 from moba_megatron.corpus.blend import blend_entries
 from moba_megatron.corpus.indexed import load_index
@@ -35,13 +38,14 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
         vocab_size: entries of `data.tokenizer`, which count where `model.vocab_size` is not set.
 
     Returns:
-        What is to be said about it, one line each; nothing without `model.init_from`.
+        What is to be said about it beside `describe_weights`, one line each.
 
     Raises:
         ConfigError: with one line for each size, tensor or tokenizer that does not fit.
     """
     if config.model.init_from is None:
         return []
+    require_source(config)
     source = Path(config.model.init_from)
     given = ModelConfig.model_validate(pretrained_model_section(source))
     model = sized(config.model, vocab_size)
@@ -56,12 +60,10 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
     _check_tokenizer(config, source)
     if _is_huggingface(source):
         dtypes = sorted(set(open_weights(source, model).dtypes.values()))
-        lines = [f"model.init_from = {source}: Hugging Face weights in {', '.join(dtypes)}"]
-        if F16 in dtypes:
-            lines.append(f"model.init_from: {half_precision_note(config.training.precision)}")
+        lines = [f"model.init_from: {half_precision_note(config.training.precision)}"] if F16 in dtypes else []
     else:
         _check_key_convolution(config, _find(source))
-        lines = [f"model.init_from = {source}: {_find(source)}"]
+        lines = []
     lines += _without_beginning(config)
     rotary = {key: values for key, values in differing.items() if key.startswith("rotary_")}
     lines += [
@@ -75,6 +77,38 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
             "(yarn), rotary_interpolation or a larger rotary_base extend it"
         )
     return lines
+
+
+def require_source(config: Config) -> None:
+    """Raise ConfigError where a recipe leaves it to the user which weights a training starts from."""
+    if config.model.init_from == MISSING:
+        raise ConfigError([
+            f"model.init_from = {MISSING}: give the weights that this training starts from (a Hugging Face folder, a "
+            "run folder or a checkpoint), for instance model.init_from=models/Llama-3.1-8B; null draws them anew"
+        ])  # fmt: skip
+
+
+def describe_weights(config: Config, resume: Path | None) -> str:
+    """Where the weights of a start come from, in one line.
+
+    Args:
+        resume: the checkpoint that the run continues from, None for a new run.
+
+    Raises:
+        ConfigError: there are none at `model.init_from`.
+    """
+    if resume is not None:
+        return f"weights: from checkpoint {resume}, step {Manifest.read(resume).step}"
+    if config.model.init_from is None:
+        return f"weights: drawn anew, seed {config.run.seed}"
+    if config.model.init_from == MISSING:
+        return f"weights: still to be given, model.init_from = {MISSING}"
+    source = Path(config.model.init_from)
+    if _is_huggingface(source):
+        dtypes = sorted(set(SafetensorsFolder(source).dtypes.values()))
+        return f"weights: from {source} (Hugging Face, {', '.join(dtypes)})"
+    checkpoint = _find(source)
+    return f"weights: from checkpoint {checkpoint}, step {Manifest.read(checkpoint).step}"
 
 
 def load_initial_weights(config: Config, vocab_size: int, chunks: list[torch.nn.Module]) -> None:
@@ -124,13 +158,6 @@ def _check_key_convolution(config: Config, checkpoint: Path) -> None:
         ])  # fmt: skip
 
 
-def tokenizer_folder(checkpoint: Path, config: Config) -> Path:
-    """As the configuration of a checkpoint says, or beside the checkpoint where an imported model was moved."""
-    beside = checkpoint.parent.parent / "tokenizer"
-    named = Path(config.data.tokenizer)
-    return beside if beside.is_dir() and not named.is_dir() else named
-
-
 def _without_beginning(config: Config) -> list[str]:
     """A line where the tokenizer begins texts with a token of its own, and the data do not."""
     try:
@@ -175,7 +202,7 @@ def _check_tokenizer(config: Config, source: Path) -> None:
     if not _is_huggingface(source):
         checkpoint = _find(source)
         theirs = Manifest.read(checkpoint).data["tokenizer"]
-        folder = tokenizer_folder(checkpoint, saved_config(checkpoint))
+        folder = Path(found_config(checkpoint).data.tokenizer)
     elif not (source / "tokenizer.json").is_file():
         return
     if theirs != tokenizer.fingerprint and (folder / "tokenizer.json").is_file():

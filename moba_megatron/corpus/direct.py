@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from moba_megatron.corpus.files import expanded, find_files, kind_by_name, kind_of_file, split_pattern
+from moba_megatron.corpus.files import find_files, kind_by_name, kind_of_file, split_pattern
 
 KINDS = ("files", "jsonl", "parquet", "arrow")
 _TEXT = (".txt", ".text", ".md", ".rst")
@@ -26,7 +26,7 @@ def direct_sources(
         ValueError: nothing there, files of a kind that is not known, or of several kinds.
     """
     sources, lines = [], []
-    for path in inputs:
+    for path in map(os.path.expanduser, inputs):
         own, pattern = kind, path
         if own is None:
             own, pattern, left_out = _kind_of(path)
@@ -61,7 +61,7 @@ def _kind_of(path: str) -> tuple[str, str, list[str]]:
             f"no documents: no file matches {path}; relative paths count from {Path.cwd()}: correct the path, or the "
             "working directory"
         )
-    folder = os.path.isdir(expanded(path))
+    folder = os.path.isdir(path)
     kinds: dict[str, list[str]] = defaultdict(list)
     other: list[str] = []
     for name in names:
@@ -98,10 +98,9 @@ def _endings(names: list[str]) -> str:
 
 
 def _folder_and_pattern(path: str) -> dict[str, str]:
-    real = expanded(path)
-    if os.path.isdir(real):
+    if os.path.isdir(path):
         return {"path": path}
-    if os.path.isfile(real):
+    if os.path.isfile(path):
         return {"path": os.path.dirname(path) or ".", "pattern": os.path.basename(path)}
     folder, pattern = split_pattern(path)
     return {"path": folder, "pattern": pattern}

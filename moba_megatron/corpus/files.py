@@ -1,7 +1,7 @@
 """Files as they lie about: which files a path or a pattern means, and what kind of file each is.
 
 A path that exists is that path, whatever characters it has; only what does not exist is read as a pattern, in which
-`**` is any number of folders. A leading `~` is the home folder. Links are followed, in folders and in patterns alike;
+`**` is any number of folders. Links are followed, in folders and in patterns alike;
 each folder is entered once, so that links in a circle end, and under its own name rather than a link's.
 
 Hidden files and folders (`.git`, `.ipynb_checkpoints`, `._name`) are left out and told of, unless the pattern names
@@ -44,18 +44,12 @@ class Found:
     hidden: list[str] = field(default_factory=list)
 
 
-def expanded(path: str) -> str:
-    """A path with its leading `~` as the home folder, unless there is something of that name."""
-    return path if os.path.lexists(path) else os.path.expanduser(path)
-
-
 def find_files(path: str, kind: str | None = None) -> Found:
     """The files that a path means: a file, a folder or a pattern. Names are whole paths, `root` is `.`.
 
     Args:
         kind: of a folder, only files with the endings of this kind are taken.
     """
-    path = expanded(path)
     if os.path.isfile(path):
         return Found(Path("."), [path])
     if os.path.isdir(path):

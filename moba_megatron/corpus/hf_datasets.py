@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from moba_megatron.corpus.documents import CorpusError, Input, Item, Part
-from moba_megatron.corpus.files import expanded
 from moba_megatron.corpus.jsonl import Advance
 from moba_megatron.corpus.recipe import DatasetsSource
 from moba_megatron.corpus.rows import RowReader, missing_columns, no_column
@@ -79,10 +78,9 @@ def _open_dataset(source_json: str) -> Any:
     import datasets
 
     source = DatasetsSource.model_validate_json(source_json)
-    path = expanded(source.path)
-    folder = Path(path)
+    folder = Path(source.path)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        saved = datasets.load_from_disk(path)
+        saved = datasets.load_from_disk(source.path)
         if isinstance(saved, datasets.DatasetDict):
             if source.dataset_split not in saved:
                 raise ValueError(f"{source.path} has no split {source.dataset_split!r}, only {', '.join(saved)}")
@@ -92,7 +90,7 @@ def _open_dataset(source_json: str) -> Any:
     try:
         with _readable(f"{source.path}{files}"):
             return datasets.load_dataset(
-                path,
+                source.path,
                 name=source.name,
                 split=source.dataset_split,
                 revision=source.revision,

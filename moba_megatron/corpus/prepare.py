@@ -41,7 +41,6 @@ from moba_megatron.corpus.documents import MIB, CorpusError, Document, Incomplet
 from moba_megatron.corpus.encode import EncodeJob, choose_split, count_progress, encode_part, start_worker
 from moba_megatron.corpus.encode import Progress as EncodingProgress
 from moba_megatron.corpus.engines import EngineMismatch, choose_engine
-from moba_megatron.corpus.files import expanded
 from moba_megatron.corpus.finish import check_columns, merge_shards
 from moba_megatron.corpus.manifest import DatasetManifest, load_manifest
 from moba_megatron.corpus.prepare_plan import PreparePlan, beginnings, plan_preparation
@@ -205,7 +204,7 @@ def _make_tokenizer(plan: PreparePlan, space: Workspace, console: Console) -> To
             seconds = time.monotonic() - begin
             console.print(f"trained a byte-level BPE of {spec.vocab_size:,} entries in {seconds:.1f} s")
         else:
-            copy_tokenizer(expanded(spec.path), unfinished, spec.end_of_document)
+            copy_tokenizer(spec.path, unfinished, spec.end_of_document)
         unfinished.rename(space.tokenizer)
         return Tokenizer(space.tokenizer)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from moba_megatron.corpus.chat import ChatTemplate
 from moba_megatron.corpus.documents import MIB, Input, Part
-from moba_megatron.corpus.files import expanded
 from moba_megatron.corpus.recipe import (
     JsonlSource,
     PretrainedTokenizer,
@@ -61,15 +60,15 @@ def plan_preparation(recipe: Recipe) -> PreparePlan:
         "tokenizer": "trained",
     }
     if isinstance(spec, PretrainedTokenizer):
-        tokenizer = Tokenizer(expanded(spec.path), spec.end_of_document)
+        tokenizer = Tokenizer(spec.path, spec.end_of_document)
         identity["tokenizer"] = tokenizer.fingerprint
         if spec.begin_of_document != "auto":
             beginnings(recipe, tokenizer)
     if recipe.chats:
         assert isinstance(spec, PretrainedTokenizer)
         # Refuses a template that cannot serve before any work starts.
-        ChatTemplate(Path(expanded(spec.path)), recipe.chat)
-        identity["chat_template"] = ChatTemplate.fingerprint(expanded(spec.path))
+        ChatTemplate(Path(spec.path), recipe.chat)
+        identity["chat_template"] = ChatTemplate.fingerprint(spec.path)
     return PreparePlan(recipe, inputs, parts, identity, [name for _, hidden in found for name in hidden])
 
 

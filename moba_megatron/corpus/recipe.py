@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError, model_validator
 
 from moba_megatron.config import ConfigError, Section
+from moba_megatron.config.overrides import refuse_missing, resolved, with_override
 from moba_megatron.corpus.chat_options import Chat
 
 S = TypeVar("S", bound=Section)
@@ -296,7 +297,7 @@ def recipe_from_dict(values: Any, overrides: list[str] | None = None) -> Recipe:
     """A checked `Recipe` from plain values, with `key.path=value` overrides as in `load_recipe`."""
     if not overrides:
         return _checked(Recipe, values)
-    return _overridden(Recipe, OmegaConf.create(values), overrides, "the command line")
+    return _overridden(Recipe, values, overrides)
 
 
 def load_section(schema: type[S], path: str | Path, overrides: list[str] | None = None) -> S:
@@ -308,21 +309,18 @@ def load_section(schema: type[S], path: str | Path, overrides: list[str] | None 
         tree = OmegaConf.load(path)
         if not isinstance(tree, DictConfig):
             raise ConfigError([f"{path} must hold a mapping with the keys {', '.join(schema.model_fields)}"])
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{path}: {str(error).splitlines()[0]}"]) from error
-    return _overridden(schema, tree, overrides or [], str(path))
-
-
-def _overridden(schema: type[S], tree: DictConfig, overrides: list[str], where: str) -> S:
-    try:
-        for text in overrides:
-            key, equals, value = text.partition("=")
-            if not equals or not key or key.startswith("-"):
-                raise ConfigError([f"override {text!r} is not of the form key.path=value"])
-            OmegaConf.update(tree, key, _plain_value(value))
-        return _checked(schema, OmegaConf.to_container(tree, resolve=True))
+        values = OmegaConf.to_container(tree)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError([f"{where}: {str(error).splitlines()[0]}"]) from error
+        raise ConfigError([f"{path}: {str(error).splitlines()[0]}"]) from error
+    return _overridden(schema, values, overrides or [])
+
+
+def _overridden(schema: type[S], values: Any, overrides: list[str]) -> S:
+    for override in overrides:
+        values = with_override(values, override, schema)
+    values = resolved(values)
+    refuse_missing(values)
+    return _checked(schema, values)
 
 
 def _checked(schema: type[S], values: Any) -> S:
@@ -335,14 +333,6 @@ def _checked(schema: type[S], values: Any) -> S:
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe decides the dataset, as plain values: all but the engine that encodes."""
     return recipe.model_dump(mode="json", exclude={"tokenizer": {"engine"}})
-
-
-def _plain_value(text: str) -> Any:
-    """A number, list, ... as YAML reads it; what YAML cannot read, such as the glob `*.py`, is text."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
 
 
 def _explain(error: Any) -> str:

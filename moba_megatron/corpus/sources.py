@@ -22,7 +22,7 @@ from pathlib import Path
 
 from moba_megatron.corpus.chat import ChatTemplate
 from moba_megatron.corpus.documents import Input, Item, Part, Skipped, make_document
-from moba_megatron.corpus.files import Found, expanded, find_files, match_files, readable_size
+from moba_megatron.corpus.files import Found, find_files, match_files, readable_size
 from moba_megatron.corpus.hf_datasets import dataset_input, dataset_parts, read_dataset
 from moba_megatron.corpus.jsonl import Advance, jsonl_parts, read_jsonl
 from moba_megatron.corpus.recipe import (
@@ -144,7 +144,7 @@ def place_name(source: SourceBase, part: Part, number: int, lines_before: int = 
 
 def files_root(source: FilesSource | StdlibSource) -> Path:
     """Folder that a source of files starts from."""
-    return Path(sysconfig.get_path("stdlib") if isinstance(source, StdlibSource) else expanded(source.path))
+    return Path(sysconfig.get_path("stdlib") if isinstance(source, StdlibSource) else source.path)
 
 
 def _matching_files(source: FilesSource | StdlibSource) -> Found:

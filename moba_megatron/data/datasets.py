@@ -5,8 +5,9 @@ Blending, caching and, where documents are concatenated, sampling are megatron-c
 from `run.seed` and the number of samples alone; the number of processes has no part in it. Validation has a seed of its
 own that never changes: its first `evaluation.samples` samples are the same in every evaluation of every run.
 
-megatron-core stores its sample indices in `index_cache/` beside the first file of each split, so that evaluation needs
-the validation data alone. Its cache keys know paths and settings but not contents, so a digest of the data is added to
+megatron-core stores its sample indices in `data.index_cache`, by default in `index_cache/` beside the first file of
+each split, so that evaluation needs the validation data alone, or where that cannot be written to in the run folder
+(`index_cache`). Its cache keys know paths and settings but not contents, so a digest of the data is added to
 them: data made anew at the same path never meets an old index. Rank 0 cleans up and builds under a file lock, so that
 runs on the same data do not meet in half-written files. The folder must be writable by rank 0 and visible to all.
 """
@@ -27,11 +28,14 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
 from moba_megatron.config import BlendEntry, Config, ConfigError
+from moba_megatron.config.paths import counted_from
 from moba_megatron.corpus.blend import blend_entries
 from moba_megatron.corpus.indexed import IndexSummary, read_index
 from moba_megatron.corpus.loss_mask import check_loss_mask, loss_mask_path
 from moba_megatron.corpus.manifest import load_manifest
 from moba_megatron.corpus.tokenizer import Tokenizer
+from moba_megatron.data.index_cache import INDEX_CACHE as INDEX_CACHE
+from moba_megatron.data.index_cache import check_index_folder, index_folder
 from moba_megatron.data.packing import PackingRules, usable
 from moba_megatron.data.packing_datasets import (
     ConcatenatedRows,
@@ -44,7 +48,6 @@ from moba_megatron.data.packing_datasets import (
 
 logger = logging.getLogger(__name__)
 
-INDEX_CACHE = "index_cache"
 _VALIDATION_SEED = 0
 _SAMPLED_TOKENS = 2**20
 
@@ -111,6 +114,12 @@ def check_validation(config: Config) -> ValidationSummary:
     )
 
 
+def training_tokenizer(config: Config) -> Path:
+    """Folder of the tokenizer: `data.tokenizer`; where there is none, the copy that the run has kept of it."""
+    named, kept = Path(config.data.tokenizer), Path(config.run.dir) / "tokenizer"
+    return kept if not named.is_dir() and kept.is_dir() else named
+
+
 def build_datasets(
     config: Config, train_samples: int | None = None
 ) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset | None]:
@@ -136,11 +145,11 @@ def build_validation(config: Config) -> torch.utils.data.Dataset | None:
 
 def _build(config: Config, split: int, samples: int, seed: int) -> torch.utils.data.Dataset:
     """One split: 0 is train, 1 is validation, as in megatron-core's lists of three."""
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = Tokenizer(training_tokenizer(config))
     entries = blend_entries(config.data.train if split == 0 else config.data.validation)
     paths, digest = [entry.path for entry in entries], _data_digest(entries)
     blend = (paths, [entry.weight for entry in entries] if len(entries) > 1 else None)
-    cache = Path(paths[0]).parent / INDEX_CACHE
+    cache = _agreed(index_folder(config, "validation" if split else "train"))
     # To cache the order of a blend, megatron-core asks for this process's rank, which there may be none of.
     cached = len(entries) == 1 or torch.distributed.is_initialized()
     rows = ConcatenatedRows if config.data.packing == "concatenate" else PackedRows
@@ -162,6 +171,14 @@ def _build(config: Config, split: int, samples: int, seed: int) -> torch.utils.d
         dataset = BlendedMegatronDatasetBuilder(rows, sizes, lambda: True, dataset_config).build()[split]
     check_targets(dataset, samples, f"data.{'validation' if split else 'train'}")
     return dataset
+
+
+def _agreed(folder: Path) -> Path:
+    """What rank 0 found: rights may differ from machine to machine."""
+    found = [str(folder)]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found, src=0)
+    return Path(found[0])
 
 
 @contextmanager
@@ -193,9 +210,10 @@ class _Size:
 def _check_splits(config: Config, keys: list[str]) -> tuple[Tokenizer, dict[str, _Size]]:
     """Check the tokenizer and the data of these splits; return it and the size of each."""
     try:
-        tokenizer = Tokenizer(config.data.tokenizer)
+        tokenizer = Tokenizer(training_tokenizer(config))
     except ValueError as error:
-        raise ConfigError([f"data.tokenizer = {config.data.tokenizer}: {error}"]) from error
+        where = counted_from(config.data.tokenizer)
+        raise ConfigError([f"data.tokenizer = {config.data.tokenizer}: {error}{where}"]) from error
     problems: list[str] = []
     model_size = config.model.vocab_size
     if model_size is not None and tokenizer.vocab_size > model_size:
@@ -204,6 +222,7 @@ def _check_splits(config: Config, keys: list[str]) -> tuple[Tokenizer, dict[str,
         )
     sizes = {key: _Size() for key in keys}
     for key in keys:
+        problems += check_index_folder(config, key)
         for entry, samples in _wanted_samples(config, key):
             try:
                 found = _check_entry(f"data.{key}", entry.path, samples, tokenizer, config)
@@ -234,7 +253,7 @@ def _check_entry(key: str, path: str, samples: int, tokenizer: Tokenizer, config
         manifest = load_manifest(Path(path).parent)
         check_loss_mask(path, index.dtype.itemsize)
     except ValueError as error:
-        raise ValueError(f"{key} = {path}: {error}") from error
+        raise ValueError(f"{key} = {path}: {error}{counted_from(path)}") from error
     if manifest is None:
         logger.warning("%s = %s has no manifest: that data.tokenizer made it cannot be checked", key, path)
         largest = int(np.fromfile(f"{path}.bin", index.dtype, _SAMPLED_TOKENS).max(initial=0))

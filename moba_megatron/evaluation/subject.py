@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from moba_megatron.checkpoint.find import find_checkpoint, saved_config
+from moba_megatron.checkpoint.find import find_checkpoint
 from moba_megatron.checkpoint.manifest import Manifest
 from moba_megatron.config import Config
+from moba_megatron.convert.run_inputs import found_config
 from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.data.datasets import ValidationSummary, build_validation, check_validation
 from moba_megatron.data.feed import rank_batches
@@ -121,7 +122,7 @@ def open_subject(
         ValueError: an attention that the model does not have, a bad number, or validation data that are missing or do
             not fit.
     """
-    config = _asked_for(saved_config(find_checkpoint(target)), validation, samples, trailing_tokens)
+    config = _asked_for(found_config(find_checkpoint(target)), validation, samples, trailing_tokens)
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
     has_moba = "moba" in map(kind_of, schedule.stages)
     attentions = chosen_attentions(attention, has_moba)

@@ -28,13 +28,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from moba_megatron.checkpoint import load_model
-from moba_megatron.checkpoint.find import find_checkpoint, saved_config
+from moba_megatron.checkpoint.find import find_checkpoint
 from moba_megatron.checkpoint.manifest import CheckpointError, Manifest
 from moba_megatron.config import Config
 from moba_megatron.config.families import FAMILIES
 from moba_megatron.convert.exported import Exported, open_exported
 from moba_megatron.convert.families import family_of, huggingface_config, moba_config
 from moba_megatron.convert.mapping import parameter_shapes, pieces
+from moba_megatron.convert.run_inputs import found_config
 from moba_megatron.convert.stored import StoredWeights
 from moba_megatron.convert.tokenizer_files import complete_tokenizer_config, copy_tokenizer_files
 from moba_megatron.corpus.tokenizer import text_start
@@ -94,12 +95,13 @@ def open_model(path: str | Path, tokenizer_fingerprint: str, vocab_size: int) ->
         CheckpointError: no complete checkpoint there, a damaged one, or one that was trained with another tokenizer.
     """
     checkpoint = find_checkpoint(path)
-    config = saved_config(checkpoint)
+    config = found_config(checkpoint)
     trained_with = Manifest.read(checkpoint).data["tokenizer"]
     if trained_with != tokenizer_fingerprint:
         raise CheckpointError(
-            f"{checkpoint} was trained with the tokenizer of fingerprint {trained_with}, but data.tokenizer = "
-            f"{config.data.tokenizer} has {tokenizer_fingerprint}: put the old one back"
+            f"{checkpoint} was trained with the tokenizer of fingerprint {trained_with}, but "
+            f"{config.data.tokenizer} has {tokenizer_fingerprint}: put the old one into "
+            f"{RunFolder.of(checkpoint).tokenizer}"
         )
     device = start_single_rank(config.run.seed)
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)

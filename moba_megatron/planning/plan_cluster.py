@@ -10,12 +10,13 @@ from rich.console import Console
 from moba_megatron.config import Config, ConfigError, check_world
 from moba_megatron.model.schedule import AttentionSchedule, checked_schedule
 from moba_megatron.planning.plan_layouts import Layout, suggest_layouts
-from moba_megatron.planning.plan_machines import GPUS, Cluster
+from moba_megatron.planning.plan_machines import Cluster
 from moba_megatron.planning.plan_report import assumptions, print_cost, print_layouts, print_plan, to_json
+from moba_megatron.planning.plan_target import Target
 from moba_megatron.planning.run_plan import RunPlan, check_precision, plan_run, vocabulary_size
 
 
-def plan_on(config: Config, cluster: Cluster, layouts: int, price_per_hour: float | None, output: Path | None) -> bool:
+def plan_on(target: Target, layouts: int, price_per_hour: float | None, output: Path | None) -> bool:
     """Print the plan of a configuration, and layouts that serve it better.
 
     Args:
@@ -29,15 +30,18 @@ def plan_on(config: Config, cluster: Cluster, layouts: int, price_per_hour: floa
     Raises:
         ConfigError: a configuration that cannot be planned.
     """
+    config, cluster = target.config, target.cluster
     schedule = checked_schedule(config)
     vocab_size = vocabulary_size(config)
     plan, problem = _own_layout(config, schedule, vocab_size, cluster)
     suggested = suggest_layouts(config, schedule, vocab_size, cluster, layouts) if layouts else []
     console = Console(highlight=False, soft_wrap=True)
+    for line in target.notes:
+        console.print(line, markup=False)
     _print(console, plan, problem, suggested, layouts > 0, cluster, price_per_hour)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(to_json(plan, problem, suggested, cluster), indent=2) + "\n")
+        output.write_text(json.dumps(to_json(plan, problem, suggested, cluster), indent=2) + "\n", encoding="utf-8")
         console.print(f"  {output}")
     return plan is not None and plan.fits
 
@@ -71,14 +75,3 @@ def _own_layout(
     except ConfigError as error:
         return None, "; ".join(error.problems)
     return plan_run(config, schedule, vocab_size, cluster), None
-
-
-def chosen_cluster(gpu: str, count: int, per_node: int) -> Cluster:
-    """`count` GPUs of a name out of `GPUS`, `per_node` in a node.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
-    if gpu.lower() not in GPUS:
-        raise ConfigError([f"--gpu {gpu}: choose one of {', '.join(GPUS)}"])
-    return Cluster(GPUS[gpu.lower()], count, per_node)

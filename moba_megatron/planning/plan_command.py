@@ -9,11 +9,26 @@ import typer
 
 
 def plan_command(
-    config: Annotated[Path, typer.Argument(help="YAML configuration, as for train.py.")],
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG|HF_DIR",
+            help="YAML configuration, as for train.py; or a Hugging Face folder, of which config.json is enough.",
+        ),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key.path=value, for instance parallel.tensor=8.")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs, all together.")] = 8,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of GPUs, all together. Default: the fewest, in whole nodes, that hold it."),
+    ] = None,
+    length: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of a sample (128K, 1M), for HF_DIR, which is planned as continued pretraining with MoBA."
+        ),
+    ] = None,
     gpu: Annotated[str, typer.Option(help="a100 (80 GB), h100, h200 or b200.")] = "h100",
     per_node: Annotated[int, typer.Option(min=1, help="GPUs in a node, joined by fast links.")] = 8,
     price_per_hour: Annotated[float | None, typer.Option(min=0, help="Price of one GPU hour, in any currency.")] = None,
@@ -22,18 +37,23 @@ def plan_command(
 ) -> None:
     """Estimate memory, communication, time and cost of a configuration on GPUs, and suggest layouts.
 
+        moba-megatron plan configs/continued_pretraining/llama3.1_8b/128k.yaml
+
+        moba-megatron plan models/Llama-3.1-8B --length 128K --gpus 8
+
     Nothing is measured and no GPU is needed. Ends with 1 if the configuration's own layout does not fit these GPUs, and
     with 2 for mistakes.
     """
-    from moba_megatron.config import ConfigError, load_config
-    from moba_megatron.planning.plan_cluster import chosen_cluster, plan_on
+    from moba_megatron.config import ConfigError
+    from moba_megatron.planning.plan_cluster import plan_on
+    from moba_megatron.planning.plan_target import planned
 
     try:
-        fits = plan_on(
-            load_config(config, overrides), chosen_cluster(gpu, gpus, per_node), layouts, price_per_hour, output
-        )
-    except ConfigError as error:
-        typer.echo(f"error: {error}", err=True)
+        target = planned(config, overrides, length, gpu=gpu, count=gpus, per_node=per_node)
+        fits = plan_on(target, layouts, price_per_hour, output)
+    except ValueError as error:
+        text = str(error) if isinstance(error, ConfigError) else f"the plan cannot be made:\n  - {error}"
+        typer.echo(f"error: {text}", err=True)
         raise typer.Exit(2) from error
     if not fits:
         raise typer.Exit(1)

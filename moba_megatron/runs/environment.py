@@ -1,4 +1,4 @@
-"""`environment.json` of a run folder: on what the run runs."""
+"""`environment.json` of a run folder: on what the run runs, and from where it was started."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from moba_megatron import __version__
-from moba_megatron.runs.files import write_whole
+from moba_megatron.runs.files import read_json, write_whole
 from moba_megatron.runs.folder import RunFolder
 
+_START = "working directory"
 PACKAGES = ("torch", "megatron-core", "triton", "transformer-engine", "flash-attn", "numpy")
 
 
@@ -40,11 +41,19 @@ def environment_facts() -> dict[str, str | int]:
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     return {
         **found,
+        _START: str(Path.cwd()),
         "system": machine.platform(),
         "processor": _processor(),
         "cores that rank 0 may use": len(os.sched_getaffinity(0)),
         "ranks": ranks,
     }
+
+
+def start_folder(folder: RunFolder) -> Path | None:
+    """The working directory that a run was last started in, from which the relative paths of its configuration count;
+    None where it is not on record."""
+    found = (read_json(folder.environment) or {}).get(_START)
+    return None if found is None else Path(found)
 
 
 def _commit() -> str | None:

@@ -2,7 +2,8 @@
 
 RUN/config.yaml          the resolved configuration; one that a later start changed is kept as config.until_step_N.yaml
 RUN/origin.json          base model and license of the first weights, where they are known
-RUN/environment.json     versions and hardware
+RUN/tokenizer/           a copy of the tokenizer that it trains with
+RUN/environment.json     versions, hardware, and the working directory of the last start
 RUN/metrics.jsonl        one line a step
 RUN/evaluations.jsonl    one line an evaluation
 RUN/evaluation/*.json    the whole results of `moba-megatron evaluate`
@@ -32,6 +33,7 @@ class RunFolder:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.origin = self.path / "origin.json"
+        self.tokenizer = self.path / "tokenizer"
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"

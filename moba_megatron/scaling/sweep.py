@@ -20,16 +20,18 @@ another run of the sweep, by its name, once that has finished; or with those of 
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 
 from moba_megatron.config import Config, ConfigError, load_config
+from moba_megatron.config.overrides import as_override
 from moba_megatron.config.section import Section
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.planning.flops import matrix_parameters, training_flops_per_token
@@ -228,8 +230,9 @@ def _read(path: Path) -> SweepFile:
     if not path.is_file():
         raise ConfigError([f"no such sweep: {path}"])
     try:
-        return SweepFile.model_validate(yaml.safe_load(path.read_text()) or {})
-    except yaml.YAMLError as error:
+        # References (`${...}`) stay as they are: those in options are to keys of the training configuration.
+        return SweepFile.model_validate(OmegaConf.to_container(OmegaConf.load(path)))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError([f"{path} is not valid YAML: {error}"]) from error
     except ValidationError as error:
         raise ConfigError([f"{path}: {line}" for line in _explain(error)]) from error
@@ -280,8 +283,8 @@ def _point(file: SweepFile, base: Path, options: dict[str, str], values: dict[st
         raise ConfigError(["run.dir: the folder of a run is the sweep's dir and the run's name"])
     file = file.model_copy(update=_own_values(own))
     name = point_name(options)
-    overrides = [f"run.dir={Path(file.dir) / name}"]
-    overrides += [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    overrides = [as_override("run.dir", str(Path(file.dir) / name), Config)]
+    overrides += [as_override(key, value, Config) for key, value in values.items()]
     first = load_config(base, overrides)
     parameters = matrix_parameters(first.model, vocab_size=0)
     derived = _derived(file, first, parameters)
@@ -302,9 +305,9 @@ def _point(file: SweepFile, base: Path, options: dict[str, str], values: dict[st
         # to train.py, which would take it from there.
         model = config.model
         unsaid = {key: value for key, value in model.model_dump().items() if key not in model.model_fields_set}
-        overrides += [f"model.{key}={json.dumps(value)}" for key, value in unsaid.items() if value is not None]
+        overrides += [as_override(f"model.{key}", value, Config) for key, value in unsaid.items() if value is not None]
         init_from = own.start_from if start_from is None else str(start_from.folder)
-        overrides.append(f"model.init_from={init_from}")
+        overrides.append(as_override("model.init_from", init_from, Config))
         config = config.model_copy(update={"model": config.model.model_copy(update={"init_from": init_from})})
     tokens = config.training.steps * config.tokens_per_step
     return Point(name, options, overrides, config, parameters, tokens, _true_flops(config), start_from)

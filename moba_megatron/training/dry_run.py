@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from moba_megatron.config import Config, check_world
+from moba_megatron.checkpoint import CheckpointError
+from moba_megatron.config import Config, ConfigError, check_world
+from moba_megatron.convert.initial import describe_weights
 from moba_megatron.data.packing_report import expected_packing_lines
 from moba_megatron.model.builder import count_parameters
 from moba_megatron.model.schedule import AttentionSchedule, checked_schedule
@@ -14,6 +16,7 @@ from moba_megatron.planning.plan_machines import GPUS, Cluster
 from moba_megatron.planning.plan_report import memory_table
 from moba_megatron.planning.run_plan import plan_run, vocabulary_size
 from moba_megatron.training.preflight import run_choices
+from moba_megatron.training.resume import chosen_checkpoint
 
 
 def print_dry_run(config: Config, world_size: int) -> None:
@@ -35,10 +38,18 @@ def print_dry_run(config: Config, world_size: int) -> None:
     console.print(f"parameters           {counts.total:,} ({counts.layers:,} without embeddings)")
     console.print(f"tokens per step      {config.tokens_per_step:,}")
     console.print(f"tokens in all        {config.tokens_per_step * config.training.steps:,}")
-    console.print("\n".join([*choices, schedule.table(config.training.steps)]), markup=False)
+    console.print("\n".join([_weights(config), *choices, schedule.table(config.training.steps)]), markup=False)
     _print_flops(console, config, schedule, vocab_size)
     _print_memory(console, config, schedule, vocab_size, data_parallel)
     _print_hours(console, config, schedule, vocab_size, world_size)
+
+
+def _weights(config: Config) -> str:
+    """Where the weights would come from, or why a start would not find them."""
+    try:
+        return describe_weights(config, chosen_checkpoint(config))
+    except (CheckpointError, ConfigError) as error:
+        return f"weights: {'; '.join(getattr(error, 'problems', [str(error)]))}"
 
 
 def _print_flops(console: Console, config: Config, schedule: AttentionSchedule, vocab_size: int) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from moba_megatron.checkpoint import Manifest
 from moba_megatron.config import Config, ConfigError, check_world
-from moba_megatron.convert.initial import check_initial_weights
+from moba_megatron.convert.initial import check_initial_weights, describe_weights, require_source
 from moba_megatron.data.datasets import DataSummary, check_data
+from moba_megatron.data.index_cache import index_lines
 from moba_megatron.model.builder import DTYPES
 from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.model.schedule import AttentionSchedule, checked_schedule
@@ -34,6 +35,8 @@ class Preflight:
     vocab_size: int
     resume: Path | None
     position: DataPosition
+    weights: str
+    """Where the weights come from, in one line."""
     choices: list[str]
     """What every `auto` became, and why: one line each."""
 
@@ -44,6 +47,7 @@ def preflight(config: Config, world_size: int) -> Preflight:
     Raises:
         ConfigError: sizes that do not fit the processes, data or checkpoint that cannot be used, a missing library.
     """
+    require_source(config)
     data_parallel = check_world(config, world_size)
     schedule = checked_schedule(config)
     try:
@@ -63,7 +67,8 @@ def preflight(config: Config, world_size: int) -> Preflight:
         vocab_size=config.model.vocab_size or data.vocab_size,
         resume=resume,
         position=position,
-        choices=[*run_choices(config, schedule), *initial, *position.lines()],
+        weights=describe_weights(config, resume),
+        choices=[*run_choices(config, schedule), *index_lines(config), *initial, *position.lines()],
     )
 
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from moba_megatron.checkpoint import CheckpointError, find_latest
 from moba_megatron.checkpoint.manifest import NAME, Manifest
 from moba_megatron.config import Config, ConfigError
+from moba_megatron.config.paths import counted_from
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.runs.folder import RunFolder
 
@@ -31,6 +32,7 @@ FREE = (
     "evaluation",
     "logging",
     "data.validation",
+    "data.index_cache",
 )
 
 
@@ -43,6 +45,29 @@ def find_resume(config: Config, schedule: AttentionSchedule, data: dict[str, str
     Raises:
         ConfigError: the run folder or the named checkpoint cannot be used, with every difference in the way.
     """
+    chosen = chosen_checkpoint(config)
+    if chosen is not None:
+        try:
+            manifest = Manifest.read(chosen)
+        except CheckpointError as error:
+            raise ConfigError([str(error)]) from error
+        if "train" not in manifest.data:
+            raise ConfigError([
+                f"{chosen} is an imported model, not a state of a training that could go on: choose another run.dir "
+                f"than {config.run.dir}, and start from these weights with model.init_from={RunFolder.of(chosen)}"
+            ])  # fmt: skip
+        problems = differences(manifest, config, schedule, data)
+        if problems:
+            raise ConfigError([f"{chosen} belongs to a run with other settings", *problems])
+    return chosen
+
+
+def chosen_checkpoint(config: Config) -> Path | None:
+    """The checkpoint that `checkpoint.resume` asks for, whether it fits or not; None for a new run.
+
+    Raises:
+        ConfigError: it is not there, or may not be taken.
+    """
     folder, resume = RunFolder(config.run.dir), config.checkpoint.resume
     own = find_latest(folder.checkpoints)
     if resume == "never":
@@ -52,15 +77,7 @@ def find_resume(config: Config, schedule: AttentionSchedule, data: dict[str, str
                 "or continue it with checkpoint.resume=auto"
             ])  # fmt: skip
         return None
-    chosen = own if resume == "auto" else _named_checkpoint(Path(resume), own)
-    if chosen is not None:
-        try:
-            problems = differences(Manifest.read(chosen), config, schedule, data)
-        except CheckpointError as error:
-            raise ConfigError([str(error)]) from error
-        if problems:
-            raise ConfigError([f"{chosen} belongs to a run with other settings", *problems])
-    return chosen
+    return own if resume == "auto" else _named_checkpoint(Path(resume), own)
 
 
 def _named_checkpoint(named: Path, own: Path | None) -> Path:
@@ -68,7 +85,10 @@ def _named_checkpoint(named: Path, own: Path | None) -> Path:
     these."""
     if not (named / NAME).is_file():
         raise ConfigError(
-            [f"checkpoint.resume = {named}: no complete checkpoint there (auto, never, or a step_N folder)"]
+            [
+                f"checkpoint.resume = {named}: no complete checkpoint there (auto, never, or a step_N folder)"
+                + counted_from(named)
+            ]
         )
     if own is not None and named.resolve() != own.resolve() and named.resolve().parent == own.resolve().parent:
         raise ConfigError(

@@ -15,7 +15,8 @@ import torch
 from moba_megatron.checkpoint import CheckpointError, TrainingState, load_training
 from moba_megatron.config import Config
 from moba_megatron.convert.initial import load_initial_weights
-from moba_megatron.data.datasets import build_datasets
+from moba_megatron.convert.run_inputs import keep_tokenizer
+from moba_megatron.data.datasets import build_datasets, training_tokenizer
 from moba_megatron.data.packing_report import packing_lines
 from moba_megatron.model.builder import build_model
 from moba_megatron.model.exchange_choice import resolve_exchange
@@ -63,6 +64,7 @@ def _train(config: Config, ready: Preflight, device: torch.device, rank: int) ->
     )
     if rank == 0:
         packing = packing_lines(*datasets)
+        keep_tokenizer(training_tokenizer(config), folder, first_step - 1)
         folder.write_config(config, first_step - 1, [*ready.choices, *packing])
         process = {"pid": os.getpid(), "host": socket.gethostname()}
         folder.write_status("running", first_step - 1, **process, **_data_changes(ready))
@@ -111,6 +113,7 @@ def _introduce(
 ) -> None:
     local = sum(parameter.numel() for chunk in wrapped for parameter in chunk.parameters())
     progress.say(f"run folder {config.run.dir}: " + (f"resuming from {ready.resume}" if ready.resume else "new run"))
+    progress.say(ready.weights)
     progress.say(
         f"{local:,} parameters on this rank, {ready.world_size} processes ({ready.data_parallel} data-parallel), "
         f"{config.tokens_per_step:,} tokens a step"

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from moba_megatron.config import ConfigError, check_world, config_from_dict, load_config
+from moba_megatron.config import Config, ConfigError, check_world, config_from_dict, load_config
+from moba_megatron.config.overrides import as_override
 from moba_megatron.config.reference import reference
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,84 @@ def test_words_that_yaml_reads_otherwise_are_taken_as_written(tmp_path):
     path.write_text(config_from_dict(changed(logging__wandb="offline")).to_yaml())
     config = load_config(path, ["logging.wandb=off", "attention.layers.3.kind=full"])
     assert config.logging.wandb == "off" and config.attention.layers[3].kind == "full"
+
+
+@pytest.mark.parametrize(
+    "text", ["runs/exp #2", "2024_11_05", "007", "12:30:45", "true", "null", "1e3", "a: b", "[1", "*.py", "${run.seed}"]
+)
+def test_a_string_on_the_command_line_is_what_it_says(tmp_path, text):
+    path, written = tmp_path / "config.yaml", tmp_path / "written.yaml"
+    path.write_text(config_from_dict(changed(data__train=[{"path": "a"}])).to_yaml())
+    config = load_config(path, [f"run.dir={text}", f"data.train.0.path={text}", "data.train.0.weight=2"])
+    assert (config.run.dir, config.data.train[0].path, config.data.train[0].weight) == (text, text, 2)
+    written.write_text(config.to_yaml())
+    assert load_config(written) == config
+
+
+def test_null_and_lists_on_the_command_line_are_what_the_type_allows(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(config_from_dict(changed(attention__layers={3: {"top_k": 2}})).to_yaml())
+    config = load_config(path, ["data.validation=null", 'data.train=[{path: "a #2"}]', "data.tokenizer=[x]"])
+    assert (config.data.validation, config.data.train[0].path, config.data.tokenizer) == (None, "a #2", "[x]")
+    layer = load_config(path, ["attention.layers.3.kind=full"]).attention.layers[3]
+    assert (layer.kind, layer.top_k) == ("full", 2)
+
+
+def test_references_in_files_follow_the_command_line(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        yaml.safe_dump(changed(optimizer__min_lr="${optimizer.lr}", data__tokenizer="${run.dir}/tokenizer"))
+    )
+    config = load_config(path, ["run.dir=runs/${x}", "optimizer.lr=2e-4"])
+    assert (config.data.tokenizer, config.optimizer.min_lr) == ("runs/${x}/tokenizer", 2e-4)
+
+
+def test_a_leading_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    path, base = tmp_path / "config.yaml", tmp_path / "base.yaml"
+    base.write_text(config_from_dict(changed(data__train=[{"path": "~/train"}], data__tokenizer="~/t")).to_yaml())
+    path.write_text("base: base.yaml\n")
+    config = load_config(path, ["run.dir=~/runs/a", "data.validation=~", "checkpoint.resume=~/old/step_3"])
+    data = config.data
+    assert [config.run.dir, data.train[0].path, data.validation, data.tokenizer, config.checkpoint.resume] == [
+        f"/home/somebody{rest}" for rest in ("/runs/a", "/train", "", "/t", "/old/step_3")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "overrides", "expected"),
+    [
+        ({"run__dir": "???"}, [], r"run.dir = \?{3}: this value is still to be given"),
+        ({}, ["run.dir=???"], r"run.dir = \?{3}: this value is still to be given"),
+        ({}, ["training.steps=???"], r"training.steps = \?{3}: this value is still to be given"),
+        ({}, ["run.dir="], "'run.dir=' has no value"),
+        ({}, ["data.validation="], r"'data.validation=' has no value.*\(null for none\)"),
+        ({}, ["training.step=#3"], "training.step: unknown key; did you mean training.steps"),
+        ({"data__train": [{"path": "a"}]}, ["data.train.1.path=b"], "data.train is a list; its members are 0 to 0"),
+    ],
+)
+def test_an_override_without_a_meaning_is_refused(tmp_path, values, overrides, expected):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(changed(**values)))
+    with pytest.raises(ConfigError, match=expected):
+        load_config(path, overrides)
+
+
+@pytest.mark.parametrize("value", ["a #2", "null", "[x", "", "${run.dir}/x", None, 3, [{"path": "x"}], "~/x"])
+@pytest.mark.parametrize("key", ["data.train", "data.validation", "data.tokenizer", "attention.selector"])
+def test_the_override_of_a_value_says_what_a_file_says(tmp_path, key, value):
+    path, said = tmp_path / "config.yaml", tmp_path / "said.yaml"
+    path.write_text(config_from_dict(SMALL).to_yaml())
+    section, name = key.split(".")
+    said.write_text("base: config.yaml\n" + yaml.safe_dump({section: {name: value}}))
+
+    def outcome(file: Path, *overrides: str) -> Any:
+        try:
+            return load_config(file, list(overrides))
+        except ConfigError as error:
+            return error.problems
+
+    assert outcome(path, as_override(key, value, Config)) == outcome(said)
 
 
 @pytest.mark.parametrize(

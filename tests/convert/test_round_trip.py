@@ -30,6 +30,8 @@ from moba_megatron.convert.publish import new_folder
 from moba_megatron.convert.tokenizer_files import complete_tokenizer_config, tokenizer_class
 from moba_megatron.convert.verify import Comparison, verify
 from moba_megatron.corpus.tokenizer import Tokenizer, train_bpe
+from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.training.resume import find_resume
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -72,6 +74,17 @@ def test_an_imported_model_is_a_run_to_start_from(models, imported):
     config = load_config(imported / "llama-3.1/config.yaml")
     assert config.model.init_from == str((imported / "llama-3.1").resolve())
     assert (config.attention.kind, config.data.sequence_length, config.training.precision) == ("full", 128, "fp32")
+    assert config.run.dir == "runs/llama-3.1-trained"
+    command = (imported / "llama-3.1/config.yaml").read_text().splitlines()[2]
+    assert f"train.py {imported}/llama-3.1/config.yaml run.dir=runs/llama-3.1-trained data.train=PREFIX" in command
+
+
+def test_an_import_is_no_run_to_resume(imported):
+    folder = imported / "llama-3.1"
+    config = load_config(folder / "config.yaml", [f"run.dir={folder}"])
+    schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
+    with pytest.raises(ConfigError, match=f"choose another run.dir than .* with model.init_from={folder}$"):
+        find_resume(config, schedule, {})
 
 
 EXTENDED = {

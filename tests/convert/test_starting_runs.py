@@ -159,6 +159,12 @@ def test_data_that_do_not_begin_as_the_tokenizer_begins_texts_are_told_of(source
     assert not [line for line in check_initial_weights(config, ENTRIES) if "begin_of_document" in line]
 
 
+def test_a_start_names_the_folder_of_its_weights(source, imported, tmp_path):
+    assert preflight(start(source, tmp_path / "a"), 1).weights == f"weights: from {source} (Hugging Face, F32)"
+    step_0 = f"weights: from checkpoint {imported}/checkpoints/step_0, step 0"
+    assert preflight(start(imported, tmp_path / "b"), 1).weights == step_0
+
+
 def test_a_resumed_run_does_not_read_its_source_again(source, tmp_path):
     copy = Path(shutil.copytree(source, tmp_path / "model"))
     run_ranks(1, train_here, start(copy, tmp_path, training__stop_after=1, checkpoint__every=1))

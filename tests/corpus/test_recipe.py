@@ -24,6 +24,22 @@ def test_the_shipped_recipe_loads_and_takes_overrides():
     assert recipe.split.validation == 0.1
 
 
+def test_overrides_of_strings_are_text_and_another_kind_takes_the_place_of_the_one_there(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "sources: [{kind: jsonl, path: a.jsonl, text_column: body}]\ntokenizer: {kind: bpe, vocab_size: 300}\n"
+    )
+    recipe = load_recipe(path, ["sources[0].path=web #2/*.jsonl", "tokenizer={kind: pretrained, path: x}"])
+    assert (recipe.sources[0].path, recipe.tokenizer.path) == ("web #2/*.jsonl", "x")
+    recipe = load_recipe(path, ["sources.0.kind=parquet", "tokenizer.path=007", "tokenizer.kind=pretrained"])
+    assert (recipe.sources[0].kind, recipe.sources[0].text_column) == ("parquet", "body")
+    assert recipe.tokenizer.path == "007"
+    with pytest.raises(ConfigError, match="tokenizer.pretrained.pth: unknown key"):
+        load_recipe(path, ["tokenizer={kind: pretrained, path: x}", "tokenizer.pth=y"])
+    with pytest.raises(ConfigError, match=r"sources.0.path = \?{3}"):
+        load_recipe(path, ["sources.0.path=???"])
+
+
 def test_every_configuration_finds_the_recipe_of_its_data():
     made = {path.stem for path in (REPOSITORY / "data").glob("*.yaml") if path.stem != "long_mix" and load_recipe(path)}
     made |= {"needle", "needle_256"}  # samples that a launch script writes

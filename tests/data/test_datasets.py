@@ -21,6 +21,7 @@ from moba_megatron.data.datasets import (
     check_data,
     check_validation,
 )
+from moba_megatron.data.index_cache import index_lines
 
 
 def make_config(folder: Path, **changes: Any) -> Config:
@@ -133,6 +134,33 @@ def test_an_index_left_half_written_is_made_again(own: Path):
         path.write_bytes(path.read_bytes()[:-4])
     next((own / INDEX_CACHE).glob("*train-sample_index.npy")).write_bytes(b"")
     assert tokens_of(build_datasets(config)[0], range(80)) == rows
+
+
+def test_indices_lie_where_they_can_be_written(own: Path, tmp_path: Path):
+    rows = tokens_of(build_datasets(make_config(own))[0], range(8))
+    named = make_config(own, data__index_cache=str(tmp_path / "named/cache"))
+    assert tokens_of(build_datasets(named)[0], range(8)) == rows
+    assert list((tmp_path / "named/cache").glob("*.npy"))
+    # A file in the way stands for a folder that one may only read: root may write anywhere.
+    shutil.rmtree(own / INDEX_CACHE)
+    (own / INDEX_CACHE).write_text("")
+    assert index_lines(named) == []
+    fallen = make_config(own, run__dir=str(tmp_path / "run"))
+    assert index_lines(fallen) == [
+        f"data.index_cache: {tmp_path}/run/index_cache (beside data.{key} nothing can be written)"
+        for key in ("train", "validation")
+    ]
+    assert tokens_of(build_datasets(fallen)[0], range(8)) == rows
+    assert list((tmp_path / "run/index_cache").glob("*.npy"))
+
+
+def test_indices_that_can_be_written_nowhere_are_refused(own: Path):
+    shutil.rmtree(own / INDEX_CACHE, ignore_errors=True)
+    (own / INDEX_CACHE).write_text("")
+    with pytest.raises(ConfigError, match=r"data.index_cache = .*/index_cache cannot be written to: give data.index_c"):
+        check_data(make_config(own, data__index_cache=str(own / INDEX_CACHE)))
+    with pytest.raises(ConfigError, match=r"data.train: neither .* nor .* can be written to: give data.index_cache"):
+        check_data(make_config(own, run__dir=str(own / INDEX_CACHE / "run")))
 
 
 def test_an_index_that_another_run_is_writing_is_left_alone(own: Path):

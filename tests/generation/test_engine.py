@@ -156,7 +156,9 @@ def test_prompts_and_stops_are_those_of_transformers(tmp_path):
     text = list(continue_prompt(free.model, free.encode("w5 w6 w7"), **SETTINGS))
     want, end = text[:2], text[2]
     assert not {0, end} & set(want) and end != 0
-    (tokenizer / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, end], "do_sample": False}))
+    (trained / "tokenizer/generation_config.json").write_text(
+        json.dumps({"eos_token_id": [0, end], "do_sample": False})
+    )
     export_huggingface(open_exported(trained), out, decode="moba")
 
     prompt = AutoTokenizer.from_pretrained(out)("w5 w6 w7", return_tensors="pt")

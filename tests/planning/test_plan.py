@@ -17,6 +17,7 @@ from moba_megatron.config.checks import combination_problems
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.planning.plan_layouts import _cut, suggest_layouts
 from moba_megatron.planning.plan_machines import GPUS, LINK_SHARE, Cluster
+from moba_megatron.planning.plan_target import own_cluster
 from moba_megatron.planning.plan_time import step_time
 from moba_megatron.planning.run_plan import plan_run
 from moba_megatron.training.dry_run import print_dry_run
@@ -133,6 +134,36 @@ def test_the_command_prints_a_plan_and_writes_it(tmp_path):
     assert json.loads((tmp_path / "again.json").read_text())["plan"]["step_seconds"] == pytest.approx(
         first["step_seconds"]
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "count"),
+    [
+        ("continued_pretraining/llama3.1_8b/128k", [], 64),
+        ("continued_pretraining/llama3.1_8b/1m_256gpus", [], 256),
+        ("paper/545m", [], 8),
+        ("paper/545m", ["training.global_batch_size=6"], 6),
+        ("continued_pretraining/llama3.1_8b/128k", ["parallel.context=1"], 8),  # which does not fit any
+    ],
+)
+def test_without_a_number_of_gpus_the_layout_says_it(name, overrides, count):
+    config = load_config(CONFIGS / f"{name}.yaml", overrides)
+    assert own_cluster(config, Cluster(GPUS["h100"], 1)).count == count
+
+
+def test_a_model_without_a_configuration_is_planned(tmp_path):
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
+    more = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", **sizes, **more}))
+    output = call(tmp_path, "--length", "128K", "--gpus", 8, "--json", tmp_path / "plan.json")
+    assert "MoBA (block_size 4096, top_k 12, the last 3 layers full) at 131,072 tokens, 8,388,608 a step" in output
+    written = json.loads((tmp_path / "plan.json").read_text())
+    layout = written["layouts"][0]["parallel"]
+    assert layout.items() <= written["plan"]["parallel"].items() and written["plan"]["fits"]
+    assert "8 x H100" in call(tmp_path, "attention.kind=full", "--length", "8K", "--layouts", 0)
+    assert "--length 128K" in call(tmp_path, code=2)
+    assert "'128k' is not a number of tokens" in call(tmp_path, "--length", "128k", code=2)
+    assert "give data.sequence_length=N" in call(MOBA_1M, "--length", "128K", code=2)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,16 @@ def test_true_operations_follow_the_stages(tmp_path):
     assert half.flops_true == pytest.approx((full.flops_true + moba.flops_true) / 2)
 
 
+def test_options_say_what_a_file_would_say(tmp_path):
+    data = {"data.train": "web #2/train", "data.tokenizer": "${data.train}/007", "optimizer.lr": "1e-3"}
+    sweep = load_sweep(write_sweep(tmp_path, axes={"data": {"one": data}}, figures=[], dir=str(tmp_path / "a #1")))
+    config = sweep.points[0].config
+    assert (config.data.train, config.data.tokenizer) == ("web #2/train", "web #2/train/007")
+    assert (config.optimizer.lr, config.run.dir) == (1e-3, str(tmp_path / "a #1" / "one"))
+    with pytest.raises(ConfigError, match="data.train = 7"):
+        load_sweep(write_sweep(tmp_path, axes={"data": {"one": {"data.train": 7}}}, figures=[]))
+
+
 def test_learning_rate_follows_the_size(tmp_path):
     rule = {"value": 1e-3, "parameters": 20000, "exponent": -0.5, "final_share": 0.2}
     sweep = load_sweep(write_sweep(tmp_path, learning_rate=rule, warmup_share=0.25))

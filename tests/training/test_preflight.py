@@ -1,11 +1,13 @@
 """What `auto` became, and what cannot run here, before anything starts."""
 
+from pathlib import Path
+
 import pytest
 from small_run import small_config
 
-from moba_megatron.config import ConfigError
+from moba_megatron.config import ConfigError, load_config
 from moba_megatron.model.schedule import checked_schedule
-from moba_megatron.training.preflight import run_choices
+from moba_megatron.training.preflight import preflight, run_choices
 
 
 def choices(folder, **changes):
@@ -45,3 +47,18 @@ def test_the_full_attention_backend_is_told_with_its_reason(tmp_path):
 def test_backends_that_cannot_run_are_refused(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         choices(tmp_path, **changes)
+
+
+def test_a_start_says_where_its_weights_come_from(tmp_path):
+    assert preflight(small_config(tmp_path), 1).weights == "weights: drawn anew, seed 1234"
+    with pytest.raises(
+        ConfigError, match=r"model.init_from = \?{3}: give the weights .* for instance model.init_from="
+    ):
+        preflight(small_config(tmp_path, model__init_from="???"), 1)
+
+
+def test_a_recipe_leaves_the_weights_to_the_user():
+    path = Path(__file__).parents[2] / "configs/continued_pretraining/llama3.1_8b/128k.yaml"
+    config = load_config(path)
+    assert config.model.init_from == "???" and config.model.hidden_size == 4096
+    assert load_config(path, ["model.init_from=null"]).model.init_from is None

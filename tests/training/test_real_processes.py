@@ -119,6 +119,14 @@ def test_a_mistake_ends_before_anything_starts(tmp_path, override, expected):
 def test_a_dry_run_shows_sizes_and_makes_nothing(tmp_path):
     config = small_config(tmp_path, attention__stages=[{"until": 0.75}, {"until": 1.0, "kind": "full"}])
     output = finish(start(config, overrides=("--dry-run",)))
-    for expected in ("parameters", "tokens per step", "512", "stage 2/2", "memory per rank", "block_size: 16"):
+    for expected in (
+        "weights: drawn anew, seed 1234",
+        "parameters",
+        "tokens per step",
+        "512",
+        "stage 2/2",
+        "memory per rank",
+        "block_size: 16",
+    ):
         assert expected in output
     assert not Path(config.run.dir).exists()

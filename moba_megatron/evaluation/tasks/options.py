@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
+from moba_megatron.config.lengths import parse_length
 from moba_megatron.evaluation.tasks.puzzles import TASKS
 
 ALL = "all"
 _SHORTEST = 128
 _DEFAULT_LENGTHS = 4
-_UNITS = {"": 1, "K": 2**10, "M": 2**20}
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def parse_lengths(text: str) -> list[int]:
     Raises:
         ValueError: what is not such a number, or none.
     """
-    lengths = sorted({_length(part) for part in _parts(text)})
+    lengths = sorted({parse_length("--lengths", part) for part in _parts(text)})
     if not lengths:
         raise ValueError(f"--lengths {text!r} names no length")
     return lengths
@@ -100,13 +99,6 @@ def parse_lengths(text: str) -> list[int]:
 
 def _parts(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def _length(text: str) -> int:
-    match = re.fullmatch(r"([1-9]\d*)([KM]?)", text)
-    if not match:
-        raise ValueError(f"--lengths: {text!r} is not a number of tokens such as 4096 or 32K")
-    return int(match[1]) * _UNITS[match[2]]
 
 
 def _parse_depths(text: str) -> list[float]:

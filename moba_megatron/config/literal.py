@@ -1,0 +1,22 @@
+"""Text that contains `${` and means it: OmegaConf would take it for a reference to another key."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+
+def literal(value: Any) -> Any:
+    """A value, however nested, in whose strings every `${` is escaped, so that looking up references gives them back.
+
+    >>> print(literal({"dir": "runs/${x}"}))
+    {'dir': 'runs/\\\\${x}'}
+    """
+    if isinstance(value, dict):
+        return {key: literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [literal(item) for item in value]
+    if isinstance(value, str):
+        # Backslashes count only before `${`, where each stands for itself when doubled.
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+    return value
