@@ -39,9 +39,6 @@ class ModelConfig(Section):
     vocab_size: int | None = Field(default=None, ge=2)
     """Entries of the embedding before padding. Default: the tokenizer's size, which needs no padding of its own: rows
     are added only up to a multiple of `parallel.tensor`, and they never enter the loss."""
-    max_position_embeddings: int | None = Field(default=None, ge=1)
-    """Tokens that the model this run starts from was made for; exports keep the larger of it and what was trained.
-    Default: of `init_from`."""
     layernorm_epsilon: float = Field(default=1e-5, gt=0)
     """Epsilon of RMSNorm. Llama 3 and Mistral use 1e-5, Qwen 1e-6; the wrong one costs 2e-3 in the logits."""
     init_method_std: float = Field(default=0.02, gt=0)
