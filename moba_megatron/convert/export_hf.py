@@ -28,7 +28,7 @@ from moba_megatron.convert.mapping import Piece, parameter_shapes, pieces
 from moba_megatron.convert.model_card import model_card
 from moba_megatron.convert.publish import check_unused, new_folder
 from moba_megatron.convert.safetensors_folder import INDEX, SINGLE
-from moba_megatron.convert.self_contained import CODE_FILE, with_own_code
+from moba_megatron.convert.self_contained import with_own_code
 from moba_megatron.convert.stored import StoredWeights
 from moba_megatron.convert.tokenizer_files import (
     complete_tokenizer_config,
@@ -65,17 +65,19 @@ def export_huggingface(
         The class of transformers that reads the tokenizer as it is meant, if there is a tokenizer.
 
     Raises:
-        ConfigError: `out` is taken, no plain model of transformers computes this one or no class of it reads the
-            tokenizer, or `self_contained` without MoBA layers.
+        ConfigError: `out` is taken, no plain model of transformers computes this one (convolved keys need
+            `self_contained`) or no class of it reads the tokenizer, or `self_contained` without MoBA layers.
         CheckpointError: the checkpoint is damaged, lacks parameters of the model, or has others.
     """
     check_unused(out)
+    if not self_contained:
+        exported.check_plain()
     if exported.config.checkpoint.verify and (damage := damages(exported.checkpoint, exported.manifest)):
         raise CheckpointError(f"{exported.checkpoint} is damaged: {'; '.join(damage)}")
     stored = StoredWeights(exported.checkpoint)
-    shapes = parameter_shapes(exported.model)
+    shapes = parameter_shapes(exported.model, exported.key_convolution)
     _check_parameters(exported, stored, shapes)
-    moba = moba_config(exported.layers, decode)
+    moba = moba_config(exported.layers, decode, exported.key_convolution)
     special = special_ids(exported.tokenizer) if exported.tokenizer else {}
     values = huggingface_config(
         exported.model,
@@ -84,12 +86,12 @@ def export_huggingface(
         moba=moba,
         special_ids=special,
     )
-    code = None
+    code: dict[str, str] = {}
     if self_contained:
         values, code = with_own_code(values)
     with new_folder(out) as folder:
-        if code:
-            (folder / CODE_FILE).write_text(code, encoding="utf-8")
+        for name, text in code.items():
+            (folder / name).write_text(text, encoding="utf-8")
         _write_json(folder / CONFIG, values)
         reader = None
         if exported.tokenizer:

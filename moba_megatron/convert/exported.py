@@ -34,22 +34,34 @@ class Exported:
     layers: tuple[LayerAttention, ...]
     tokenizer: Tokenizer | None
 
+    @property
+    def key_convolution(self) -> int | None:
+        """Width of the filters of keys; None where keys are not convolved."""
+        return self.config.attention.key_convolution
 
-def open_exported(path: str | Path, tokenizer: str | None = None) -> Exported:
+    def check_plain(self) -> None:
+        """Raises ConfigError where no plain model of transformers computes this one."""
+        if width := self.key_convolution:
+            raise ConfigError([
+                f"attention.key_convolution = {width}: no plain model of transformers convolves its keys. Export it "
+                "with --self-contained, which brings the code for it, and load that with trust_remote_code=True"
+            ])  # fmt: skip
+
+
+def open_exported(path: str | Path, tokenizer: str | None = None, *, own_code: bool = False) -> Exported:
     """What there is to export.
 
     Args:
         path: a checkpoint folder, or a run folder for its newest one.
         tokenizer: folder of the tokenizer, where it is no longer at `data.tokenizer`.
+        own_code: whether the model may need code that transformers has not (convolved keys).
 
     Raises:
         CheckpointError: no complete checkpoint, or not the tokenizer that it was trained with.
-        ConfigError: keys are convolved, which models of transformers do not do.
+        ConfigError: it needs code of its own, and may not.
     """
     checkpoint = find_checkpoint(path)
     manifest, config = Manifest.read(checkpoint), found_config(checkpoint)
-    if width := config.attention.key_convolution:
-        raise ConfigError([f"attention.key_convolution = {width}: no plain model of transformers convolves its keys"])
     schedule = AttentionSchedule.from_dict(manifest.schedule)
     layers = schedule.stages[schedule.stage_at(max(manifest.step, 1), config.training.steps)]
     folder = Path(tokenizer or config.data.tokenizer)
@@ -68,4 +80,7 @@ def open_exported(path: str | Path, tokenizer: str | None = None) -> Exported:
     if config.model.vocab_size is None and found is None:
         raise CheckpointError(f"{checkpoint} says neither model.vocab_size nor a tokenizer")
     model = sized(config.model, found.vocab_size if found else 0)
-    return Exported(checkpoint, manifest, config, model, layers, found)
+    exported = Exported(checkpoint, manifest, config, model, layers, found)
+    if not own_code:
+        exported.check_plain()
+    return exported

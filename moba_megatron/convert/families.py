@@ -88,19 +88,24 @@ def huggingface_config(
     return values if moba is None else {**values, "attn_implementation": "moba", "moba_config": moba}
 
 
-def moba_config(layers: tuple[LayerAttention, ...], decode: str) -> dict[str, Any] | None:
-    """The entry `moba_config` for the layers of a model; None if all of them attend fully.
+def moba_config(
+    layers: tuple[LayerAttention, ...], decode: str, key_convolution: int | None = None
+) -> dict[str, Any] | None:
+    """The entry `moba_config` for the layers of a model; None if all of them attend fully, to keys as they are.
 
     Args:
         decode: how new tokens attend to a cache, `full` or `moba`.
+        key_convolution: width of the filters of keys, which full layers have as well.
     """
     sparse = {number: layer for number, layer in enumerate(layers) if layer.kind == "moba"}
+    kinds = tuple(layer.kind for layer in layers)
     if not sparse:
-        return None
+        # No layer has blocks; the entry tells of the filters.
+        full = MoBASettings(1, 1, kinds, decode, key_convolution=key_convolution)
+        return full.to_config() if key_convolution else None
     size, sizes = _most({number: (layer.block_size, layer.top_k) for number, layer in sparse.items()})
     selection, selections = _most({number: layer.selection for number, layer in sparse.items()})
-    kinds = tuple(layer.kind for layer in layers)
-    return MoBASettings(*size, kinds, decode, sizes, selection, selections).to_config()
+    return MoBASettings(*size, kinds, decode, sizes, selection, selections, key_convolution).to_config()
 
 
 def _most(values: dict[int, T]) -> tuple[T, dict[int, T]]:

@@ -134,7 +134,7 @@ def export_command(
 
     console = Console(highlight=False, soft_wrap=True)
     try:
-        exported = open_exported(run, tokenizer)
+        exported = open_exported(run, tokenizer, own_code=self_contained)
         with _progress(console, "parameters") as bar:
             reader = export_huggingface(
                 exported,

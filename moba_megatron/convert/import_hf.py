@@ -143,6 +143,11 @@ def attention_section(values: dict[str, Any]) -> dict[str, Any]:
         settings = MoBASettings.from_entry(moba, values["num_hidden_layers"])
     except ValueError as error:
         raise ConfigError([f"config.json: {error}"]) from error
+    if settings.key_convolution:
+        raise ConfigError([
+            f"config.json: moba_config has key_convolution = {settings.key_convolution}, whose filters are not read "
+            "from Hugging Face folders: start from the run or checkpoint that was exported"
+        ])  # fmt: skip
     full = [number for number, kind in enumerate(settings.layer_types, start=1) if kind == "full"]
     own: dict[int, dict[str, Any]] = {
         number + 1: {"block_size": size, "top_k": top_k} for number, (size, top_k) in settings.layer_sizes.items()

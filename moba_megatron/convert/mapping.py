@@ -36,7 +36,9 @@ _LOCAL_NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
+KEY_FILTERS = "self_attention.key_convolution.weight"
 _WHOLE = {
+    KEY_FILTERS: "self_attn.k_conv.weight",
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
@@ -84,11 +86,12 @@ def layer_of(name: str) -> tuple[int | None, str]:
     return int(number), rest
 
 
-def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: ModelConfig, key_convolution: int | None = None) -> dict[str, tuple[int, ...]]:
     """Every parameter of the whole model by canonical name, in the order of the model.
 
     Args:
         model: with `vocab_size` set.
+        key_convolution: width of the filters of keys.
     """
     hidden, ffn, size = model.hidden_size, model.ffn_size, model.head_size
     heads, groups = model.num_attention_heads, model.query_groups
@@ -100,6 +103,8 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         layer["self_attention.linear_qkv.bias"] = ((heads + 2 * groups) * size,)
     if model.qk_layernorm:
         layer |= {"self_attention.q_layernorm.weight": (size,), "self_attention.k_layernorm.weight": (size,)}
+    if key_convolution:
+        layer[KEY_FILTERS] = (groups * size, key_convolution)
     layer |= {
         "self_attention.linear_proj.weight": (hidden, heads * size),
         "mlp.linear_fc1.layer_norm_weight": (hidden,),

@@ -15,16 +15,30 @@ from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.runs.files import read_json_lines
 from moba_megatron.runs.folder import RunFolder, training_records
 
-_MOBA = """## Attention
-
+_SPARSE = """\
 {layers} of {all_layers} layers attend by Mixture of Block Attention (MoBA, arXiv 2502.13189): each query to its own
-block and to the {past} past blocks of {block_size} tokens {chosen}{others}. `moba_config` in
+block and to the {past} past blocks of {block_size} tokens {chosen}{others}"""
+_MOBA = (
+    f"## Attention\n\n{_SPARSE}"
+    + """. `moba_config` in
 `config.json` says so.
 
 **Engines that do not know `moba_config` run this model with full attention.** vLLM and SGLang do, and so does
 transformers where it is told to use another attention. Up to {covered:,} tokens of context that is the same; beyond,
 the numbers are others than those it was trained with. In transformers 5, loading it fails where nothing has registered
 the attention; transformers 4 takes full attention without a word unless it is named:
+
+```python
+{load}
+```
+"""
+)
+_CONVOLVED = """## Attention
+
+{sparse}Keys are convolved over {width} tokens before attention (FlashMoBA, arXiv 2511.11571), in all layers, by filters
+that only the code of this folder reads. `moba_config` in `config.json` says so.
+
+**Engines that run this model without that code run another model**, with plain keys and full attention, at any length.
 
 ```python
 {load}
@@ -106,8 +120,9 @@ def _attention(name: str, values: dict[str, Any]) -> str:
         own = settings.of_layer(number)
         words = f" {_CHOSEN[own.selection.selector]}" if number in settings.layer_selections else ""
         others.append(f"layer {number + 1}: {own.top_k - 1} of {own.block_size}{words.format(**_said(own))}")
-    return _MOBA.format(
-        load=(_WITH_OWN_CODE if "auto_map" in values else _WITH_PACKAGE).format(name=name),
+    load = (_WITH_OWN_CODE if "auto_map" in values else _WITH_PACKAGE).format(name=name)
+    facts = dict(
+        load=load,
         layers=settings.layer_types.count("moba"),
         all_layers=len(settings.layer_types),
         past=settings.top_k - 1,
@@ -116,6 +131,10 @@ def _attention(name: str, values: dict[str, Any]) -> str:
         others=f" ({'; '.join(others)})" if others else "",
         covered=settings.covered,
     )
+    if settings.key_convolution is None:
+        return _MOBA.format(**facts)
+    sparse = _SPARSE.format(**facts) + ".\n\n" if settings.covered else ""
+    return _CONVOLVED.format(sparse=sparse, width=settings.key_convolution, load=load)
 
 
 def _said(settings: MoBASettings) -> dict[str, Any]:

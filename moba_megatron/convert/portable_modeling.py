@@ -45,6 +45,8 @@ def moba_attention(
     queries, N, D]."""
     if attention_mask is None or dropout or kwargs.get("sliding_window") or kwargs.get("output_attentions"):
         raise ValueError("MoBA needs transformers' mask, and has no dropout, window or returned attention weights")
+    if kwargs.get("cu_seq_lens_q") is not None:
+        check_documents(attention_mask, kwargs["cu_seq_lens_q"])
     settings = settings_of(module.config.moba_config, str(module.layer_idx))
     sparse = settings["layer_types"][module.layer_idx] == "moba"
     if query.shape[2] == 1 and settings["decode"] == "full":
@@ -60,6 +62,18 @@ def moba_attention(
         seen = seen | ~seen.any(-1, keepdim=True)
         outputs.append(F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, scale=scaling))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+def check_documents(seen: Tensor, told: Tensor) -> None:
+    """Hold the boundaries of packed rows that a trainer tells against the documents of the mask."""
+    queries = torch.arange(seen.shape[2], device=seen.device)
+    begins = seen[:, 0].any(-1) & (seen[:, 0].int().argmax(-1) == queries)
+    found = begins.flatten().nonzero().flatten()
+    if found.tolist() != told[:-1].unique().tolist():
+        raise ValueError(
+            f"cu_seq_lens_q begins documents at {told[:-1].tolist()}, the mask at {found.tolist()}: transformers reads "
+            "packed rows from position_ids alone, without attention_mask and with use_cache=False"
+        )
 
 
 def settings_of(entry: dict[str, Any], layer: str) -> dict[str, Any]:

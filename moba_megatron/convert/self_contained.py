@@ -8,11 +8,13 @@ from typing import Any
 from moba_megatron.config import ConfigError
 
 CODE_FILE = "modeling_moba.py"
-_SOURCE = Path(__file__).with_name("portable_modeling.py")
+KEYS_FILE = "modeling_moba_keys.py"
+_SOURCES = {CODE_FILE: "portable_modeling", KEYS_FILE: "portable_key_convolution"}
 
 
-def with_own_code(values: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The contents of config.json that name the file `CODE_FILE`, and the contents of that file.
+def with_own_code(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The contents of config.json that name the files of code, and those files: `CODE_FILE`, and where keys are
+    convolved `KEYS_FILE`.
 
     The architecture gets a name of its own, so that an engine that goes by names refuses the model instead of running
     it with full attention.
@@ -23,12 +25,21 @@ def with_own_code(values: dict[str, Any]) -> tuple[dict[str, Any], str]:
     if "moba_config" not in values:
         raise ConfigError(["--self-contained: no layer attends by MoBA, so there is no code to bring: leave it out"])
     family, (plain,) = values["model_type"], values["architectures"]
-    code = _SOURCE.read_text(encoding="utf-8")
-    code = code.replace("models.llama.modeling_llama", f"models.{family}.modeling_{family}")
-    code = code.replace("LlamaForCausalLM", plain)
-    own = f"MoBA{plain}"
+    convolved = "key_convolution" in values["moba_config"]
+    names = [CODE_FILE, KEYS_FILE] if convolved else [CODE_FILE]
+    own = f"{'Convolved' if convolved else ''}MoBA{plain}"
+    entry = f"{Path(names[-1]).stem}.{own}"
     return {
         **values,
         "architectures": [own],
-        "auto_map": {"AutoModelForCausalLM": f"{Path(CODE_FILE).stem}.{own}"},
-    }, code
+        "auto_map": {"AutoModelForCausalLM": entry},
+    }, {name: _code(name, family, plain) for name in names}
+
+
+def _code(name: str, family: str, plain: str) -> str:
+    """A file of code for a family: the text of a module here, which is for Llama."""
+    code = Path(__file__).with_name(f"{_SOURCES[name]}.py").read_text(encoding="utf-8")
+    code = code.replace("models.llama.modeling_llama", f"models.{family}.modeling_{family}")
+    code = code.replace("LlamaForCausalLM", plain)
+    code = code.replace("LlamaAttention", plain.replace("ForCausalLM", "Attention"))
+    return code.replace(f"from {__package__}.{_SOURCES[CODE_FILE]} import", f"from .{Path(CODE_FILE).stem} import")

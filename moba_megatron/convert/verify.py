@@ -115,11 +115,14 @@ def _our_logits(exported: Exported, texts: list[Text]) -> list[Tensor]:
 
 @torch.no_grad()
 def _their_logits(folder: Path, texts: list[Text]) -> list[Tensor]:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     import moba_megatron.hf  # noqa: F401  (registers the attention)
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    # Convolved keys are computed by code that the folder brings, which was written here.
+    own = "key_convolution" in (AutoConfig.from_pretrained(folder).to_dict().get("moba_config") or {})
+    settings = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": own}
+    model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
     logits = []
     for text in texts:
         model.set_attn_implementation("moba" if text.moba else "sdpa")

@@ -10,12 +10,12 @@ from megatron.core import parallel_state
 
 from moba_megatron.config import ConfigError, ModelConfig
 from moba_megatron.config.huggingface import family_of_folder
-from moba_megatron.convert.mapping import canonical_name, huggingface_shapes, pieces
+from moba_megatron.convert.mapping import KEY_FILTERS, canonical_name, huggingface_shapes, pieces
 from moba_megatron.convert.safetensors_folder import SafetensorsFolder
 
 _TIED = "lm_head.weight", "model.embed_tokens.weight"
 # No plain model has filters of keys: they keep the zeros they start with, which do nothing.
-_OWN = "self_attention.key_convolution.weight"
+_OWN = KEY_FILTERS
 
 
 def open_weights(folder: str | Path, model: ModelConfig) -> SafetensorsFolder:

@@ -67,6 +67,11 @@ def moba_attention_forward(
             packing that tell other documents than `position_ids` (`packing.check_packing`).
     """
     settings = MoBASettings.from_config(module.config).of_layer(module.layer_idx)
+    if settings.key_convolution and not hasattr(module, "k_conv"):
+        raise ValueError(
+            f"this model's keys are convolved (moba_config: key_convolution = {settings.key_convolution}), and "
+            f"{type(module).__name__} has no such filters: load it by its own code, with trust_remote_code=True"
+        )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     _refuse_what_is_not_moba(dropout, causal, kwargs)
     is_moba = settings.layer_types[module.layer_idx] == "moba"

@@ -11,7 +11,8 @@ the top level because transformers refuses names of its own `layer_types` that i
 
 Blocks that are chosen otherwise than by top-k of their means have `selector`, `summary` and `threshold` in the words of
 `ops.selection`, layers that differ in this from the others an entry in `layer_selections`: `{"1": {"selector":
-"recent"}}`. Such entries have version 2, so that readers of before refuse them instead of choosing by the means.
+"recent"}}`. A model whose keys are convolved has `key_convolution`, the filters' width. Such entries have version 2, so
+that readers of before refuse them instead of attending otherwise.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _SELECTION = ("selector", "summary", "threshold")
 _KEYS = {
     VERSION: {"block_size", "top_k", "layer_types", "decode", "layer_sizes"},
     VERSION_OF_SELECTIONS: {
-        *("block_size", "top_k", "layer_types", "decode", "layer_sizes", "layer_selections"),
+        *("block_size", "top_k", "layer_types", "decode", "layer_sizes", "layer_selections", "key_convolution"),
         *_SELECTION,
     },
 }
@@ -55,6 +56,7 @@ class MoBASettings:
         layer_sizes: (block size, top-k) of layers that have others, by their number from 0.
         selection: how past blocks are chosen.
         layer_selections: that of layers that choose otherwise, by their number from 0.
+        key_convolution: width of the convolution of keys in all layers, which the model's own code makes; None: none.
     """
 
     block_size: int
@@ -64,6 +66,7 @@ class MoBASettings:
     layer_sizes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     selection: Selection = MOBA
     layer_selections: Mapping[int, Selection] = field(default_factory=dict)
+    key_convolution: int | None = None
 
     def __post_init__(self) -> None:
         check_settings(self.block_size, self.top_k)
@@ -158,11 +161,12 @@ class MoBASettings:
             "version": VERSION,
             **({"layer_sizes": sizes} if sizes else {}),
         }
-        if self.selection.is_plain and not self.layer_selections:
+        if self.selection.is_plain and not self.layer_selections and self.key_convolution is None:
             return entry
         others = {str(layer): _words(selection) for layer, selection in self.layer_selections.items()}
         entry |= {**_words(self.selection), **({"layer_selections": others} if others else {})}
-        return {**entry, "version": VERSION_OF_SELECTIONS}
+        convolution = {} if self.key_convolution is None else {"key_convolution": self.key_convolution}
+        return {**entry, **convolution, "version": VERSION_OF_SELECTIONS}
 
 
 def _selection(words: Mapping[str, Any]) -> Selection:

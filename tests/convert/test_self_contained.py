@@ -109,6 +109,27 @@ def test_own_code_saved_again_goes_along(folders, tmp_path):
     assert json.loads((again / "config.json").read_text())["attn_implementation"] == "moba"
 
 
+def packed(folder: Path, cache: Path) -> str:
+    """What is said where transformers does not see that rows are packed; the logits are right where it does."""
+    without_the_package(cache)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    ids, bounds = torch.arange(100)[None], torch.tensor([0, 60, 100])
+    told = {"position_ids": torch.cat([torch.arange(60), torch.arange(40)])[None]}
+    told |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 60, "max_length_k": 60}
+    with torch.no_grad():
+        logits = model(ids, **told, use_cache=False).logits[0]
+        for start, end in ((0, 60), (60, 100)):
+            alone = model(ids[:, start:end], use_cache=False).logits[0]
+            torch.testing.assert_close(logits[start:end], alone, rtol=0, atol=2e-6)
+        with pytest.raises(ValueError, match=r"begins documents at \[0, 60\], the mask at \[0\]") as error:
+            model(ids, **told)
+    return str(error.value)
+
+
+def test_own_code_takes_packed_rows_where_transformers_sees_them(folders, tmp_path):
+    assert "use_cache=False" in run_ranks(1, packed, folders / "own-full", tmp_path, prepare=False)[0]
+
+
 def test_engines_that_go_by_names_do_not_know_it(folders):
     values = json.loads((folders / "own-full/config.json").read_text())
     assert values["architectures"][0].startswith("MoBA") and values["attn_implementation"] == "moba"
