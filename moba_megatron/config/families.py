@@ -51,6 +51,7 @@ class Family:
         always: what this kind means in our `model` section.
         may: settings of ours that a model of this kind may have or not, of those that tell families apart.
         section: these settings from a `config.json`.
+        problems: what of a `config.json` contradicts itself in this kind, one line each.
         written: what an export says beside what all families say.
         window: the window of attention that a `config.json` asks for.
         fused: queries, keys and values are one tensor, gate and up projection another.
@@ -67,6 +68,7 @@ class Family:
     always: dict[str, Any] = field(default_factory=dict)
     may: tuple[str, ...] = ()
     section: Callable[[Values], dict[str, Any]] = lambda values: {}
+    problems: Callable[[Values], list[str]] = lambda values: []
     written: Callable[[ModelConfig], Values] = lambda model: {}
     window: Callable[[Values], int | None] = _window
     fused: bool = False
@@ -87,9 +89,24 @@ class Family:
         return None
 
 
+def _smollm3_problems(values: Values) -> list[str]:
+    layers, interval, given = (
+        values["num_hidden_layers"],
+        values["no_rope_layer_interval"],
+        values.get("no_rope_layers"),
+    )
+    if given is not None and len(given) < layers:
+        return [f"no_rope_layers has {len(given)} entries for {layers} layers: give one for each"]
+    if given is None and interval < 1:
+        return [f"no_rope_layer_interval = {interval} must be at least 1; or say the layers by no_rope_layers"]
+    return []
+
+
 def _smollm3_section(values: Values) -> dict[str, Any]:
     layers, interval = values["num_hidden_layers"], values["no_rope_layer_interval"]
-    rotated = values.get("no_rope_layers") or [int((n + 1) % interval != 0) for n in range(layers)]
+    rotated = values.get("no_rope_layers")
+    if rotated is None:
+        rotated = [int((n + 1) % interval != 0) for n in range(layers)]
     skipped = [int(not flag) for flag in rotated[:layers]]
     return {"no_rope_freq": skipped if any(skipped) else None}
 
@@ -163,6 +180,7 @@ FAMILIES = {
         rope_theta=2000000.0,
         may=("no_rope_freq",),
         section=_smollm3_section,
+        problems=_smollm3_problems,
         written=_smollm3_written,
         window=_window_if_used,
     ),

@@ -44,7 +44,9 @@ def read_huggingface_config(folder: str | Path) -> Values:
         for key in _REQUIRED
         if key not in values
     ]
-    problems += [f"{path}: {line}" for line in _unsupported(values, family)]
+    # What is missing leaves nothing to look at.
+    found = [] if problems else [*_unsupported(values, family), *family.problems(values)]
+    problems += [f"{path}: {line}" for line in found]
     if problems:
         raise ConfigError(problems)
     return values

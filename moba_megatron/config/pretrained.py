@@ -35,9 +35,14 @@ def with_pretrained_model(values: dict[str, Any]) -> dict[str, Any]:
     if model["init_from"] == MISSING:
         return values
     missing = set(ModelConfig.model_fields) - model.keys()
-    if not missing or (missing <= YOUNGER and not Path(model["init_from"]).exists()):
+    if not missing:
         return values
-    source = pretrained_model_section(model["init_from"])
+    try:
+        source = pretrained_model_section(model["init_from"])
+    except ConfigError:
+        if missing <= YOUNGER:
+            return values
+        raise
     if model.get("rotary_scaling") == "yarn" and source.get("rotary_scaling", "none") != "yarn":
         source = _before_yarn(source)
     return {**values, "model": {**source, **model}}

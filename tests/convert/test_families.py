@@ -141,6 +141,10 @@ def test_layers_without_rotary_embedding_are_said_by_list_or_by_interval(tmp_pat
     assert section(tmp_path, {**smollm, "no_rope_layer_interval": 2}).no_rope_freq == [0, 1, 0, 1]
     assert section(tmp_path, {**smollm, "no_rope_layers": [0, 1, 1, 0, 1]}).no_rope_freq == [1, 0, 0, 1]
     assert section(tmp_path, {**smollm, "no_rope_layers": [1, 1, 1, 1]}).no_rope_freq is None
+    with pytest.raises(ConfigError, match="no_rope_layers has 2 entries for 4 layers"):
+        section(tmp_path, {**smollm, "no_rope_layers": [1, 1]})
+    with pytest.raises(ConfigError, match="no_rope_layer_interval = 0 must be"):
+        section(tmp_path, {**smollm, "no_rope_layer_interval": 0})
     windows = {"use_sliding_window": True, "sliding_window": 8}
     with pytest.raises(ConfigError, match="sliding_window = 8"):
         section(tmp_path, {**smollm, **windows})
