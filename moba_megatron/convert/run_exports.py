@@ -28,7 +28,7 @@ def export_in_run(exported: Exported, advance: Callable[[int, int], None] = lamb
         export_huggingface(exported, folder, advance=advance)
         return folder
     path = folder / SOURCE
-    found, wanted = json.loads(path.read_text()) if path.is_file() else {}, source_of(exported)
+    found, wanted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}, source_of(exported)
     if found != wanted:
         raise CheckpointError(
             f"{folder} is not the export of {exported.checkpoint} ({SOURCE} says {found}, expected {wanted}): remove "

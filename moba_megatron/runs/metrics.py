@@ -28,9 +28,9 @@ class JsonLines:
         kept = [line for line in read_json_lines(path) if (line["step"] or 0) <= keep_steps]
         if path.is_file():
             shorter = path.with_suffix(".tmp")
-            shorter.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            shorter.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             os.replace(shorter, path)
-        self.stream = path.open("a")
+        self.stream = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
         self.stream.write(json.dumps(values) + "\n")

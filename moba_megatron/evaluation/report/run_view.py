@@ -137,7 +137,7 @@ def view_run(folder: Path) -> RunView:
     run = RunFolder(folder)
     if not run.config.is_file() and not run.metrics.is_file():
         raise ValueError(f"{folder} is not a run folder: it has no {run.config.name} and no {run.metrics.name}")
-    text = run.config.read_text() if run.config.is_file() else ""
+    text = run.config.read_text(encoding="utf-8") if run.config.is_file() else ""
     return RunView(
         name=folder.resolve().name,
         folder=run,
