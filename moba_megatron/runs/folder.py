@@ -3,6 +3,7 @@
 RUN/config.yaml          the resolved configuration; one that a later start changed is kept as config.until_step_N.yaml
 RUN/tokenizer/           a copy of the tokenizer that it trains with
 RUN/environment.json     versions, hardware, and the working directory of the last start
+RUN/starts.jsonl         one line a start: its layout
 RUN/metrics.jsonl        one line a step
 RUN/evaluations.jsonl    one line an evaluation
 RUN/evaluation/*.json    the whole results of `moba-megatron evaluate`
@@ -33,6 +34,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.tokenizer = self.path / "tokenizer"
         self.environment = self.path / "environment.json"
+        self.starts = self.path / "starts.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
         self.evaluation = self.path / "evaluation"

@@ -15,6 +15,7 @@ from moba_megatron.config import Config
 from moba_megatron.runs.environment import write_environment
 from moba_megatron.runs.files import read_json_lines
 from moba_megatron.runs.folder import RunFolder
+from moba_megatron.runs.starts import record_start
 from moba_megatron.runs.trackers import Trackers
 
 
@@ -45,6 +46,7 @@ class MetricsWriter:
 
     def __init__(self, folder: RunFolder, config: Config, resumed_step: int):
         write_environment(folder)
+        record_start(folder, config, resumed_step)
         self.steps = JsonLines(folder.metrics, resumed_step)
         self.evaluations = JsonLines(folder.evaluations, resumed_step)
         settings = config.model_dump(mode="json")
