@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from moba_megatron.before_torch import configure_logging, silence_missing_libraries, wait_briefly
+from moba_megatron.before_torch import accept_any_text, configure_logging, silence_missing_libraries, wait_briefly
 from moba_megatron.config import ConfigError, load_config
 
 
@@ -24,6 +24,7 @@ def main(
 ) -> None:
     """Train a language model with MoBA attention on megatron-core. A run folder that holds a run is continued."""
     faulthandler.enable()
+    accept_any_text()
     wait_briefly()  # before torch is imported
     from moba_megatron.platform.processes import die_with_parent, end_job, leave, watch_for_failure
 

@@ -1,4 +1,5 @@
-"""What a process does before it imports torch and megatron-core: how its threads wait, what is said while it starts.
+"""What a process does before it imports torch and megatron-core: how its threads wait, what is said while it starts,
+and what the terminal gets of a text that it cannot show.
 
 PyTorch's threads meet at the end of every operation. GNU's OpenMP lets those that come early spin, and by default so
 long that they mostly find the others before they fall asleep. Where other work wants the cores, the spinning takes
@@ -11,8 +12,13 @@ the fix.
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import io
+import locale
 import logging
 import os
+import sys
 import warnings
 
 SPINS = "1000"
@@ -66,6 +72,18 @@ def silence_missing_libraries() -> None:
     # The distributed optimizer: older names of collectives, and it looks at `grad` of views that have none.
     warnings.filterwarnings("ignore", message=".*torch.distributed.*_tensor. is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", module="megatron")
+
+
+def accept_any_text() -> None:
+    """Do with a locale of ASCII, which containers and jobs of batch systems often have. Libraries open their files in
+    the locale's encoding (torch reads UTF-8 at import), and a character that the terminal lacks would be an error: it
+    gets an escape such as `\\u2713`. Call before torch is imported."""
+    if codecs.lookup(locale.getencoding()).name == "ascii":
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not what a test or a notebook puts there
+            stream.reconfigure(errors="backslashreplace")
 
 
 def configure_logging(level: str) -> None:

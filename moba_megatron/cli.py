@@ -11,7 +11,7 @@ from collections.abc import Callable
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from moba_megatron.before_torch import silence_missing_libraries, wait_briefly
+from moba_megatron.before_torch import accept_any_text, silence_missing_libraries, wait_briefly
 from moba_megatron.benchmark.bench_command import bench_command
 from moba_megatron.convert.hf_commands import export_command, import_command, import_megatron_command
 from moba_megatron.corpus.prepare_command import blend_command, inspect_command, merge_command, prepare_command
@@ -55,6 +55,7 @@ class Commands(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         wait_briefly()
+        accept_any_text()
         silence_missing_libraries()
         found = COMMANDS[cmd_name]
         if isinstance(found, typer.Typer):

@@ -38,7 +38,7 @@ def print_table(console: Console, title: str, headings: Sequence[str], lines: Ce
 
 def write_csv(path: Path, row_type: type, rows: Iterable[Any]) -> None:
     """Write dataclass rows with their fields as columns, unrounded."""
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(row_type)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
@@ -48,7 +48,7 @@ def write_markdown(path: Path, headings: Sequence[str], lines: Cells, notes: Seq
     """Write a table, and a paragraph for each note."""
     table = [headings, ["---"] * len(headings), *lines]
     text = "".join(f"| {' | '.join(line)} |\n" for line in table)
-    path.write_text(text + "".join(f"\n{note}\n" for note in notes))
+    path.write_text(text + "".join(f"\n{note}\n" for note in notes), encoding="utf-8")
 
 
 def new_figure(width: float, height: float) -> Figure:

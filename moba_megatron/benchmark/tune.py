@@ -141,7 +141,12 @@ def run_tune(settings: BenchSettings, output: Path, console: Console) -> Path:
                 if wrong:
                     result, choice[place] = f"{before} stays: {choice[place]} gives wrong results, {wrong}", before
                 console.print(f"{dtype} ({block_size}, {top_k}) {kernel}: {result}")
-            path.write_text(table_text(Path(tile_table.__file__).read_text(), tile_table.TILES, tile_table.FP32_TILES))
+            path.write_text(
+                table_text(
+                    Path(tile_table.__file__).read_text(encoding="utf-8"), tile_table.TILES, tile_table.FP32_TILES
+                ),
+                encoding="utf-8",
+            )
     console.print(f"  {path}: copy it to {tile_table.__file__} and run the compile tests")
     return path
 

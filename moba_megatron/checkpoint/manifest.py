@@ -50,7 +50,7 @@ class Manifest:
         return self.consumed_samples * self.config["data"]["sequence_length"] if counted is None else counted
 
     def write(self, folder: Path) -> None:
-        (folder / NAME).write_text(json.dumps(asdict(self), indent=1))
+        (folder / NAME).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
     @staticmethod
     def read(folder: Path) -> Manifest:
@@ -59,7 +59,7 @@ class Manifest:
         if not path.is_file():
             raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {NAME}")
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
         if values.get("format") != FORMAT:

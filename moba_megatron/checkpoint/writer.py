@@ -101,7 +101,7 @@ class CheckpointWriter:
                 "disk full? The checkpoints before it are untouched"
             )
         for part in parts:
-            manifest.files.update(json.loads(part.read_text()))
+            manifest.files.update(json.loads(part.read_text(encoding="utf-8")))
             part.unlink()
 
 
@@ -118,7 +118,7 @@ def _write_and_digest(write: Callable[..., Any] | None, folder: Path, *args: Any
     digests = {path.name: digest_file(path) for path in folder.glob(f"__{rank}_*.distcp")}
     whole = folder / f"digests_{rank}.json"
     unfinished = folder / f".digests_{rank}.tmp"
-    unfinished.write_text(json.dumps(digests))
+    unfinished.write_text(json.dumps(digests), encoding="utf-8")
     os.replace(unfinished, whole)
 
 

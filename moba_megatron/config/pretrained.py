@@ -67,9 +67,9 @@ def pretrained_model_section(folder: str | Path) -> dict[str, Any]:
     if (folder / "config.json").is_file():
         return model_section(read_huggingface_config(folder))
     if (folder / "checkpoint.json").is_file():
-        config = json.loads((folder / "checkpoint.json").read_text())["config"]
+        config = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["config"]
     elif (folder / "config.yaml").is_file():
-        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     else:
         raise ConfigError([
             f"model.init_from = {folder} is no Hugging Face folder (config.json), run folder (config.yaml) or "

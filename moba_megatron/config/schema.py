@@ -28,7 +28,8 @@ class RunConfig(Section):
     """Folder of this run: resolved config, metrics, evaluations, checkpoints, plots. Made if missing; a run already in
     it is resumed (see `checkpoint.resume`)."""
     seed: int = Field(default=1234, ge=0)
-    """Seed of weights, dropout and data order."""
+    """Seed of weights, dropout and data order. The first weights are the same at every parallel layout; a CPU and a GPU
+    draw different ones."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads per process. Default: the cores of this machine divided by the processes on it."""
 

@@ -102,7 +102,7 @@ def export_huggingface(
         if not (folder / "generation_config.json").exists():
             _write_json(folder / "generation_config.json", {**special, "do_sample": False})
         _write_json(folder / SOURCE, source_of(exported))
-        (folder / "README.md").write_text(model_card(out.name, exported, values, reader))
+        (folder / "README.md").write_text(model_card(out.name, exported, values, reader), encoding="utf-8")
     return reader
 
 

@@ -115,7 +115,7 @@ def find_iteration(source: Path) -> Path:
         CheckpointError: there is none, or one of another format.
     """
     if (source / LATEST).is_file():
-        name = (source / LATEST).read_text().strip()
+        name = (source / LATEST).read_text(encoding="utf-8").strip()
         source = source / (f"iter_{int(name):07d}" if name.isdecimal() else name)
     if (source / ".metadata").is_file():
         return source

@@ -31,11 +31,14 @@ def export_in_run(
         export_huggingface(exported, folder, advance=advance)
         return folder
     path, config = folder / SOURCE, folder / CONFIG
-    found, wanted = json.loads(path.read_text()) if path.is_file() else {}, source_of(exported)
+    found, wanted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}, source_of(exported)
     if found == wanted and config.is_file():
         # Exports of this step once said the length of its sequences, whatever the model was made for.
         key = "max_position_embeddings"
-        found, wanted = {**found, key: json.loads(config.read_text())[key]}, {**wanted, key: exported.config.window}
+        found, wanted = (
+            {**found, key: json.loads(config.read_text(encoding="utf-8"))[key]},
+            {**wanted, key: exported.config.window},
+        )
     if found != wanted:
         raise CheckpointError(
             f"{folder} is not the export of {exported.checkpoint} ({SOURCE} and {CONFIG} say {found}, expected "

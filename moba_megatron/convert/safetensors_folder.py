@@ -95,7 +95,7 @@ class SafetensorsFolder:
         path = self.folder / INDEX
         if path.is_file():
             try:
-                return dict(json.loads(path.read_text())["weight_map"])
+                return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError([
                     f"{path} is damaged: {type(error).__name__}: {error}; fetch it again ({DOWNLOAD} {self.folder})"

@@ -189,7 +189,7 @@ def _locked(cache: Path) -> Iterator[None]:
         yield
         return
     cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / "lock", "w") as lock:
+    with open(cache / "lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for path in cache.glob("*.npy"):
             try:

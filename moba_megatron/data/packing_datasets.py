@@ -168,7 +168,7 @@ class PackedRows(ConcatenatedRows):
         if not folder or (builds and not all(map(os.path.isfile, paths))):
             indices = self._pack()
             if folder:
-                with open(os.path.join(folder, f"{name}-description.txt"), "w") as description:
+                with open(os.path.join(folder, f"{name}-description.txt"), "w", encoding="utf-8") as description:
                     description.write(self.unique_description)
                 for path, index in zip(paths, indices, strict=True):
                     np.save(path, index)

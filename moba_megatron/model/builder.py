@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_megatron.config import Config, ParallelConfig
 from moba_megatron.model.exchange_choice import resolve_exchange
+from moba_megatron.model.first_weights import replay_draws
 from moba_megatron.model.gpt import ChunkedLossGPTModel
 from moba_megatron.model.rotary import cosine_factor, rotary_frequencies, set_cosine_factor, softmax_scale
 from moba_megatron.model.schedule import AttentionSchedule
@@ -149,8 +150,9 @@ def build_model(
 ) -> list[ChunkedLossGPTModel]:
     """The model chunks of this pipeline rank, on this process's device, in training mode.
 
-    Weights depend on `config.run.seed` and the parallel sizes only: this seeds all random streams (`seed_all`). With
-    `model.init_from` they are whatever was in memory, for the caller to fill.
+    Weights depend on `config.run.seed` and the kind of device only, not on the parallel sizes (`first_weights`); this
+    seeds all random streams (`seed_all`). With `model.init_from` they are whatever was in memory, for the caller to
+    fill.
     The process groups must have been started (`platform.start_model_parallel`), and `platform.apply` called.
 
     Args:
@@ -179,6 +181,16 @@ def build_model(
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
                 pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
             )
+        )
+    if transformer.perform_initialization and config.parallel.tensor * config.parallel.pipeline > 1:
+        replay_draws(
+            chunks,
+            config.model,
+            transformer,
+            vocab_size=vocab_size,
+            seed=config.run.seed,
+            rank=parallel_state.get_tensor_model_parallel_rank(),
+            ranks=config.parallel.tensor,
         )
     return chunks
 

@@ -91,8 +91,8 @@ def stop_process_groups() -> None:
 def seed_all(seed: int) -> None:
     """Seed Python, NumPy, PyTorch and megatron-core's parallel streams. Needs the model-parallel groups.
 
-    Weights and dropout differ between pipeline stages and, where they are sharded, between tensor-parallel ranks; they
-    are the same on data-parallel ranks.
+    Streams differ between pipeline stages and, for what is sharded, between tensor-parallel ranks; they are the same on
+    data-parallel ranks.
     """
     import random
 

@@ -53,7 +53,7 @@ def check_shared(path: str | Path, claim: str | None, patience: float = 60.0) ->
 
     def seen() -> bool:
         # Rank 0 would give up its claim by reading it.
-        return claim is not None or (lock.is_file() and lock.read_text().strip() == words[0])
+        return claim is not None or (lock.is_file() and lock.read_text(encoding="utf-8").strip() == words[0])
 
     while not seen() and time.monotonic() < deadline:
         time.sleep(1)

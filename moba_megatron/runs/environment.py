@@ -71,5 +71,5 @@ def _commit() -> str | None:
 
 def _processor() -> str:
     facts = Path("/proc/cpuinfo")
-    lines = facts.read_text().splitlines() if facts.is_file() else []
+    lines = facts.read_text(encoding="utf-8").splitlines() if facts.is_file() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), machine.machine())

@@ -17,20 +17,20 @@ def write_whole(path: Path, text: str) -> None:
     """Replace a file so that a reader sees the old text or the new one."""
     # Several processes may write at once, such as all ranks when all of them fail.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text)
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object of a JSON file; None if there is no file."""
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a file, oldest first; empty if there is no file."""
     if not path.is_file():
         return []
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     complete = text[: text.rfind("\n") + 1]
     return [json.loads(line) for line in complete.splitlines()]
 
@@ -63,7 +63,7 @@ def hold(path: Path) -> Iterator[str]:
     Raises:
         Held: another process has it.
     """
-    with open(path, "a+") as file:
+    with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -4,6 +4,7 @@ RUN/config.yaml          the resolved configuration; one that a later start chan
 RUN/origin.json          base model and license of the first weights, where they are known
 RUN/tokenizer/           a copy of the tokenizer that it trains with
 RUN/environment.json     versions, hardware, and the working directory of the last start
+RUN/starts.jsonl         one line a start: its layout
 RUN/metrics.jsonl        one line a step
 RUN/evaluations.jsonl    one line an evaluation
 RUN/evaluation/*.json    the whole results of `moba-megatron evaluate`
@@ -35,6 +36,7 @@ class RunFolder:
         self.origin = self.path / "origin.json"
         self.tokenizer = self.path / "tokenizer"
         self.environment = self.path / "environment.json"
+        self.starts = self.path / "starts.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
         self.evaluation = self.path / "evaluation"
@@ -68,7 +70,7 @@ class RunFolder:
         text = "".join(f"# {line}\n" for line in choices) + config.to_yaml()
         before = self.path / f"config.until_step_{resumed_step}.yaml"
         # Where there is one, the configuration since has left no step that is still there.
-        if self.config.is_file() and self.config.read_text() != text and not before.exists():
+        if self.config.is_file() and self.config.read_text(encoding="utf-8") != text and not before.exists():
             self.config.rename(before)
         write_whole(self.config, text)
 

@@ -15,6 +15,7 @@ from moba_megatron.config import Config
 from moba_megatron.runs.environment import write_environment
 from moba_megatron.runs.files import read_json_lines
 from moba_megatron.runs.folder import RunFolder
+from moba_megatron.runs.starts import record_start
 from moba_megatron.runs.trackers import Trackers
 
 
@@ -28,9 +29,9 @@ class JsonLines:
         kept = [line for line in read_json_lines(path) if (line["step"] or 0) <= keep_steps]
         if path.is_file():
             shorter = path.with_suffix(".tmp")
-            shorter.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            shorter.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             os.replace(shorter, path)
-        self.stream = path.open("a")
+        self.stream = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
         self.stream.write(json.dumps(values) + "\n")
@@ -45,6 +46,7 @@ class MetricsWriter:
 
     def __init__(self, folder: RunFolder, config: Config, resumed_step: int):
         write_environment(folder)
+        record_start(folder, config, resumed_step)
         self.steps = JsonLines(folder.metrics, resumed_step)
         self.evaluations = JsonLines(folder.evaluations, resumed_step)
         settings = config.model_dump(mode="json")

@@ -77,8 +77,8 @@ def _open_wandb(folder: RunFolder, logging: LoggingConfig, settings: dict[str, A
 
     identity = folder.wandb_id
     if not identity.is_file():
-        identity.write_text(secrets.token_hex(4))
-    names = [folder.path.resolve().name, identity.read_text()]
+        identity.write_text(secrets.token_hex(4), encoding="utf-8")
+    names = [folder.path.resolve().name, identity.read_text(encoding="utf-8")]
     name, number = (f"{name}-{suffix}" if suffix else name for name in names)
     run = wandb.init(
         project=logging.wandb_project,

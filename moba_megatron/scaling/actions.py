@@ -61,7 +61,7 @@ def fit_laws(sweep: Path, output: Path | None) -> None:
         typer.echo(line)
     folder = _folder(loaded, output)
     record = {"laws": [law.to_dict() for law in laws], "left_out": _left_out(laws, results)}
-    (folder / "laws.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "laws.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     typer.echo(folder / "laws.json")
 
 
@@ -97,7 +97,7 @@ def print_tables(sweep: Path, output: Path | None) -> None:
     text += "".join(f"\n- {line}" for line in [*_notes(laws, results), *provenance(results)])
     typer.echo(text)
     if output:
-        (_folder(loaded, output) / "table.md").write_text(text + "\n")
+        (_folder(loaded, output) / "table.md").write_text(text + "\n", encoding="utf-8")
 
 
 def _array_job(sweep: Sweep, points: list[Point], script: str) -> str:

@@ -131,7 +131,7 @@ def last_line(path: Path) -> str:
     """The last line of a log that says something, without the marks around a launcher's report."""
     if not path.is_file():
         return ""
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
+    lines = [line.strip() for line in path.read_text(errors="replace", encoding="utf-8").splitlines()]
     return next((line for line in reversed(lines) if line.strip("=- ") and not line.startswith(ENDED)), "")
 
 
@@ -155,7 +155,7 @@ def _before_first_step(point: Point) -> Result:
 
 def _ended_badly(log: Path) -> bool:
     """Whether the last process of a run ended by a failure, and not because it was asked to stop."""
-    text = log.read_text(errors="replace") if log.is_file() else ""
+    text = log.read_text(errors="replace", encoding="utf-8") if log.is_file() else ""
     codes = re.findall(rf"^{ENDED}(-?\d+)$", text, re.MULTILINE)
     # A run that has started since has not said how it ended.
     if not codes or not text.rstrip().endswith(f"{ENDED}{codes[-1]}"):

@@ -165,7 +165,7 @@ class _Starter:
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus_of(slot, self.processes, self.gpus))
         with open(point.folder / LOG, "ab") as log:
-            log.write((" ".join(command) + "\n").encode())
+            log.write((" ".join(command) + "\n").encode(errors="backslashreplace"))
             log.flush()
             # A session of its own: Ctrl-C in the terminal reaches the sweep alone, which then stops its runs. If the
             # sweep is killed, its runs save and end too.
@@ -254,7 +254,7 @@ def _ended(job: Job, progress: Progress, console: Console) -> bool:
     if newest:
         progress.update(job.row, completed=newest["step"], description=f"{job.point.name}  loss {newest['loss']:.3f}")
     if ended:
-        with open(job.point.folder / LOG, "a") as log:
+        with open(job.point.folder / LOG, "a", encoding="utf-8") as log:
             log.write(f"\n{ENDED}{job.process.returncode}\n")
         result = read_result(job.point)
         progress.remove_task(job.row)
@@ -277,7 +277,7 @@ def describe(result: Result) -> str:
 def _evaluations_left(sweep: Sweep, point: Point) -> list[str]:
     """The sweep's evaluations that a finished run has not had."""
     done_file = point.folder / _EVALUATED
-    done = done_file.read_text().splitlines() if done_file.is_file() else []
+    done = done_file.read_text(encoding="utf-8").splitlines() if done_file.is_file() else []
     return [arguments for arguments in sweep.file.evaluate if arguments not in done]
 
 
@@ -292,7 +292,7 @@ def _evaluate(sweep: Sweep, point: Point, console: Console) -> list[str]:
         if code:
             problems.append(f"evaluating {point.name} ({arguments}) failed: {last_line(log_file)} (see {log_file})")
             continue
-        with open(point.folder / _EVALUATED, "a") as file:
+        with open(point.folder / _EVALUATED, "a", encoding="utf-8") as file:
             file.write(arguments + "\n")
         console.print(f"{point.name}: evaluated ({arguments})", markup=False)
     return problems

@@ -15,8 +15,11 @@ from small_run import numbers_of, read_metrics, small_config, train_here
 
 from moba_megatron.checkpoint import Manifest, list_checkpoints
 from moba_megatron.config import ConfigError, load_config
+from moba_megatron.evaluation.report.run_page import report_page
+from moba_megatron.evaluation.report.run_view import view_run
 from moba_megatron.runs.claim import check_shared, claimed
 from moba_megatron.runs.folder import RunFolder
+from moba_megatron.runs.starts import layout_changes
 from moba_megatron.training.preflight import preflight
 
 HALVES = {"attention__stages": [{"until": 0.5}, {"until": 1.0, "kind": "full"}]}
@@ -91,9 +94,16 @@ def test_a_run_goes_on_at_another_parallel_layout(tmp_path):
     run_ranks(2, train_here, small_config(tmp_path / "b", **changes), 2)
     run_ranks(1, train_here, small_config(tmp_path / "b"))
     one, two = (read_metrics(folder / "run") for folder in (tmp_path / "a", tmp_path / "b"))
-    # Initial weights depend on the layout, so only the course is compared: the loss goes on falling without a jump.
+    page = report_page([view_run(tmp_path / "b/run")])
+    assert "from step 5 on</td><td>processes: 2 -&gt; 1, parallel.tensor: 2 -&gt; 1, parallel.sequence: True" in page
+    assert "Changes of the layout" not in report_page([view_run(tmp_path / "a/run")])
+    (tmp_path / "b/run/starts.jsonl").unlink()
+    assert layout_changes(RunFolder(tmp_path / "b/run")) == [
+        (4, {"parallel.tensor": (2, 1), "parallel.sequence": (True, False)})
+    ]
+    # The same weights at first, and so the same course.
     assert [line["step"] for line in two] == [line["step"] for line in one]
-    assert abs(two[4]["loss"] - two[3]["loss"]) < 0.2 and two[-1]["loss"] < two[3]["loss"]
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
 
 
 def test_a_finished_run_started_again_says_so_and_changes_nothing(tmp_path):

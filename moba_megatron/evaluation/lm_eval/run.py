@@ -169,7 +169,7 @@ def _load(read: Callable[[Path], Any], folder: Path) -> Any:
 
 
 def _draw_ruler(folder: Path, ruler: RulerSettings, model: Path, tokenizer: Any, console: Console) -> None:
-    window = json.loads((model / "config.json").read_text())["max_position_embeddings"]
+    window = json.loads((model / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
     template = tokenizer.num_special_tokens_to_add()
     with console.status("drawing samples") as status:
 
@@ -269,7 +269,7 @@ def _record(
     """Write the results; those of other tasks that the file holds stay in it."""
     name = f"{KIND}_{'' if target.step is None else f'step_{target.step}_'}{attention}"
     path = target.folder.evaluation / f"{name}.json"
-    before = json.loads(path.read_text())["tasks"] if path.is_file() else {}
+    before = json.loads(path.read_text(encoding="utf-8"))["tasks"] if path.is_file() else {}
     numbers = {f"{task}/{key}": value for task, entry in results.items() for key, value in entry["metrics"].items()}
     return records.write(
         KIND,

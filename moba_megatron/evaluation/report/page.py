@@ -48,6 +48,8 @@ pre { background: #f6f6f6; padding: 1em; overflow-x: auto; } .quiet { color: #77
 {% else %}<p>No tasks yet: <code>moba-megatron evaluate RUN --tasks all</code>.</p>{% endfor %}
 <h2>Throughput</h2>
 {% if throughput %}{{ side_by_side(throughput, names) }}{% else %}<p>No step has been taken yet.</p>{% endif %}
+{% for name, rows in layouts %}<h3>Changes of the layout of {{ name }}</h3>
+<table>{% for when, what in rows %}<tr><td>{{ when }}</td><td>{{ what }}</td></tr>{% endfor %}</table>{% endfor %}
 <h2>Environment</h2>
 {% if environment %}{{ side_by_side(environment, names) }}{% else %}<p>Not recorded.</p>{% endif %}
 <h2>Configuration</h2>

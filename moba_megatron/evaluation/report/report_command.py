@@ -33,7 +33,7 @@ def report_command(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page)
+    path.write_text(page, encoding="utf-8")
     typer.echo(f"  {path}")
 
 
@@ -42,5 +42,5 @@ def _refuse_foreign(path: Path) -> None:
 
     if path.is_dir():
         raise ValueError(f"--output {path} is a folder: name a file in it")
-    if path.exists() and MARK not in path.read_text(errors="replace")[:200]:
+    if path.exists() and MARK not in path.read_text(errors="replace", encoding="utf-8")[:200]:
         raise ValueError(f"--output {path} is there and is no report: name another file")

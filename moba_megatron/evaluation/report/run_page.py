@@ -24,6 +24,7 @@ def report_page(views: list[RunView]) -> str:
         version=__version__,
         names=[view.name for view in views],
         numbers=_side_by_side([view.numbers() for view in views]),
+        layouts=[(view.name, _layouts(view)) for view in views if view.layouts],
         throughput=_side_by_side([view.throughput() for view in views]),
         differences=_side_by_side([_flat(view.config) for view in views], different=True) if len(views) > 1 else [],
         curves=curves_picture(views),
@@ -44,6 +45,14 @@ def distinct(views: list[RunView]) -> list[RunView]:
     if len({view.folder.path.resolve() for view in views}) < len(views):
         raise ValueError(f"the same run twice: {', '.join(str(view.folder) for view in views)}")
     return views
+
+
+def _layouts(view: RunView) -> list[tuple[str, str]]:
+    """From which step on what of the layout was another."""
+    return [
+        (f"from step {step + 1} on", ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items()))
+        for step, changes in view.layouts
+    ]
 
 
 def _side_by_side(columns: list[list[tuple[str, Any]]], different: bool = False) -> list[tuple[str, list[str]]]:

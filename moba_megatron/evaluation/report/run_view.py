@@ -15,6 +15,7 @@ import yaml
 from moba_megatron.checkpoint.manifest import CheckpointError, Manifest, find_latest
 from moba_megatron.runs.files import read_json, read_json_lines
 from moba_megatron.runs.folder import RunFolder, training_records
+from moba_megatron.runs.starts import layout_changes
 
 # Of one run's steps; more make no difference to a picture and a lot to its size.
 MOST_POINTS = 2000
@@ -32,6 +33,7 @@ class RunView:
         steps: lines of `metrics.jsonl`.
         evaluations: lines of `evaluations.jsonl`.
         environment: `environment.json` and the versions that the newest checkpoint names.
+        layouts: changes of the layout between parts of the run, see `layout_changes`.
     """
 
     name: str
@@ -42,6 +44,7 @@ class RunView:
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     environment: dict[str, Any]
+    layouts: list[tuple[int, dict[str, tuple[Any, Any]]]]
 
     @property
     def validation(self) -> list[dict[str, Any]]:
@@ -137,7 +140,7 @@ def view_run(folder: Path) -> RunView:
     run = RunFolder(folder)
     if not run.config.is_file() and not run.metrics.is_file():
         raise ValueError(f"{folder} is not a run folder: it has no {run.config.name} and no {run.metrics.name}")
-    text = run.config.read_text() if run.config.is_file() else ""
+    text = run.config.read_text(encoding="utf-8") if run.config.is_file() else ""
     return RunView(
         name=folder.resolve().name,
         folder=run,
@@ -147,6 +150,7 @@ def view_run(folder: Path) -> RunView:
         steps=read_json_lines(run.metrics),
         evaluations=read_json_lines(run.evaluations),
         environment=_environment(run),
+        layouts=layout_changes(run),
     )
 
 

@@ -51,7 +51,7 @@ def make_tokenizer(folder: Path) -> Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_DOCUMENT, "unk_token": _UNKNOWN}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Tokenizer(folder)
 
 
@@ -149,7 +149,7 @@ def _write(folder: Path, final: Path, names: list[str], lengths: list[int], toke
         "tokenizer": {"kind": "pretrained", "path": str(final / "tokenizer")},
         "split": {"validation": 0.02},
     }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
 
 
 if __name__ == "__main__":

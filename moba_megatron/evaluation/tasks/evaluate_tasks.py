@@ -68,7 +68,7 @@ def evaluate_tasks(asked: Asked, options: TaskOptions, records: EvaluationRecord
 def _other_cells(records: EvaluationRecords, asked: Asked, attention: str, names: list[str]) -> list[dict[str, Any]]:
     """Cells of tasks with other names that this model's record holds."""
     path = records.path_of("tasks", asked.step, attention)
-    cells = json.loads(path.read_text())["cells"] if path.is_file() else []
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
     return [cell for cell in cells if cell["task"] not in names]
 
 

@@ -80,7 +80,7 @@ def read_places(record: Path, task: str) -> list[StoredPlace]:
         ValueError: not such a record, or the task has no depths there.
     """
     try:
-        cells = json.loads(record.read_text())["cells"]
+        cells = json.loads(record.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{record} is not a record of evaluate --tasks: {type(error).__name__}: {error}") from error
     places = [

@@ -177,7 +177,7 @@ def _line(row: Compiled) -> str:
 
 def _write(path: Path, rows: list[Compiled]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [column.name for column in fields(Compiled)])
         writer.writeheader()
         writer.writerows(map(asdict, rows))
