@@ -66,7 +66,7 @@ class Workspace:
     @contextmanager
     def common(self, waiting: Callable[[], None]) -> Iterator[None]:
         """What only one process at a time may do. `waiting` is called if another one is at it."""
-        with open(self.folder / "lock.common", "w") as lock:
+        with open(self.folder / "lock.common", "w", encoding="utf-8") as lock:
             if not _try_lock(lock):
                 waiting()
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -144,7 +144,7 @@ def open_workspace(
     """
     space = Workspace(work_folder(output), identity)
     space.folder.mkdir(parents=True, exist_ok=True)
-    with open(space.folder / "lock", "w") as lock:
+    with open(space.folder / "lock", "w", encoding="utf-8") as lock:
         if _try_lock(lock):
             _claim(space, overwrite, share[1] if share else 1)
             free = share is None or _try_lock(lock, shared=True)
@@ -155,7 +155,7 @@ def open_workspace(
         if share is None:
             yield space
             return
-        with open(space.folder / f"lock.{share[0]}-of-{share[1]}", "w") as own:
+        with open(space.folder / f"lock.{share[0]}-of-{share[1]}", "w", encoding="utf-8") as own:
             if not _try_lock(own):
                 raise ValueError(f"another process is at share {share[0]}/{share[1]} of {output} (it holds {own.name})")
             yield space
@@ -172,7 +172,7 @@ def hold(folder: Path, output: Path) -> Iterator[str]:
         ValueError: another process is at it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
+    with open(folder / "lock", "w", encoding="utf-8") as lock:
         if not _try_lock(lock):
             raise ValueError(f"another process is making {output} at this moment (it holds {lock.name})")
         try:
@@ -231,7 +231,7 @@ def remove_leftovers(output: Path, identity: Identity) -> None:
     is left to its user."""
     space = Workspace(work_folder(output), identity)
     try:
-        lock = open(space.folder / "lock", "r+")
+        lock = open(space.folder / "lock", "r+", encoding="utf-8")
     except FileNotFoundError:
         return
     with lock:
