@@ -14,16 +14,15 @@ from moba_megatron.config.load import config_from_tree
 TOKENS_PER_STEP = 2**23
 """As in configs/continued_pretraining."""
 
-# Up to which length which blocks: (tokens, block_size, top_k), as in configs/paper at 8K, configs/layer_hybrid at 32K
-# and configs/continued_pretraining beyond.
-_BLOCKS = ((2**13, 512, 3), (2**15, 2048, 3), (2**63, 4096, 12))
+# Up to which length which blocks: (tokens, block_size, top_k); docs/planning.md has the table and the reasons.
+_BLOCKS = ((2**13, 512, 3), (2**15, 2048, 3), (2**17, 1024, 16), (2**18, 2048, 12), (2**63, 4096, 12))
 
 
 def blocks_for(length: int) -> tuple[int, int]:
-    """(block_size, top_k) of the report's experiments at this length, or at the next one that it has.
+    """(block_size, top_k) of the recipes at this length, or at the next one that they have.
 
     >>> blocks_for(8192), blocks_for(131072)
-    ((512, 3), (4096, 12))
+    ((512, 3), (1024, 16))
     """
     return next((size, top_k) for tokens, size, top_k in _BLOCKS if length <= tokens)
 

@@ -156,7 +156,7 @@ def test_a_model_without_a_configuration_is_planned(tmp_path):
     more = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", **sizes, **more}))
     output = call(tmp_path, "--length", "128K", "--gpus", 8, "--json", tmp_path / "plan.json")
-    assert "MoBA (block_size 4096, top_k 12, the last 3 layers full) at 131,072 tokens, 8,388,608 a step" in output
+    assert "MoBA (block_size 1024, top_k 16, the last 3 layers full) at 131,072 tokens, 8,388,608 a step" in output
     written = json.loads((tmp_path / "plan.json").read_text())
     layout = written["layouts"][0]["parallel"]
     assert layout.items() <= written["plan"]["parallel"].items() and written["plan"]["fits"]
