@@ -7,11 +7,16 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from moba_megatron.corpus.files import find_files, kind_by_name, kind_of_file, split_pattern
+from moba_megatron.corpus.files import COMPRESSED, find_files, is_part, kind_by_name, split_pattern
+from moba_megatron.corpus.jsonl import head_of
 
 KINDS = ("files", "jsonl", "parquet", "arrow")
 _TEXT = (".txt", ".text", ".md", ".rst")
 _SHOWN = 5
+_HEAD = 4096
+_TABLES = (".csv", ".tsv", ".xls", ".xlsx", ".ods")
+_PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ", b"PK\x03\x04")
+_HOW = "say what it is, by a recipe or `--kind jsonl`, or give it another ending"
 
 
 def direct_sources(
@@ -66,7 +71,7 @@ def _kind_of(path: str) -> tuple[str, str, list[str]]:
     other: list[str] = []
     for name in names:
         own = "files" if name.lower().endswith(_TEXT) else None
-        if folder and not name.lower().endswith(".txt") and kind_by_name(name) is None and not _is_part(name):
+        if folder and not name.lower().endswith(".txt") and kind_by_name(name) is None and not is_part(name):
             # Of a folder only what is known is read.
             other.append(name)
         else:
@@ -79,16 +84,9 @@ def _kind_of(path: str) -> tuple[str, str, list[str]]:
             f"{path} holds files of several kinds: {found}: give one --input for each, or --kind for how all are to be "
             "read"
         )
-    ((kind, own),) = kinds.items()
+    (kind,) = kinds
     lines = [f"{path}: {len(other):,} of {len(names):,} files are left out ({_endings(other)})"] if other else []
-    if folder and kind == "jsonl" and any(_is_part(name) and kind_by_name(name) is None for name in own):
-        return kind, f"{path}/**/part-*", lines
     return kind, path, lines
-
-
-def _is_part(name: str) -> bool:
-    """Whether a file is a part of what Spark or Hadoop wrote, whose names need no ending."""
-    return os.path.basename(name).startswith("part-")
 
 
 def _endings(names: list[str]) -> str:
@@ -104,3 +102,43 @@ def _folder_and_pattern(path: str) -> dict[str, str]:
         return {"path": os.path.dirname(path) or ".", "pattern": os.path.basename(path)}
     folder, pattern = split_pattern(path)
     return {"path": folder, "pattern": pattern}
+
+
+def kind_of_file(path: str) -> str:
+    """The kind of source that reads a file: by its name, else by how it begins.
+
+    Raises:
+        ValueError: it is a table of a kind that is not read, a compressed file of unknown content, or no text.
+    """
+    kind = kind_by_name(path)
+    if kind is not None:
+        return kind
+    name = os.path.basename(path)
+    lower = name.lower()
+    if lower.endswith(_TABLES) or lower.endswith(tuple(f"{t}{c}" for t in _TABLES for c in COMPRESSED)):
+        raise ValueError(
+            f'{path}: tables of this kind are not read. As rows of Parquet: python -c "import pandas; '
+            f"pandas.read_csv('{name}').to_parquet('{os.path.splitext(name)[0]}.parquet')\""
+        )
+    head = head_of(path, _HEAD)
+    if head.startswith((b"PAR1", b"ARROW1")):
+        return "parquet" if head.startswith(b"PAR1") else "arrow"
+    if looks_like_rows(head):
+        if is_part(name):
+            return "jsonl"
+        raise ValueError(f"{path} looks like JSON, but its ending is not known: {_HOW}")
+    if lower.endswith(COMPRESSED) or head.startswith(_PACKED):
+        raise ValueError(f"{path} is compressed, which is read of JSON Lines alone: unpack it, or {_HOW}")
+    return "files"
+
+
+def looks_like_rows(head: bytes) -> bool:
+    """Whether a file that begins so holds JSON: an object or a list, with a text or another value in it.
+
+    >>> looks_like_rows(b'{"text": "a"}'), looks_like_rows(b"[1] A footnote."), looks_like_rows(b"{ in C }")
+    (True, False, False)
+    """
+    text = head.decode("utf-8-sig", errors="replace").lstrip()
+    if text.startswith("["):
+        text = text[1:].lstrip()
+    return text.startswith("{") and text[1:].lstrip()[:1] in ('"', "}")

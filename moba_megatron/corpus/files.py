@@ -24,9 +24,7 @@ ENDINGS = {
     "arrow": (".arrow", ".feather", ".ipc"),
 }
 """Kinds of source, and the endings that their files have, in any case; those of JSONL with one for compression."""
-_TABLES = (".csv", ".tsv", ".xls", ".xlsx", ".ods")
 _WILD = "*?["
-_HEAD = 4096
 
 
 @dataclass
@@ -54,7 +52,7 @@ def find_files(path: str, kind: str | None = None) -> Found:
         return Found(Path("."), [path])
     if os.path.isdir(path):
         found = match_files(Path(path), "**/*")
-        names = [name for name in found.names if kind is None or kind_by_name(name) == kind]
+        names = [name for name in found.names if kind is None or kind_by_name(name) == kind or _is_row_part(name, kind)]
     else:
         root, pattern = split_pattern(path)
         found = match_files(Path(root), pattern)
@@ -145,6 +143,10 @@ def _dotted(parts: list[str], wanted: list[str]) -> bool:
     return any(part.startswith(".") and fnmatch.fnmatchcase(parts[-1], part) for part in wanted)
 
 
+def _is_row_part(name: str, kind: str) -> bool:
+    return kind == "jsonl" and is_part(name)
+
+
 def _joined(root: Path, name: str) -> str:
     return name if str(root) == "." else f"{root}/{name}"
 
@@ -161,50 +163,14 @@ def kind_by_name(name: str) -> str | None:
     return next((kind for kind, endings in ENDINGS.items() if ending in endings), None)
 
 
-def kind_of_file(path: str) -> str:
-    """The kind of source that reads a file: by its name, else by how it begins.
+def is_part(name: str) -> bool:
+    """Whether a file is a part of what Spark or Hadoop wrote, whose names need no ending.
 
-    Raises:
-        ValueError: it is a table of a kind that is not read, a compressed file of unknown content, or no text.
+    >>> is_part("out/part-00000"), is_part("part-00000.gz"), is_part("part-one.txt")
+    (True, True, False)
     """
-    kind = kind_by_name(path)
-    if kind is not None:
-        return kind
-    name = os.path.basename(path)
-    lower = name.lower()
-    if lower.endswith(_TABLES) or lower.endswith(tuple(f"{t}{c}" for t in _TABLES for c in COMPRESSED)):
-        raise ValueError(
-            f'{path}: tables of this kind are not read. As rows of Parquet: python -c "import pandas; '
-            f"pandas.read_csv('{name}').to_parquet('{os.path.splitext(name)[0]}.parquet')\""
-        )
-    with open(path, "rb") as file:
-        head = file.read(_HEAD)
-    if head.startswith((b"PAR1", b"ARROW1")):
-        return "parquet" if head.startswith(b"PAR1") else "arrow"
-    if head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")):
-        # As Spark and Hadoop write them: part-00000.gz of what a job was about, mostly JSON.
-        raise ValueError(f"{path} is compressed and its name does not say what it holds: {_how('jsonl', path)}")
-    if looks_like_rows(head):
-        if lower.startswith("part-"):
-            return "jsonl"
-        raise ValueError(f"{path} looks like JSON, but its ending is not known: {_how('jsonl', path)}")
-    return "files"
-
-
-def looks_like_rows(head: bytes) -> bool:
-    """Whether a file that begins so holds JSON: an object or a list, with a text or another value in it.
-
-    >>> looks_like_rows(b'{"text": "a"}'), looks_like_rows(b"[1] A footnote."), looks_like_rows(b"{ in C }")
-    (True, False, False)
-    """
-    text = head.decode("utf-8-sig", errors="replace").lstrip()
-    if text.startswith("["):
-        text = text[1:].lstrip()
-    return text.startswith("{") and text[1:].lstrip()[:1] in ('"', "}")
-
-
-def _how(kind: str, path: str) -> str:
-    return f"say what it is, with a recipe or by `--kind {kind}`, or give it another ending"
+    stem, ending = os.path.splitext(os.path.basename(name))
+    return stem.startswith("part-") and (not ending or ending.lower() in COMPRESSED) and "." not in stem
 
 
 def readable_size(number: int) -> str:

@@ -75,6 +75,18 @@ def read_jsonl(reader: RowReader, part: Part, advance: Advance) -> Iterator[Item
             yield from items
 
 
+def head_of(path: str, size: int) -> bytes:
+    """The first bytes of a file, unpacked if its name says that it is compressed; none of one that cannot be."""
+    with open(path, "rb") as file:
+        if not _compression(path):
+            return file.read(size)
+        try:
+            with io.BufferedReader(_unpacked(file, path), size) as stream:
+                return stream.read(size)
+        except (OSError, EOFError, lzma.LZMAError):
+            return b""
+
+
 def _json_object(line: bytes, number: int) -> dict | Skipped:
     try:
         row = json.loads(line)

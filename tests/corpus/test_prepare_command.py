@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from moba_megatron.corpus.direct import direct_sources
+from moba_megatron.corpus.files import find_files
 from moba_megatron.corpus.manifest import load_manifest
 from moba_megatron.corpus.prepare import merge_shares
 from moba_megatron.corpus.prepare_command import prepare_command
@@ -101,7 +103,10 @@ def test_kinds_of_input_by_name_and_by_what_they_hold(tmp_path: Path, monkeypatc
 
     for path in ("rows.ndjson", "ROWS.*", "a/*", "spark/part-*", "code/tool [x].json"):
         assert sources(path) == [("jsonl", path, None)]
-    assert sources("spark") == [("jsonl", "spark/**/part-*", None)]
+    (tmp_path / "spark/part-00001.gz").write_bytes(gzip.compress(rows))
+    assert sources("spark", "spark/part-*") == [("jsonl", "spark", None), ("jsonl", "spark/part-*", None)]
+    assert find_files("spark", "jsonl").names == ["spark/part-00000", "spark/part-00001.gz"]
+    (tmp_path / "notes.gz").write_bytes(gzip.compress(text))
     assert sources("b.parquet", "c.bin") == [("parquet", "b.parquet", None), ("parquet", "c.bin", None)]
     assert sources("one.md", "docs/**/*.md", "texts", "code/*.c") == [
         ("files", ".", "one.md"),
@@ -114,6 +119,7 @@ def test_kinds_of_input_by_name_and_by_what_they_hold(tmp_path: Path, monkeypatc
     for path, message in (
         ("unknown.data", "looks like JSON, but its ending is not known: .* `--kind jsonl`"),
         ("*.csv", "tables of this kind are not read"),
+        ("notes.gz", "is compressed, which is read of JSON Lines alone"),
         (
             "mixed",
             r"several kinds: 1 of kind files \(mixed/a.txt\), 1 of kind jsonl \(mixed/b.jsonl\): give one --input",
