@@ -59,6 +59,8 @@ def _print_run(console: Console, path: Path, overrides: list[str] | None) -> Non
     lines = run_choices(config, checked_schedule(config))
     console.print("\n".join([f"a run of {path} would use", *(f"  {line}" for line in lines)]), markup=False)
     ready = preflight(config, config.parallel.model_ranks)
+    for line in ready.choices[len(lines) :]:
+        console.print(f"  {line}", markup=False)
     console.print(
         f"  data: {ready.data.train_tokens:,} tokens to train on, {ready.data.epochs:.3g} epochs of them; "
         f"{ready.data.validation_tokens:,} to validate on\n"
