@@ -47,7 +47,10 @@ def open_exported(path: str | Path, tokenizer: str | None = None) -> Exported:
     checkpoint = find_checkpoint(path)
     manifest, config = Manifest.read(checkpoint), saved_config(checkpoint)
     if width := config.attention.key_convolution:
-        raise ConfigError([f"attention.key_convolution = {width}: no plain model of transformers convolves its keys"])
+        raise ConfigError([
+            f"attention.key_convolution = {width}: no plain model of transformers convolves its keys; moba-megatron "
+            "evaluate takes the checkpoint itself"
+        ])  # fmt: skip
     schedule = AttentionSchedule.from_dict(manifest.schedule)
     layers = schedule.stages[schedule.stage_at(max(manifest.step, 1), config.training.steps)]
     folder = tokenizer or _tokenizer_folder(checkpoint, config)

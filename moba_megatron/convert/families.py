@@ -34,7 +34,7 @@ def family_of(model: ModelConfig) -> str:
         said = [f"model.{key} = {getattr(model, key)}" for key, plain in own.items() if getattr(model, key) != plain]
         raise ConfigError([
             f"no plain model of transformers has {' and '.join(said)}, with heads of {model.head_size} in a width of "
-            f"{model.hidden_size}: exports and generation need one that has"
+            f"{model.hidden_size}: exports and generation need one; moba-megatron evaluate takes the checkpoint itself"
         ])  # fmt: skip
     if wrong := [text for refused, text in family_checks(model) if refused]:
         raise ConfigError(wrong)
@@ -102,7 +102,7 @@ def moba_config(layers: tuple[LayerAttention, ...], decode: str) -> dict[str, An
     if others := sorted({str(layer.selection) for layer in sparse.values() if not layer.selection.is_plain}):
         raise ConfigError([
             f"blocks chosen by {', '.join(others)} (attention.selector, attention.summary): moba_config knows top_k of "
-            "mean only"
+            "mean only; moba-megatron evaluate takes the checkpoint itself"
         ])  # fmt: skip
     sizes = {number: (layer.block_size, layer.top_k) for number, layer in sparse.items()}
     most, _ = Counter(sizes.values()).most_common(1)[0]
