@@ -35,7 +35,7 @@ def family_of(model: ModelConfig) -> str:
         said = [f"model.{key} = {getattr(model, key)}" for key, plain in own.items() if getattr(model, key) != plain]
         raise ConfigError([
             f"no plain model of transformers has {' and '.join(said)}, with heads of {model.head_size} in a width of "
-            f"{model.hidden_size}: exports and generation need one that has"
+            f"{model.hidden_size}: exports and generation need one; moba-megatron evaluate takes the checkpoint itself"
         ])  # fmt: skip
     if wrong := [text for refused, text in family_checks(model) if refused]:
         raise ConfigError(wrong)

@@ -129,7 +129,7 @@ def _yarn(powers: Tensor, model: ModelConfig) -> Tensor:
     low, high = max(low, 0), min(high, size - 1)
     if low == high:
         high += 0.001
-    slow = ((torch.arange(len(powers), dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    slow = ((torch.arange(len(powers), dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
     kept = 1 - slow
     return 1.0 / (model.rotary_scaling_factor * powers) * (1 - kept) + 1.0 / powers * kept
 

@@ -43,6 +43,21 @@ def test_count_equals_a_real_model_tied_or_not():
         assert (count.output == 0) == shared
 
 
+@pytest.mark.parametrize(
+    "rotary",
+    [
+        {"rotary_scaling": "yarn", "rotary_scaling_factor": 4.0},
+        {"rotary_percent": 0.5, "no_rope_freq": [0, 1], "rotary_scaling": "yarn", "rotary_scaling_factor": 4.0},
+        {"rotary_scaling": "longrope", "rotary_short_factors": [1.0] * 4, "rotary_long_factors": [2.0] * 4},
+    ],
+)
+def test_a_rotary_embedding_of_any_kind_counts_no_parameters(rotary):
+    """On the meta device, where frequencies are numbers all the same."""
+    from moba_megatron.model.builder import count_parameters
+
+    assert count_parameters(tiny(model=rotary)) == count_parameters(tiny())
+
+
 def test_count_needs_a_vocabulary():
     from moba_megatron.model.builder import count_parameters
 
