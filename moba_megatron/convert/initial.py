@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from moba_megatron.convert.safetensors_folder import SafetensorsFolder
 from moba_megatron.convert.weights import open_weights, read_weights
 from moba_megatron.corpus.blend import blend_entries
 from moba_megatron.corpus.indexed import load_index
+from moba_megatron.corpus.manifest import load_manifest
 from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.runs.folder import RunFolder
 
@@ -158,12 +160,21 @@ def _check_key_convolution(config: Config, checkpoint: Path) -> None:
         ])  # fmt: skip
 
 
+def _all_chats(recipe: dict[str, Any]) -> bool:
+    """Whether all documents of a corpus were written by a chat template, which begins them as it likes."""
+    sources = recipe.get("sources", [])
+    return bool(sources) and all(source.get("messages_column") for source in sources)
+
+
 def _without_beginning(config: Config) -> list[str]:
     """A line where the tokenizer begins texts with a token of its own, and the data do not."""
     try:
         tokenizer = Tokenizer(config.data.tokenizer)
         start = tokenizer.beginnings("auto")["prompt"]
         path = blend_entries(config.data.train)[0].path
+        manifest = load_manifest(Path(path).parent)
+        if manifest is not None and _all_chats(manifest.identity.get("recipe", {})):
+            return []
         index = load_index(path)
         first = np.fromfile(f"{path}.bin", index.dtype, len(start), offset=int(index.offsets[0]))
     except (OSError, ValueError, IndexError):  # others tell what is wrong with the data
@@ -173,7 +184,7 @@ def _without_beginning(config: Config) -> list[str]:
     token = tokenizer.decode(start)
     return [
         f"data.train = {path}: its documents do not begin with {token!r}, with which the tokenizer begins a text; if "
-        f"the model was trained so (Llama, Mistral), prepare them with tokenizer.begin_of_document={token}"
+        f"the model was trained so (Llama, Mistral), prepare them with 'tokenizer.begin_of_document={token}'"
     ]
 
 

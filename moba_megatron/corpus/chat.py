@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, TemplateError, meta, nodes
+from tokenizers import Tokenizer
 
-from moba_megatron.corpus.chat_options import Chat
+from moba_megatron.corpus.chat_options import TAKEN, Chat
 from moba_megatron.corpus.documents import CorpusError, Document, Segment, Skipped, make_segmented, text_hash
+from moba_megatron.corpus.tokenizer import template_files
 
 NO_TOOLS_WRITTEN = "rows have tools, which the chat template does not write"
 _TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json")
@@ -32,9 +34,12 @@ _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ANY_MARK = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 _NO_MESSAGES = "not a list of messages with role and content"
 _NO_CLOCK = "asks for the time of day"
+_NO_FORMAT = "computes how it asks for the time of day"
 # What `sharegpt` sets call roles.
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
-_PROBE = "a probe of the template"
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_PROBES = {role: f"a probe of what the {role} says" for role in ("system", "user", "assistant")}
+_PROBED = (("user",), ("user", "assistant"), ("system", "user"), ("system", "user", "assistant"))
 _OWN_NAMES = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "namespace", "dict"}
 
 
@@ -54,7 +59,15 @@ class ChatTemplate:
         from transformers import PreTrainedTokenizerFast
 
         self.folder, self.chat = folder, chat
-        self.tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(folder))
+        try:
+            self.tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(folder))
+        except (ValueError, TypeError) as error:
+            raise CorpusError(f"the tokenizer in {folder} cannot be loaded by transformers: {error}") from error
+        own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        self.not_ours = [token for token in added if own.token_to_id(token) is None]
+        """Tokens of tokenizer_config.json that tokenizer.json does not have."""
+        self.normalize = (lambda text: text) if own.normalizer is None else own.normalizer.normalize_str
         if not self.tokenizer.chat_template:
             raise CorpusError(
                 f"messages_column needs a chat template, and the tokenizer in {folder} has none: add a "
@@ -65,6 +78,7 @@ class ChatTemplate:
         self._check_arguments()
         self.writes_tools = self._reads("tools")
         self.takes_text, self.takes_parts = self._probe()
+        """Of each role, whether the template writes its content as a text, and whether alike in parts."""
 
     def documents(
         self, messages: Any, number: int, tools: Any = None, arguments: Any = None
@@ -81,8 +95,8 @@ class ChatTemplate:
             CorpusError: the template asks for the time of day, and `chat.now` is not set.
         """
         try:
-            turns = [self._message(message) for message in _list(messages, "messages")]
-            tools, arguments = _list(tools, "tools"), _mapping(arguments)
+            turns = [self._message(message) for message in _messages(messages)]
+            tools, arguments = _tools(tools), _mapping(arguments)
             self._refuse_special([turns, tools, arguments])
             if not any(turn["role"] == "assistant" for turn in turns):
                 raise ValueError("no turn of the assistant")
@@ -90,13 +104,13 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError) as error:
             if isinstance(error, CorpusError):
                 raise
-            if isinstance(error, TemplateError) and _NO_CLOCK in str(error):
-                raise CorpusError(self._no_clock()) from error
+            self._refuse_clock(error)
             why = f"the chat template refuses it: {error}" if isinstance(error, TemplateError) else str(error)
             return [Skipped(number, why)]
         notes = (NO_TOOLS_WRITTEN,) if tools and not self.writes_tools else ()
-        whole = json.dumps([turns, tools, arguments], sort_keys=True).encode() if len(conversations) > 1 else None
-        digest = None if whole is None else text_hash(whole)
+        self._check_tokens(conversations)
+        whole = json.dumps([turns, tools, arguments], sort_keys=True, default=str)
+        digest = text_hash(whole.encode(errors="replace")) if len(conversations) > 1 else None
         made = [make_segmented(s, number, kind="chat", row_digest=digest, notes=notes) for s in conversations]
         return made if len(made) == 1 else [item for item in made if isinstance(item, Document)] or made[:1]
 
@@ -107,6 +121,8 @@ class ChatTemplate:
         for name in _TEMPLATE_FILES:
             path = Path(folder) / name
             digest.update(path.read_bytes() if path.is_file() else b"none")
+        for path in template_files(Path(folder)):
+            digest.update(path.name.encode() + path.read_bytes())
         return digest.hexdigest()
 
     def _template(self, tools: bool) -> str:
@@ -129,7 +145,7 @@ class ChatTemplate:
             now = datetime.fromisoformat(self.chat.now)
             texts = {node.value for node in self._parse(template).find_all(nodes.Const) if isinstance(node.value, str)}
             clock = {text: now.strftime(text) for text in sorted(texts) if "%" in text}
-            body = f"{clock!r}[format] if format in {list(clock)!r} else {body}"
+            body = f"{clock!r}[format] if format in {list(clock)!r} else raise_exception('{_NO_FORMAT}')"
         return "{% macro strftime_now(format) %}{{ " + body + " }}{% endmacro %}\n" + template
 
     def _parse(self, template: str) -> nodes.Template:
@@ -155,6 +171,16 @@ class ChatTemplate:
                 f"reads {', '.join(own) or 'none'}"
             )
 
+    def _refuse_clock(self, error: Exception) -> None:
+        """Raise where the template asked for what it does not get."""
+        if _NO_FORMAT in str(error):
+            raise CorpusError(
+                f"the chat template in {self.folder} {_NO_FORMAT}, which chat.now cannot serve: set what it takes "
+                "instead by chat.template_arguments, or write the format into the template"
+            ) from error
+        if _NO_CLOCK in str(error):
+            raise CorpusError(self._no_clock()) from error
+
     def _no_clock(self) -> str:
         return (
             f"the chat template in {self.folder} {_NO_CLOCK} (strftime_now), which would make the data depend on the "
@@ -162,21 +188,31 @@ class ChatTemplate:
             "chat.template_arguments, such as {date_string: 26 Jul 2024}"
         )
 
-    def _probe(self) -> tuple[bool, bool]:
-        """(whether the template writes content that is a text, whether it writes content in parts alike)."""
-        parts, turn = [{"type": "text", "text": _PROBE}], {"role": "user"}
+    def _probe(self) -> tuple[dict[str, bool], dict[str, bool]]:
+        """(by role, whether content that is a text is written; whether content in parts is written, and alike)."""
+        texts: dict[str, bool] = {}
+        parts: dict[str, bool] = {}
+        for roles in _PROBED:
+            whole = self._written(roles, ())
+            for role in roles:
+                if role in texts:
+                    continue
+                if whole is not None and _PROBES[role] in whole:
+                    texts[role], parts[role] = True, self._written(roles, (role,)) == whole
+                elif _PROBES[role] in (self._written(roles, roles) or ""):
+                    texts[role], parts[role] = False, True
+        return texts, parts
+
+    def _written(self, roles: tuple[str, ...], in_parts: tuple[str, ...]) -> str | None:
+        """A conversation of these roles, some of them with content in parts; None where the template refuses it."""
+        contents = {
+            role: [{"type": "text", "text": _PROBES[role]}] if role in in_parts else _PROBES[role] for role in roles
+        }
         try:
-            text = self._render([{**turn, "content": _PROBE}], None, {}, False)
+            return self._render([{"role": role, "content": contents[role]} for role in roles], None, {}, False)
         except (TemplateError, TypeError, ValueError) as error:
-            if isinstance(error, TemplateError) and _NO_CLOCK in str(error):
-                raise CorpusError(self._no_clock()) from error
-            text = ""
-        try:
-            in_parts = self._render([{**turn, "content": parts}], None, {}, False)
-        except (TemplateError, TypeError, ValueError):
-            in_parts = ""
-        written = _PROBE in text
-        return written or _PROBE not in in_parts, in_parts == text if written else _PROBE in in_parts
+            self._refuse_clock(error)
+            return None
 
     def _render(self, messages: list[dict], tools: list | None, arguments: dict[str, Any], prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(
@@ -196,26 +232,41 @@ class ChatTemplate:
         """
         if isinstance(message, dict) and {"from", "value"} <= message.keys() and "role" not in message:
             kept = {key: value for key, value in message.items() if key not in ("from", "value")}
-            message = {"role": _ROLES.get(message["from"], message["from"]), "content": message["value"], **kept}
+            who = str(message["from"])
+            message = {"role": _ROLES.get(who.lower(), who), "content": message["value"], **kept}
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(_NO_MESSAGES)
         # Tables give every message all keys that one of them has.
         message = {key: value for key, value in message.items() if value is not None}
         content = message.get("content")
         if isinstance(content, list):
-            message["content"] = content if self.takes_parts and _is_text(content) else _joined(content)
+            as_it_is = self.takes_parts.get(message["role"]) and _is_text(content)
+            message["content"] = content if as_it_is else _joined(content)
         elif content is not None and not isinstance(content, str):
             raise ValueError(f"content is {type(content).__name__}, not a text")
-        if isinstance(message.get("content"), str) and not self.takes_text:
+        if isinstance(message.get("content"), str) and not self.takes_text.get(message["role"], True):
             message["content"] = [{"type": "text", "text": message["content"]}]
         return message
 
     def _refuse_special(self, values: Any) -> None:
         """Nothing of a row may be read as a special token, wherever the template writes it."""
         for text in _texts(values):
-            found = next((token for token in self.special if token in text), None)
+            normalized = self.normalize(text)
+            found = next((token for token in self.special if token in text or token in normalized), None)
             if found is not None:
                 raise ValueError(f"a message holds {found!r}, which the tokenizer reads as a special token")
+
+    def _check_tokens(self, conversations: list[list[Segment]]) -> None:
+        if not self.not_ours:
+            return
+        text = "".join(text for segments in conversations for text, _ in segments)
+        for token in self.not_ours:
+            if token in text:
+                raise CorpusError(
+                    f"the chat template in {self.folder} writes {token!r}, which tokenizer_config.json has and "
+                    "tokenizer.json has not, so that its ids would be those of its letters: load the folder by "
+                    "transformers.AutoTokenizer and save it again"
+                )
 
     def _segments(self, turns: list[dict], tools: list | None, arguments: dict[str, Any]) -> list[list[Segment]]:
         """Of each document its segments."""
@@ -269,22 +320,34 @@ class ChatTemplate:
         return [*segments, (text[done:], False)]
 
 
-def _list(value: Any, name: str) -> list:
-    """A list, as it is or as JSON; of tools, empty for None.
+def _messages(value: Any) -> list:
+    """A list of messages, as it is or as JSON, all of it or each of them.
 
     Raises:
         ValueError: it is none of these.
     """
     value = _parsed(value)
-    if not isinstance(value, list) and (value is not None or name == "messages"):
-        raise ValueError(_NO_MESSAGES if name == "messages" else f"{name} is {type(value).__name__}, not a list")
-    return value or []
+    if not isinstance(value, list):
+        raise ValueError(_NO_MESSAGES)
+    return [_parsed(message) for message in value]
+
+
+def _tools(value: Any) -> list:
+    """A list of tools, likewise; a single schema is one, and nothing is none."""
+    value = _parsed(value)
+    value = [value] if isinstance(value, dict) else value
+    if value is not None and not isinstance(value, list):
+        raise ValueError(f"tools is {type(value).__name__}, not a list")
+    return [_parsed(tool) for tool in value or []]
 
 
 def _mapping(value: Any) -> dict[str, Any]:
     value = _parsed(value)
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"chat_template_kwargs is {type(value).__name__}, not a mapping")
+    taken = sorted(TAKEN & (value or {}).keys())
+    if taken:
+        raise ValueError(f"chat_template_kwargs names {', '.join(taken)}, which is given to the template itself")
     return value or {}
 
 
@@ -292,6 +355,8 @@ def _parsed(value: Any) -> Any:
     """Some sets keep nested values as JSON, since tables want one type for all rows."""
     if not isinstance(value, str | bytes):
         return value
+    if not value.strip():
+        return None
     try:
         return json.loads(value)
     except ValueError as error:
@@ -299,7 +364,10 @@ def _parsed(value: Any) -> Any:
 
 
 def _is_text(parts: list) -> bool:
-    return all(isinstance(part, dict) and part.get("type", "text") == "text" for part in parts)
+    return all(
+        isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+        for part in parts
+    )
 
 
 def _joined(parts: list) -> str:
@@ -310,9 +378,9 @@ def _joined(parts: list) -> str:
     """
     texts = []
     for part in parts:
-        text = part.get("text") if isinstance(part, dict) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        text = part.get("text") if isinstance(part, dict) and kind in _TEXT_PARTS else part
         if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise ValueError(f"content has a part of type {kind}: only texts are supported")
         texts.append(text)
     return "\n".join(texts)

@@ -10,9 +10,9 @@ from pydantic import BeforeValidator, field_validator
 from moba_megatron.config import Section
 
 # What `apply_chat_template` is called with.
-_TAKEN = {"messages", "conversation", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt"}
-_TAKEN |= {"strftime_now", "continue_final_message", "return_assistant_tokens_mask", "return_dict", "return_tensors"}
-_TAKEN |= {"padding", "truncation", "max_length", "tokenizer_kwargs", "sanitize_control_tokens"}
+TAKEN = {"messages", "conversation", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt"}
+TAKEN |= {"strftime_now", "continue_final_message", "return_assistant_tokens_mask", "return_dict", "return_tensors"}
+TAKEN |= {"padding", "truncation", "max_length", "tokenizer_kwargs", "sanitize_control_tokens"}
 
 
 def _iso(value: Any) -> Any:
@@ -39,7 +39,7 @@ class Chat(Section):
     @field_validator("template_arguments")
     @classmethod
     def _are_free(cls, value: dict[str, Any]) -> dict[str, Any]:
-        taken = sorted(_TAKEN & value.keys())
+        taken = sorted(TAKEN & value.keys())
         if taken:
             raise ValueError(f"{', '.join(taken)} cannot be set: `prepare` gives it to the template itself")
         return value

@@ -20,7 +20,7 @@ _HOW = "say what it is, by a recipe or `--kind jsonl`, or give it another ending
 
 
 def direct_sources(
-    inputs: list[str], dataset: str | None, dataset_split: str, text_column: str, kind: str | None = None
+    inputs: list[str], dataset: str | None, dataset_split: str, text_column: str | None, kind: str | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """(sources of a recipe, what is to be said of them) from the flags of the command line.
 
@@ -30,20 +30,22 @@ def direct_sources(
     Raises:
         ValueError: nothing there, files of a kind that is not known, or of several kinds.
     """
-    sources, lines = [], []
+    sources: list[dict[str, Any]] = []
+    lines = []
+    column = {} if text_column is None else {"text_column": text_column}
     for path in map(os.path.expanduser, inputs):
-        own, pattern = kind, path
+        own, pattern = kind, None
         if own is None:
             own, pattern, left_out = _kind_of(path)
             lines += left_out
+        elif own == "files" and os.path.isdir(path):
+            pattern = "**/*"
         if own == "files":
-            sources.append({"kind": "files", **_folder_and_pattern(pattern)})
+            sources.append({"kind": "files", **_folder_and_pattern(path, pattern)})
         else:
-            sources.append({"kind": own, "path": pattern, "text_column": text_column})
+            sources.append({"kind": own, "path": path, **column})
     if dataset:
-        sources.append({
-            "kind": "datasets", "path": dataset, "dataset_split": dataset_split, "text_column": text_column
-        })  # fmt: skip
+        sources.append({"kind": "datasets", "path": dataset, "dataset_split": dataset_split, **column})
     return sources, lines
 
 
@@ -58,8 +60,8 @@ def direct_tokenizer(folder: Path | None, entries: int | None) -> dict[str, Any]
     return {"kind": "bpe", "vocab_size": entries} if folder is None else {"kind": "pretrained", "path": str(folder)}
 
 
-def _kind_of(path: str) -> tuple[str, str, list[str]]:
-    """(kind of the files that a path means, path of the source, what of it is left out)."""
+def _kind_of(path: str) -> tuple[str, str | None, list[str]]:
+    """(kind of the files that a path means, pattern for a folder of texts, what of it is left out)."""
     names = find_files(path).names
     if not names:
         raise ValueError(
@@ -70,23 +72,27 @@ def _kind_of(path: str) -> tuple[str, str, list[str]]:
     kinds: dict[str, list[str]] = defaultdict(list)
     other: list[str] = []
     for name in names:
-        own = "files" if name.lower().endswith(_TEXT) else None
         if folder and not name.lower().endswith(".txt") and kind_by_name(name) is None and not is_part(name):
             # Of a folder only what is known is read.
             other.append(name)
-        else:
-            kinds[own or kind_of_file(name)].append(name)
-    if not kinds:
+        elif os.path.getsize(name):
+            kinds["files" if name.lower().endswith(_TEXT) else kind_of_file(name)].append(name)
+    if not kinds and len(other) == len(names):
         raise ValueError(f"{path} has no file of a known ending, only {_endings(other)}: give a pattern, or --kind")
+    if not kinds:
+        raise ValueError(f"no documents: all files of {path} are empty")
     if len(kinds) > 1:
         found = ", ".join(f"{len(own)} of kind {kind} ({own[0]})" for kind, own in sorted(kinds.items()))
         raise ValueError(
             f"{path} holds files of several kinds: {found}: give one --input for each, or --kind for how all are to be "
             "read"
         )
-    (kind,) = kinds
+    ((kind, own),) = kinds.items()
     lines = [f"{path}: {len(other):,} of {len(names):,} files are left out ({_endings(other)})"] if other else []
-    return kind, path, lines
+    if kind != "files" or not folder or all(name.endswith(".txt") for name in own):
+        return kind, None, lines
+    parts = all(is_part(name) for name in own)
+    return kind, "**/part-*" if parts else "**/*.[tT][xX][tT]", lines
 
 
 def _endings(names: list[str]) -> str:
@@ -95,9 +101,9 @@ def _endings(names: list[str]) -> str:
     return f"{shown}, ..." if len(counts) > _SHOWN else shown
 
 
-def _folder_and_pattern(path: str) -> dict[str, str]:
+def _folder_and_pattern(path: str, pattern: str | None) -> dict[str, str]:
     if os.path.isdir(path):
-        return {"path": path}
+        return {"path": path, **({"pattern": pattern} if pattern else {})}
     if os.path.isfile(path):
         return {"path": os.path.dirname(path) or ".", "pattern": os.path.basename(path)}
     folder, pattern = split_pattern(path)

@@ -225,7 +225,7 @@ class _Shard:
         if check:
             self.encoder.check(documents)
         encoded = self.encoder.encode(documents)
-        ids, lengths, counts = encoded.ids, encoded.lengths, encoded.counts
+        ids, lengths, counts, ends = encoded.ids, encoded.lengths, encoded.counts, encoded.ends
         taken = np.ones(len(documents), bool)
         for number in encoded.refused:
             taken[number] = False
@@ -240,7 +240,8 @@ class _Shard:
             inside = np.repeat(kept, lengths)
             ids, lengths = ids[inside], lengths[kept]
             counts = None if counts is None else counts[inside]
-        writer.write(ids, lengths, counts)
+            ends = None if ends is None else ends[kept]
+        writer.write(ids, lengths, counts, ends)
         return kept
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -43,6 +43,7 @@ class Encoded:
         ids: [tokens] int64, of all documents.
         lengths: [documents] int64, number of ids of each.
         counts: [tokens] bool, which ids count in the loss; None: all.
+        ends: [documents] bool, whether the end-of-document token of each counts; None: all.
         refused: numbers of the documents that have no ids, because of the end-of-document token.
         notes: for what the manifest counts, the numbers of the documents.
     """
@@ -50,6 +51,7 @@ class Encoded:
     ids: np.ndarray
     lengths: np.ndarray
     counts: np.ndarray | None = None
+    ends: np.ndarray | None = None
     refused: list[int] = field(default_factory=list)
     notes: dict[str, list[int]] = field(default_factory=dict)
 
@@ -111,12 +113,14 @@ class Encoder:
             if plain is None:
                 refused.append(number)
             rows[number] = np.asarray(plain.ids if plain else [], np.int64)
-        return Encoded(np.concatenate(rows), _lengths(rows), None, refused, {END_IN_TEXT: sorted(marked)})
+        notes = {END_IN_TEXT: sorted(marked)}
+        return Encoded(np.concatenate(rows), _lengths(rows), refused=refused, notes=notes)
 
     def _segmented(self, documents: Sequence[Document]) -> Encoded:
         whole = self.tokenizer.encode_with_offsets([document.text for document in documents])
         prompts = self.tokenizer.encode_batch([document.prompt for document in documents])
         rows, counts, refused = [], [], []
+        ends = np.ones(len(documents), bool)
         notes: dict[str, list[int]] = {}
         for number, (document, encoding, prompt) in enumerate(zip(documents, whole, prompts, strict=True)):
             if document.kind != "chat" and self.tokenizer.eod_id in encoding.ids:
@@ -129,14 +133,16 @@ class Encoder:
                     continue
                 plain = self.tokenizer.encode_plain(document.prompt)
                 prompt = plain.ids if plain else prompt
-            ids, flags = np.asarray(encoding.ids, np.int64), _counts(document, encoding.offsets)
+            ids, flags = np.asarray(encoding.ids, np.int64), _flags(document, encoding.offsets)
             # A template may end a conversation by the token that ends documents, of which every document gets one.
-            stop = ids.size - (ids.size > 0 and ids[-1] == self.tokenizer.eod_id)
+            stop = ids.size
+            if stop and ids[-1] == self.tokenizer.eod_id:
+                stop, ends[number] = stop - 1, flags[-1]
             rows.append(ids[:stop])
             counts.append(flags[:stop])
             if encoding.ids[: len(prompt)] != prompt:
                 notes.setdefault(PROMPT_RUNS_ON, []).append(number)
-        return Encoded(np.concatenate(rows), _lengths(rows), np.concatenate(counts), refused, notes)
+        return Encoded(np.concatenate(rows), _lengths(rows), np.concatenate(counts), ends, refused, notes)
 
     def _fast(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(all ids, number of ids of each text), by the engine."""
@@ -173,7 +179,7 @@ def choose_engine(tokenizer: Tokenizer, wanted: Literal["auto", "tokenizers"], t
     return "gigatoken", "agrees with tokenizers on a sample of every shard"
 
 
-def _counts(document: Document, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+def _flags(document: Document, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
     """[tokens] bool: the flags of the segments in which the tokens begin."""
     ends = np.cumsum([len(text) for text, _ in document.segments])
     flags = np.array([flag for _, flag in document.segments])
@@ -199,4 +205,4 @@ def _with_beginning(encoded: Encoded, begin: list[int]) -> Encoded:
             np.concatenate([np.zeros(start.size * more, bool), part]) for part, more in zip(parts, put, strict=True)
         ])  # fmt: skip
     rows = [np.concatenate([start[: start.size * more], row]) for row, more in zip(rows, put, strict=True)]
-    return Encoded(np.concatenate(rows), _lengths(rows), counts, encoded.refused, encoded.notes)
+    return replace(encoded, ids=np.concatenate(rows), lengths=_lengths(rows), counts=counts)

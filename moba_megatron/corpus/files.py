@@ -1,11 +1,11 @@
 """Files as they lie about: which files a path or a pattern means, and what kind of file each is.
 
 A path that exists is that path, whatever characters it has; only what does not exist is read as a pattern, in which
-`**` is any number of folders. Links are followed, in folders and in patterns alike;
-each folder is entered once, so that links in a circle end, and under its own name rather than a link's.
+`**` is any number of folders. Links are followed, in folders and in patterns alike. A file that several names lead to
+is taken once, under its own name rather than a link's; a link to a folder that it lies in ends there.
 
-Hidden files and folders (`.git`, `.ipynb_checkpoints`, `._name`) are left out and told of, unless the pattern names
-them by a dot of its own.
+What is left out is told of: hidden files and folders (`.git`, `.ipynb_checkpoints`, `._name`), unless the pattern names
+them by a dot of its own, further names of a file, and links that lead nowhere.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ ENDINGS = {
     "arrow": (".arrow", ".feather", ".ipc"),
 }
 """Kinds of source, and the endings that their files have, in any case; those of JSONL with one for compression."""
+HIDDEN = "hidden: name it by a pattern of its own if it is text"
 _WILD = "*?["
 
 
@@ -34,12 +35,12 @@ class Found:
     Attributes:
         root: the folder that names are relative to.
         names: of the files, with `/`, sorted.
-        hidden: files and folders that were left out because they are hidden.
+        left_out: (name, why) of what was passed over.
     """
 
     root: Path
     names: list[str] = field(default_factory=list)
-    hidden: list[str] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
 def find_files(path: str, kind: str | None = None) -> Found:
@@ -52,13 +53,14 @@ def find_files(path: str, kind: str | None = None) -> Found:
         return Found(Path("."), [path])
     if os.path.isdir(path):
         found = match_files(Path(path), "**/*")
-        names = [name for name in found.names if kind is None or kind_by_name(name) == kind or _is_row_part(name, kind)]
+        parts = kind == "jsonl"
+        names = [n for n in found.names if kind in (None, kind_by_name(n)) or (parts and is_part(n))]
     else:
         root, pattern = split_pattern(path)
         found = match_files(Path(root), pattern)
         names = found.names
-    names, hidden = ([_joined(found.root, name) for name in some] for some in (names, found.hidden))
-    return Found(Path("."), names, hidden)
+    left_out = [(_joined(found.root, name), why) for name, why in found.left_out]
+    return Found(Path("."), [_joined(found.root, name) for name in names], left_out)
 
 
 def split_pattern(path: str) -> tuple[str, str]:
@@ -78,44 +80,69 @@ def split_pattern(path: str) -> tuple[str, str]:
 
 def match_files(root: Path, pattern: str) -> Found:
     """The files below a folder whose path relative to it a pattern fits."""
-    found, wanted = Found(root), pattern.split("/")
-    seen: set[tuple[int, int]] = set()
-    # Folders that links lead to wait until all folders have been entered under their own names.
-    waiting = [""]
-    while waiting:
-        links: list[str] = []
-        for folder in sorted(waiting):
-            _enter(found, folder, wanted, seen, links)
-        waiting = links
+    walk = _Walk(root, pattern.split("/"))
+    walk.enter("", ())
+    # Own names come first, then those that lead over a link.
+    files = sorted(walk.files, key=lambda file: (file[1], file[0]))
+    first: dict[str, str] = {}
+    found = Found(root, left_out=walk.left_out)
+    for name, _ in files:
+        real = os.path.realpath(root / name)
+        if first.setdefault(real, name) is name:
+            found.names.append(name)
+        else:
+            found.left_out.append((name, f"the same file as {first[real]}"))
     found.names.sort()
-    found.hidden.sort()
+    found.left_out.sort()
     return found
 
 
-def _enter(found: Found, folder: str, wanted: list[str], seen: set[tuple[int, int]], links: list[str]) -> None:
-    place = found.root / folder
-    try:
-        status = place.stat()
-    except OSError:
-        return
-    if (status.st_dev, status.st_ino) in seen:
-        return
-    seen.add((status.st_dev, status.st_ino))
-    with os.scandir(place) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
+class _Walk:
+    """Collects the files below `root` that a pattern fits, with whether a link leads to them."""
+
+    def __init__(self, root: Path, wanted: list[str]):
+        self.root, self.wanted = root, wanted
+        self.files: list[tuple[str, bool]] = []
+        self.left_out: list[tuple[str, str]] = []
+
+    def enter(self, folder: str, above: tuple[tuple[int, int], ...], linked: bool = False) -> None:
+        """Look at a folder; `above` are the folders that it lies in, by device and inode."""
+        try:
+            status = (self.root / folder).stat()
+            entries = sorted(os.scandir(self.root / folder), key=lambda entry: entry.name)
+        except OSError as error:
+            self._pass_over(folder, error)
+            return
+        own = (status.st_dev, status.st_ino)
+        if own in above:
+            self.left_out.append((folder, "a link to a folder that it lies in"))
+            return
+        for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
-            parts = name.split("/")
-            is_folder = entry.is_dir()
-            if not (_may_hold(parts, wanted) if is_folder else _fits(parts, wanted)):
-                continue
-            if entry.name.startswith(".") and not _dotted(parts, wanted):
-                found.hidden.append(name)
-            elif is_folder and entry.is_symlink():
-                links.append(name)
-            elif is_folder:
-                _enter(found, name, wanted, seen, links)
-            elif entry.is_file():
-                found.names.append(name)
+            try:
+                self._take(entry, name, (*above, own), linked)
+            except OSError as error:
+                self._pass_over(name, error)
+
+    def _take(self, entry: os.DirEntry, name: str, above: tuple, linked: bool) -> None:
+        parts, is_link = name.split("/"), entry.is_symlink()
+        is_folder = entry.is_dir()
+        if not (_may_hold(parts, self.wanted) if is_folder else _fits(parts, self.wanted)):
+            return
+        if entry.name.startswith(".") and not _dotted(parts, self.wanted):
+            self.left_out.append((name, HIDDEN))
+        elif is_folder:
+            self.enter(name, above, linked or is_link)
+        elif entry.is_file():
+            self.files.append((name, linked or is_link))
+        elif is_link:
+            self.left_out.append((name, "a link that leads nowhere"))
+
+    def _pass_over(self, name: str, error: OSError) -> None:
+        if name:
+            self.left_out.append((name, error.strerror or str(error)))
+        elif not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
 
 
 def _fits(parts: list[str], wanted: list[str]) -> bool:
@@ -141,10 +168,6 @@ def _may_hold(parts: list[str], wanted: list[str]) -> bool:
 def _dotted(parts: list[str], wanted: list[str]) -> bool:
     """Whether the pattern itself asks for hidden names at this place."""
     return any(part.startswith(".") and fnmatch.fnmatchcase(parts[-1], part) for part in wanted)
-
-
-def _is_row_part(name: str, kind: str) -> bool:
-    return kind == "jsonl" and is_part(name)
 
 
 def _joined(root: Path, name: str) -> str:

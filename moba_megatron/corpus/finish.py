@@ -38,8 +38,6 @@ from moba_megatron.corpus.sources import files_root
 from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.corpus.workspace import Workspace
 
-_HIDDEN = "hidden: name it by a pattern of its own if it is text"
-
 
 def merge_shards(plan: PreparePlan, tokenizer: Tokenizer, space: Workspace) -> DatasetManifest:
     """Build the whole dataset folder in the work folder; `seconds` and `workers` of its manifest are still 0.
@@ -130,10 +128,10 @@ def _manifest(
         sources=[_source_stats(number, plan, stats, list(merged.values())) for number in range(len(plan.inputs))],
         filtered=sum(stat.filtered for stat in stats),
         skipped=[
-            *(SkippedEntry(name=name, reason=_HIDDEN) for name in plan.hidden[:MAX_LISTED]),
-            *(SkippedEntry(name=names.of(part, row.number), reason=row.reason) for part, row in skipped),
+            *(SkippedEntry(name=shown(name), reason=why) for name, why in plan.left_out[:MAX_LISTED]),
+            *(SkippedEntry(name=shown(names.of(part, row.number)), reason=row.reason) for part, row in skipped),
         ],
-        skipped_total=len(plan.hidden) + sum(stat.skipped_total for stat in stats),
+        skipped_total=len(plan.left_out) + sum(stat.skipped_total for stat in stats),
         notes=_notes(stats),
         duplicates=_listed_duplicates(duplicates, space, names),
         duplicates_total=duplicates.total if duplicates else 0,
@@ -148,9 +146,15 @@ def _manifest(
     )
 
 
+def shown(name: str) -> str:
+    """A name as JSON can hold it: a file system's may be no UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _beginning(recipe: Recipe, tokenizer: Tokenizer) -> str:
     found = beginnings(recipe, tokenizer)
-    return tokenizer.decode(found.get("text") or found.get("prompt") or [])
+    kinds = [kind for kind, there in (("text", recipe.texts), ("prompt", recipe.prompts)) if there]
+    return next((tokenizer.decode(found[kind]) for kind in kinds if found.get(kind)), "")
 
 
 def _notes(stats: list[ShardStats]) -> dict[str, int]:
@@ -178,7 +182,7 @@ def _listed_duplicates(duplicates: Duplicates | None, space: Workspace, names: P
         record = np.fromfile(shard_folder(space.folder, part) / "documents", RECORD, 1, offset=place)
         return names.of(part, int(record["number"][0]))
 
-    return [DuplicateEntry(name=name(again), first=name(first)) for again, first in duplicates.listed]
+    return [DuplicateEntry(name=shown(name(again)), first=shown(name(first))) for again, first in duplicates.listed]
 
 
 def _wanted_splits(recipe: Recipe) -> list[str]:

@@ -13,7 +13,7 @@ import lzma
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow
 import zstandard
@@ -27,7 +27,7 @@ Advance = Callable[[int], None]
 _PATIENCE = 1000
 """Rows at the beginning of a part after which a column that none of them has is taken to be missing in all."""
 _PIECE = 1024
-"""Bytes of zstd that are unpacked at once: at most some 32 MiB of output."""
+"""Compressed bytes that are unpacked at once: at most some 32 MiB of output."""
 _LARGEST_WINDOW = 2**31
 
 
@@ -103,7 +103,7 @@ def _lines(path: str, part: Part, limit: int, advance: Advance) -> Iterator[byte
         if _compression(path):
             with io.BufferedReader(_unpacked(file, path), MIB) as stream:
                 done = 0
-                while line := stream.readline(limit + 1):
+                while line := stream.readline(limit + 2):
                     _, line = _rest_of(line, stream, limit)
                     yield line
                     if file.tell() > done:
@@ -111,7 +111,7 @@ def _lines(path: str, part: Part, limit: int, advance: Advance) -> Iterator[byte
                         done = file.tell()
             return
         position = _seek_line(file, part.start)
-        while position < part.stop and (line := file.readline(limit + 1)):
+        while position < part.stop and (line := file.readline(limit + 2)):
             size, line = _rest_of(line, file, limit)
             yield line
             position += size
@@ -121,7 +121,7 @@ def _lines(path: str, part: Part, limit: int, advance: Advance) -> Iterator[byte
 def _rest_of(line: bytes, stream: BinaryIO | io.BufferedReader, limit: int) -> tuple[int, bytes | None]:
     """(bytes of a line, the line or None where it goes on over the limit); passes over what is left of it."""
     size = len(line)
-    if size <= limit:
+    if len(line.rstrip(b"\r\n")) <= limit:
         return size, line
     while not line.endswith(b"\n") and (line := stream.readline(MIB)):
         size += len(line)
@@ -146,21 +146,19 @@ def _compression(path: str) -> str | None:
 def _unpacked(file: BinaryIO, path: str) -> io.RawIOBase:
     """Streams of several members are read to their end, and one that is cut short is an error."""
     ending = _compression(path)
-    if ending == ".zst":
-        return _Zstd(file)
+    assert ending is not None, "only compressed files are unpacked"
     if ending == ".gz":
         return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "gzip")
-    return bz2.BZ2File(file) if ending == ".bz2" else lzma.LZMAFile(file)
+    return _Unpacked(file, ending)
 
 
-class _Zstd(io.RawIOBase):
-    """zstd with windows of any size, which pyarrow refuses and `--long` makes."""
+class _Unpacked(io.RawIOBase):
+    """A file of one or several compressed streams. Readers of the libraries stop without a word where a further stream
+    is damaged, and pyarrow refuses the windows of zstd that `--long` makes."""
 
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
-        self._frame = self._decompressor.decompressobj()
-        self._inside = False
+    def __init__(self, file: BinaryIO, ending: str):
+        self._file, self._ending = file, ending
+        self._stream: Any = None
         self._input, self._output = b"", memoryview(b"")
 
     def readable(self) -> bool:
@@ -171,21 +169,30 @@ class _Zstd(io.RawIOBase):
             piece = self._input or self._file.read(_PIECE)
             self._input = b""
             if not piece:
-                if self._inside:
-                    raise OSError("the last zstd frame is cut short")
+                if self._stream is not None:
+                    raise OSError("the last compressed stream is cut short")
                 return 0
-            if self._frame.eof:
-                self._frame = self._decompressor.decompressobj()
-            self._inside = True
+            if self._stream is None:
+                # xz pads streams by zeros.
+                piece = piece.lstrip(b"\0") if self._ending == ".xz" else piece
+                if not piece:
+                    continue
+                self._stream = _decompressor(self._ending)
             try:
-                self._output = memoryview(self._frame.decompress(piece))
-            except zstandard.ZstdError as error:
-                raise OSError(f"zstd: {error}") from error
-            if self._frame.eof:
-                self._inside, self._input = False, self._frame.unused_data
+                self._output = memoryview(self._stream.decompress(piece))
+            except (zstandard.ZstdError, lzma.LZMAError, OSError, ValueError) as error:
+                raise OSError(f"a compressed stream is damaged: {error}") from error
+            if self._stream.eof:
+                self._stream, self._input = None, self._stream.unused_data
         count = min(len(buffer), len(self._output))
         buffer[:count], self._output = self._output[:count], self._output[count:]
         return count
+
+
+def _decompressor(ending: str) -> Any:
+    if ending == ".zst":
+        return zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
+    return bz2.BZ2Decompressor() if ending == ".bz2" else lzma.LZMADecompressor()
 
 
 @contextmanager

@@ -81,7 +81,8 @@ def prepare(recipe: Recipe, output: Path, workers: int | None = None, overwrite:
         OSError: reading or writing failed. Finished shards are kept, as they are when the process is killed.
     """
     console, begin = Console(stderr=True), time.monotonic()
-    output, plan = real_output(Path(output)), plan_preparation(recipe)
+    output = real_output(Path(output))
+    plan = plan_preparation(recipe, output)
     workers = workers or _default_workers(plan.parts)
     found = _finished(output, plan, overwrite, console)
     if found is not None:
@@ -116,7 +117,8 @@ def prepare_share(
     number, shares = share
     if not 0 <= number < shares:
         raise ValueError(f"--shard {number}/{shares}: the number must be from 0 to {shares - 1}")
-    console, output, plan = Console(stderr=True), real_output(Path(output)), plan_preparation(recipe)
+    console, output = Console(stderr=True), real_output(Path(output))
+    plan = plan_preparation(recipe, output)
     if _finished(output, plan, overwrite, console) is not None:
         return
     own = list(range(number, len(plan.parts), shares))
@@ -139,7 +141,7 @@ def merge_shares(output: Path, overwrite: bool = False) -> DatasetManifest:
         remove_leftovers(output, found.identity)
         return found
     identity = unfinished_identity(output)
-    plan = plan_preparation(Recipe.model_validate(identity["recipe"]))
+    plan = plan_preparation(Recipe.model_validate(identity["recipe"]), output)
     if plan.identity != identity:
         raise ValueError(
             f"{work_folder(output)} was made of other inputs than there are now "

@@ -36,7 +36,9 @@ def prepare_command(
         str | None, typer.Option(help="Text without a recipe: a Hugging Face dataset, by name or local path.")
     ] = None,
     dataset_split: Annotated[str, typer.Option(help="Split of --dataset.")] = "train",
-    text_column: Annotated[str, typer.Option(help="Column of text, for JSONL, Parquet and datasets.")] = "text",
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of text, for JSONL, Parquet and datasets. Default: text.")
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Folder of a Hugging Face tokenizer, for --input and --dataset.")
     ] = None,

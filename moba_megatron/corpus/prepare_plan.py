@@ -18,7 +18,7 @@ from moba_megatron.corpus.recipe import (
 )
 from moba_megatron.corpus.sources import find_inputs, list_parts, place_name
 from moba_megatron.corpus.tokenizer import Beginnings, Tokenizer
-from moba_megatron.corpus.workspace import Identity
+from moba_megatron.corpus.workspace import Identity, work_folder
 
 _FORMAT, _SEGMENTED_FORMAT = 1, 2
 """To be raised when the same recipe and inputs come to give other bytes; the second for data with a loss mask."""
@@ -32,18 +32,22 @@ class PreparePlan:
     parts: list[Part]
     """Of all sources, in the order of the documents."""
     identity: Identity
-    hidden: list[str]
-    """Files and folders that are left out because they are hidden."""
+    left_out: list[tuple[str, str]]
+    """Files and folders that are passed over, and why."""
 
 
-def plan_preparation(recipe: Recipe) -> PreparePlan:
+def plan_preparation(recipe: Recipe, output: Path | None = None) -> PreparePlan:
     """List the inputs of a recipe and cut them into parts.
+
+    Args:
+        output: the folder that is to be made, which may lie within a source.
 
     Raises:
         ValueError: a source has nothing to read, or the tokenizer is missing.
     """
-    found = [find_inputs(source) for source in recipe.sources]
-    inputs = [own for own, _ in found]
+    own = () if output is None else (output, work_folder(output))
+    found = [find_inputs(source, own) for source in recipe.sources]
+    inputs = [items for items, _ in found]
     total = sum(item.size for items in inputs for item in items)
     # At least 64 parts of a large corpus, so that workers end together and a kill costs little; 64 MiB at most.
     part_bytes = min(64 * MIB, max(MIB, total // 64))
@@ -69,7 +73,7 @@ def plan_preparation(recipe: Recipe) -> PreparePlan:
         # Refuses a template that cannot serve before any work starts.
         ChatTemplate(Path(spec.path), recipe.chat)
         identity["chat_template"] = ChatTemplate.fingerprint(spec.path)
-    return PreparePlan(recipe, inputs, parts, identity, [name for _, hidden in found for name in hidden])
+    return PreparePlan(recipe, inputs, parts, identity, [entry for _, left_out in found for entry in left_out])
 
 
 def beginnings(recipe: Recipe, tokenizer: Tokenizer) -> Beginnings:

@@ -259,6 +259,12 @@ class Recipe(Section):
                     f"sources.{number}.messages_column needs a chat template, which a newly trained tokenizer has not: "
                     "use tokenizer.kind = pretrained"
                 )
+        begin = self.tokenizer.begin_of_document if isinstance(self.tokenizer, PretrainedTokenizer) else "auto"
+        if begin not in ("auto", "none") and not self.texts and not self.prompts:
+            raise ValueError(
+                f"tokenizer.begin_of_document = {begin!r} has no effect: conversations begin as their chat template "
+                "says"
+            )
         if self.chat != Chat() and not self.chats:
             raise ValueError("chat has no effect: no source has a messages_column")
         return self

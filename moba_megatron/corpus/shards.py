@@ -85,13 +85,20 @@ class SplitWriter:
         self._lengths: BinaryIO = open(folder / f"{split}.lengths", "wb")
         self._mask: BinaryIO | None = open(folder / f"{split}.mask", "wb") if masked else None
 
-    def write(self, ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None = None) -> None:
+    def write(
+        self,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        counts: np.ndarray | None = None,
+        ends: np.ndarray | None = None,
+    ) -> None:
         """Append documents.
 
         Args:
             ids: [tokens] integer ids of all documents, without end-of-document ids.
             lengths: [documents] number of ids of each.
-            counts: [tokens] bool, which of the ids count in the loss; None: all. End-of-document ids always do.
+            counts: [tokens] bool, which of the ids count in the loss; None: all.
+            ends: [documents] bool, which of the end-of-document ids do; None: all.
         """
         lengths = lengths + 1
         if lengths.size and lengths.max() > np.iinfo(LENGTH).max:
@@ -107,6 +114,7 @@ class SplitWriter:
         if self._mask is not None:
             mask = np.ones(inside.size, np.uint8)
             mask[inside] = 1 if counts is None else counts
+            mask[~inside] = 1 if ends is None else ends
             write(self._mask, mask.data)
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import codecs
 import fnmatch
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,8 +58,12 @@ def list_inputs(source: SourceBase) -> list[Input]:
     return find_inputs(source)[0]
 
 
-def find_inputs(source: SourceBase) -> tuple[list[Input], list[str]]:
-    """(inputs, hidden files and folders that are left out) of a source, as `list_inputs`."""
+def find_inputs(source: SourceBase, without: tuple[Path, ...] = ()) -> tuple[list[Input], list[tuple[str, str]]]:
+    """(inputs, what is left out and why) of a source, as `list_inputs`.
+
+    Args:
+        without: folders that are none of it, such as the one that is being made.
+    """
     if isinstance(source, DatasetsSource):
         return [dataset_input(source)], []
     if isinstance(source, FilesSource | StdlibSource):
@@ -66,14 +71,19 @@ def find_inputs(source: SourceBase) -> tuple[list[Input], list[str]]:
     else:
         assert isinstance(source, JsonlSource | ParquetSource | ArrowSource)
         found, where = find_files(source.path, source.kind), source.path
+    folders = [str(folder.resolve()) + os.sep for folder in without]
+    if folders:
+        found.names = [
+            name for name in found.names if not os.path.realpath(found.root / name).startswith(tuple(folders))
+        ]
     if not found.names:
-        hidden = f" (but {len(found.hidden)} hidden ones)" if found.hidden else ""
+        passed = f" (but {len(found.left_out)} that are left out: {found.left_out[0][1]})" if found.left_out else ""
         raise ValueError(
-            f"no documents: no file matches {where}{hidden}; relative paths count from {Path.cwd()}: correct the path, "
+            f"no documents: no file matches {where}{passed}; relative paths count from {Path.cwd()}: correct the path, "
             "or the working directory"
         )
     stats = [(name, (found.root / name).stat()) for name in found.names]
-    return [Input(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats], found.hidden
+    return [Input(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats], found.left_out
 
 
 def list_parts(number: int, source: SourceBase, inputs: list[Input], part_bytes: int) -> list[Part]:
@@ -154,13 +164,11 @@ def _matching_files(source: FilesSource | StdlibSource) -> Found:
     if (root / source.pattern).is_file():
         return Found(root, [source.pattern])
     found = match_files(root, source.pattern)
-    for names in (found.names, found.hidden):
-        names[:] = [
-            name
-            for name in names
-            if not any(fnmatch.fnmatchcase(piece, glob) for piece in name.split("/") for glob in source.exclude)
-        ]
-    return found
+
+    def kept(name: str) -> bool:
+        return not any(fnmatch.fnmatchcase(piece, glob) for piece in name.split("/") for glob in source.exclude)
+
+    return Found(root, list(filter(kept, found.names)), [entry for entry in found.left_out if kept(entry[0])])
 
 
 def _file_parts(number: int, inputs: list[Input], part_bytes: int) -> list[Part]:

@@ -6,6 +6,7 @@ which `datasets` writes, and makes one part.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -118,7 +119,7 @@ def _values(column: pyarrow.Array | pyarrow.ChunkedArray, limit: int) -> list[An
         return [None if place is None else entries[place] for place in column.indices.to_pylist()]
     if _is_text(column.type):
         # As bytes: a column of text may hold bytes that are not UTF-8, and one such row must not end the batch.
-        binary = column.cast(pyarrow.large_binary())
+        binary = (column.storage if _is_json(column.type) else column).cast(pyarrow.large_binary())
         sizes = pyarrow.compute.binary_length(binary).to_pylist()
         return [
             _TOO_LONG if size is not None and size > limit else value.as_py()
@@ -128,7 +129,37 @@ def _values(column: pyarrow.Array | pyarrow.ChunkedArray, limit: int) -> list[An
         values = column.to_pylist()
     except UnicodeDecodeError:
         values = [_value(value) for value in column]
-    return [_without_padding(value) for value in values] if pyarrow.types.is_nested(column.type) else values
+    if not pyarrow.types.is_nested(column.type):
+        return values
+    if _has_json(column.type):
+        values = [_unpacked(value, column.type) for value in values]
+    values = [_without_padding(value) for value in values]
+    if column.nbytes <= limit:
+        return values
+    return [_TOO_LONG if column.slice(place, 1).nbytes > limit else value for place, value in enumerate(values)]
+
+
+def _is_json(kind: pyarrow.DataType) -> bool:
+    """`datasets` writes values as JSON where rows differ in shape."""
+    return getattr(kind, "extension_name", None) == "arrow.json"
+
+
+def _has_json(kind: pyarrow.DataType) -> bool:
+    return _is_json(kind) or any(_has_json(kind.field(place).type) for place in range(kind.num_fields))
+
+
+def _unpacked(value: Any, kind: pyarrow.DataType) -> Any:
+    """A nested value with what its type keeps as JSON as values."""
+    if value is None or not _has_json(kind):
+        return value
+    if _is_json(kind):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    if isinstance(value, dict):
+        return {key: _unpacked(inner, kind.field(key).type) for key, inner in value.items()}
+    return [_unpacked(inner, kind.field(0).type) for inner in value]
 
 
 def _without_padding(value: Any) -> Any:
@@ -152,6 +183,8 @@ def _check_columns(path: str, reader: RowReader, schema: pyarrow.Schema) -> None
     if missing:
         raise CorpusError(missing_columns(path, no_column(missing), schema.names))
     for column in reader.columns:
+        if schema.names.count(column) > 1:
+            raise CorpusError(f"{path}: there are {schema.names.count(column)} columns {column!r}: rename one")
         kind = schema.field(column).type
         if column in reader.filters.columns:
             right, wanted = pyarrow.types.is_boolean(kind), "true or false"
@@ -168,6 +201,8 @@ def _check_columns(path: str, reader: RowReader, schema: pyarrow.Schema) -> None
 
 def _is_text(kind: pyarrow.DataType) -> bool:
     types = pyarrow.types
+    if _is_json(kind):
+        return True
     if types.is_dictionary(kind):
         return _is_text(kind.value_type)
     text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)

@@ -57,7 +57,10 @@ class Tokenizer:
                 f"no tokenizer in {self.folder}: it needs a tokenizer.json, as written by "
                 "transformers.AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
             )
-        self.backend = tokenizers.Tokenizer.from_file(str(path))
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no other class
+            raise ValueError(f"{path} is damaged: {error}; fetch it again") from error
         # A tokenizer.json may ask for both; a corpus must be neither cut nor padded.
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -210,13 +213,25 @@ def copy_tokenizer(source: str | Path, folder: str | Path, end_of_document: str 
     """Copy a tokenizer folder; a named end-of-document token is written into the copy's `tokenizer_config.json`."""
     source, folder = Path(source), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    copy_files(source, folder)
     if end_of_document is not None:
         config = {**_read_json(folder / _CONFIG_FILE), _EOD_KEY: end_of_document}
         (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return Tokenizer(folder)
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copy what makes a tokenizer; `folder` is there."""
+    for path in (*(source / name for name in TOKENIZER_FILES), *template_files(source)):
+        if path.is_file():
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def template_files(folder: Path) -> list[Path]:
+    """Chat templates for other occasions, such as `tool_use`, which transformers keeps in a folder of their own."""
+    return sorted((folder / "additional_chat_templates").glob("*.jinja"))
 
 
 def _end_of_document(folder: Path, vocabulary: dict[str, int], named: str | None) -> str:
@@ -249,4 +264,7 @@ def _fingerprint(folder: Path, eod_id: int) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; fetch it again") from error

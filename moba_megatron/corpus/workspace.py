@@ -92,10 +92,13 @@ def real_output(output: Path) -> Path:
     """The folder that is to be made: what a link leads to, so that work and result are on the disk that is meant.
 
     Raises:
-        ValueError: it is a mount point, which cannot take its name by one rename.
+        ValueError: it is a mount point, which cannot take its name by one rename, or a link to itself.
     """
-    real = output.resolve() if output.is_symlink() else output
-    if real.is_mount():
+    try:
+        real = output.resolve() if output.is_symlink() else output
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{output} is a link that leads to no place: {error}") from error
+    if Path(os.path.abspath(real)).is_mount():
         raise ValueError(
             f"{output} is a mount point, whose place no finished folder can take: name a folder in it, such as "
             f"{output / 'data'}"

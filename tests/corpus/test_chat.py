@@ -183,6 +183,9 @@ def test_rows_may_hold_arguments_and_other_forms_of_messages(tmp_path: Path):
     assert text([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]) == plain
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     assert "user\na\nb<|im_end|>" in text([*parts, *turns("x", "yes")[1:]])
+    assert text(turns("hi", "yes"), tools="", arguments=" ") == plain
+    assert text([json.dumps(turn) for turn in turns("hi", "yes")]) == plain
+    assert text([{"from": "Human", "value": "hi"}, {"from": "GPT", "value": "yes"}]) == plain
     # A first turn of the assistant is context.
     (item,) = template.documents([{"role": "assistant", "content": "Hello"}, *turns("hi", "yes")], 0)
     assert learned(item) == ["yes<|im_end|>\n"] and "Hello" in item.text
@@ -202,7 +205,9 @@ def test_rows_may_hold_arguments_and_other_forms_of_messages(tmp_path: Path):
         ({"messages": [{**turns("a")[0], "reasoning": {"deep": ["<s>"]}}, *turns("", "b")[1:]]}, "holds '<s>'"),
         ({"messages": turns("a", "b"), "tools": [{"<s>": 1}]}, "holds '<s>'"),
         ({"messages": turns("a", "b"), "tools": "nothing"}, "not JSON"),
-        ({"messages": turns("a", "b"), "tools": {"name": "f"}}, "tools is dict, not a list"),
+        ({"messages": turns("a", "b"), "tools": "3"}, "tools is int, not a list"),
+        ({"messages": turns("a", "b"), "arguments": {"tokenize": True}}, "names tokenize, which is given"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "text": "cap"}]}, *turns("", "b")[1:]]}, "image"),
         ({"messages": turns("a", "b"), "arguments": [1]}, "chat_template_kwargs is list, not a mapping"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, *turns("", "b")[1:]]}, "of type image"),
         ({"messages": [{"role": "user", "content": 3}, *turns("", "b")[1:]]}, "content is int, not a text"),
@@ -233,7 +238,7 @@ def test_the_clock_is_part_of_the_data(chat_tokenizer: Path, tmp_path: Path):
         first_line("now", now="2024-07-27")
     # A format that only the running template knows.
     (chat_tokenizer / "chat_template.jinja").write_text("{{ strftime_now('%' ~ 'd') }}" + CHATML)
-    with pytest.raises(CorpusError, match="asks for the time of day"):
+    with pytest.raises(CorpusError, match="computes how it asks for the time of day, which chat.now cannot serve"):
         first_line("other", now="2024-07-26")
 
 
@@ -268,3 +273,114 @@ def test_a_template_may_end_turns_as_documents_end(tmp_path: Path):
     ends = [np.count_nonzero(row == eod) for row in np.split(ids, np.cumsum(lengths)[:-1])]
     assert ends == [1, 2]
     assert all(wrong is None for _, wrong in check_dataset(tmp_path / "out"))
+
+
+def test_the_end_of_a_turn_that_is_not_learned_is_not_learned(tmp_path: Path):
+    ends = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    folder = folder_with(ends, tmp_path / "tok")
+    talk = turns("ask", "answer", "thanks")
+    source = write_rows(tmp_path, "jsonl", [{"talk": talk}, {"talk": talk[:2]}]) | {"messages_column": "talk"}
+    prepare(rows_recipe(folder, source), tmp_path / "out", workers=1)
+    pieces = [[(p.counts, p.text) for p in read_document(tmp_path / "out", "train", n)] for n in (0, 1)]
+    assert pieces == [
+        [(False, "user: ask</s>assistant:"), (True, " answer</s>"), (False, "user: thanks</s>")],
+        [(False, "user: ask</s>assistant:"), (True, " answer</s>")],
+    ]
+
+
+def test_templates_for_tools_go_along(tmp_path: Path):
+    folder = folder_with(CHATML, tmp_path / "tok")
+    (folder / "additional_chat_templates").mkdir()
+    other = folder / "additional_chat_templates/tool_use.jinja"
+    other.write_text(TOOLS)
+    row = {"talk": turns("hi", "yes"), "tools": [{"type": "function", "function": {"name": "f"}}]}
+    source = write_rows(tmp_path, "jsonl", [row, {"talk": turns("hi", "yes")}]) | {"messages_column": "talk"}
+    manifest = prepare(rows_recipe(folder, source), tmp_path / "out", workers=1)
+    assert not manifest.notes
+    texts = ["".join(p.text for p in read_document(tmp_path / "out", "train", n)) for n in (0, 1)]
+    assert '"name": "f"' in texts[0] and texts[0].endswith("[assistant]yes</s>") and "<|im_start|>user" in texts[1]
+    other.write_text(TOOLS + " ")
+    with pytest.raises(ValueError, match=r"holds another dataset \(chat_template\)"):
+        prepare(rows_recipe(folder, source), tmp_path / "out", workers=1)
+
+
+def test_values_that_tables_keep_as_json_are_values(tmp_path: Path):
+    """`datasets` does so where rows differ in shape; the ids are those of the same rows as JSON Lines."""
+    import datasets
+
+    folder = folder_with(TOOLS, tmp_path / "tok")
+    rows = []
+    for n in range(4):
+        call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1} if n % 2 else {"b": ["x"]}}}
+        tools = [{"type": "function", "function": {"name": "f", "parameters": {"a": {}} if n % 2 else {"b": {"c": 1}}}}]
+        talk = [*turns(f"ask {n}"), {"role": "assistant", "content": "so", "tool_calls": [call]}]
+        rows.append({"talk": talk, "tools": tools})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "rows.jsonl"), split="train", cache_dir=tmp_path / "c"
+    )
+    assert "Json" in str(read.features)
+    read.to_parquet(tmp_path / "rows.parquet")
+    read.save_to_disk(tmp_path / "saved")
+    texts = []
+    for source in (
+        {"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")},
+        {"kind": "parquet", "path": str(tmp_path / "rows.parquet")},
+        {"kind": "datasets", "path": str(tmp_path / "saved")},
+    ):
+        out = tmp_path / source["kind"]
+        prepare(rows_recipe(folder, source | {"messages_column": "talk"}), out, workers=1)
+        texts.append([[p.text for p in read_document(out, "train", n)] for n in range(4)])
+    assert texts[0] == texts[1] == texts[2] and '"arguments": {"b": ["x"]}' in texts[0][0][1]
+
+
+def test_content_in_parts_by_role_and_context(tmp_path: Path):
+    needs_system = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + ONLY_PARTS
+    by_role = (
+        "{% for m in messages %}{{ m.role }}:{% if m.role == 'user' and m.content is not string %}"
+        "{% for p in m.content %}{{ p.text }}{% endfor %}{% else %}{{ m.content }}{% endif %};{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    talk = [{"role": "system", "content": "be"}, *turns("one", "two")]
+    in_parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in talk]
+    for number, template in enumerate((needs_system, by_role)):
+        made = ChatTemplate(folder_with(template, tmp_path / f"{number}"), Chat())
+        texts = [made.documents(messages, 0)[0].text for messages in (talk, in_parts)]
+        assert texts[0] == texts[1] and all(word in texts[0] for word in ("be", "one", "two")) and "{" not in texts[0]
+
+
+def test_tokens_that_the_tokenizer_file_lacks_are_refused(tmp_path: Path):
+    folder = folder_with("{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}{% endfor %}", tmp_path / "tok")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"extra_special_tokens": {"turn": "<|turn|>"}}))
+    with pytest.raises(CorpusError, match=r"writes '<\|turn\|>', which tokenizer_config.json has and tokenizer.json"):
+        ChatTemplate(folder, Chat()).documents(turns("a", "b"), 0)
+
+
+def test_special_tokens_that_a_normalizer_makes_are_seen(tmp_path: Path):
+    from tokenizers import normalizers
+
+    folder = folder_with(CHATML, tmp_path / "tok")
+    backend = Tokenizer(folder).backend
+    backend.normalizer = normalizers.NFKC()
+    backend.save(str(folder / "tokenizer.json"))
+    (item,) = ChatTemplate(folder, Chat()).documents(turns("a", "\uff1c/s\uff1e"), 0)
+    assert isinstance(item, Skipped) and "holds '</s>'" in item.reason
+
+
+def test_a_beginning_for_conversations_alone_is_refused(chat_tokenizer: Path, tmp_path: Path):
+    source = write_rows(tmp_path, "jsonl", [{"talk": turns("hi", "yes")}]) | {"messages_column": "talk"}
+    spec = {"kind": "pretrained", "path": str(chat_tokenizer), "begin_of_document": "<|im_start|>"}
+    with pytest.raises(ConfigError, match="begin_of_document = '<|im_start|>' has no effect: conversations begin"):
+        recipe_from_dict({"sources": [source], "tokenizer": spec})
+
+
+def test_dates_in_messages_do_not_stop_a_rewriting_template(tmp_path: Path):
+    import datetime
+
+    template = ChatTemplate(folder_with(THINKS, tmp_path / "tok"), Chat())
+    talk = [{**turn, "timestamp": datetime.datetime(2024, 1, 1)} for turn in turns("a", "b", "c", "d")]
+    assert [type(item) for item in template.documents(talk, 0)] == [Document, Document]

@@ -24,8 +24,9 @@ from moba_megatron.corpus.documents import CorpusError, Skipped
 from moba_megatron.corpus.files import find_files, match_files
 from moba_megatron.corpus.inspect import dataset_manifest
 from moba_megatron.corpus.prepare import prepare
-from moba_megatron.corpus.recipe import Filters, Recipe, Source
+from moba_megatron.corpus.recipe import Filters, Recipe, Source, recipe_from_dict
 from moba_megatron.corpus.sources import list_inputs, list_parts, read_part
+from moba_megatron.corpus.tokenizer import Tokenizer
 
 
 def make(root: Path, *names: str) -> None:
@@ -65,12 +66,26 @@ def test_links_are_followed_once_and_circles_end(tmp_path: Path):
     (root / "deep_again").symlink_to("deep")
     (root / "broken").symlink_to("nowhere")
     (root / "5.txt").symlink_to("../else/4.txt")
-    expected = ["1.txt", "5.txt", "a_link/4.txt", "a_link/wiki/3.txt", "deep/2.txt"]
-    assert match_files(root, "**/*.txt").names == expected
+    (root / "loop").symlink_to("loop")
+    expected = ["1.txt", "5.txt", "a_link/wiki/3.txt", "deep/2.txt"]
+    found = match_files(root, "**/*.txt")
+    assert found.names == expected
+    told = dict(found.left_out)
+    assert (
+        told["a_link/4.txt"] == "the same file as 5.txt"
+        and told["another/3.txt"] == "the same file as a_link/wiki/3.txt"
+    )
+    assert told["deep/up"] == told["deep_again/up"] == "a link to a folder that it lies in"
+    assert "deep_again/2.txt" in told and "Too many levels" in match_files(root, "**/*").left_out[-1][1]
+    (root / "dangling.txt").symlink_to("nowhere.txt")
+    assert ("dangling.txt", "a link that leads nowhere") in match_files(root, "**/*.txt").left_out
+    # A link that the pattern names leads there, whatever else does.
+    (root / "latest").symlink_to("deep")
+    assert match_files(root, "**/latest/*.txt").names == ["latest/2.txt"]
     assert [item.path for item in read_all(kind="files", path=str(root))] == expected
     for name in expected:
         (root / name).write_text('{"text": "row"}\n')
-    assert len(read_all(kind="jsonl", path=str(root / "**/*.txt"))) == 5
+    assert len(read_all(kind="jsonl", path=str(root / "**/*.txt"))) == 4
 
 
 def test_hidden_files_are_left_out_and_listed(tmp_path: Path, recipe: Recipe):
@@ -78,13 +93,13 @@ def test_hidden_files_are_left_out_and_listed(tmp_path: Path, recipe: Recipe):
     make(root, "a.txt", "._a.txt", ".ipynb_checkpoints/b.txt", "deep/.git/c.txt", "deep/d.txt", ".hidden.md")
     found = match_files(root, "**/*.txt")
     assert found.names == ["a.txt", "deep/d.txt"]
-    assert found.hidden == ["._a.txt", ".ipynb_checkpoints", "deep/.git"]
+    assert [name for name, _ in found.left_out] == ["._a.txt", ".ipynb_checkpoints", "deep/.git"]
     assert match_files(root, "**/.*.txt").names == ["._a.txt"]
     assert match_files(root, "deep/.git/*").names == ["deep/.git/c.txt"]
     sources = [{"kind": "files", "path": str(root)}]
     manifest = prepare(changed(recipe, sources=sources, split={"validation": 0}), tmp_path / "out", workers=1)
     assert manifest.splits["train"].documents == 2 and manifest.skipped_total == 3
-    assert [entry.name for entry in manifest.skipped] == found.hidden
+    assert [(entry.name, entry.reason) for entry in manifest.skipped] == found.left_out
     assert all(entry.reason.startswith("hidden") for entry in manifest.skipped)
 
 
@@ -112,10 +127,14 @@ def test_compressed_rows_by_any_ending_are_read_to_their_end(tmp_path: Path, tex
     whole = compress(b"".join(lines[:20])) + compress(b"".join(lines[20:]))
     path.write_bytes(whole)
     assert texts_of(read_all(kind="jsonl", path=str(tmp_path))) == texts
-    for size in (len(whole) - 1, len(whole) // 2):
-        path.write_bytes(whole[:size])
+    second = len(compress(b"".join(lines[:20])))
+    damaged = whole[:second] + b"\0\1" + whole[second + 2 :]
+    for data in (whole[:-1], whole[: len(whole) // 2], damaged):
+        path.write_bytes(data)
         with pytest.raises(CorpusError, match="cannot be read to its end"):
             read_all(kind="jsonl", path=str(path))
+    path.write_bytes(b"")
+    assert read_all(kind="jsonl", path=str(path)) == []
 
 
 def test_zstd_with_a_long_window(tmp_path: Path, texts: list[str]):
@@ -167,6 +186,26 @@ def test_long_texts_in_tables_and_long_files_are_skipped(tmp_path: Path):
         first, second, third = limited(4000, **source)
         assert (first.text, third.text) == ("short", "end")
         assert isinstance(second, Skipped) and "filters.max_row_bytes = 4,000 bytes" in second.reason
+
+
+def test_a_row_of_exactly_the_limit_is_kept_however_it_ends(tmp_path: Path):
+    row = b'{"text": "abc"}'
+    for ending in (b"", b"\n", b"\r\n"):
+        (tmp_path / "a.jsonl").write_bytes(row + ending)
+        assert len(texts_of(limited(len(row), kind="jsonl", path=str(tmp_path / "a.jsonl")))) == 1
+        (skipped,) = limited(len(row) - 1, kind="jsonl", path=str(tmp_path / "a.jsonl"))
+        assert isinstance(skipped, Skipped)
+
+
+def test_the_output_is_no_part_of_its_input(tmp_path: Path, tokenizer: Tokenizer):
+    """Made within the folder that is read, twice."""
+    (tmp_path / "rows.jsonl").write_bytes(b"".join(jsonl(["a text", "another"])))
+    source = {"kind": "jsonl", "path": str(tmp_path)}
+    spec = {"kind": "pretrained", "path": str(tokenizer.folder)}
+    recipe = recipe_from_dict({"sources": [source], "tokenizer": spec, "split": {"validation": 0}})
+    made = prepare(recipe, tmp_path / "out", workers=1)
+    assert made.splits["train"].documents == 2 and made.sources[0].inputs == 1
+    assert prepare(recipe, tmp_path / "out", workers=1) == made
 
 
 def test_every_type_of_a_text_column(tmp_path: Path):
@@ -241,10 +280,10 @@ def test_endings_that_a_folder_of_rows_has(tmp_path: Path):
 
 def test_a_decompressor_is_not_fed_faster_than_its_output_is_taken(tmp_path: Path):
     """600 MB in 18 KB: at most some megabytes are unpacked at a time."""
-    from moba_megatron.corpus.jsonl import _Zstd
+    from moba_megatron.corpus.jsonl import _Unpacked
 
     bomb = zstandard.ZstdCompressor(level=3).compress(b"0" * 100_000_000)
-    stream, buffer, largest, total = _Zstd(io.BytesIO(bomb)), bytearray(2**16), 0, 0
+    stream, buffer, largest, total = _Unpacked(io.BytesIO(bomb), ".zst"), bytearray(2**16), 0, 0
     while size := stream.readinto(memoryview(buffer)):
         total += size
         largest = max(largest, len(stream._output))

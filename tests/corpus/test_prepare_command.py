@@ -99,13 +99,24 @@ def test_kinds_of_input_by_name_and_by_what_they_hold(tmp_path: Path, monkeypatc
         (tmp_path / name).write_bytes(data)
 
     def sources(*paths: str, kind: str | None = None) -> list[tuple[str, str, str | None]]:
-        return [(s["kind"], s["path"], s.get("pattern")) for s in direct_sources([*paths], None, "train", "t", kind)[0]]
+        found, _ = direct_sources([*paths], None, "train", None, kind)
+        return [(s["kind"], s["path"], s.get("pattern")) for s in found]
 
     for path in ("rows.ndjson", "ROWS.*", "a/*", "spark/part-*", "code/tool [x].json"):
         assert sources(path) == [("jsonl", path, None)]
     (tmp_path / "spark/part-00001.gz").write_bytes(gzip.compress(rows))
     assert sources("spark", "spark/part-*") == [("jsonl", "spark", None), ("jsonl", "spark/part-*", None)]
     assert find_files("spark", "jsonl").names == ["spark/part-00000", "spark/part-00001.gz"]
+    # Empty partitions say nothing of the kind, and parts of text are texts.
+    (tmp_path / "spark/part-00002").write_bytes(b"")
+    assert sources("spark") == [("jsonl", "spark", None)]
+    (tmp_path / "said").mkdir()
+    (tmp_path / "said/part-00000").write_bytes(text)
+    assert sources("said") == [("files", "said", "**/part-*")]
+    (tmp_path / "texts/B.TXT").write_bytes(text)
+    assert sources("texts") == [("files", "texts", "**/*.[tT][xX][tT]")]
+    (tmp_path / "texts/B.TXT").unlink()
+    assert sources("mixed", kind="files") == [("files", "mixed", "**/*")]
     (tmp_path / "notes.gz").write_bytes(gzip.compress(text))
     assert sources("b.parquet", "c.bin") == [("parquet", "b.parquet", None), ("parquet", "c.bin", None)]
     assert sources("one.md", "docs/**/*.md", "texts", "code/*.c") == [
@@ -138,6 +149,11 @@ def test_inputs_take_overrides(tmp_path: Path, tokenizer: Tokenizer):
     assert result.exit_code == 0, result.output
     manifest = load_manifest(tmp_path / "out")
     assert (manifest.splits["train"].documents, manifest.filtered) == (20, 19)
+    rows = [{"talk": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}] * 3
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    talks = ["--input", tmp_path / "talks.jsonl", "--tokenizer", tokenizer.folder, tmp_path / "talks"]
+    result = run(*talks, "sources.0.messages_column=talk")
+    assert (result.exit_code, "needs a chat template" in result.output) == (2, True), result.output
     result = run(*given, tmp_path / "more")
     assert (result.exit_code, "give one folder, OUT, and key=value" in result.output) == (2, True)
     result = run(*given, "filters.min_caracters=100")
