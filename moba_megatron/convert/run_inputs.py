@@ -61,6 +61,8 @@ def found_config(checkpoint: Path) -> Config:
     if _fingerprint(folder.tokenizer) == fingerprint or not Path(tokenizer).is_dir() and folder.tokenizer.is_dir():
         tokenizer = str(folder.tokenizer)
     found = {"train": dataset(data.train), "validation": dataset(data.validation), "tokenizer": tokenizer}
+    if data.index_cache is not None:
+        found["index_cache"] = _located(data.index_cache, start, Path.is_dir)
     run = config.run.model_copy(update={"dir": str(folder.path)})
     return config.model_copy(update={"run": run, "data": data.model_copy(update=found)})
 
