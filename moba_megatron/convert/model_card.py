@@ -68,6 +68,7 @@ _FULL = """## Attention
 All layers attend fully. This is a plain {architecture}: any engine runs it as it was trained.
 """
 
+_FITS = {"mean": "mean key fits", "min_max": "channel-wise bounds of keys fit"}
 _CHOSEN = {
     "top_k": "whose {summary} it best",
     "recent": "nearest to it (a sliding window)",
@@ -139,9 +140,8 @@ def _attention(name: str, values: dict[str, Any]) -> str:
 
 def _said(settings: MoBASettings) -> dict[str, Any]:
     """What the words for a selector leave open."""
-    bounds = settings.selection.summary == "min_max"
     return {
-        "summary": "channel-wise bounds of keys fit" if bounds else "mean key fits",
+        "summary": _FITS[settings.selection.summary],
         "threshold": settings.selection.threshold,
     }
 

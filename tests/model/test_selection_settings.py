@@ -82,10 +82,11 @@ def test_settings_that_do_not_go_together_are_refused(attention, named):
         config(**attention)
 
 
-def test_an_export_refuses_what_transformers_would_compute_otherwise():
-    assert moba_config((LayerAttention("moba", 8, 2), FULL), "full")["top_k"] == 2
-    with pytest.raises(ConfigError, match="blocks chosen by recent .* knows top_k of mean only"):
-        moba_config((WINDOW, FULL), "full")
+def test_an_export_says_how_blocks_are_chosen_where_it_is_not_as_in_moba():
+    plain = moba_config((LayerAttention("moba", 8, 2), FULL), "full")
+    assert (plain["top_k"], plain["version"]) == (2, 1) and "selector" not in plain
+    window = moba_config((WINDOW, FULL), "full")
+    assert (window["selector"], window["version"]) == ("recent", 2)
 
 
 def test_full_layers_take_no_selection():
