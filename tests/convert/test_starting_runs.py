@@ -146,7 +146,7 @@ def test_data_that_do_not_begin_as_the_tokenizer_begins_texts_are_told_of(source
         for line in check_initial_weights(start(model, tmp_path, data__tokenizer=str(tokenizer)), ENTRIES)
         if "begin_of_document" in line
     ]
-    assert "its documents do not begin with 'w7'" in line and line.endswith("tokenizer.begin_of_document=w7")
+    assert "its documents do not begin with 'w7'" in line and line.endswith("'tokenizer.begin_of_document=w7'")
     data = tmp_path / "rows.jsonl"
     data.write_text('{"text": "w5 w6 w8"}\n')
     recipe = {
