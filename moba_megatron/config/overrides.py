@@ -1,6 +1,6 @@
 """`key.path=value` on the command line: what a value means is decided by the type of its key.
 
-A key whose type is a string takes the text as it stands: `run.dir=runs/exp #2`, `2024_11_05`, `007`, `12:30:45`, `~`,
+A key whose type is a string takes the text as it stands: `run.dir=runs/exp #2`, `2024_11_05`, `007`, `12:30:45`,
 `true` and `${x}` are these very characters. Where the type allows none, the word `null` means none; where it allows a
 list as well, a value that begins with `[` is YAML. All other values are YAML, as in a file: numbers, lists,
 `${other.key}`. A key that the schema does not know is left to the schema to refuse.

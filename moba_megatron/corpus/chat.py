@@ -24,20 +24,27 @@ from typing import Any
 from jinja2 import Environment, TemplateError, meta, nodes
 from tokenizers import Tokenizer
 
-from moba_megatron.corpus.chat_options import TAKEN, Chat
+from moba_megatron.corpus.chat_options import Chat
 from moba_megatron.corpus.documents import CorpusError, Document, Segment, Skipped, make_segmented, text_hash
+from moba_megatron.corpus.messages import (
+    NO_MESSAGES,
+    arguments_of,
+    is_text,
+    joined_text,
+    message_list,
+    texts_in,
+    tool_list,
+)
 from moba_megatron.corpus.tokenizer import template_files
 
 NO_TOOLS_WRITTEN = "rows have tools, which the chat template does not write"
 _TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json")
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ANY_MARK = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-_NO_MESSAGES = "not a list of messages with role and content"
 _NO_CLOCK = "asks for the time of day"
 _NO_FORMAT = "computes how it asks for the time of day"
 # What `sharegpt` sets call roles.
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
-_TEXT_PARTS = ("text", "input_text", "output_text")
 _PROBES = {role: f"a probe of what the {role} says" for role in ("system", "user", "assistant")}
 _PROBED = (("user",), ("user", "assistant"), ("system", "user"), ("system", "user", "assistant"))
 _OWN_NAMES = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "namespace", "dict"}
@@ -95,8 +102,8 @@ class ChatTemplate:
             CorpusError: the template asks for the time of day, and `chat.now` is not set.
         """
         try:
-            turns = [self._message(message) for message in _messages(messages)]
-            tools, arguments = _tools(tools), _mapping(arguments)
+            turns = [self._message(message) for message in message_list(messages)]
+            tools, arguments = tool_list(tools), arguments_of(arguments)
             self._refuse_special([turns, tools, arguments])
             if not any(turn["role"] == "assistant" for turn in turns):
                 raise ValueError("no turn of the assistant")
@@ -235,13 +242,13 @@ class ChatTemplate:
             who = str(message["from"])
             message = {"role": _ROLES.get(who.lower(), who), "content": message["value"], **kept}
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(_NO_MESSAGES)
+            raise ValueError(NO_MESSAGES)
         # Tables give every message all keys that one of them has.
         message = {key: value for key, value in message.items() if value is not None}
         content = message.get("content")
         if isinstance(content, list):
-            as_it_is = self.takes_parts.get(message["role"]) and _is_text(content)
-            message["content"] = content if as_it_is else _joined(content)
+            as_it_is = self.takes_parts.get(message["role"]) and is_text(content)
+            message["content"] = content if as_it_is else joined_text(content)
         elif content is not None and not isinstance(content, str):
             raise ValueError(f"content is {type(content).__name__}, not a text")
         if isinstance(message.get("content"), str) and not self.takes_text.get(message["role"], True):
@@ -250,7 +257,7 @@ class ChatTemplate:
 
     def _refuse_special(self, values: Any) -> None:
         """Nothing of a row may be read as a special token, wherever the template writes it."""
-        for text in _texts(values):
+        for text in texts_in(values):
             normalized = self.normalize(text)
             found = next((token for token in self.special if token in text or token in normalized), None)
             if found is not None:
@@ -318,82 +325,3 @@ class ChatTemplate:
             segments += [(text[done:start], False), (text[start:stop], True)]
             done = stop
         return [*segments, (text[done:], False)]
-
-
-def _messages(value: Any) -> list:
-    """A list of messages, as it is or as JSON, all of it or each of them.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    value = _parsed(value)
-    if not isinstance(value, list):
-        raise ValueError(_NO_MESSAGES)
-    return [_parsed(message) for message in value]
-
-
-def _tools(value: Any) -> list:
-    """A list of tools, likewise; a single schema is one, and nothing is none."""
-    value = _parsed(value)
-    value = [value] if isinstance(value, dict) else value
-    if value is not None and not isinstance(value, list):
-        raise ValueError(f"tools is {type(value).__name__}, not a list")
-    return [_parsed(tool) for tool in value or []]
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    value = _parsed(value)
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"chat_template_kwargs is {type(value).__name__}, not a mapping")
-    taken = sorted(TAKEN & (value or {}).keys())
-    if taken:
-        raise ValueError(f"chat_template_kwargs names {', '.join(taken)}, which is given to the template itself")
-    return value or {}
-
-
-def _parsed(value: Any) -> Any:
-    """Some sets keep nested values as JSON, since tables want one type for all rows."""
-    if not isinstance(value, str | bytes):
-        return value
-    if not value.strip():
-        return None
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from error
-
-
-def _is_text(parts: list) -> bool:
-    return all(
-        isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
-        for part in parts
-    )
-
-
-def _joined(parts: list) -> str:
-    """Content in parts as one text.
-
-    Raises:
-        ValueError: a part that is no text.
-    """
-    texts = []
-    for part in parts:
-        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        text = part.get("text") if isinstance(part, dict) and kind in _TEXT_PARTS else part
-        if not isinstance(text, str):
-            raise ValueError(f"content has a part of type {kind}: only texts are supported")
-        texts.append(text)
-    return "\n".join(texts)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All texts in a nested value, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _texts(key)
-            yield from _texts(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _texts(inner)
