@@ -22,7 +22,7 @@ MOBA_IN_TRANSFORMERS = (
 )
 """The way to go on with a model that our layers do not compute."""
 # What tells families apart, and its value in a model that has nothing of it.
-_MARKS: dict[str, Any] = {"add_qkv_bias": False, "qk_layernorm": False, "rotary_percent": 1.0, "no_rope_freq": None}
+MARKS: dict[str, Any] = {"add_qkv_bias": False, "qk_layernorm": False, "rotary_percent": 1.0, "no_rope_freq": None}
 SCALINGS = ("none", "linear", "llama3", "yarn", "longrope")
 
 
@@ -80,7 +80,7 @@ class Family:
 
     def refuses(self, model: ModelConfig) -> str | None:
         """What of a model this kind does not compute, in words; None if it computes it."""
-        for key, nothing in _MARKS.items():
+        for key, nothing in MARKS.items():
             value = getattr(model, key)
             if key not in self.may and value != self.always.get(key, nothing):
                 return f"model.{key} = {value}"

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from moba_megatron.config import ConfigError, ModelConfig
-from moba_megatron.config.families import FAMILIES, families_of, family_checks
+from moba_megatron.config.families import FAMILIES, MARKS, families_of, family_checks
 from moba_megatron.convert.written_rope import written_positions, written_rope
 from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.model.schedule import LayerAttention
@@ -31,8 +31,7 @@ def family_of(model: ModelConfig) -> str:
     """
     computing = families_of(model)
     if not computing:
-        own = {"add_qkv_bias": False, "qk_layernorm": False, "rotary_percent": 1.0, "no_rope_freq": None}
-        said = [f"model.{key} = {getattr(model, key)}" for key, plain in own.items() if getattr(model, key) != plain]
+        said = [f"model.{key} = {getattr(model, key)}" for key, plain in MARKS.items() if getattr(model, key) != plain]
         raise ConfigError([
             f"no plain model of transformers has {' and '.join(said)}, with heads of {model.head_size} in a width of "
             f"{model.hidden_size}: exports and generation need one; moba-megatron evaluate takes the checkpoint itself"
@@ -49,8 +48,7 @@ def huggingface_config(
 
     Args:
         model: with `vocab_size` set.
-        length: tokens of the sequences it was trained on, written as `max_position_embeddings`; with yarn no less
-            than it reaches.
+        length: tokens that it can take, written as `max_position_embeddings`; with yarn no less than it reaches.
         dtype: of the weights.
         moba: what `moba_config` gave; None: full attention.
         special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`, those that exist.

@@ -59,14 +59,15 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
     ]
     if problems:
         raise ConfigError(problems)
-    _check_tokenizer(config, source)
+    tokenizer = Tokenizer(config.data.tokenizer)
+    _check_tokenizer(config, source, tokenizer)
     if _is_huggingface(source):
         dtypes = sorted(set(open_weights(source, model).dtypes.values()))
         lines = [f"model.init_from: {half_precision_note(config.training.precision)}"] if F16 in dtypes else []
     else:
         _check_key_convolution(config, _find(source))
         lines = []
-    lines += _without_beginning(config)
+    lines += _without_beginning(config, tokenizer)
     rotary = {key: values for key, values in differing.items() if key.startswith("rotary_")}
     lines += [
         f"model.{key} = {ours}: the weights come from a model with {theirs}" for key, (ours, theirs) in rotary.items()
@@ -166,14 +167,15 @@ def _all_chats(recipe: dict[str, Any]) -> bool:
     return bool(sources) and all(source.get("messages_column") for source in sources)
 
 
-def _without_beginning(config: Config) -> list[str]:
+def _without_beginning(config: Config, tokenizer: Tokenizer) -> list[str]:
     """A line where the tokenizer begins texts with a token of its own, and the data do not."""
     try:
-        tokenizer = Tokenizer(config.data.tokenizer)
-        start = tokenizer.beginnings("auto")["prompt"]
         path = blend_entries(config.data.train)[0].path
         manifest = load_manifest(Path(path).parent)
         if manifest is not None and _all_chats(manifest.identity.get("recipe", {})):
+            return []
+        start = tokenizer.beginnings("auto")["prompt"]
+        if not start:
             return []
         index = load_index(path)
         first = np.fromfile(f"{path}.bin", index.dtype, len(start), offset=int(index.offsets[0]))
@@ -206,9 +208,8 @@ def _differences(ours: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[obje
     return {key: (now[key], before[key]) for key in now if now[key] != before[key]}
 
 
-def _check_tokenizer(config: Config, source: Path) -> None:
+def _check_tokenizer(config: Config, source: Path, tokenizer: Tokenizer) -> None:
     """Weights mean what they mean for the ids of one tokenizer only. Which of its tokens ends documents is free."""
-    tokenizer = Tokenizer(config.data.tokenizer)
     folder, theirs = source, ""
     if not _is_huggingface(source):
         checkpoint = _find(source)

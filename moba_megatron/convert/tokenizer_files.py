@@ -9,12 +9,11 @@ rules differ in spaces, digits, line ends and letters, and in what comes after a
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from moba_megatron.config import ConfigError
-from moba_megatron.corpus.tokenizer import TOKENIZER_FILES, Tokenizer, template_files
+from moba_megatron.corpus.tokenizer import TOKENIZER_FILES, Tokenizer, copy_files
 
 CONFIG = "tokenizer_config.json"
 # Beside what a dataset keeps: the forms of families that transformers reads without tokenizer.json.
@@ -42,11 +41,7 @@ _SPECIAL_TOKENS = 8
 
 def copy_tokenizer_files(source: Path, folder: Path) -> None:
     """Copy what there is of a tokenizer, and of generation settings beside it."""
-    for path in (*(source / name for name in FILES), *template_files(source)):
-        if path.is_file():
-            target = folder / path.relative_to(source)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
+    copy_files(source, folder, FILES)
 
 
 def complete_tokenizer_config(folder: Path, eos_token: str) -> None:

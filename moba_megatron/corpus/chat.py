@@ -71,8 +71,8 @@ class ChatTemplate:
         except (ValueError, TypeError) as error:
             raise CorpusError(f"the tokenizer in {folder} cannot be loaded by transformers: {error}") from error
         own = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
-        self.not_ours = [token for token in added if own.token_to_id(token) is None]
+        added = self.tokenizer.added_tokens_decoder.values()
+        self.not_ours = [token.content for token in added if own.token_to_id(token.content) is None]
         """Tokens of tokenizer_config.json that tokenizer.json does not have."""
         self.normalize = (lambda text: text) if own.normalizer is None else own.normalizer.normalize_str
         if not self.tokenizer.chat_template:
@@ -80,10 +80,12 @@ class ChatTemplate:
                 f"messages_column needs a chat template, and the tokenizer in {folder} has none: add a "
                 "chat_template.jinja to the folder that tokenizer.path names"
             )
-        self.special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self.special = [token.content for token in added if token.special]
         self._texts = {tools: self._with_clock(self._template(tools)) for tools in (False, True)}
-        self._check_arguments()
-        self.writes_tools = self._reads("tools")
+        trees = [self._parse(text) for text in self._texts.values()]
+        read = {node.name for tree in trees for node in tree.find_all(nodes.Name) if node.ctx == "load"}
+        self._check_arguments(trees, read)
+        self.writes_tools = "tools" in read
         self.takes_text, self.takes_parts = self._probe()
         """Of each role, whether the template writes its content as a text, and whether alike in parts."""
 
@@ -116,8 +118,10 @@ class ChatTemplate:
             return [Skipped(number, why)]
         notes = (NO_TOOLS_WRITTEN,) if tools and not self.writes_tools else ()
         self._check_tokens(conversations)
-        whole = json.dumps([turns, tools, arguments], sort_keys=True, default=str)
-        digest = text_hash(whole.encode(errors="replace")) if len(conversations) > 1 else None
+        digest = None
+        if len(conversations) > 1:
+            whole = json.dumps([turns, tools, arguments], sort_keys=True, default=str)
+            digest = text_hash(whole.encode(errors="replace"))
         made = [make_segmented(s, number, kind="chat", row_digest=digest, notes=notes) for s in conversations]
         return made if len(made) == 1 else [item for item in made if isinstance(item, Document)] or made[:1]
 
@@ -162,15 +166,10 @@ class ChatTemplate:
         except TemplateError as error:
             raise CorpusError(f"the chat template in {self.folder} is not valid: {error}") from error
 
-    def _reads(self, name: str) -> bool:
-        """Whether the template reads a variable anywhere."""
-        trees = [self._parse(text) for text in self._texts.values()]
-        return any(node.name == name and node.ctx == "load" for tree in trees for node in tree.find_all(nodes.Name))
-
-    def _check_arguments(self) -> None:
-        unknown = [name for name in self.chat.template_arguments if not self._reads(name)]
+    def _check_arguments(self, trees: list[nodes.Template], read: set[str]) -> None:
+        """Refuse arguments that are not among the names that the template reads."""
+        unknown = [name for name in self.chat.template_arguments if name not in read]
         if unknown:
-            trees = [self._parse(text) for text in self._texts.values()]
             own = set.union(*(meta.find_undeclared_variables(tree) for tree in trees))
             own = sorted(own - set(self.tokenizer.special_tokens_map) - _OWN_NAMES)
             raise CorpusError(

@@ -7,10 +7,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from moba_megatron.corpus.files import COMPRESSED, find_files, is_part, kind_by_name, split_pattern
+from moba_megatron.corpus.files import COMPRESSED, find_files, is_part, kind_by_name, no_match, split_pattern
 from moba_megatron.corpus.jsonl import head_of
 
-KINDS = ("files", "jsonl", "parquet", "arrow")
 _TEXT = (".txt", ".text", ".md", ".rst")
 _SHOWN = 5
 _HEAD = 4096
@@ -64,10 +63,7 @@ def _kind_of(path: str) -> tuple[str, str | None, list[str]]:
     """(kind of the files that a path means, pattern for a folder of texts, what of it is left out)."""
     names = find_files(path).names
     if not names:
-        raise ValueError(
-            f"no documents: no file matches {path}; relative paths count from {Path.cwd()}: correct the path, or the "
-            "working directory"
-        )
+        raise ValueError(no_match(path))
     folder = os.path.isdir(path)
     kinds: dict[str, list[str]] = defaultdict(list)
     other: list[str] = []

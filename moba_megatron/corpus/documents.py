@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
@@ -156,3 +157,18 @@ def make_segmented(
 def text_hash(data: bytes) -> bytes:
     """The hash of documents, 16 bytes."""
     return hashlib.blake2b(data, digest_size=16).digest()
+
+
+@contextmanager
+def whole_file(path: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn what a library says of a damaged file into an error of the corpus; one of the system has a number and stays.
+
+    Args:
+        errors: of the library, beside OSError.
+    """
+    try:
+        yield
+    except (OSError, *errors) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise CorpusError(f"{path} cannot be read to its end ({error}): fetch it again or remove it") from error

@@ -63,6 +63,14 @@ def find_files(path: str, kind: str | None = None) -> Found:
     return Found(Path("."), [_joined(found.root, name) for name in names], left_out)
 
 
+def no_match(where: str) -> str:
+    """Text of the error for a path or a pattern that means no file."""
+    return (
+        f"no documents: no file matches {where}; relative paths count from {Path.cwd()}: correct the path, or the "
+        "working directory"
+    )
+
+
 def split_pattern(path: str) -> tuple[str, str]:
     """(folder, pattern relative to it) of a path with a pattern in it. What exists is taken literally.
 

@@ -11,14 +11,13 @@ import io
 import json
 import lzma
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow
 import zstandard
 
-from moba_megatron.corpus.documents import MIB, CorpusError, Incomplete, Item, Part, Skipped
+from moba_megatron.corpus.documents import MIB, CorpusError, Incomplete, Item, Part, Skipped, whole_file
 from moba_megatron.corpus.files import COMPRESSED, readable_size
 from moba_megatron.corpus.rows import RowReader, missing_columns
 
@@ -48,7 +47,7 @@ def read_jsonl(reader: RowReader, part: Part, advance: Advance) -> Iterator[Item
     """
     (path,) = part.names
     limit, missing, complete = reader.filters.max_row_bytes, 0, False
-    with _whole(path):
+    with whole_file(path):
         for number, line in enumerate(_lines(path, part, limit, advance), start=1):
             if line is None:
                 yield Skipped(number, f"a row of more than filters.max_row_bytes = {readable_size(limit)}")
@@ -83,7 +82,7 @@ def head_of(path: str, size: int) -> bytes:
         try:
             with io.BufferedReader(_unpacked(file, path), size) as stream:
                 return stream.read(size)
-        except (OSError, EOFError, lzma.LZMAError):
+        except OSError:
             return b""
 
 
@@ -193,15 +192,3 @@ def _decompressor(ending: str) -> Any:
     if ending == ".zst":
         return zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
     return bz2.BZ2Decompressor() if ending == ".bz2" else lzma.LZMADecompressor()
-
-
-@contextmanager
-def _whole(path: str) -> Iterator[None]:
-    """Turn what a decompressor finds in the bytes into an error of the corpus; one of the system has a number and
-    stays."""
-    try:
-        yield
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise CorpusError(f"{path} cannot be read to its end ({error}): fetch it again or remove it") from error

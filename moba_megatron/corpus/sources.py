@@ -23,7 +23,7 @@ from pathlib import Path
 
 from moba_megatron.corpus.chat import ChatTemplate
 from moba_megatron.corpus.documents import Input, Item, Part, Skipped, make_document
-from moba_megatron.corpus.files import Found, find_files, match_files, readable_size
+from moba_megatron.corpus.files import Found, find_files, match_files, no_match, readable_size
 from moba_megatron.corpus.hf_datasets import dataset_input, dataset_parts, read_dataset
 from moba_megatron.corpus.jsonl import Advance, jsonl_parts, read_jsonl
 from moba_megatron.corpus.recipe import (
@@ -78,10 +78,7 @@ def find_inputs(source: SourceBase, without: tuple[Path, ...] = ()) -> tuple[lis
         ]
     if not found.names:
         passed = f" (but {len(found.left_out)} that are left out: {found.left_out[0][1]})" if found.left_out else ""
-        raise ValueError(
-            f"no documents: no file matches {where}{passed}; relative paths count from {Path.cwd()}: correct the path, "
-            "or the working directory"
-        )
+        raise ValueError(no_match(f"{where}{passed}"))
     stats = [(name, (found.root / name).stat()) for name in found.names]
     return [Input(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats], found.left_out
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pyarrow
@@ -16,7 +15,7 @@ import pyarrow.compute
 import pyarrow.ipc
 import pyarrow.parquet
 
-from moba_megatron.corpus.documents import CorpusError, Incomplete, Item, Part, Skipped
+from moba_megatron.corpus.documents import CorpusError, Incomplete, Item, Part, Skipped, whole_file
 from moba_megatron.corpus.files import readable_size
 from moba_megatron.corpus.jsonl import Advance
 from moba_megatron.corpus.rows import RowReader, missing_columns, no_column
@@ -29,7 +28,7 @@ ROWS_AT_ONCE = 256
 
 def parquet_parts(number: int, path: str, part_bytes: int) -> list[Part]:
     """Ranges of row groups of about `part_bytes`. `number` is the source's place in the recipe."""
-    with _whole_file(path):
+    with whole_file(path, pyarrow.ArrowInvalid):
         metadata = pyarrow.parquet.read_metadata(path)
     sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
     return _ranges(number, path, sizes, part_bytes)
@@ -38,7 +37,7 @@ def parquet_parts(number: int, path: str, part_bytes: int) -> list[Part]:
 def read_parquet(reader: RowReader, part: Part, advance: Advance) -> Iterator[Item]:
     """The rows of a part, numbered within the file."""
     (path,) = part.names
-    with _whole_file(path), pyarrow.parquet.ParquetFile(path) as file:
+    with whole_file(path, pyarrow.ArrowInvalid), pyarrow.parquet.ParquetFile(path) as file:
         _check_columns(path, reader, file.schema_arrow)
         sizes = [file.metadata.row_group(group).num_rows for group in range(part.stop)]
         first = sum(sizes[: part.start])
@@ -52,7 +51,7 @@ def arrow_parts(number: int, path: str, size: int, part_bytes: int) -> list[Part
     """Ranges of record batches of about `part_bytes`, or the whole of a stream. `size` is that of the file in bytes."""
     if not _has_footer(path):
         return [Part(number, (path,), 0, 1, size)]
-    with _whole_file(path), pyarrow.memory_map(path) as stream:
+    with whole_file(path, pyarrow.ArrowInvalid), pyarrow.memory_map(path) as stream:
         batches = pyarrow.ipc.open_file(stream).num_record_batches
     return _ranges(number, path, [size // max(1, batches)] * batches, part_bytes)
 
@@ -60,7 +59,7 @@ def arrow_parts(number: int, path: str, size: int, part_bytes: int) -> list[Part
 def read_arrow(reader: RowReader, part: Part, advance: Advance) -> Iterator[Item]:
     """The rows of a part, numbered within the file."""
     (path,) = part.names
-    with _whole_file(path), pyarrow.memory_map(path) as stream:
+    with whole_file(path, pyarrow.ArrowInvalid), pyarrow.memory_map(path) as stream:
         if _has_footer(path):
             file = pyarrow.ipc.open_file(stream)
             _check_columns(path, reader, file.schema)
@@ -223,14 +222,3 @@ def _ranges(number: int, path: str, sizes: list[int], part_bytes: int) -> list[P
             parts.append(Part(number, (path,), start, place + 1, size))
             start, size = place + 1, 0
     return parts
-
-
-@contextmanager
-def _whole_file(path: str) -> Iterator[None]:
-    """Turn what pyarrow says of damaged files into an error of the corpus; one of the system has a number and stays."""
-    try:
-        yield
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise CorpusError(f"{path} cannot be read to its end ({error}): fetch it again or remove it") from error

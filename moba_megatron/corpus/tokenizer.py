@@ -220,9 +220,9 @@ def copy_tokenizer(source: str | Path, folder: str | Path, end_of_document: str 
     return Tokenizer(folder)
 
 
-def copy_files(source: Path, folder: Path) -> None:
-    """Copy what makes a tokenizer; `folder` is there."""
-    for path in (*(source / name for name in TOKENIZER_FILES), *template_files(source)):
+def copy_files(source: Path, folder: Path, names: Sequence[str] = TOKENIZER_FILES) -> None:
+    """Copy what there is of a tokenizer: the files of these names, and chat templates; `folder` is there."""
+    for path in (*(source / name for name in names), *template_files(source)):
         if path.is_file():
             target = folder / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)

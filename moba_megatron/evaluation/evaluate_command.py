@@ -115,8 +115,8 @@ def evaluate_command(
             raise ValueError(f"--lengths {lengths} without --tasks: name the tasks to run")
         elif haystack is not None and ruler is None:
             raise ValueError(f"--haystack {haystack} without --tasks or --ruler: name what it goes around")
-        harness = any(option is not None for option in (lm_eval, ruler, lm_eval_tasks, lm_eval_limit, lm_eval_system))
-        harness = harness or lm_eval_chat
+        asked = (lm_eval, ruler, lm_eval_tasks, lm_eval_limit, lm_eval_system)
+        harness = lm_eval_chat or any(option is not None for option in asked)
         wants_losses = losses or (losses is None and not routing and not options and not harness)
         of_losses = {"--samples": samples, "--trailing": trailing, "--validation": None if routing else validation}
         unused = [name for name, value in of_losses.items() if value is not None]
