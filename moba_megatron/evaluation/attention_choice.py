@@ -4,9 +4,10 @@ it."""
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Literal
 
-from moba_megatron.model.schedule import LayerAttention
+from moba_megatron.model.schedule import FULL, LayerAttention
 from moba_megatron.ops.selection import MOBA, Selection
 
 Attention = Literal["moba", "full"]
@@ -57,19 +58,70 @@ def parse_choice(option: str, text: str) -> LayerAttention:
     return LayerAttention("moba", int(match[1]), int(match[2]), selection)
 
 
-def words_of(choice: LayerAttention) -> str:
+@dataclass(frozen=True)
+class LossesChoice:
+    """An attention for some layers, or all: what the same weights lose under it; the other layers attend fully.
+
+    Attributes:
+        attention: how these layers attend.
+        ranges: first and last layer of each range, from 0; none: all layers.
+    """
+
+    attention: LayerAttention
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    def layers(self, num_layers: int) -> tuple[LayerAttention, ...]:
+        """How each layer attends.
+
+        Raises:
+            ValueError: a layer that the model does not have.
+        """
+        last = max((last for _, last in self.ranges), default=0)
+        if last >= num_layers:
+            raise ValueError(f"{self}: the model's layers are 0 to {num_layers - 1}")
+        chosen = {layer for first, last in self.ranges for layer in range(first, last + 1)} or range(num_layers)
+        return tuple(self.attention if layer in chosen else FULL for layer in range(num_layers))
+
+    def __str__(self) -> str:
+        ranges = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in self.ranges)
+        return f"{self.attention} in layers {ranges}" if ranges else str(self.attention)
+
+
+def parse_losses_choice(text: str) -> LossesChoice:
+    """A choice of `--losses-choice`.
+
+    >>> str(parse_losses_choice("64:8:recent")), str(parse_losses_choice("128:4@0-2,7"))
+    ('moba B=64 K=8 recent', 'moba B=128 K=4 in layers 0-2,7')
+    >>> [str(layer) for layer in parse_losses_choice("128:4@1").layers(3)]
+    ['full', 'moba B=128 K=4', 'full']
+
+    Raises:
+        ValueError: not as `parse_choice` wants it, with layers such as `@5` or `@0-26,29`, or without.
+    """
+    option = "--losses-choice"
+    words, _, layers = text.partition("@")
+    ranges = []
+    for part in layers.split(",") if "@" in text else []:
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"{option} {text}: after @ come layers, counted from 0, such as 5 or 0-26,29")
+        ranges.append((int(match[1]), int(match[2] or match[1])))
+    return LossesChoice(parse_choice(option, words), tuple(ranges))
+
+
+def words_of(choice: LayerAttention | LossesChoice) -> str:
     """A choice in records, as `choice`.
 
-    >>> words_of(parse_choice("--losses-choice", "32:3:recent"))
+    >>> words_of(parse_losses_choice("32:3:recent"))
     'B=32 K=3 recent'
     """
     return str(choice).removeprefix("moba ")
 
 
-def file_name(choice: LayerAttention) -> str:
-    """A choice within the name of a file.
+def as_file_name(words: str) -> str:
+    """Words of a record's `choice` within the name of a file.
 
-    >>> file_name(parse_choice("--losses-choice", "32:3:recent"))
-    'B32_K3_recent'
+    >>> as_file_name("B=32 K=3 in layers 0-2,7")
+    'B32_K3_in_layers_0-2_7'
     """
-    return words_of(choice).replace("=", "").replace(" ", "_")
+    return words.replace("=", "").replace(" ", "_").replace(",", "_")

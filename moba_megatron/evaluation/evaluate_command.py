@@ -26,14 +26,19 @@ def evaluate_command(
     trailing: Annotated[
         int | None, typer.Option(min=1, help="Positions of the trailing loss, in tokens. Default: as in training.")
     ] = None,
+    sequence_length: Annotated[
+        str | None,
+        typer.Option(help="Tokens of a sample of the losses and the routing (2048,8K,...). Default: as in training."),
+    ] = None,
     losses: Annotated[
         bool | None, typer.Option("--losses/--no-losses", help="The losses. Default: if nothing else is asked for.")
     ] = None,
     losses_choice: Annotated[
         list[str] | None,
         typer.Option(
-            help="B:K, or B:K:SELECTOR: what the same weights lose under MoBA of these sizes in all layers; also on a "
-            "model that attends fully. Several times. Asks for the losses."
+            help="B:K, or B:K:SELECTOR: what the same weights lose under MoBA of these sizes in all layers, or only in "
+            "some (B:K@5, B:K:SELECTOR@0-26,29; counted from 0); also on a model that attends fully. Several times. "
+            "Asks for the losses."
         ),
     ] = None,
     routing: Annotated[
@@ -97,7 +102,8 @@ def evaluate_command(
     """
     from rich.console import Console
 
-    from moba_megatron.evaluation.attention_choice import parse_choice
+    from moba_megatron.config.lengths import parse_length
+    from moba_megatron.evaluation.attention_choice import parse_choice, parse_losses_choice
     from moba_megatron.evaluation.subject import open_subject
     from moba_megatron.evaluation.tasks.options import task_options
     from moba_megatron.runs.records import EvaluationRecords
@@ -105,7 +111,7 @@ def evaluate_command(
     console = Console(highlight=False, soft_wrap=True)
     try:
         choice = parse_choice("--routing-choice", routing_choice) if routing_choice else None
-        choices = [parse_choice("--losses-choice", text) for text in losses_choice or []]
+        choices = [parse_losses_choice(text) for text in losses_choice or []]
         losses = True if choices else losses
         routing = routing or choice is not None
         options = None
@@ -119,6 +125,8 @@ def evaluate_command(
         harness = lm_eval_chat or any(option is not None for option in asked)
         wants_losses = losses or (losses is None and not routing and not options and not harness)
         of_losses = {"--samples": samples, "--trailing": trailing, "--validation": None if routing else validation}
+        if sequence_length is not None and not wants_losses and not routing:
+            raise ValueError(f"--sequence-length {sequence_length} without the losses or --routing: add --losses")
         unused = [name for name, value in of_losses.items() if value is not None]
         if unused and not wants_losses:
             raise ValueError(f"{', '.join(unused)} without the losses: add --losses")
@@ -150,6 +158,7 @@ def evaluate_command(
             validation=validation,
             samples=samples,
             trailing_tokens=trailing,
+            sequence_length=parse_length("--sequence-length", sequence_length) if sequence_length else None,
             on_validation=wants_losses or routing,
             output=output,
         )

@@ -34,12 +34,14 @@ class Subject:
         opened: the model, in evaluation mode.
         config: the run's configuration, with the data and numbers of samples asked for, one sample a pass.
         attentions: how the parts shall let it attend, in this order.
+        own_length: the run's own `data.sequence_length`, in tokens.
         output: where results go; None: to the run folder.
     """
 
     opened: OpenedModel
     config: Config
     attentions: list[Attention]
+    own_length: int
     output: Path | None = None
 
     @property
@@ -57,16 +59,19 @@ class Subject:
         return self.opened.folder if self.output is None else RunFolder(self.output)
 
     @property
+    def other_length(self) -> str | None:
+        """The length of the samples, as `L=2048`, where it is not the run's own."""
+        length = self.config.data.sequence_length
+        return None if length == self.own_length else f"L={length}"
+
+    @property
     def own_attention(self) -> Attention:
         """How the model attended at its last training step: `moba` if any layer did."""
         return kind_of(_own_layers(self.opened))
 
-    def attend(self, attention: Attention | LayerAttention) -> None:
-        """Let every layer attend so from now on; the parameters stay the same. A `LayerAttention` is for all layers."""
-        if isinstance(attention, LayerAttention):
-            layers = (attention,) * self.opened.schedule.num_layers
-        else:
-            layers = attention_layers(self.opened, attention)
+    def attend(self, attention: Attention | tuple[LayerAttention, ...]) -> None:
+        """Let the layers attend so from now on; the parameters stay the same."""
+        layers = attention if isinstance(attention, tuple) else attention_layers(self.opened, attention)
         assert layers is not None, "open_subject offers only attentions that there are"
         set_attention_stage(self.opened.model, AttentionSchedule((layers,)), 0)
 
@@ -105,6 +110,7 @@ def open_subject(
     validation: str | None = None,
     samples: int | None = None,
     trailing_tokens: int | None = None,
+    sequence_length: int | None = None,
     on_validation: bool = True,
     output: Path | None = None,
 ) -> Subject:
@@ -114,6 +120,7 @@ def open_subject(
         attention: `moba`, `full` or `both`; None: both, if the model has MoBA layers in any stage of its schedule.
         validation: prefix of indexed data; None: the run's own.
         samples, trailing_tokens: in place of the run's `evaluation.samples` and `evaluation.trailing_tokens`.
+        sequence_length: of these samples, in tokens, in place of the run's `data.sequence_length`.
         on_validation: whether validation data are needed; they are checked before the model is loaded.
         output: where results go; None: to the run folder.
 
@@ -122,7 +129,8 @@ def open_subject(
         ValueError: an attention that the model does not have, a bad number, or validation data that are missing or do
             not fit.
     """
-    config = _asked_for(found_config(find_checkpoint(target)), validation, samples, trailing_tokens)
+    own = found_config(find_checkpoint(target))
+    config = _asked_for(own, validation, samples, trailing_tokens, sequence_length)
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
     has_moba = "moba" in map(kind_of, schedule.stages)
     attentions = chosen_attentions(attention, has_moba)
@@ -132,7 +140,8 @@ def open_subject(
         check_validation(config)
     tokenizer = Tokenizer(config.data.tokenizer)
     opened = open_model(target, tokenizer.fingerprint, tokenizer.vocab_size)
-    subject = Subject(replace(opened, config=config), config, attentions, output)
+    own_length = own.data.sequence_length
+    subject = Subject(replace(opened, config=config), config, attentions, own_length, output)
     # The model's own way first: its results are what training recorded.
     subject.attentions.sort(key=lambda name: name != subject.own_attention)
     return subject
@@ -151,13 +160,24 @@ def attention_layers(opened: OpenedModel, attention: Attention) -> tuple[LayerAt
     return next((layers for layers in nearest if kind_of(layers) == "moba"), None)
 
 
-def _asked_for(config: Config, validation: str | None, samples: int | None, trailing_tokens: int | None) -> Config:
-    length = config.data.sequence_length
+def _asked_for(
+    config: Config,
+    validation: str | None,
+    samples: int | None,
+    trailing_tokens: int | None,
+    sequence_length: int | None,
+) -> Config:
+    length = sequence_length or config.data.sequence_length
     if trailing_tokens is not None and not 1 <= trailing_tokens <= length:
-        raise ValueError(f"{trailing_tokens} trailing tokens: 1 to data.sequence_length = {length}")
+        raise ValueError(f"{trailing_tokens} trailing tokens: 1 to the {length} of a sample")
     changes = {"samples": samples, "trailing_tokens": trailing_tokens}
+    own_trailing = config.evaluation.trailing_tokens
+    if trailing_tokens is None and own_trailing is not None and own_trailing > length:
+        raise ValueError(f"evaluation.trailing_tokens = {own_trailing} of the run is over {length}: give --trailing")
     evaluation = config.evaluation.model_copy(update={key: value for key, value in changes.items() if value})
-    data = config.data.model_copy(update={"validation": validation or config.data.validation})
+    data = config.data.model_copy(
+        update={"validation": validation or config.data.validation, "sequence_length": length}
+    )
     training = config.training.model_copy(update={"micro_batch_size": 1})
     return config.model_copy(update={"data": data, "evaluation": evaluation, "training": training})
 

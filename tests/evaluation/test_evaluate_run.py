@@ -139,14 +139,33 @@ def test_losses_under_sizes_that_are_not_the_models_own(run):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_losses_of_some_layers_and_another_length(run):
+    """One layer under MoBA costs less than all; at half the length the first positions lose the same."""
+    asked = ("--attention", "full", "--samples", 2, "--losses-choice", "16:2@1", "--losses-choice", "16:2@0-1,2,3")
+    call("evaluate", run, *asked)
+    names = ("step_8", "step_8_B16_K2_in_layers_1", "step_8_B16_K2_in_layers_0-1_2_3")
+    full, one, every = (json.loads((run / f"evaluation/{name}.json").read_text()) for name in names)
+    assert len({round(record["loss"], 6) for record in (full, one, every)}) == 3
+    for length in ((), ("--sequence-length", 64)):
+        call("evaluate", run, "--attention", "full", "--samples", 1, *length)
+    full, short = (json.loads((run / f"evaluation/{name}.json").read_text()) for name in ("step_8", "step_8_L64"))
+    assert (short["choice"], short["by_position_1k"][-1]["end"]) == ("L=64", 64)
+    losses = [[part["loss"] for part in record["by_position_log"][:3]] for record in (full, short)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--losses-choice", "16:3:best"], "choose one of top_k, recent"),
-        (["--losses-choice", "256:3"], "longer than data.sequence_length = 128"),
+        (["--losses-choice", "256:3"], "longer than the 128 tokens of a sample"),
+        (["--losses-choice", "16:3@4"], "the model's layers are 0 to 3"),
+        (["--losses-choice", "16:3@2-1"], "after @ come layers"),
+        (["--sequence-length", "2k"], "'2k' is not a number of tokens"),
+        (["--tasks", "needle", "--sequence-length", "64"], "without the losses or --routing"),
         (["--routing-choice", "8x6"], "such as 512:3"),
         (["--attention", "dense"], "moba, full or both"),
-        (["--trailing", "129"], "sequence_length = 128"),
+        (["--trailing", "129"], "1 to the 128 of a sample"),
         (["--samples", "100000"], "evaluation.samples"),
         (["--validation", "nowhere"], "nowhere"),
         (["--routing", "--attention", "full"], "nothing is chosen"),

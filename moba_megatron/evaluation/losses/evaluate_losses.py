@@ -14,37 +14,41 @@ from rich.table import Column, Table
 
 from moba_megatron.config import Config
 from moba_megatron.corpus.manifest import load_manifest
-from moba_megatron.evaluation.attention_choice import file_name, words_of
+from moba_megatron.evaluation.attention_choice import LossesChoice, as_file_name, words_of
 from moba_megatron.evaluation.losses.positions import doubling_bounds, position_totals, range_losses, summarise
 from moba_megatron.evaluation.losses.power_law import fit_power_law
 from moba_megatron.evaluation.plots import plot_positions
 from moba_megatron.evaluation.progress import shown
 from moba_megatron.evaluation.subject import Attention, Subject
-from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.runs.records import EvaluationRecords
 
 PER_RANGE = 1024
 
 
 def evaluate_losses(
-    subject: Subject, records: EvaluationRecords, console: Console, choices: Sequence[LayerAttention] = ()
+    subject: Subject, records: EvaluationRecords, console: Console, choices: Sequence[LossesChoice] = ()
 ) -> None:
-    """Losses under each attention of the subject: a table, a record each, one picture of loss by position.
+    """Losses under each attention of the subject: a record each as soon as it is known, a table, one picture of loss
+    by position.
 
     Args:
-        choices: further attentions, each for all layers: what the same weights would lose under them.
+        choices: further attentions: what the same weights would lose under them.
 
     Raises:
-        ValueError: blocks longer than the samples.
+        ValueError: blocks longer than the samples, or layers that the model does not have.
     """
     length = subject.config.data.sequence_length
     for choice in choices:
-        if choice.block_size > length:
-            raise ValueError(f"{choice}: blocks longer than data.sequence_length = {length}")
+        if choice.attention.block_size > length:
+            raise ValueError(f"{choice}: blocks longer than the {length} tokens of a sample")
+        choice.layers(subject.opened.schedule.num_layers)
     unigram = unigram_baseline(subject.config)
-    ways: dict[str, Attention | LayerAttention] = {name: name for name in subject.attentions}
+    ways: dict[str, Attention | LossesChoice] = {name: name for name in subject.attentions}
     ways |= {str(choice): choice for choice in choices}
-    results = {name: _losses(subject, name, way, console) for name, way in ways.items()}
+    results, paths = {}, []
+    for name, way in ways.items():
+        results[name] = _losses(subject, name, way, console)
+        paths.append(_record(subject, records, way, results[name], unigram))
     console.print(f"{subject.folder}, step {subject.step}")
     of_attentions = {name: results[name] for name in subject.attentions}
     console.print(_table(subject, of_attentions, unigram))
@@ -52,23 +56,37 @@ def evaluate_losses(
         console.print(line)
     if choices:
         console.print(_table_of_choices(subject.attentions[-1], results))
-    common = {"data": subject.config.data.validation, "samples": subject.config.evaluation.samples}
-    for name, way in ways.items():
-        choice = isinstance(way, LayerAttention)
-        # Says that these are not the model's own sizes.
-        result = {**common, **results[name], **({"choice": words_of(way)} if choice else {})}
-        own = name == subject.own_attention
-        path = records.write(
-            "losses",
-            step=subject.step,
-            tokens=subject.tokens,
-            attention="moba" if choice else way,
-            values={"unigram_loss": unigram, **result},
-            summary=result,
-            name=f"step_{subject.step}" + ("" if own else f"_{file_name(way) if choice else way}"),
-        )
+    for path in paths:
         console.print(f"  {path}")
     console.print(f"  {_plot(subject, results)}")
+
+
+def _record(
+    subject: Subject,
+    records: EvaluationRecords,
+    way: Attention | LossesChoice,
+    result: dict[str, Any],
+    unigram: float | None,
+) -> Path:
+    config = subject.config
+    is_choice = isinstance(way, LossesChoice)
+    words = [words_of(way)] if is_choice else []
+    name = "" if way == subject.own_attention else f"_{as_file_name(words_of(way)) if is_choice else way}"
+    if subject.other_length:
+        words.insert(0, subject.other_length)
+        name = f"_{as_file_name(subject.other_length)}{name}"
+    common = {"data": config.data.validation, "samples": config.evaluation.samples}
+    # Says that these are not the model's own sizes, or not its own length.
+    result = {**common, **result, **({"choice": " ".join(words)} if words else {})}
+    return records.write(
+        "losses",
+        step=subject.step,
+        tokens=subject.tokens,
+        attention="moba" if is_choice else way,
+        values={"unigram_loss": unigram, **result},
+        summary=result,
+        name=f"step_{subject.step}{name}",
+    )
 
 
 def unigram_baseline(config: Config) -> float | None:
@@ -79,10 +97,10 @@ def unigram_baseline(config: Config) -> float | None:
     return manifest.unigram_loss if manifest else None
 
 
-def _losses(subject: Subject, name: str, attention: Attention | LayerAttention, console: Console) -> dict[str, Any]:
+def _losses(subject: Subject, name: str, way: Attention | LossesChoice, console: Console) -> dict[str, Any]:
     """All numbers of one attention, JSON-ready. One sample at a time; logits live in chunks only."""
     config = subject.config
-    subject.attend(attention)
+    subject.attend(way.layers(subject.opened.schedule.num_layers) if isinstance(way, LossesChoice) else way)
     samples = config.evaluation.samples
     batches = shown(subject.batches(samples), samples, f"losses, {name} attention", console)
     sums_4S = position_totals(subject.opened.model, [batches], config, samples)
@@ -149,6 +167,7 @@ def _below_the_table(subject: Subject, results: dict[str, dict[str, Any]]) -> li
 
 
 def _plot(subject: Subject, results: dict[str, dict[str, Any]]) -> Path:
-    picture = subject.folder.plots / f"loss_by_position_step_{subject.step}.png"
+    other = f"_{as_file_name(subject.other_length)}" if subject.other_length else ""
+    picture = subject.folder.plots / f"loss_by_position_step_{subject.step}{other}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     return plot_positions(results, picture)

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from moba_megatron.evaluation.attention_choice import file_name, words_of
+from moba_megatron.evaluation.attention_choice import as_file_name, words_of
 from moba_megatron.evaluation.progress import shown
 from moba_megatron.evaluation.routing.capture import Captured, capture_attention
 from moba_megatron.evaluation.routing.mass import RoutingChoice, attention_masses
@@ -48,9 +48,10 @@ def evaluate_routing(
     layers = observe_routing(subject, attention, samples, console, choice)
     report = [layer_record(layer) for layer in layers]
     values = {"data": subject.config.data.validation, "samples": samples, **overall(report)}
-    if choice:
-        # Says that these are not the layers' own sizes.
-        values["choice"] = words_of(choice)
+    words = [*([subject.other_length] if subject.other_length else []), *([words_of(choice)] if choice else [])]
+    if words:
+        # Says that these are not the layers' own sizes, or not the run's own length.
+        values["choice"] = " ".join(words)
     values["advice"] = advice(report)
     console.print(f"{subject.folder}, step {subject.step}: routing on {samples} samples of validation data")
     console.print(table(report))
@@ -59,8 +60,8 @@ def evaluate_routing(
     own = {"step": subject.step, "tokens": subject.tokens, "attention": attention}
     summary = {key: value for key, value in values.items() if key != "advice"}
     name = f"routing_step_{subject.step}_{attention}"
-    if choice:
-        name += f"_{file_name(choice)}"
+    if words:
+        name += f"_{as_file_name(values['choice'])}"
     path = records.write("routing", **own, values={**values, "layers": report}, summary=summary, name=name)
     console.print(f"  {path}")
     for record in routed(report):
