@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from moba_megatron.config import Config
 from moba_megatron.model.schedule import LayerAttention
-from moba_megatron.ops.gathered.index import ENTRIES_PER_QUERY_ROW
+from moba_megatron.ops.gathered.index import ENTRY_BYTES, default_entries
 from moba_megatron.ops.kernel_sizes import default_workspace
 from moba_megatron.parallel.exchange_kind import ExchangeKind, RankSizes
 from moba_megatron.parallel.exchanges import EXCHANGES
@@ -124,7 +124,9 @@ def attention_backward_bytes(shape: Shape, layer: LayerAttention) -> int:
         return gradients
     if shape.cuda:
         return gradients + default_workspace(queries * width)
-    return gradients + ENTRIES_PER_QUERY_ROW * queries * (width + 8) // shape.kv_heads
+    rows = t * shape.heads // shape.kv_heads
+    entries = min(default_entries(rows), t * shape.heads * (layer.top_k - 1))
+    return gradients + entries * (size * width + ENTRY_BYTES) + 4 * queries
 
 
 def exchange_bytes(config: Config, shape: Shape, layer: LayerAttention, exchange: str | None) -> int:

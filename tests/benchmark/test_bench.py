@@ -91,9 +91,9 @@ def test_refuses_a_broken_mask_in_later_rows_of_a_block(monkeypatch):
     """Only blocks longer than a strip of rows have such rows: the gate must test the real size."""
     right = tiles.matmul_forward
 
-    def wrong(q, k, v, scale, mask=None):
+    def wrong(q, k, v, mask=None):
         later = mask is not None and k.shape[1] > CAUSAL_ROWS
-        return right(q, k, v, scale, None if later else mask)
+        return right(q, k, v, None if later else mask)
 
     assert bench.disagreement(TINY, "fp32", 256, 2) is None
     monkeypatch.setattr(tiles, "matmul_forward", wrong)

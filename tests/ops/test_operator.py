@@ -263,6 +263,7 @@ def test_memory_does_not_grow_with_top_k(monkeypatch, num_heads, num_kv_heads, t
     # Tiles have a constant size, which at this short length would drown what grows with the length.
     monkeypatch.setattr("moba_megatron.ops.gathered.kv_heads.SCORES_PER_THREAD", 2**14)
     monkeypatch.setattr("moba_megatron.ops.gathered.combine.TOKENS_AT_ONCE", 512)
+    monkeypatch.setattr("moba_megatron.ops.gathered.index.FEWEST_ENTRIES", 1)
     q, k, v, do = inputs(4096, num_heads, num_kv_heads, size=64)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     with LiveBytes(*leaves, do) as memory:
@@ -272,10 +273,11 @@ def test_memory_does_not_grow_with_top_k(monkeypatch, num_heads, num_kv_heads, t
     assert returned < memory.peak <= returned + 8 * q.nbytes
 
 
-def test_token_ranges_do_not_show():
+def test_token_ranges_do_not_show(monkeypatch):
     """Many past blocks and few heads are cut by tokens: the same attention, across documents and odd lengths."""
     q, k, v, do = inputs(203, 2, 1, dtype=torch.float64)
     bounds, block_size, top_k = cu([0, 37, 203]), 8, 20
+    monkeypatch.setattr("moba_megatron.ops.gathered.index.FEWEST_ENTRIES", 1)
     assert len(list(token_ranges(203, 1, top_k - 1, most_entries(q, 2, workspace_bytes=None)))) == 5
     ids = select_blocks(q, k, bounds, block_size=block_size, top_k=top_k)[..., 1:]
     got = results(lambda *x: moba_attention(*x, bounds, block_size=block_size, top_k=top_k), q, k, v, do)
@@ -292,7 +294,7 @@ def test_kv_blocks_in_shared_tiles_and_in_their_own(monkeypatch, dtype):
 
     def run(scores: int, rows: int):
         monkeypatch.setattr("moba_megatron.ops.gathered.kv_heads.SCORES_PER_THREAD", scores)
-        monkeypatch.setattr("moba_megatron.ops.gathered.past.ROWS_OF_BATCH", rows)
+        monkeypatch.setattr("moba_megatron.ops.gathered.index.ROWS_OF_BATCH", rows)
         monkeypatch.setattr("moba_megatron.ops.gathered.past.SMALL_KV_BLOCKS", 2)
         return results(lambda *x: moba_attention(*x, bounds, block_size=8, top_k=4, backend="gathered"), q, k, v, do)
 
@@ -308,3 +310,29 @@ def test_selection_order_does_not_need_the_reference():
     ids = reference_select(q, k, None, 8, 2)
     got = moba_attention(q, k, v, block_size=8, top_k=3, backend="gathered")
     torch.testing.assert_close(got, reference_attend(q, k, v, ids, None, 8, 0.25)[0], rtol=1e-5, atol=1e-5)
+
+
+class CountedOperators(TorchDispatchMode):
+    """Counts the operators that PyTorch runs, views aside."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += not operator.is_view
+        return operator(*args, **(kwargs or {}))
+
+
+def test_small_blocks_take_few_operators():
+    """At this size calls cost as much as the products in them; the heads of all key heads share them."""
+    q, k, v, do = inputs(2048, 9, 3, size=64)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with CountedOperators() as operators:
+            torch.autograd.grad(moba_attention(*leaves, block_size=64, top_k=8, backend="gathered"), leaves, do)
+    finally:
+        torch.set_num_threads(threads)
+    assert 1000 < operators.count <= 3500

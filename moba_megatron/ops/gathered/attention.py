@@ -33,22 +33,25 @@ from moba_megatron.ops.fragments import Fragment, Keys, whole_pack
 from moba_megatron.ops.gathered.causal import causal_backward, causal_forward
 from moba_megatron.ops.gathered.combine import combine_backward, combine_forward, output_delta
 from moba_megatron.ops.gathered.index import Index
-from moba_megatron.ops.gathered.kv_heads import each_kv_head
+from moba_megatron.ops.gathered.kv_heads import each_group
 from moba_megatron.ops.gathered.past import past_backward, past_forward
 from moba_megatron.ops.layout import BlockLayout
 from moba_megatron.ops.precision import score_dtype, without_autocast
 
 
 class _EntryBuffer:
-    """Room [E + 1, D] in q's dtype for what belongs to the entries of one index after the other."""
+    """Room [P + 1, D] in q's dtype for what belongs to the entries of one index after the other."""
 
     def __init__(self, q_TND: Tensor):
-        self.room = q_TND.new_empty(0, q_TND.shape[2])
+        self._q_TND = q_TND
+        self._room = q_TND.new_empty(0, q_TND.shape[2])
 
     def __call__(self, index: Index) -> Tensor:
-        if self.room.shape[0] <= index.count:
-            self.room = self.room.new_empty(index.count + 1, self.room.shape[1])
-        return self.room[: index.count + 1]
+        if self._room.shape[0] <= index.count:
+            # The old room goes first: the two are never there at once.
+            del self._room
+            self._room = self._q_TND.new_empty(index.count + 1, self._q_TND.shape[2])
+        return self._room[: index.count + 1]
 
 
 @without_autocast
@@ -77,13 +80,12 @@ def accumulate(
         workspace_bytes: for what is kept of the entries of one index, see `moba_attention`.
     """
     buffer = _EntryBuffer(q_TND)
-    for kv in each_kv_head(q_TND, keys, ids_TNK, fragment, softmax_scale, workspace_bytes):
+    for kv in each_group(q_TND, keys, ids_TNK, fragment, softmax_scale, workspace_bytes):
         causal_forward(kv, out_TND, lse_TN)
         for index in kv.indexes():
-            partial_out_ED = buffer(index)
-            partial_lse_E = torch.empty(partial_out_ED.shape[0], dtype=kv.dtype, device=q_TND.device)
-            past_forward(kv, index, partial_out_ED, partial_lse_E)
-            combine_forward(index, partial_out_ED, partial_lse_E, out_TND, lse_TN)
+            partial_lse_P = lse_TN.new_empty(index.count + 1)
+            past_forward(kv, index, buffer(index), partial_lse_P)
+            combine_forward(index, buffer(index), partial_lse_P, out_TND, lse_TN)
 
 
 @without_autocast
@@ -112,17 +114,16 @@ def accumulate_backward(
         dk_SGD, dv_SGD: [S, G, D] in any dtype; what this fragment gives is written, summed in fp32 or wider.
         workspace_bytes: as for `accumulate`.
     """
-    buffer, last_kv_head = _EntryBuffer(q_TND), -1
-    for kv in each_kv_head(q_TND, keys, ids_TNK, fragment, softmax_scale, workspace_bytes):
-        if kv.kv_head != last_kv_head:
-            dk_SD, dv_SD = (torch.zeros_like(kv.k, dtype=kv.dtype) for _ in range(2))
-            last_kv_head = kv.kv_head
-        causal_backward(kv, do_TND, lse_TN, delta_TN, dq_TND, dk_SD, dv_SD)
+    buffer, kv_heads = _EntryBuffer(q_TND), None
+    for kv in each_group(q_TND, keys, ids_TNK, fragment, softmax_scale, workspace_bytes):
+        if kv.kv_heads != kv_heads:
+            dk_gSD, dv_gSD = (torch.zeros_like(kv.k, dtype=kv.dtype) for _ in range(2))
+            kv_heads = kv.kv_heads
+        causal_backward(kv, do_TND, lse_TN, delta_TN, dq_TND, dk_gSD, dv_gSD)
         for index in kv.indexes():
-            partial_dq_ED = buffer(index)
-            past_backward(kv, index, do_TND, out_TND, lse_TN, delta_TN, partial_dq_ED, dk_SD, dv_SD)
-            combine_backward(index, partial_dq_ED, dq_TND)
-        dk_SGD[:, kv.kv_head], dv_SGD[:, kv.kv_head] = dk_SD, dv_SD
+            factor = past_backward(kv, index, do_TND, out_TND, lse_TN, delta_TN, buffer(index), dk_gSD, dv_gSD)
+            combine_backward(index, buffer(index), dq_TND, factor)
+        dk_SGD[:, kv_heads], dv_SGD[:, kv_heads] = dk_gSD.transpose(0, 1), dv_gSD.transpose(0, 1)
 
 
 def attend_forward(

@@ -3,7 +3,8 @@
 Each row picks its entries by the inverse permutation of the index: outputs are combined by log-sum-exp in fp32, parts
 of dq added.
 
-Legend: T tokens, N query heads, D head size, K slots of a row, t tokens of a range, H heads of a range, E entries.
+Legend: T tokens, N query heads, D head size, K slots of a row, t tokens of a range, H heads of a range, P entries with
+padding.
 """
 
 from __future__ import annotations
@@ -13,34 +14,34 @@ from torch import Tensor
 
 from moba_megatron.ops.combine import combine_weights
 from moba_megatron.ops.gathered.index import Index
+from moba_megatron.ops.gathered.row_sums import sums_of_chosen
 from moba_megatron.ops.precision import score_dtype
 
 TOKENS_AT_ONCE = 4096
 
 
 def combine_forward(
-    index: Index, partial_out_ED: Tensor, partial_lse_E: Tensor, out_TND: Tensor, lse_TN: Tensor
+    index: Index, partial_out_PD: Tensor, partial_lse_P: Tensor, out_TND: Tensor, lse_TN: Tensor
 ) -> None:
     """Combine the entries' outputs with out and lse, in place, a few tokens at a time."""
     out_tHD, lse_tH = (x[index.tokens, index.heads] for x in (out_TND, lse_TN))
     for first in range(0, out_tHD.shape[0], TOKENS_AT_ONCE):
         tokens = slice(first, first + TOKENS_AT_ONCE)
-        place_KtH = index.place_tHK[tokens].permute(2, 0, 1)
-        weights, lse_tH[tokens] = combine_weights(torch.cat([lse_tH[None, tokens], partial_lse_E[place_KtH]]))
-        acc = out_tHD[tokens] * weights[0].unsqueeze(-1)
-        for place, weight in zip(place_KtH, weights[1:], strict=True):
-            partial_out = partial_out_ED.index_select(0, place.flatten()).view(acc.shape)
-            acc.addcmul_(partial_out.to(acc.dtype), weight.unsqueeze(-1))
-        out_tHD[tokens] = acc
+        place_tHK = index.place_tHK[tokens]
+        partial_lse_KtH = partial_lse_P[place_tHK].permute(2, 0, 1)
+        weights, lse_tH[tokens] = combine_weights(torch.cat([lse_tH[None, tokens], partial_lse_KtH]))
+        of_slots = weights[1:].permute(1, 2, 0).flatten(0, 1)
+        acc_tHD = sums_of_chosen(partial_out_PD, place_tHK.flatten(0, 1), of_slots).view(out_tHD[tokens].shape)
+        out_tHD[tokens] = acc_tHD.addcmul_(out_tHD[tokens].to(acc_tHD.dtype), weights[0].unsqueeze(-1))
 
 
-def combine_backward(index: Index, partial_dq_ED: Tensor, dq_TND: Tensor) -> None:
-    """Add the entries' dq, in place."""
+def combine_backward(index: Index, partial_dq_PD: Tensor, dq_TND: Tensor, factor: float) -> None:
+    """Add the entries' dq times a factor, in place."""
     dq_tHD = dq_TND[index.tokens, index.heads]
     for first in range(0, dq_tHD.shape[0], TOKENS_AT_ONCE):
         tokens = slice(first, first + TOKENS_AT_ONCE)
-        for place in index.place_tHK[tokens].unbind(-1):
-            dq_tHD[tokens] += partial_dq_ED.index_select(0, place.flatten()).view(dq_tHD[tokens].shape)
+        partial_dq = sums_of_chosen(partial_dq_PD, index.place_tHK[tokens].flatten(0, 1))
+        dq_tHD[tokens].add_(partial_dq.view(dq_tHD[tokens].shape), alpha=factor)
 
 
 def output_delta(do_TND: Tensor, out_TND: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ Shapes: q, out, do [b, n, D]; k, v [b, m, D]; lse, delta [b, n] fp32 or wider.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -22,18 +24,27 @@ _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def uses_fused_kernel(tensor: Tensor) -> bool:
-    """Whether tiles of such tensors go through PyTorch's fused attention kernel for CPU."""
-    return tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16)
+    """Whether tiles of such tensors go through PyTorch's fused attention kernel for CPU: where the CPU multiplies in
+    that dtype. Elsewhere the kernel emulates it, several times slower than fp32."""
+    return tensor.device.type == "cpu" and _multiplies_in(tensor.dtype)
 
 
-def matmul_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+@cache
+def _multiplies_in(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def matmul_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention of one tile by matrix products; inputs in fp32 or wider.
 
     Args:
+        q: queries times the scale of the scores.
         mask: bool [n, up to m], true where a row does not see one of the last keys. Such scores are overwritten, not
             added to, so that not even a NaN among unseen keys reaches the row. (One among unseen values does: 0 x NaN.)
     """
-    s = torch.bmm(q * scale, k.transpose(1, 2))
+    s = torch.bmm(q, k.transpose(1, 2))
     if mask is not None:
         s[..., -mask.shape[-1] :].masked_fill_(mask, -torch.inf)
     m = s.amax(dim=-1, keepdim=True)
@@ -44,18 +55,24 @@ def matmul_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor |
 
 
 def matmul_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float, mask: Tensor | None = None
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq [b, n, D], dk and dv [b, m, D] of one tile by matrix products; inputs in fp32 or wider."""
-    scaled = q * scale
-    s = torch.baddbmm(lse.unsqueeze(-1), scaled, k.transpose(1, 2), beta=-1)
+    """dq [b, n, D], dk and dv [b, m, D] of one tile by matrix products; inputs in fp32 or wider.
+
+    Args:
+        q: queries times the scale of the scores, as in the forward pass.
+
+    Returns:
+        dq is that of the scaled queries: times the scale it is that of the queries.
+    """
+    s = torch.baddbmm(lse.unsqueeze(-1), q, k.transpose(1, 2), beta=-1)
     if mask is not None:
         s[..., -mask.shape[-1] :].masked_fill_(mask, -torch.inf)
     p = s.exp_()
     dv = torch.bmm(p.transpose(1, 2), do)
     ds = p.mul_(torch.baddbmm(delta.unsqueeze(-1), do, v.transpose(1, 2), beta=-1))
-    dk = torch.bmm(ds.transpose(1, 2), scaled)
-    return torch.bmm(ds, k).mul_(scale), dk, dv
+    dk = torch.bmm(ds.transpose(1, 2), q)
+    return torch.bmm(ds, k), dk, dv
 
 
 def fused_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool = False) -> tuple[Tensor, Tensor]:
