@@ -140,18 +140,16 @@ def test_losses_under_sizes_that_are_not_the_models_own(run):
 
 
 def test_losses_of_some_layers_and_another_length(run):
-    """One layer under MoBA costs less than all; at half the length the first positions lose the same."""
+    """A layer, ranges of layers; samples of half the run's length have a record of their own."""
     asked = ("--attention", "full", "--samples", 2, "--losses-choice", "16:2@1", "--losses-choice", "16:2@0-1,2,3")
     call("evaluate", run, *asked)
     names = ("step_8", "step_8_B16_K2_in_layers_1", "step_8_B16_K2_in_layers_0-1_2_3")
     full, one, every = (json.loads((run / f"evaluation/{name}.json").read_text()) for name in names)
     assert len({round(record["loss"], 6) for record in (full, one, every)}) == 3
-    for length in ((), ("--sequence-length", 64)):
-        call("evaluate", run, "--attention", "full", "--samples", 1, *length)
-    full, short = (json.loads((run / f"evaluation/{name}.json").read_text()) for name in ("step_8", "step_8_L64"))
+    call("evaluate", run, *asked[:4], "--sequence-length", 64)
+    short = json.loads((run / "evaluation/step_8_L64.json").read_text())
     assert (short["choice"], short["by_position_1k"][-1]["end"]) == ("L=64", 64)
-    losses = [[part["loss"] for part in record["by_position_log"][:3]] for record in (full, short)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert 0 < short["evaluated_tokens"] <= 2 * 64 < full["evaluated_tokens"]
 
 
 @pytest.mark.parametrize(
