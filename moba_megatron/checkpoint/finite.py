@@ -1,0 +1,72 @@
+"""Whether all numbers of tensors are finite: neither infinite nor NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.planner import WriteItem
+
+from moba_megatron.checkpoint.manifest import NotFinite
+
+_SHOWN = 5
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite. Reads it once and allocates nothing of its size."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
+        return True
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.element_size() == 1:
+        # No arithmetic is defined for fp8.
+        tensor = tensor.to(torch.float32)
+    low, high = tensor.detach().aminmax()
+    # A NaN comes through both.
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the tensors that hold infinities or NaN, each once."""
+    return list(dict.fromkeys(name for name, tensor in tensors if not is_finite(tensor)))
+
+
+def list_of_names(names: Iterable[str]) -> str:
+    """A few names of tensors, and how many more there are."""
+    found = list(names)
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return ", ".join(found[:_SHOWN]) + more
+
+
+def weights_not_finite(model: list[torch.nn.Module]) -> list[str]:
+    """Names of the model's parameters, on any rank, that hold infinities or NaN. Collective.
+
+    Args:
+        model: chunks of this rank, bare or wrapped.
+    """
+    own = not_finite(named for chunk in model for named in chunk.named_parameters())
+    ranks: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(ranks, own)
+    return sorted({name for names in ranks for name in names})
+
+
+def require_finite(model: list[torch.nn.Module], source: object) -> None:
+    """Raise NotFinite on all ranks if weights that came from `source` are not finite on one. Collective."""
+    if names := weights_not_finite(model):
+        raise NotFinite(
+            f"{source} holds weights that are not finite (infinite or NaN): {list_of_names(names)}. They train, "
+            "evaluate and generate nothing: take another checkpoint"
+        )
+
+
+def written_tensors(found: Any) -> Iterable[tuple[str, Tensor]]:
+    """The tensors within what megatron-core hands to its writer, with the names that they are stored under: pairs of a
+    `WriteItem` and a tensor, however deep in lists and tuples."""
+    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], WriteItem):
+        if isinstance(found[1], Tensor):
+            yield found[0].index.fqn, found[1]
+    elif isinstance(found, list | tuple):
+        for part in found:
+            yield from written_tensors(part)
