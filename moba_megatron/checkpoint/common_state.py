@@ -6,9 +6,11 @@ import io
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan
+from torch.distributed.checkpoint import LoadPlan
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+
+from moba_megatron.checkpoint.pickles import SafeReader
 
 COMMON, COMMON_FILE = "common_state", "common.pt"
 _ENTRY = f"{COMMON}/shard_0_1"
@@ -16,10 +18,14 @@ _ENTRY = f"{COMMON}/shard_0_1"
 
 def read_common(folder: Path) -> bytes | None:
     """The common state as torch pickled it, not unpickled: the file `common.pt`, or since megatron-core 0.19 an entry
-    among the tensors. None where there is neither."""
+    among the tensors. None where there is neither.
+
+    Raises:
+        CheckpointError: the list of tensors is damaged, or names more than the classes of a checkpoint.
+    """
     if (folder / COMMON_FILE).is_file():
         return (folder / COMMON_FILE).read_bytes()
-    reader = FileSystemReader(folder)
+    reader = SafeReader(folder)
     metadata = reader.read_metadata()
     if _ENTRY not in metadata.state_dict_metadata:
         return None

@@ -93,7 +93,7 @@ class Manifest:
         if unknown := sorted(values.keys() - {item.name for item in fields(Manifest)}):
             raise CheckpointError(f"{path} is damaged: it has unknown entries {', '.join(unknown)}")
         try:
-            manifest = TypeAdapter(Manifest).validate_python(values, strict=True)
+            manifest = TypeAdapter(Manifest).validate_json(json.dumps(values), strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
@@ -153,8 +153,12 @@ def verify(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> l
     return problems
 
 
-def differs(folder: Path, name: str, recorded: dict[str, Any]) -> str | None:
-    """How a file differs from its record `{"bytes": int, "blake2b": str}`, in a line; None if it does not."""
+def differs(folder: Path, name: str, recorded: dict[str, Any], *, digest: bool = True) -> str | None:
+    """How a file differs from its record `{"bytes": int, "blake2b": str}`, in a line; None if it does not.
+
+    Args:
+        digest: read it as well.
+    """
     try:
         path = named_file(folder / NAME, name)
     except ValueError as error:
@@ -163,7 +167,7 @@ def differs(folder: Path, name: str, recorded: dict[str, Any]) -> str | None:
         return f"{name} is missing"
     if path.stat().st_size != recorded.get("bytes"):
         return f"{name} has {path.stat().st_size} bytes, {recorded.get('bytes')} were written"
-    return None if digest_file(path) == recorded else f"{name} has changed since it was written"
+    return f"{name} has changed since it was written" if digest and digest_file(path) != recorded else None
 
 
 def unlisted(folder: Path, manifest: Manifest) -> list[str]:
@@ -172,25 +176,10 @@ def unlisted(folder: Path, manifest: Manifest) -> list[str]:
     return [f"{name} is not in {NAME}" for name in sorted(found - manifest.files.keys() - {NAME})]
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Hold names and sizes of a checkpoint's files against its manifest: cheap, and done at every start.
-
-    Raises:
-        CheckpointError: files that are missing, surplus, of another size, or outside the folder.
-    """
-    problems = unlisted(folder, manifest)
-    for name, recorded in sorted(manifest.files.items()):
-        try:
-            path = named_file(folder / NAME, name)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != recorded.get("bytes"):
-            problems.append(f"{name} has {path.stat().st_size} bytes, {recorded.get('bytes')} were written")
-    if problems:
-        raise damaged(folder, problems)
+def misplaced_files(folder: Path, manifest: Manifest) -> list[str]:
+    """What names and sizes alone tell: files that are missing, surplus, of another size or outside the folder."""
+    lines = [differs(folder, name, recorded, digest=False) for name, recorded in sorted(manifest.files.items())]
+    return [*unlisted(folder, manifest), *filter(None, lines)]
 
 
 def damaged(folder: Path, problems: list[str]) -> CheckpointError:

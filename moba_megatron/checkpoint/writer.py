@@ -5,8 +5,8 @@ this rank's files and their digests, and ends. When every rank's process is done
 writes the manifest, flushes everything to disk and renames `.step_N.partial` to `step_N`; only then are older
 checkpoints removed. A run killed at any moment leaves either the old set or the new one.
 
-Whoever writes looks at all numbers, too. A state that is not finite on any rank is not published: it can only be trained
-to nothing, and would push good checkpoints out.
+Whoever writes looks at all numbers, too. A state that is not finite on any rank is not published: nothing can be
+trained from it, and it would push good checkpoints out.
 """
 
 from __future__ import annotations
@@ -133,7 +133,9 @@ class CheckpointWriter:
             tensors += report["tensors"]
             part.unlink()
         if not tensors:
-            raise CheckpointError(f"{unfinished}: no rank saw a tensor in what megatron-core wrote, so none was checked")
+            raise CheckpointError(
+                f"{unfinished}: no rank saw a tensor in what megatron-core wrote, so none was checked"
+            )
         if names:
             raise NotFinite(
                 f"step {manifest.step} is not saved: {list_of_names(sorted(names))} are not finite (infinite or NaN). "

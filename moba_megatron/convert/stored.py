@@ -6,16 +6,20 @@ key, [layers, ...], as one stored part a layer (and tensor-parallel rank), so on
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan
+from torch.distributed.checkpoint import LoadPlan
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from moba_megatron.checkpoint import CheckpointError
+from moba_megatron.checkpoint.finite import is_finite
+from moba_megatron.checkpoint.manifest import NotFinite
+from moba_megatron.checkpoint.pickles import SafeReader, check_format
 from moba_megatron.convert.mapping import EMBEDDING, OUTPUT, layer_of
 
 
@@ -23,12 +27,14 @@ class StoredWeights:
     """The weights of a checkpoint folder by canonical name (see `mapping`).
 
     Raises:
-        CheckpointError: the folder holds no distributed checkpoint.
+        CheckpointError: the folder holds no distributed checkpoint, a damaged one, or one whose list of tensors names
+            more than the classes of the format.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._reader = FileSystemReader(folder)
+        check_format(folder)
+        self._reader = SafeReader(folder)
         try:
             metadata = self._reader.read_metadata()
         except OSError as error:
@@ -88,7 +94,7 @@ class StoredWeights:
         """A parameter, or where more rows are stored (padding of the vocabulary) its first ones.
 
         Raises:
-            CheckpointError: it is stored in another shape.
+            CheckpointError: it is stored in another shape, damaged, or not finite.
         """
         layer, _ = layer_of(name)
         key, stored = self._entry(name)
@@ -101,7 +107,12 @@ class StoredWeights:
         )
         into = _Into(torch.empty(wanted.sizes, dtype=entry.properties.dtype))
         plan = LoadPlan(create_read_items_for_chunk_list(key, entry, [wanted]))
-        self._reader.read_data(self._reader.prepare_local_plan(plan), into).wait()
+        try:
+            self._reader.read_data(self._reader.prepare_local_plan(plan), into).wait()
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, AssertionError) as error:
+            raise CheckpointError(f"{self.folder}: {name} cannot be read: {str(error).splitlines()[0]}") from error
+        if not is_finite(into.tensor):
+            raise NotFinite(f"{self.folder}: {name} is not finite (infinite or NaN): take another checkpoint")
         return into.tensor.view(shape)
 
 
