@@ -1,7 +1,9 @@
-"""Whether all numbers of tensors are finite: neither infinite nor NaN."""
+"""Whether all numbers of tensors are finite: neither infinite nor NaN, and for weights not so large either that what is
+computed with them is infinite at once."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,10 +14,13 @@ from torch.distributed.checkpoint.planner import WriteItem
 from moba_megatron.checkpoint.manifest import NotFinite
 
 _SHOWN = 5
+# The square of a larger number is infinite in fp32, and so is the norm of what holds one.
+LARGEST_WEIGHT = float(torch.finfo(torch.float32).max ** 0.5)
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers of a tensor are finite. Reads it once and allocates nothing of its size."""
+def is_finite(tensor: Tensor, largest: float = math.inf) -> bool:
+    """Whether all numbers of a tensor are finite and none is over `largest`. Reads it once and allocates nothing of its
+    size."""
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
         return True
     if tensor.is_complex():
@@ -23,14 +28,19 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.element_size() == 1:
         # No arithmetic is defined for fp8.
         tensor = tensor.to(torch.float32)
-    low, high = tensor.detach().aminmax()
     # A NaN comes through both.
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    low, high = (float(end) for end in tensor.detach().aminmax())
+    return math.isfinite(low) and math.isfinite(high) and max(-low, high) <= largest
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the tensors that hold infinities or NaN, each once."""
-    return list(dict.fromkeys(name for name, tensor in tensors if not is_finite(tensor)))
+    """Names, each once, of the tensors that hold infinities or NaN, or are weights (not state of an optimizer) over
+    `LARGEST_WEIGHT`."""
+    found = {}
+    for name, tensor in tensors:
+        if not is_finite(tensor, math.inf if name.startswith("optimizer") else LARGEST_WEIGHT):
+            found[name] = None
+    return list(found)
 
 
 def list_of_names(names: Iterable[str]) -> str:
@@ -41,7 +51,7 @@ def list_of_names(names: Iterable[str]) -> str:
 
 
 def weights_not_finite(model: list[torch.nn.Module]) -> list[str]:
-    """Names of the model's parameters, on any rank, that hold infinities or NaN. Collective.
+    """Names of the model's parameters, on any rank, that are not finite (see `not_finite`). Collective.
 
     Args:
         model: chunks of this rank, bare or wrapped.
@@ -56,8 +66,8 @@ def require_finite(model: list[torch.nn.Module], source: object) -> None:
     """Raise NotFinite on all ranks if weights that came from `source` are not finite on one. Collective."""
     if names := weights_not_finite(model):
         raise NotFinite(
-            f"{source} holds weights that are not finite (infinite or NaN): {list_of_names(names)}. They train, "
-            "evaluate and generate nothing: take another checkpoint"
+            f"{source} holds weights that are not finite (infinite, NaN, or over 1.8e19): {list_of_names(names)}. "
+            "Nothing can be trained, evaluated or generated with them: take another checkpoint"
         )
 
 

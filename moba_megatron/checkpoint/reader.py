@@ -12,6 +12,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from moba_megatron.checkpoint.common_state import COMMON, COMMON_FILE, read_common
 from moba_megatron.checkpoint.finite import require_finite
@@ -73,6 +74,11 @@ def _load(folder: Path, requested: dict[str, Any], *, require_all: bool) -> dict
             )
     except UnsafePickle as error:
         raise UnsafePickle(f"{folder} is not read: {error}") from error
+    except CheckpointException as error:
+        # What went wrong on other ranks as well, each with its cause.
+        rank, (cause, _) = next(iter(error.failures.items()))
+        kind = type(cause) if isinstance(cause, CheckpointError) else CheckpointError
+        raise kind(f"{folder} cannot be read (rank {rank}): {type(cause).__name__}: {cause}") from error
     except (CheckpointingException, KeyError) as error:
         raise CheckpointError(f"{folder} does not fit this model: {error}") from error
     not_requested = not_requested - {COMMON} if require_all else set()

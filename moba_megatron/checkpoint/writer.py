@@ -138,9 +138,9 @@ class CheckpointWriter:
             )
         if names:
             raise NotFinite(
-                f"step {manifest.step} is not saved: {list_of_names(sorted(names))} are not finite (infinite or NaN). "
-                "The checkpoints before it are untouched. Lower optimizer.lr, lengthen optimizer.warmup_steps, or look "
-                "at the data of the last steps"
+                f"step {manifest.step} is not saved, for what is not finite (infinite, NaN, or weights over 1.8e19): "
+                f"{list_of_names(sorted(names))}. The checkpoints before it are untouched. Lower optimizer.lr, "
+                "lengthen optimizer.warmup_steps, or look at the data of the last steps"
             )
 
 

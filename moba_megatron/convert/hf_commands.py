@@ -125,6 +125,14 @@ def export_command(
     ] = None,
     shard_gigabytes: Annotated[float, typer.Option(min=0.001, help="Largest file of weights, 10^9 bytes.")] = 4.0,
     check: Annotated[bool, typer.Option("--verify", help=_VERIFY)] = False,
+    unread: Annotated[
+        bool,
+        typer.Option(
+            "--no-verify",
+            help="Leave the digests of the checkpoint's files alone, which are read first unless checkpoint.verify is "
+            "off.",
+        ),
+    ] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face model. Needs no GPU, whatever the checkpoint was trained on."""
     from moba_megatron.checkpoint import CheckpointError
@@ -143,6 +151,7 @@ def export_command(
                 self_contained=self_contained,
                 length=length,
                 shard_bytes=int(shard_gigabytes * 1e9),
+                verify=not unread,
                 advance=bar.at,
             )
         if reader not in (None, "AutoTokenizer"):

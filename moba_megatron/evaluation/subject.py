@@ -107,6 +107,7 @@ def open_subject(
     trailing_tokens: int | None = None,
     on_validation: bool = True,
     output: Path | None = None,
+    verify: bool = True,
 ) -> Subject:
     """Load the model of a run or checkpoint folder into this process.
 
@@ -116,6 +117,7 @@ def open_subject(
         samples, trailing_tokens: in place of the run's `evaluation.samples` and `evaluation.trailing_tokens`.
         on_validation: whether validation data are needed; they are checked before the model is loaded.
         output: where results go; None: to the run folder.
+        verify: as for `open_model`.
 
     Raises:
         CheckpointError: no complete checkpoint there, or not one for this tokenizer.
@@ -131,7 +133,7 @@ def open_subject(
             raise ValueError(f"{target} has no data.validation: name data with --validation")
         check_validation(config)
     tokenizer = Tokenizer(config.data.tokenizer)
-    opened = open_model(target, tokenizer.fingerprint, tokenizer.vocab_size)
+    opened = open_model(target, tokenizer.fingerprint, tokenizer.vocab_size, verify=verify)
     subject = Subject(replace(opened, config=config), config, attentions, output)
     # The model's own way first: its results are what training recorded.
     subject.attentions.sort(key=lambda name: name != subject.own_attention)
