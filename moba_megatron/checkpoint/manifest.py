@@ -148,19 +148,20 @@ def verify(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> l
     Part 0 holds the list of files against the folder, too."""
     problems = unlisted(folder, manifest) if part == 0 else []
     for name in sorted(manifest.files)[part::parts]:
-        problem = differs(folder, name, manifest.files[name])
+        problem = differs(folder / NAME, name, manifest.files[name])
         problems += [problem] if problem else []
     return problems
 
 
-def differs(folder: Path, name: str, recorded: dict[str, Any], *, digest: bool = True) -> str | None:
+def differs(listed_in: Path, name: str, recorded: dict[str, Any], *, digest: bool = True) -> str | None:
     """How a file differs from its record `{"bytes": int, "blake2b": str}`, in a line; None if it does not.
 
     Args:
+        listed_in: the file that holds the record, in the same folder.
         digest: read it as well.
     """
     try:
-        path = named_file(folder / NAME, name)
+        path = named_file(listed_in, name)
     except ValueError as error:
         return str(error)
     if not path.is_file():
@@ -178,7 +179,7 @@ def unlisted(folder: Path, manifest: Manifest) -> list[str]:
 
 def misplaced_files(folder: Path, manifest: Manifest) -> list[str]:
     """What names and sizes alone tell: files that are missing, surplus, of another size or outside the folder."""
-    lines = [differs(folder, name, recorded, digest=False) for name, recorded in sorted(manifest.files.items())]
+    lines = [differs(folder / NAME, name, recorded, digest=False) for name, recorded in sorted(manifest.files.items())]
     return [*unlisted(folder, manifest), *filter(None, lines)]
 
 

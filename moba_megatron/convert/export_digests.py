@@ -62,7 +62,7 @@ def check_export(folder: Path, *, whole: bool = False) -> None:
     """
     source = read_source(folder) or {}
     named = {name: entry for name, entry in source.get("files", {}).items() if whole or name.endswith(_MACHINE_MADE)}
-    problems = [problem for name, entry in named.items() if (problem := differs(folder, name, entry))]
+    problems = [problem for name, entry in named.items() if (problem := differs(folder / SOURCE, name, entry))]
     if problems:
         raise CheckpointError(
             f"{folder} is damaged: {'; '.join(problems)}. Make the export anew, or leave its digests alone with "

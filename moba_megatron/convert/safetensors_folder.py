@@ -105,7 +105,7 @@ class SafetensorsFolder:
         if path.is_file():
             try:
                 index = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-                for file in set(map(str, index.values())):
+                for file in set(index.values()):
                     named_file(path, file)
                 return index
             except (ValueError, KeyError, TypeError, RecursionError) as error:
