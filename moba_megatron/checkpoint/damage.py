@@ -55,9 +55,14 @@ def _objects(folder: Path, stored: StoredTensors) -> list[str]:
 
 
 def _tensor(stored: StoredTensors, key: str) -> list[str]:
-    largest = {} if key.startswith("optimizer") else {"largest": LARGEST_WEIGHT}
+    largest = {"largest": LARGEST_WEIGHT} if is_weight(key) else {}
     try:
         bad = any(not is_finite(part, **largest) for _, part in stored.parts(key))
     except CheckpointError as error:
         return [str(error)]
     return [f"{key} is not finite (infinite or NaN)"] if bad else []
+
+
+def is_weight(key: str) -> bool:
+    """Whether a stored tensor is one of the model, and not state of its optimizer."""
+    return not key.startswith("optimizer")
