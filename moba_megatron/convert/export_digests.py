@@ -25,7 +25,7 @@ def write_source(folder: Path, values: dict[str, Any]) -> None:
     files = {path.name: digest_file(path) for path in sorted(folder.iterdir()) if path.name not in (SOURCE, CARD)}
     values = {**values, "files": files}
     text = json.dumps({**values, OWN_DIGEST: digest_values(values)}, indent=2, ensure_ascii=False)
-    (folder / SOURCE).write_text(text + "\n", encoding="utf-8")
+    (folder / SOURCE).write_text(text, encoding="utf-8")
 
 
 def read_source(folder: Path) -> dict[str, Any] | None:
