@@ -16,6 +16,10 @@ def import_command(
     source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face folder: config.json, safetensors.")],
     out: Annotated[Path, typer.Argument(help="Run folder to make; it must not exist.")],
     check: Annotated[bool, typer.Option("--verify", help=_VERIFY)] = False,
+    unread: Annotated[
+        bool,
+        typer.Option("--no-verify", help="Leave the digests alone that an export of ours has, which are read first."),
+    ] = False,
 ) -> None:
     """Make a run folder from a Hugging Face model.
 
@@ -34,7 +38,7 @@ def import_command(
     console = Console(highlight=False, soft_wrap=True)
     try:
         with _progress(console, "parameters") as bar:
-            _, notes = import_huggingface(source, out, advance=bar.at)
+            _, notes = import_huggingface(source, out, verify=not unread, advance=bar.at)
         for line in notes:
             console.print(f"note: {line}", markup=False)
         console.print(str(out), markup=False)

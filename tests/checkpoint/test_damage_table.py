@@ -24,6 +24,7 @@ from moba_megatron.checkpoint.manifest import NAME, misplaced_files, verify
 from moba_megatron.convert.export_digests import SOURCE, check_export
 from moba_megatron.convert.export_hf import export_huggingface
 from moba_megatron.convert.exported import open_exported
+from moba_megatron.convert.import_hf import import_huggingface
 from moba_megatron.convert.run_exports import export_in_run
 from moba_megatron.generation.loading import load_generator
 
@@ -161,6 +162,17 @@ def test_a_damaged_export_is_not_generated_from_unless_asked(export):
         with pytest.raises(CheckpointError, match=f"{name} has changed since it was written.*--no-verify"):
             load_generator(export)
         load_generator(export, verify=False)
+
+
+def test_a_damaged_export_is_not_begun_with_or_imported(export, tmp_path):
+    name = "model-00001-of-00002.safetensors"
+    with damaged(export / name, "flipped", 0.9):
+        begun = small_config(tmp_path, training__steps=4, model__init_from=str(export))
+        with pytest.raises(AssertionError, match=f"{name} has changed since it was written"):
+            run_ranks(1, train_here, begun)
+        with pytest.raises(AssertionError, match=f"{name} has changed since it was written"):
+            run_ranks(1, import_huggingface, export, tmp_path / "in", prepare=False)
+    assert not (tmp_path / "in").exists()
 
 
 def test_a_damaged_export_is_not_used_again(run):
