@@ -4,7 +4,7 @@ computed with them is infinite at once."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -50,28 +50,41 @@ def list_of_names(names: Iterable[str]) -> str:
     return ", ".join(found[:_SHOWN]) + more
 
 
+def not_finite_anywhere(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """As `not_finite`, over the tensors of all ranks. Collective."""
+    ranks: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(ranks, not_finite(tensors))
+    return sorted({name for names in ranks for name in names})
+
+
 def weights_not_finite(model: list[torch.nn.Module]) -> list[str]:
     """Names of the model's parameters, on any rank, that are not finite (see `not_finite`). Collective.
 
     Args:
         model: chunks of this rank, bare or wrapped.
     """
-    own = not_finite(named for chunk in model for named in chunk.named_parameters())
-    ranks: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(ranks, own)
-    return sorted({name for names in ranks for name in names})
+    return not_finite_anywhere(named for chunk in model for named in chunk.named_parameters())
 
 
-def require_finite(model: list[torch.nn.Module], source: object) -> None:
-    """Raise NotFinite on all ranks if weights that came from `source` are not finite on one. Collective."""
-    if names := weights_not_finite(model):
+def require_finite(tensors: Iterable[tuple[str, Tensor]], source: object) -> None:
+    """Raise NotFinite on all ranks if what came from `source` is not finite on one. Collective."""
+    if names := not_finite_anywhere(tensors):
         raise NotFinite(
-            f"{source} holds weights that are not finite (infinite, NaN, or over 1.8e19): {list_of_names(names)}. "
-            "Nothing can be trained, evaluated or generated with them: take another checkpoint"
+            f"{source} holds numbers that are not finite (infinite, NaN, or weights over 1.8e19): "
+            f"{list_of_names(names)}. Nothing can be trained, evaluated or generated with them: take another checkpoint"
         )
 
 
-def written_tensors(found: Any) -> Iterable[tuple[str, Tensor]]:
+def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in dictionaries and lists, however deep, by their place."""
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif isinstance(tree, dict | list):
+        for key, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from named_tensors(part, f"{name}.{key}".removeprefix("."))
+
+
+def written_tensors(found: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors within what megatron-core hands to its writer, with the names that they are stored under: pairs of a
     `WriteItem` and a tensor, however deep in lists and tuples."""
     if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], WriteItem):

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moba_megatron.checkpoint.common_state import COMMON, COMMON_FILE, read_common
-from moba_megatron.checkpoint.finite import require_finite
+from moba_megatron.checkpoint.finite import named_tensors, require_finite
 from moba_megatron.checkpoint.manifest import CheckpointError, Manifest, damaged, misplaced_files, verify
 from moba_megatron.checkpoint.pickles import UnsafePickle, check_format, only_known_classes, read_objects
 from moba_megatron.checkpoint.state import TrainingState, is_extra_state, load_weights, sharded_model
@@ -44,8 +44,9 @@ def load_training(
     _check_together(folder, manifest, digests=check_files)
     same_layout = all(saved[size] == parallel[size] for size in ("tensor", "pipeline"))
     requested = state.sharded(loading=True, with_random_state=same_layout)
-    state.load(_load(folder, requested, require_all=same_layout))
-    require_finite(state.model, folder)
+    loaded = _load(folder, requested, require_all=same_layout)
+    require_finite(named_tensors({**loaded, "scheduler": None, "random": None}), folder)
+    state.load(loaded)
     return manifest
 
 
@@ -55,7 +56,7 @@ def load_model(folder: Path, model: list[torch.nn.Module], *, check_files: bool 
     manifest = Manifest.read(folder)
     _check_together(folder, manifest, digests=check_files)
     load_weights(model, _load(folder, sharded_model(model), require_all=False))
-    require_finite(model, folder)
+    require_finite((named for chunk in model for named in chunk.named_parameters()), folder)
     return manifest
 
 

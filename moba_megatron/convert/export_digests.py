@@ -28,8 +28,11 @@ def write_source(folder: Path, values: dict[str, Any]) -> None:
     (folder / SOURCE).write_text(text, encoding="utf-8")
 
 
-def read_source(folder: Path) -> dict[str, Any] | None:
+def read_source(folder: Path, *, digest: bool = True) -> dict[str, Any] | None:
     """What `exported_from.json` says, its digest left out; None where there is none.
+
+    Args:
+        digest: hold it against that digest.
 
     Raises:
         CheckpointError: it is damaged.
@@ -41,7 +44,7 @@ def read_source(folder: Path) -> dict[str, Any] | None:
         values = json.loads(path.read_text(encoding="utf-8"))
         recorded = values.pop(OWN_DIGEST, None)
         files = values.get("files", {})
-        if recorded is not None and recorded != digest_values(values):
+        if digest and recorded is not None and recorded != digest_values(values):
             raise ValueError("it has changed since it was written (its digest does not fit)")
         for name, entry in files.items():
             named_file(path, name)

@@ -156,6 +156,29 @@ def bad(request, tmp_path_factory):
     return config
 
 
+def test_state_of_the_optimizer_that_is_not_finite_is_refused(tmp_path):
+    """A step from it would ruin weights that are still good."""
+
+    def save_anyway_of_the_optimizer(config):
+        from moba_megatron.training.trainer import Trainer
+
+        writing.not_finite = lambda tensors: []
+        before = Trainer.save
+
+        def save(trainer, number, *args, **kwargs):
+            for part in trainer.state.optimizer.chained_optimizers:
+                next(iter(part.optimizer.state.values()))["exp_avg"].view(-1)[3] = float("nan")
+            return before(trainer, number, *args, **kwargs)
+
+        Trainer.save = save
+        train_here(config)
+
+    config = small_config(tmp_path, training__steps=4, training__stop_after=2)
+    run_ranks(1, save_anyway_of_the_optimizer, config)
+    with pytest.raises(AssertionError, match="numbers that are not finite .*: optimizer.*exp_avg"):
+        run_ranks(1, train_here, small_config(tmp_path, training__steps=4))
+
+
 def test_a_checkpoint_that_is_not_finite_is_refused_by_every_door(bad, tmp_path):
     run = Path(bad.run.dir)
     said = rf"not finite .*{NAME}|{NAME} is not finite"

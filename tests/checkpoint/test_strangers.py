@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from strangers import PLACES, Payload, read_list, sign, write_list
 
 from moba_megatron.checkpoint import CheckpointError, Manifest
 from moba_megatron.checkpoint.damage import damages
+from moba_megatron.checkpoint.manifest import NAME
 from moba_megatron.checkpoint.pickles import UnsafePickle, read_objects
 from moba_megatron.checkpoint.tensors import StoredTensors
 from moba_megatron.config import ConfigError
@@ -227,3 +229,24 @@ def test_the_cache_of_the_hub_is_made_of_links_and_is_read(tmp_path):
     (snapshot / "model-1.safetensors").symlink_to("../../blobs/77")
     (snapshot / INDEX).symlink_to("../../blobs/78")
     assert SafetensorsFolder(snapshot).read("a").tolist() == [1, 1]
+
+
+def test_readers_say_what_is_wrong_whatever_is_in_a_file(tmp_path):
+    """Bytes changed, added and taken out at random, digests written anew: an error of ours or none at all."""
+    draw = random.Random(0)
+    folder = Path(shutil.copytree(ASSETS / "0.16/step_4", tmp_path / "step_4"))
+    found = []
+    for number in range(40):
+        path = folder / (".metadata", "common.pt", "metadata.json", NAME)[number % 4]
+        before, manifest = path.read_bytes(), (folder / NAME).read_bytes()
+        content = bytearray(before)
+        for _ in range(draw.choice([1, 3])):
+            place = draw.randrange(len(content))
+            content[place : place + draw.choice([0, 1, 4])] = draw.randbytes(draw.choice([0, 1, 4]))
+        path.write_bytes(bytes(content))
+        if path.name != NAME:
+            sign(folder)
+        found.append(bool(damages(folder)))
+        path.write_bytes(before)
+        (folder / NAME).write_bytes(manifest)
+    assert sum(found) > 10
