@@ -42,6 +42,7 @@ def generate_command(
         bool,
         typer.Option(
             " /--no-verify",
+            show_default=False,
             help="Leave the digests of the files alone, which are read first unless checkpoint.verify is off.",
         ),
     ] = True,
