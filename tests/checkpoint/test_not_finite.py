@@ -67,9 +67,7 @@ def train_and_poison(config, step: int, rank: int, world_size: int) -> None:
     train_here(config, world_size)
 
 
-@pytest.mark.parametrize(
-    ("asynchronous", "parallel", "rank"), [(True, {}, 0), (False, {}, 0), (True, {"pipeline": 2}, 1)]
-)
+@pytest.mark.parametrize(("asynchronous", "parallel", "rank"), [(False, {}, 0), (True, {"pipeline": 2}, 1)])
 def test_what_is_not_finite_on_any_rank_is_not_published(tmp_path, asynchronous, parallel, rank):
     ranks = parallel.get("pipeline", 1)
     layout = {f"parallel__{name}": value for name, value in parallel.items()}
@@ -148,11 +146,11 @@ def save_anyway(config, value: float) -> None:
     train_here(config)
 
 
-@pytest.fixture(scope="module", params=[float("nan"), float("inf")], ids=["nan", "inf"])
-def bad(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
     """A run folder whose only checkpoint, paused at step 2 of 4, is not finite."""
     config = small_config(tmp_path_factory.mktemp("bad"), training__steps=4, training__stop_after=2)
-    run_ranks(1, save_anyway, config, request.param)
+    run_ranks(1, save_anyway, config, float("nan"))
     return config
 
 
