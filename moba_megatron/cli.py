@@ -13,6 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from moba_megatron.before_torch import accept_any_text, silence_missing_libraries, wait_briefly
 from moba_megatron.benchmark.bench_command import bench_command
+from moba_megatron.checkpoint_command import checkpoint_app
 from moba_megatron.convert.hf_commands import export_command, import_command, import_megatron_command
 from moba_megatron.corpus.prepare_command import blend_command, inspect_command, merge_command, prepare_command
 from moba_megatron.doctor import doctor_command
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "import-hf": import_command,
     "import-megatron": import_megatron_command,
     "export-hf": export_command,
+    "checkpoint": checkpoint_app,
     "bench": bench_command,
     "scaling": scaling_app,
     "plan": plan_command,

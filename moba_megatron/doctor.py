@@ -25,15 +25,26 @@ PACKAGES = ("torch", "megatron-core", "triton", "transformers", "tokenizers", "d
 def doctor_command(
     config: Annotated[
         Path | None,
-        typer.Argument(help="A configuration: also say what a run of it would choose, and check its data and weights."),
+        typer.Argument(
+            metavar="[CONFIG|RUN]",
+            help="A configuration: also say what a run of it would choose, and check its data and weights. A run "
+            "folder: look for damage in it instead.",
+        ),
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value")] = None,
 ) -> None:
     """Print versions, devices, optional libraries and attention backends, and why those that cannot run cannot. With a
-    configuration, end with 2 if a run of it would not start: for its settings, data, first weights or run folder."""
+    configuration, end with 2 if a run of it would not start: for its settings, data, first weights or run folder.
+
+    With a run folder, read all of its checkpoints, exports and records, as `checkpoint verify` does, and end with 1 if
+    any is damaged.
+    """
     from moba_megatron.config import ConfigError
 
     console = Console(highlight=False, soft_wrap=True)
+    if config is not None and config.is_dir():
+        _print_damage(console, config)
+        return
     _print_versions(console)
     _print_libraries(console)
     _print_backends(console)
@@ -43,6 +54,28 @@ def doctor_command(
         except ConfigError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from error
+
+
+def _print_damage(console: Console, run: Path) -> None:
+    """What is damaged in a run folder. Ends with 1 if anything is."""
+    from moba_megatron.checkpoint import CheckpointError
+    from moba_megatron.convert.run_damage import run_findings
+
+    table, problems = Table(str(run), "what it is", "state"), []
+    try:
+        with console.status("reading") as status:
+            for finding in run_findings(run, lambda what: status.update(f"reading {what}")):
+                name = str(finding.path.relative_to(run))
+                _add_row(table, name, finding.words, "damaged" if finding.problems else "as it should be")
+                problems += [f"{finding.path}: {line}" for line in finding.problems]
+    except (CheckpointError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    console.print(table)
+    for line in problems:
+        console.print(f"  {line}", markup=False)
+    if problems:
+        raise typer.Exit(1)
 
 
 def _print_run(console: Console, path: Path, overrides: list[str] | None) -> None:

@@ -44,7 +44,8 @@ ALL_HELP = """
 import sys
 from typer.testing import CliRunner
 from moba_megatron.cli import COMMANDS, app
-for words in ["", *COMMANDS, *(f"scaling {name}" for name in "plan run fit plot table".split())]:
+for words in ["", *COMMANDS, *(f"scaling {name}" for name in "plan run fit plot table".split()),
+              *(f"checkpoint {name}" for name in "verify list inspect diff".split())]:
     result = CliRunner().invoke(app, [*words.split(), "--help"])
     assert result.exit_code == 0 and "Usage:" in result.output, (words, result.output)
 print(*(name for name in sys.argv[1:] if name in sys.modules))

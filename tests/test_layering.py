@@ -33,9 +33,21 @@ ALLOWED = {
         *("platform", "config"),
     },
     "scaling": {"planning", "model", "runs", "platform", "config"},
-    "doctor": {"training", "model", "ops", "platform", "config"},
+    "checkpoint_command": {"convert", "checkpoint", "runs"},
+    "doctor": {"training", "convert", "checkpoint", "model", "ops", "platform", "config"},
     "cli": {
-        *("doctor", "scaling", "benchmark", "planning", "evaluation", "generation", "convert", "corpus", "before_torch")
+        *(
+            "doctor",
+            "checkpoint_command",
+            "scaling",
+            "benchmark",
+            "planning",
+            "evaluation",
+            "generation",
+            "convert",
+            "corpus",
+            "before_torch",
+        )
     },
     "__main__": {"cli"},
     "train": {"training", "platform", "before_torch", "config"},

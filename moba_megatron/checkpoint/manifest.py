@@ -2,7 +2,8 @@
 
 The manifest is the last file to appear in a checkpoint and the folder gets its name `step_N` only after it, by one
 rename. So a folder with that name is complete, and whatever a killed run left behind is a hidden `.step_N.partial` that
-nobody reads. The manifest records size and digest of every file; `verify` holds them against the disk.
+nobody reads. The manifest records size and digest of every file; `verify` holds them against the disk. It carries a
+digest of itself as well. Digests find damage; they are no signature, for who changes a file can write them anew.
 """
 
 from __future__ import annotations
@@ -10,16 +11,28 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from moba_megatron.config.inside import named_file
+
 FORMAT = 1
 NAME = "checkpoint.json"
+# The manifest's digest of itself; manifests of earlier versions have none.
+OWN_DIGEST = "blake2b"
+# What a network disk keeps of files that are deleted while they are open.
+_LEFT_BY_DISKS = ".nfs"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, with the reason and what to do."""
+
+
+class NotFinite(CheckpointError):
+    """Weights or optimizer state that hold infinities or NaN, with the names of the tensors."""
 
 
 @dataclass
@@ -50,24 +63,77 @@ class Manifest:
         return self.consumed_samples * self.config["data"]["sequence_length"] if counted is None else counted
 
     def write(self, folder: Path) -> None:
-        (folder / NAME).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        """Write `folder/checkpoint.json`, with a digest of its values."""
+        # As they will be read: JSON knows no numbers as keys, and no tuples.
+        values = json.loads(json.dumps(asdict(self)))
+        text = json.dumps({**values, OWN_DIGEST: digest_values(values)}, indent=1)
+        (folder / NAME).write_text(text, encoding="utf-8")
 
     @staticmethod
     def read(folder: Path) -> Manifest:
-        """Raises CheckpointError if the folder is no complete checkpoint or was written by a newer version."""
+        """Raises CheckpointError if the folder is no complete checkpoint, was written by a newer version, or has a
+        manifest that is damaged, of another step or contradicts itself."""
         path = folder / NAME
         if not path.is_file():
             raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {NAME}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path} is damaged: it holds no object")
         if values.get("format") != FORMAT:
             raise CheckpointError(f"{path} has format {values.get('format')}, this version reads format {FORMAT}")
+        recorded = values.pop(OWN_DIGEST, None)
+        if recorded is not None and recorded != digest_values(values):
+            raise CheckpointError(
+                f"{path} is damaged: it has changed since it was written (its digest does not fit). Take another "
+                "checkpoint, or a copy of this one"
+            )
+        if unknown := sorted(values.keys() - {item.name for item in fields(Manifest)}):
+            raise CheckpointError(f"{path} is damaged: it has unknown entries {', '.join(unknown)}")
         try:
-            return Manifest(**values)
-        except TypeError as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
+            manifest = TypeAdapter(Manifest).validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise CheckpointError(f"{path} is damaged: {place}: {first['msg']}") from error
+        if problems := [*_contradictions(manifest), *_misplaced(manifest, folder)]:
+            raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
+        return manifest
+
+
+def _contradictions(manifest: Manifest) -> list[str]:
+    """What a manifest's counts say against each other and against its configuration, one line each."""
+    step, samples, tokens = manifest.step, manifest.consumed_samples, manifest.consumed_tokens
+    try:
+        length, steps = manifest.config["data"]["sequence_length"], manifest.config["training"]["steps"]
+    except (KeyError, TypeError) as error:
+        return [f"its configuration lacks {error}"]
+    lines = []
+    if not 0 <= step <= steps:
+        lines.append(f"step = {step}, but the run has training.steps = {steps}")
+    if samples < step or (samples > 0) != (step > 0):
+        lines.append(f"consumed_samples = {samples} after step {step}")
+    same_length = not any("data.sequence_length" in change.get("changed", {}) for change in manifest.data_changes)
+    if tokens is not None and same_length and tokens != samples * length:
+        lines.append(f"consumed_tokens = {tokens}, but {samples} samples of {length} tokens are {samples * length}")
+    return lines
+
+
+def _misplaced(manifest: Manifest, folder: Path) -> list[str]:
+    """Whether the folder has the name of another step. A copy may have a name of its own."""
+    return [
+        f"it is the checkpoint of step {manifest.step}, but the folder is called {name}"
+        for name in dict.fromkeys((folder.name, folder.resolve().name))
+        if re.fullmatch(r"step_\d+", name) and name != f"step_{manifest.step}"
+    ]
+
+
+def digest_values(values: dict[str, Any]) -> str:
+    """BLAKE2b digest of JSON values, whatever their order and layout in the file."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def digest_file(path: Path) -> dict[str, Any]:
@@ -78,17 +144,51 @@ def digest_file(path: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> list[str]:
-    """Hold every `parts`-th file, from number `part` on, against the manifest; one line for each that does not fit."""
-    problems = []
+    """Hold every `parts`-th file, from number `part` on, against the manifest; one line for each that does not fit.
+    Part 0 holds the list of files against the folder, too."""
+    problems = unlisted(folder, manifest) if part == 0 else []
     for name in sorted(manifest.files)[part::parts]:
-        recorded, path = manifest.files[name], folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != recorded["bytes"]:
-            problems.append(f"{name} has {path.stat().st_size} bytes, {recorded['bytes']} were written")
-        elif digest_file(path) != recorded:
-            problems.append(f"{name} has changed since it was written")
+        problem = differs(folder / NAME, name, manifest.files[name])
+        problems += [problem] if problem else []
     return problems
+
+
+def differs(listed_in: Path, name: str, recorded: dict[str, Any], *, digest: bool = True) -> str | None:
+    """How a file differs from its record `{"bytes": int, "blake2b": str}`, in a line; None if it does not.
+
+    Args:
+        listed_in: the file that holds the record, in the same folder.
+        digest: read it as well.
+    """
+    try:
+        path = named_file(listed_in, name)
+    except ValueError as error:
+        return str(error)
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != recorded.get("bytes"):
+        return f"{name} has {path.stat().st_size} bytes, {recorded.get('bytes')} were written"
+    return f"{name} has changed since it was written" if digest and digest_file(path) != recorded else None
+
+
+def unlisted(folder: Path, manifest: Manifest) -> list[str]:
+    """Files in a checkpoint folder that its manifest does not know, one line each."""
+    found = {path.name for path in folder.iterdir() if not path.name.startswith(_LEFT_BY_DISKS)}
+    return [f"{name} is not in {NAME}" for name in sorted(found - manifest.files.keys() - {NAME})]
+
+
+def misplaced_files(folder: Path, manifest: Manifest) -> list[str]:
+    """What names and sizes alone tell: files that are missing, surplus, of another size or outside the folder."""
+    lines = [differs(folder / NAME, name, recorded, digest=False) for name, recorded in sorted(manifest.files.items())]
+    return [*unlisted(folder, manifest), *filter(None, lines)]
+
+
+def damaged(folder: Path, problems: list[str]) -> CheckpointError:
+    """The error that names what is wrong with a checkpoint's files, and the ways on."""
+    return CheckpointError(
+        f"{folder} is damaged: {'; '.join(problems)}. Remove the folder to continue from the checkpoint before it, "
+        "or go on from another one in another run.dir (checkpoint.resume=PATH)"
+    )
 
 
 def list_checkpoints(directory: Path) -> list[Path]:

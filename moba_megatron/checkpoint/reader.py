@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +12,12 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from moba_megatron.checkpoint.common_state import COMMON, COMMON_FILE, read_common
-from moba_megatron.checkpoint.manifest import CheckpointError, Manifest, verify
+from moba_megatron.checkpoint.finite import named_tensors, require_finite
+from moba_megatron.checkpoint.manifest import CheckpointError, Manifest, damaged, misplaced_files, verify
+from moba_megatron.checkpoint.pickles import UnsafePickle, check_format, only_known_classes, read_objects
 from moba_megatron.checkpoint.state import TrainingState, is_extra_state, load_weights, sharded_model
 from moba_megatron.platform.megatron_core import reads_common_state_among_tensors
 
@@ -30,7 +32,7 @@ def load_training(
             pipeline sizes are those of the checkpoint; the optimizer's kind must be the same.
 
     Raises:
-        CheckpointError: damaged files, or a state that does not fit this model.
+        CheckpointError: damaged files, a state that does not fit this model, or weights that are not finite.
     """
     manifest = Manifest.read(folder)
     saved = manifest.config["parallel"]
@@ -39,20 +41,22 @@ def load_training(
             f"{folder} was written with parallel.distributed_optimizer = {saved['distributed_optimizer']}, which the "
             f"optimizer state is bound to; this run has {parallel['distributed_optimizer']}: set it to the saved value"
         )
-    if check_files:
-        _verify_together(folder, manifest)
+    _check_together(folder, manifest, digests=check_files)
     same_layout = all(saved[size] == parallel[size] for size in ("tensor", "pipeline"))
     requested = state.sharded(loading=True, with_random_state=same_layout)
-    state.load(_load(folder, requested, require_all=same_layout))
+    loaded = _load(folder, requested, require_all=same_layout)
+    require_finite(named_tensors({**loaded, "scheduler": None, "random": None}), folder)
+    state.load(loaded)
     return manifest
 
 
 def load_model(folder: Path, model: list[torch.nn.Module], *, check_files: bool = True) -> Manifest:
-    """Restore the weights alone, in place, at any parallel layout. Collective."""
+    """Restore the weights alone, in place, at any parallel layout. Collective. Raises CheckpointError as
+    `load_training` does."""
     manifest = Manifest.read(folder)
-    if check_files:
-        _verify_together(folder, manifest)
+    _check_together(folder, manifest, digests=check_files)
     load_weights(model, _load(folder, sharded_model(model), require_all=False))
+    require_finite((named for chunk in model for named in chunk.named_parameters()), folder)
     return manifest
 
 
@@ -60,13 +64,22 @@ def _load(folder: Path, requested: dict[str, Any], *, require_all: bool) -> dict
     """Fill what is requested; `require_all`: it has to be all that the checkpoint holds.
 
     Raises:
-        CheckpointError: something requested is not there, or something there was not requested.
+        CheckpointError: something requested is not there, something there was not requested, or pickles that name more
+            than the classes of a checkpoint.
     """
+    check_format(folder)
     try:
-        with _with_common_state(folder) as readable:
+        with _with_common_state(folder) as readable, only_known_classes():
             loaded, not_requested, not_stored = dist_checkpointing.load(
                 requested, str(readable), strict=StrictHandling.RETURN_ALL
             )
+    except UnsafePickle as error:
+        raise UnsafePickle(f"{folder} is not read: {error}") from error
+    except CheckpointException as error:
+        # What went wrong on other ranks as well, each with its cause.
+        rank, (cause, _) = next(iter(error.failures.items()))
+        kind = type(cause) if isinstance(cause, CheckpointError) else CheckpointError
+        raise kind(f"{folder} cannot be read (rank {rank}): {type(cause).__name__}: {cause}") from error
     except (CheckpointingException, KeyError) as error:
         raise CheckpointError(f"{folder} does not fit this model: {error}") from error
     not_requested = not_requested - {COMMON} if require_all else set()
@@ -90,7 +103,7 @@ def _with_common_state(folder: Path) -> Iterator[Path]:
     common = read_common(folder)
     if common is None:
         raise CheckpointError(f"{folder} has neither {COMMON_FILE} nor the entry {COMMON}")
-    state = torch.load(io.BytesIO(common), weights_only=True)[0]
+    state = read_objects(common)[0]
     with tempfile.TemporaryDirectory() as temporary:
         for file in folder.iterdir():
             (Path(temporary) / file.name).symlink_to(file.resolve())
@@ -98,14 +111,12 @@ def _with_common_state(folder: Path) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def _verify_together(folder: Path, manifest: Manifest) -> None:
-    """Each rank verifies its share of the files; all ranks raise if any found a problem."""
+def _check_together(folder: Path, manifest: Manifest, *, digests: bool) -> None:
+    """Hold the files against the manifest: names and sizes on rank 0, and the digests by all ranks, each its share. All
+    ranks raise if any found a problem."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    own = verify(folder, manifest, rank, ranks) if digests else misplaced_files(folder, manifest) if rank == 0 else []
     found: list[list[str]] = [[] for _ in range(ranks)]
-    torch.distributed.all_gather_object(found, verify(folder, manifest, rank, ranks))
-    problems = [line for lines in found for line in lines]
-    if problems:
-        raise CheckpointError(
-            f"{folder} is damaged: {'; '.join(problems)}. Remove the folder to continue from the checkpoint before it, "
-            "or go on from another one in another run.dir (checkpoint.resume=PATH)"
-        )
+    torch.distributed.all_gather_object(found, own)
+    if problems := [line for lines in found for line in lines]:
+        raise damaged(folder, problems)

@@ -4,6 +4,9 @@ A save copies nothing on CPU: megatron-core's asynchronous saver forks a process
 this rank's files and their digests, and ends. When every rank's process is done, all ranks finalize together: rank 0
 writes the manifest, flushes everything to disk and renames `.step_N.partial` to `step_N`; only then are older
 checkpoints removed. A run killed at any moment leaves either the old set or the new one.
+
+Whoever writes looks at all numbers, too. A state that is not finite on any rank is not published: nothing can be
+trained from it, and it would push good checkpoints out.
 """
 
 from __future__ import annotations
@@ -20,10 +23,11 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
-from moba_megatron.checkpoint.manifest import CheckpointError, Manifest, digest_file, list_checkpoints
+from moba_megatron.checkpoint.finite import list_of_names, not_finite, written_tensors
+from moba_megatron.checkpoint.manifest import CheckpointError, Manifest, NotFinite, digest_file, list_checkpoints
 from moba_megatron.checkpoint.state import SHARDING, TrainingState
 from moba_megatron.platform.megatron_core import save_arguments
-from moba_megatron.platform.processes import die_with_parent, forks_die_with_this
+from moba_megatron.platform.processes import die_with_parent, forks_die_meanwhile
 
 
 class CheckpointWriter:
@@ -78,47 +82,89 @@ class CheckpointWriter:
             request.execute_sync()
 
     def _publish(self, unfinished: Path, final: Path, manifest: Manifest) -> None:
-        if torch.distributed.get_rank() == 0:
-            self._collect_digests(unfinished, manifest)
-            small = [path for path in unfinished.iterdir() if path.name not in manifest.files]
-            manifest.files.update({path.name: digest_file(path) for path in small})
-            manifest.write(unfinished)
-            for path in unfinished.iterdir():
-                _flush(path)
-            if final.exists():
-                _remove(final)
-            unfinished.rename(final)
-            _flush(self.directory)
-            for old in list_checkpoints(self.directory)[: -self.keep]:
-                _remove(old)
-        torch.distributed.barrier()
+        """Give a written checkpoint its name. All ranks raise what rank 0 finds wrong with it.
 
-    def _collect_digests(self, unfinished: Path, manifest: Manifest) -> None:
+        Raises:
+            NotFinite: what was written is not finite; it is removed.
+            CheckpointError, OSError: it is not whole, as on a full disk.
+        """
+        problem: list[CheckpointError | OSError | None] = [None]
+        if torch.distributed.get_rank() == 0:
+            try:
+                self._complete(unfinished, manifest)
+                self._replace(unfinished, final)
+            except (CheckpointError, OSError) as error:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                problem = [error]
+        torch.distributed.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise problem[0]
+
+    def _complete(self, unfinished: Path, manifest: Manifest) -> None:
+        """Write the manifest, with what all ranks say of their files."""
+        self._collect_reports(unfinished, manifest)
+        small = [path for path in unfinished.iterdir() if path.name not in manifest.files]
+        manifest.files.update({path.name: digest_file(path) for path in small})
+        manifest.write(unfinished)
+
+    def _replace(self, unfinished: Path, final: Path) -> None:
+        for path in unfinished.iterdir():
+            _flush(path)
+        if final.exists():
+            _remove(final)
+        unfinished.rename(final)
+        _flush(self.directory)
+        for old in list_checkpoints(self.directory)[: -self.keep]:
+            _remove(old)
+
+    def _collect_reports(self, unfinished: Path, manifest: Manifest) -> None:
         parts = sorted(unfinished.glob("digests_*.json"))
         if len(parts) != torch.distributed.get_world_size():
             raise CheckpointError(
                 f"{unfinished}: {len(parts)} of {torch.distributed.get_world_size()} ranks finished writing. Is the "
                 "disk full? The checkpoints before it are untouched"
             )
+        names: set[str] = set()
+        tensors = 0
         for part in parts:
-            manifest.files.update(json.loads(part.read_text(encoding="utf-8")))
+            report = json.loads(part.read_text(encoding="utf-8"))
+            manifest.files.update(report["files"])
+            names |= set(report["not_finite"])
+            tensors += report["tensors"]
             part.unlink()
+        if not tensors:
+            raise CheckpointError(
+                f"{unfinished}: no rank saw a tensor in what megatron-core wrote, so none was checked"
+            )
+        if names:
+            raise NotFinite(
+                f"step {manifest.step} is not saved, for what is not finite (infinite, NaN, or weights over 1.8e19): "
+                f"{list_of_names(sorted(names))}. The checkpoints before it are untouched. Lower optimizer.lr, "
+                "lengthen optimizer.warmup_steps, or look at the data of the last steps"
+            )
 
 
 def _write_and_digest(write: Callable[..., Any] | None, folder: Path, *args: Any, forked: bool, **kwargs: Any) -> None:
-    """Write this rank's files, then record their digests beside them; in a forked process of its own if
-    asynchronous."""
+    """Write this rank's files, then record beside them their digests and which tensors are not finite; in a forked
+    process of its own if asynchronous."""
+    rank = torch.distributed.get_rank()
     if forked:
         die_with_parent()
-        # megatron-core writes in processes of its own, which would wait for this one for ever.
-        forks_die_with_this()
-    rank = torch.distributed.get_rank()
-    if write is not None:
-        write(*args, **kwargs)
-    digests = {path.name: digest_file(path) for path in folder.glob(f"__{rank}_*.distcp")}
+        # The threads of the process that was forked are not here.
+        torch.set_num_threads(1)
+    # megatron-core writes in processes of its own, which would wait for this one for ever.
+    with forks_die_meanwhile():
+        if write is not None:
+            write(*args, **kwargs)
+    tensors = list(written_tensors([args, list(kwargs.values())]))
+    report = {
+        "files": {path.name: digest_file(path) for path in folder.glob(f"__{rank}_*.distcp")},
+        "tensors": len(tensors),
+        "not_finite": not_finite(tensors),
+    }
     whole = folder / f"digests_{rank}.json"
     unfinished = folder / f".digests_{rank}.tmp"
-    unfinished.write_text(json.dumps(digests), encoding="utf-8")
+    unfinished.write_text(json.dumps(report), encoding="utf-8")
     os.replace(unfinished, whole)
 
 

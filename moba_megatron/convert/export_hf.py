@@ -19,9 +19,9 @@ from moba_megatron import __version__
 from moba_megatron.checkpoint import CheckpointError
 from moba_megatron.checkpoint.manifest import NAME as MANIFEST
 from moba_megatron.checkpoint.manifest import digest_file
-from moba_megatron.checkpoint.manifest import verify as damages
 from moba_megatron.config import ModelConfig
 from moba_megatron.config.families import FAMILIES
+from moba_megatron.convert.export_digests import write_source
 from moba_megatron.convert.exported import Exported
 from moba_megatron.convert.families import family_of, huggingface_config, moba_config
 from moba_megatron.convert.mapping import Piece, parameter_shapes, pieces
@@ -38,7 +38,7 @@ from moba_megatron.convert.tokenizer_files import (
 )
 
 SHARD_BYTES = 4 * 10**9
-CONFIG, SOURCE = "config.json", "exported_from.json"
+CONFIG = "config.json"
 
 
 def export_huggingface(
@@ -49,6 +49,7 @@ def export_huggingface(
     self_contained: bool = False,
     length: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    verify: bool = True,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> str | None:
     """Write the Hugging Face folder `out`, which appears when it is complete.
@@ -59,6 +60,7 @@ def export_huggingface(
         length: tokens that the model can take, for `max_position_embeddings`. Default: what it was trained on, or what
             the model that it started from was made for, if that is more.
         shard_bytes: largest file of weights. Twice as much memory is used, or twice that of the largest tensor.
+        verify: hold the checkpoint's files against their digests, as its `checkpoint.verify` says; False: never.
         advance: told parameters done and in all, after each.
 
     Returns:
@@ -67,13 +69,12 @@ def export_huggingface(
     Raises:
         ConfigError: `out` is taken, no plain model of transformers computes this one (convolved keys need
             `self_contained`) or no class of it reads the tokenizer, or `self_contained` without MoBA layers.
-        CheckpointError: the checkpoint is damaged, lacks parameters of the model, or has others.
+        CheckpointError: the checkpoint is damaged, not finite, lacks parameters of the model, or has others.
     """
     check_unused(out)
     if not self_contained:
         exported.check_plain()
-    if exported.config.checkpoint.verify and (damage := damages(exported.checkpoint, exported.manifest)):
-        raise CheckpointError(f"{exported.checkpoint} is damaged: {'; '.join(damage)}")
+    exported.check_files(digests=verify)
     stored = StoredWeights(exported.checkpoint)
     shapes = parameter_shapes(exported.model, exported.key_convolution)
     _check_parameters(exported, stored, shapes)
@@ -101,13 +102,13 @@ def export_huggingface(
         _write_weights(folder, stored, shapes, exported.model, shard_bytes, advance)
         if not (folder / "generation_config.json").exists():
             _write_json(folder / "generation_config.json", {**special, "do_sample": False})
-        _write_json(folder / SOURCE, source_of(exported))
         (folder / "README.md").write_text(model_card(out.name, exported, values, reader), encoding="utf-8")
+        write_source(folder, source_of(exported))
     return reader
 
 
 def source_of(exported: Exported) -> dict[str, Any]:
-    """What the file `SOURCE` of an export says: the step, and a digest that no other checkpoint has."""
+    """What an export says of its source: the step, and a digest that no other checkpoint has."""
     digest = digest_file(exported.checkpoint / MANIFEST)["blake2b"]
     return {"step": exported.manifest.step, "checkpoint_blake2b": digest, "moba-megatron": __version__}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moba_megatron.checkpoint import CheckpointError, Manifest
 from moba_megatron.checkpoint.find import find_checkpoint
+from moba_megatron.checkpoint.manifest import damaged, misplaced_files, verify
 from moba_megatron.config import Config, ConfigError, ModelConfig
 from moba_megatron.convert.import_hf import NO_TOKENIZER
 from moba_megatron.convert.initial import sized
@@ -38,6 +39,17 @@ class Exported:
     def key_convolution(self) -> int | None:
         """Width of the filters of keys; None where keys are not convolved."""
         return self.config.attention.key_convolution
+
+    def check_files(self, *, digests: bool = True) -> None:
+        """Hold the checkpoint's files against its manifest: names and sizes always, digests as `checkpoint.verify` of
+        its run says, or not at all.
+
+        Raises:
+            CheckpointError: damaged files, each by name.
+        """
+        read = verify if digests and self.config.checkpoint.verify else misplaced_files
+        if problems := read(self.checkpoint, self.manifest):
+            raise damaged(self.checkpoint, problems)
 
     def check_plain(self) -> None:
         """Raises ConfigError where no plain model of transformers computes this one."""

@@ -16,6 +16,10 @@ def import_command(
     source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face folder: config.json, safetensors.")],
     out: Annotated[Path, typer.Argument(help="Run folder to make; it must not exist.")],
     check: Annotated[bool, typer.Option("--verify", help=_VERIFY)] = False,
+    unread: Annotated[
+        bool,
+        typer.Option("--no-verify", help="Leave the digests alone that an export of ours has, which are read first."),
+    ] = False,
 ) -> None:
     """Make a run folder from a Hugging Face model.
 
@@ -34,7 +38,7 @@ def import_command(
     console = Console(highlight=False, soft_wrap=True)
     try:
         with _progress(console, "parameters") as bar:
-            _, notes = import_huggingface(source, out, advance=bar.at)
+            _, notes = import_huggingface(source, out, verify=not unread, advance=bar.at)
         for line in notes:
             console.print(f"note: {line}", markup=False)
         console.print(str(out), markup=False)
@@ -125,6 +129,14 @@ def export_command(
     ] = None,
     shard_gigabytes: Annotated[float, typer.Option(min=0.001, help="Largest file of weights, 10^9 bytes.")] = 4.0,
     check: Annotated[bool, typer.Option("--verify", help=_VERIFY)] = False,
+    unread: Annotated[
+        bool,
+        typer.Option(
+            "--no-verify",
+            help="Leave the digests of the checkpoint's files alone, which are read first unless checkpoint.verify is "
+            "off.",
+        ),
+    ] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face model. Needs no GPU, whatever the checkpoint was trained on."""
     from moba_megatron.checkpoint import CheckpointError
@@ -143,6 +155,7 @@ def export_command(
                 self_contained=self_contained,
                 length=length,
                 shard_bytes=int(shard_gigabytes * 1e9),
+                verify=not unread,
                 advance=bar.at,
             )
         if reader not in (None, "AutoTokenizer"):

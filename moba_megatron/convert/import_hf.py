@@ -22,6 +22,7 @@ from moba_megatron.checkpoint import CheckpointWriter, Manifest
 from moba_megatron.checkpoint.state import sharded_model
 from moba_megatron.config import Config, ConfigError, config_from_dict
 from moba_megatron.config.huggingface import model_section, read_huggingface_config
+from moba_megatron.convert.export_digests import check_export
 from moba_megatron.convert.half_precision import F16, half_precision_note
 from moba_megatron.convert.origin import keep_origin
 from moba_megatron.convert.publish import check_unused, new_folder
@@ -43,7 +44,11 @@ _HEAD = """# A start for training from {source}.
 
 
 def import_huggingface(
-    source: Path, out: Path, *, advance: Callable[[int, int], None] = lambda done, total: None
+    source: Path,
+    out: Path,
+    *,
+    verify: bool = True,
+    advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Config, list[str]]:
     """Import a model. Starts this process as a single rank.
 
@@ -51,15 +56,20 @@ def import_huggingface(
         source: a Hugging Face folder with safetensors.
         out: the run folder to make: `config.yaml`, `tokenizer/`, `checkpoints/step_0/`, and `origin.json` where a
             name or a license of the source is known. It appears when it is complete.
+        verify: hold an export of ours against its digests.
         advance: told parameters done and in all, after each.
 
     Returns:
         The configuration that was written, and what is to be said about the import.
 
     Raises:
-        ConfigError: `out` is taken, or a model that is not supported or not whole, with one line for each reason.
+        ConfigError: `out` is taken, or a model that is not supported, not whole or not finite, with one line for each
+            reason.
+        CheckpointError: an export that is damaged.
     """
     check_unused(out)
+    if verify:
+        check_export(source)
     values, files = read_huggingface_config(source), SafetensorsFolder(source)
     config = config_from_dict(_configuration(source, out, values, files))
     weights = open_weights(source, config.model)

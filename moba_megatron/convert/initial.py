@@ -14,6 +14,7 @@ from moba_megatron.checkpoint.find import find_checkpoint, saved_config
 from moba_megatron.config import Config, ConfigError, ModelConfig
 from moba_megatron.config.overrides import MISSING
 from moba_megatron.config.pretrained import pretrained_model_section
+from moba_megatron.convert.export_digests import export_damage, refuse_damage
 from moba_megatron.convert.half_precision import F16, half_precision_note
 from moba_megatron.convert.origin import keep_origin
 from moba_megatron.convert.run_inputs import found_config
@@ -121,15 +122,29 @@ def load_initial_weights(config: Config, vocab_size: int, chunks: list[torch.nn.
     Args:
         vocab_size: entries of the vocabulary, without padding.
         chunks: bare model chunks, before an optimizer copies their weights.
+
+    Raises:
+        CheckpointError, ConfigError: weights that are damaged or not finite, each by name.
     """
     source = Path(config.model.init_from)
     if torch.distributed.get_rank() == 0:
         keep_origin(RunFolder(config.run.dir), source)
     if _is_huggingface(source):
+        if config.checkpoint.verify:
+            _verify_together(source)
         model = sized(config.model, vocab_size)
         read_weights(chunks, open_weights(source, model), model, advance=log_progress)
     else:
         load_model(_find(source), chunks, check_files=config.checkpoint.verify)
+
+
+def _verify_together(export: Path) -> None:
+    """Hold the files of an export of ours against its digests, each rank its share; nothing for other folders. All
+    ranks raise if any found a problem."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    found: list[list[str]] = [[] for _ in range(ranks)]
+    torch.distributed.all_gather_object(found, export_damage(export, rank, ranks))
+    refuse_damage(export, [line for lines in found for line in lines])
 
 
 def sized(model: ModelConfig, vocab_size: int) -> ModelConfig:

@@ -6,33 +6,42 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from moba_megatron.checkpoint import CheckpointError
-from moba_megatron.convert.export_hf import CONFIG, SOURCE, export_huggingface, source_of
+from moba_megatron.convert.export_digests import SOURCE, check_export, read_source
+from moba_megatron.convert.export_hf import CONFIG, export_huggingface, source_of
 from moba_megatron.convert.exported import Exported
 from moba_megatron.runs.folder import RunFolder
 
 
 def export_in_run(
-    exported: Exported, run: RunFolder | None = None, advance: Callable[[int, int], None] = lambda done, total: None
+    exported: Exported,
+    run: RunFolder | None = None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    verify: bool = True,
 ) -> Path:
     """The Hugging Face folder of a checkpoint within its run folder; written if it is not there.
 
     Args:
         run: another folder to keep it in.
-        advance: as in `export_huggingface`.
+        advance, verify: as in `export_huggingface`; the files of an export that is used again are verified likewise.
 
     Raises:
-        CheckpointError: the folder there is no export of this checkpoint as this version writes it.
+        CheckpointError: the folder there is no export of this checkpoint as this version writes it, or is damaged.
         ConfigError, CheckpointError: as `export_huggingface`.
     """
     folder = (run or RunFolder.of(exported.checkpoint)).exports / exported.checkpoint.name
     if not folder.exists():
-        export_huggingface(exported, folder, advance=advance)
+        export_huggingface(exported, folder, advance=advance, verify=verify)
         return folder
-    path, config = folder / SOURCE, folder / CONFIG
-    found, wanted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}, source_of(exported)
+    config, wanted = folder / CONFIG, source_of(exported)
+    found = _read_again(folder)
     if found == wanted and config.is_file():
+        read_source(folder)
+        if verify and exported.config.checkpoint.verify:
+            check_export(folder, whole=True)
         # Exports of this step once said the length of its sequences, whatever the model was made for.
         key = "max_position_embeddings"
         found, wanted = (
@@ -45,3 +54,15 @@ def export_in_run(
             f"{wanted}): remove the folder, it will be made anew"
         )
     return folder
+
+
+def _read_again(folder: Path) -> dict[str, Any]:
+    """What an export says of its source, without the digests of its files."""
+    # An export of another checkpoint is no damaged one: digests come after.
+    found = read_source(folder, digest=False) or {}
+    if found and "files" not in found:
+        raise CheckpointError(
+            f"{folder} was written by an earlier version, without digests of its files: remove the folder, it will be "
+            "made anew"
+        )
+    return {key: value for key, value in found.items() if key != "files"}

@@ -14,8 +14,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moba_megatron.checkpoint.finite import is_finite
 from moba_megatron.config import ConfigError
 from moba_megatron.config.huggingface import DOWNLOAD
+from moba_megatron.config.inside import named_file
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = ("F32", "BF16", "F16")
@@ -45,12 +47,19 @@ class SafetensorsFolder:
             raise ConfigError([f"{self.folder}: {line}" for line in problems])
 
     def read(self, name: str, where: tuple[slice, ...] = ()) -> Tensor:
-        """A part of a tensor: a view of the file, valid until another file is read. Copy it, do not change it."""
+        """A part of a tensor: a view of the file, valid until another file is read. Copy it, do not change it.
+
+        Raises:
+            ConfigError: it holds infinities or NaN.
+        """
         file = self.files[name]
         if self._open is None or self._open[0] != file:
             self._open = file, safe_open(self.folder / file, framework="pt")
         part = self._open[1].get_slice(name)
-        return part[where if len(where) != 1 else where[0]] if where else part[:]
+        tensor = part[where if len(where) != 1 else where[0]] if where else part[:]
+        if not is_finite(tensor):
+            raise ConfigError([f"{self.folder / file}: {name} is not finite (infinite or NaN): take other weights"])
+        return tensor
 
     def problems(self, expected: dict[str, tuple[int, ...]]) -> list[str]:
         """Hold names, shapes and dtypes against what a model needs; one line for each that does not fit."""
@@ -95,8 +104,11 @@ class SafetensorsFolder:
         path = self.folder / INDEX
         if path.is_file():
             try:
-                return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
+                index = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+                for file in set(index.values()):
+                    named_file(path, file)
+                return index
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ConfigError([
                     f"{path} is damaged: {type(error).__name__}: {error}; fetch it again ({DOWNLOAD} {self.folder})"
                 ]) from error  # fmt: skip

@@ -1,7 +1,7 @@
 """One parameter of a checkpoint at a time, without process groups, a model or a GPU.
 
-megatron-core's distributed checkpoints are read with PyTorch's own reader. They keep all layers of a kind under one
-key, [layers, ...], as one stored part a layer (and tensor-parallel rank), so one layer is read without the others.
+megatron-core's distributed checkpoints keep all layers of a kind under one key, [layers, ...], as one stored part a
+layer (and tensor-parallel rank), so one layer is read without the others.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from moba_megatron.checkpoint import CheckpointError
+from moba_megatron.checkpoint.finite import is_finite
+from moba_megatron.checkpoint.manifest import NotFinite
+from moba_megatron.checkpoint.tensors import StoredTensors
 from moba_megatron.convert.mapping import EMBEDDING, OUTPUT, layer_of
 
 
@@ -23,22 +22,14 @@ class StoredWeights:
     """The weights of a checkpoint folder by canonical name (see `mapping`).
 
     Raises:
-        CheckpointError: the folder holds no distributed checkpoint.
+        CheckpointError: the folder holds no distributed checkpoint, a damaged one, or one whose list of tensors names
+            more than the classes of the format.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._reader = FileSystemReader(folder)
-        try:
-            metadata = self._reader.read_metadata()
-        except OSError as error:
-            raise CheckpointError(f"{folder} holds no distributed checkpoint: {error}") from error
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        self._tensors = {
-            key: entry
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer")
-        }
+        self._stored = StoredTensors(folder)
+        self._tensors = {key: entry for key, entry in self._stored.tensors.items() if not key.startswith("optimizer")}
 
     def names(self, num_layers: int) -> set[str]:
         """Canonical names of every stored parameter, if the model has so many layers."""
@@ -88,38 +79,20 @@ class StoredWeights:
         """A parameter, or where more rows are stored (padding of the vocabulary) its first ones.
 
         Raises:
-            CheckpointError: it is stored in another shape.
+            CheckpointError: it is stored in another shape, damaged, or not finite.
         """
         layer, _ = layer_of(name)
         key, stored = self._entry(name)
-        entry = self._tensors[key]
         if not _holds(name, stored, shape):
             raise CheckpointError(f"{self.folder}: {name} is stored as {list(stored)}, the model has {list(shape)}")
-        leading = () if layer is None else (1,)
-        wanted = ChunkStorageMetadata(
-            torch.Size([*([layer] if leading else []), *[0] * len(shape)]), torch.Size([*leading, *shape])
-        )
-        into = _Into(torch.empty(wanted.sizes, dtype=entry.properties.dtype))
-        plan = LoadPlan(create_read_items_for_chunk_list(key, entry, [wanted]))
-        self._reader.read_data(self._reader.prepare_local_plan(plan), into).wait()
-        return into.tensor.view(shape)
+        offsets, sizes = ([], []) if layer is None else ([layer], [1])
+        tensor = self._stored.read(key, [*offsets, *[0] * len(shape)], [*sizes, *shape])
+        if not is_finite(tensor):
+            raise NotFinite(f"{self.folder}: {name} is not finite (infinite or NaN): take another checkpoint")
+        return tensor.view(shape)
 
 
 def _holds(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     """Whether a stored parameter has this shape; the vocabulary may be padded."""
     padded = name in (EMBEDDING, OUTPUT) and stored[1:] == shape[1:] and stored[0] >= shape[0]
     return padded or stored == shape
-
-
-class _Into:
-    """Where the reader puts what it reads: the part of a planner that it calls."""
-
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
-
-    def resolve_tensor(self, item: ReadItem) -> Tensor:
-        ranges = zip(item.dest_offsets, item.lengths, strict=True)
-        return self.tensor[tuple(slice(start, start + length) for start, length in ranges)]
-
-    def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None:
-        """Nothing: the reader has copied into the tensor itself."""

@@ -66,7 +66,9 @@ def verify(exported: Exported, folder: Path) -> list[Comparison]:
     Starts this process as a single rank, and holds both models in memory in fp32, one after the other.
     """
     texts = _texts(exported)
-    ours, theirs = _our_logits(exported, texts), _their_logits(folder, texts)
+    ours = _our_logits(exported, texts)
+    # Convolved keys are computed by code that the export brings, which was written here; no folder says so by itself.
+    theirs = _their_logits(folder, texts, own_code=exported.key_convolution is not None)
     return [_compare(text, a, b) for text, a, b in zip(texts, ours, theirs, strict=True)]
 
 
@@ -114,14 +116,22 @@ def _our_logits(exported: Exported, texts: list[Text]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _their_logits(folder: Path, texts: list[Text]) -> list[Tensor]:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _their_logits(folder: Path, texts: list[Text], own_code: bool) -> list[Tensor]:
+    """As `_our_logits`, of a Hugging Face folder.
+
+    Args:
+        own_code: run the code that the folder brings.
+    """
+    from transformers import AutoModelForCausalLM
 
     import moba_megatron.hf  # noqa: F401  (registers the attention)
 
-    # Convolved keys are computed by code that the folder brings, which was written here.
-    own = "key_convolution" in (AutoConfig.from_pretrained(folder).to_dict().get("moba_config") or {})
-    settings = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": own}
+    settings = {
+        "dtype": torch.float32,
+        "attn_implementation": "sdpa",
+        "trust_remote_code": own_code,
+        "use_safetensors": True,
+    }
     model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
     logits = []
     for text in texts:

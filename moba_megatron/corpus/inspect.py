@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from moba_megatron.config.inside import named_file
 from moba_megatron.corpus.indexed import DocumentIndex, load_index
 from moba_megatron.corpus.loss_mask import check_loss_mask, loss_mask_path, open_loss_mask
-from moba_megatron.corpus.manifest import DatasetManifest, load_manifest
+from moba_megatron.corpus.manifest import MANIFEST_FILE, DatasetManifest, load_manifest
 from moba_megatron.corpus.merge import file_hash
 from moba_megatron.corpus.tokenizer import Tokenizer
 
@@ -96,7 +97,11 @@ def check_dataset(folder: Path) -> Iterator[tuple[str, str | None]]:
         wrong = str(error)
     yield "tokenizer", wrong
     for name, file in manifest.files.items():
-        path = folder / name
+        try:
+            path = named_file(folder / MANIFEST_FILE, name)
+        except ValueError as error:
+            yield name, str(error)
+            continue
         if not path.is_file():
             yield name, "missing: copy it again"
         elif path.stat().st_size != file.bytes:

@@ -93,6 +93,14 @@ def evaluate_command(
         Path | None,
         typer.Option(help="Folder for results and pictures, such as of a model that may only be read. Default: RUN."),
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            " /--no-verify",
+            show_default=False,
+            help="Leave the digests of the files alone, which are read first unless checkpoint.verify is off.",
+        ),
+    ] = True,
 ) -> None:
     """Evaluate a trained model: losses (by position, trailing, against full attention of the same weights), or what
     the options ask for.
@@ -144,13 +152,13 @@ def evaluate_command(
                 chat=lm_eval_chat,
                 system=lm_eval_system,
             )
-            evaluate_with_harness(target, settings, console, attention=attention, output=output)
+            evaluate_with_harness(target, settings, console, attention=attention, output=output, verify=verify)
             if not wants_losses and not routing and not options:
                 return
         if options and not wants_losses and not routing and (target / "config.json").is_file():
             from moba_megatron.evaluation.tasks.evaluate_tasks import evaluate_folder_tasks
 
-            evaluate_folder_tasks(target, options, console, attention, output)
+            evaluate_folder_tasks(target, options, console, attention, output, verify=verify)
             return
         subject = open_subject(
             target,
@@ -161,6 +169,7 @@ def evaluate_command(
             sequence_length=parse_length("--sequence-length", sequence_length) if sequence_length else None,
             on_validation=wants_losses or routing,
             output=output,
+            verify=verify,
         )
         with EvaluationRecords(subject.folder, subject.config) as records:
             if wants_losses:

@@ -113,6 +113,7 @@ def open_subject(
     sequence_length: int | None = None,
     on_validation: bool = True,
     output: Path | None = None,
+    verify: bool = True,
 ) -> Subject:
     """Load the model of a run or checkpoint folder into this process.
 
@@ -123,6 +124,7 @@ def open_subject(
         sequence_length: of these samples, in tokens, in place of the run's `data.sequence_length`.
         on_validation: whether validation data are needed; they are checked before the model is loaded.
         output: where results go; None: to the run folder.
+        verify: as for `open_model`.
 
     Raises:
         CheckpointError: no complete checkpoint there, or not one for this tokenizer.
@@ -139,7 +141,7 @@ def open_subject(
             raise ValueError(f"{target} has no data.validation: name data with --validation")
         check_validation(config)
     tokenizer = Tokenizer(config.data.tokenizer)
-    opened = open_model(target, tokenizer.fingerprint, tokenizer.vocab_size)
+    opened = open_model(target, tokenizer.fingerprint, tokenizer.vocab_size, verify=verify)
     own_length = own.data.sequence_length
     subject = Subject(replace(opened, config=config), config, attentions, own_length, output)
     # The model's own way first: its results are what training recorded.

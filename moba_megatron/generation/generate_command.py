@@ -38,6 +38,14 @@ def generate_command(
     prefill_tokens: Annotated[
         int, typer.Option(min=3, help="Tokens of the prompt taken at a time; fewer need less memory.")
     ] = 4096,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            " /--no-verify",
+            show_default=False,
+            help="Leave the digests of the files alone, which are read first unless checkpoint.verify is off.",
+        ),
+    ] = True,
 ) -> None:
     """Continue a prompt. The text goes to standard output as it comes, how the model attends to standard error."""
     from moba_megatron.checkpoint.manifest import CheckpointError
@@ -48,7 +56,7 @@ def generate_command(
 
     try:
         text = _prompt(prompt, prompt_file)
-        generator = load_generator(source, decode and decode.value)
+        generator = load_generator(source, decode and decode.value, verify=verify)
         typer.echo(f"attention: {generator.attention}", err=True)
         ids = generator.encode(text)
         stream = TextStream(generator.decode, _write)

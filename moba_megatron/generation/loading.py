@@ -29,13 +29,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from moba_megatron.checkpoint import load_model
 from moba_megatron.checkpoint.find import find_checkpoint
-from moba_megatron.checkpoint.manifest import CheckpointError, Manifest
+from moba_megatron.checkpoint.finite import list_of_names, not_finite
+from moba_megatron.checkpoint.manifest import CheckpointError, Manifest, NotFinite
 from moba_megatron.config import Config
 from moba_megatron.config.families import FAMILIES
+from moba_megatron.convert.export_digests import check_export
 from moba_megatron.convert.exported import Exported, open_exported
 from moba_megatron.convert.families import family_of, huggingface_config, moba_config
 from moba_megatron.convert.mapping import parameter_shapes, pieces
 from moba_megatron.convert.run_inputs import found_config
+from moba_megatron.convert.safetensors_folder import SafetensorsFolder
 from moba_megatron.convert.stored import StoredWeights
 from moba_megatron.convert.tokenizer_files import complete_tokenizer_config, copy_tokenizer_files
 from moba_megatron.corpus.tokenizer import text_start
@@ -83,16 +86,18 @@ class Generator:
     attention: str
 
 
-def open_model(path: str | Path, tokenizer_fingerprint: str, vocab_size: int) -> OpenedModel:
+def open_model(path: str | Path, tokenizer_fingerprint: str, vocab_size: int, *, verify: bool = True) -> OpenedModel:
     """Start this process as a single rank, whatever launcher's variables are around, and load a model into it.
 
     Args:
         tokenizer_fingerprint: of the tokenizer that is at hand.
         vocab_size: size of that tokenizer, used where the configuration leaves `model.vocab_size` to it.
+        verify: hold the files against their digests, as `checkpoint.verify` of the run says; False: never.
 
     Raises:
         ValueError: torchrun started several of these.
-        CheckpointError: no complete checkpoint there, a damaged one, or one that was trained with another tokenizer.
+        CheckpointError: no complete checkpoint there, a damaged one, one that is not finite, or one that was trained
+            with another tokenizer.
     """
     checkpoint = find_checkpoint(path)
     config = found_config(checkpoint)
@@ -106,46 +111,56 @@ def open_model(path: str | Path, tokenizer_fingerprint: str, vocab_size: int) ->
     device = start_single_rank(config.run.seed)
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
     model = build_model(config, config.model.vocab_size or vocab_size, schedule)
-    step = load_model(checkpoint, model, check_files=config.checkpoint.verify).step
+    step = load_model(checkpoint, model, check_files=verify and config.checkpoint.verify).step
     set_attention_stage(model, schedule, schedule.stage_at(max(step, 1), config.training.steps))
     for chunk in model:
         chunk.eval()
     return OpenedModel(model, config, schedule, step, checkpoint, device)
 
 
-def load_generator(path: Path, decode: str | None = None) -> Generator:
+def load_generator(path: Path, decode: str | None = None, *, verify: bool = True) -> Generator:
     """Load what generates text.
 
     Args:
         path: a Hugging Face folder, a run folder (its newest checkpoint is used) or a checkpoint folder.
         decode: `full` or `moba`, how new tokens attend in MoBA layers; None: as `config.json` says, `full` for a
             checkpoint.
+        verify: hold the files against their digests: of a checkpoint as `checkpoint.verify` of its run says, of an
+            export of ours its weights and vocabulary; False: never.
 
     Raises:
         ValueError: a decode mode for a model without MoBA layers.
-        CheckpointError, ConfigError: nothing there that can be loaded.
+        CheckpointError, ConfigError: nothing there that can be loaded: damaged, or not finite.
         OSError: no tokenizer or weights in a Hugging Face folder.
     """
     if (path / "config.json").is_file():
-        return _from_huggingface(path, decode)
-    return _from_checkpoint(open_exported(path), decode)
+        return _from_huggingface(path, decode, verify)
+    return _from_checkpoint(open_exported(path), decode, verify)
 
 
-def load_huggingface(path: Path, decode: str | None = None) -> tuple[Any, str]:
+def load_huggingface(path: Path, decode: str | None = None, *, verify: bool = True) -> tuple[Any, str]:
     """The model of a Hugging Face folder in evaluation mode, and how its layers attend in a line.
 
     Args:
-        decode: as in `load_generator`.
+        decode, verify: as in `load_generator`.
 
     Raises:
         ValueError: as `load_generator`, and where the model would attend by something else than its configuration says.
-        OSError: no weights.
+        CheckpointError, ConfigError: no weights, or they are damaged, pickled or not finite.
     """
+    if verify:
+        check_export(path)
+    # Its index is followed by transformers without a look at where it leads.
+    SafetensorsFolder(path)
     # Code in the folder is never run.
-    local = {"trust_remote_code": False}
+    local: dict[str, Any] = {"trust_remote_code": False}
     config = AutoConfig.from_pretrained(path, **local)
     attention, name = _set_attention(config, decode, str(path))
-    model = AutoModelForCausalLM.from_pretrained(path, config=config, attn_implementation=name, dtype="auto", **local)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, config=config, attn_implementation=name, dtype="auto", use_safetensors=True, **local
+    )
+    if names := not_finite(model.named_parameters()):
+        raise NotFinite(f"{path} holds weights that are not finite (infinite or NaN): {list_of_names(names)}")
     model = _ready(model)
     if name == NAME:
         check_attends(model)
@@ -176,15 +191,16 @@ def load_training_tokenizer(folder: Path, eod_token: str) -> Any:
         return load_tokenizer(Path(exported))
 
 
-def _from_huggingface(path: Path, decode: str | None) -> Generator:
+def _from_huggingface(path: Path, decode: str | None, verify: bool) -> Generator:
     tokenizer = load_tokenizer(path)
-    model, attention = load_huggingface(path, decode)
+    model, attention = load_huggingface(path, decode, verify=verify)
     return _generator(model, tokenizer, attention)
 
 
-def _from_checkpoint(exported: Exported, decode: str | None) -> Generator:
+def _from_checkpoint(exported: Exported, decode: str | None, verify: bool) -> Generator:
     if exported.tokenizer is None:
         raise ValueError(f"{exported.checkpoint} has no tokenizer: export it, and put a tokenizer into that folder")
+    exported.check_files(digests=verify)
     folder = exported.tokenizer.folder
     tokenizer = load_training_tokenizer(folder, exported.tokenizer.eod_token)
     stored = StoredWeights(exported.checkpoint)

@@ -21,7 +21,7 @@ from moba_megatron.ops.dense import KERNELS, takes_groups
 from moba_megatron.platform import current_device, optional_libraries
 from moba_megatron.runs.trackers import check_trackers
 from moba_megatron.training.data_position import DataPosition, resumed_position
-from moba_megatron.training.resume import find_resume
+from moba_megatron.training.resume import chosen_checkpoint, find_resume
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,15 @@ def preflight(config: Config, world_size: int) -> Preflight:
         weights=describe_weights(config, resume),
         choices=[*run_choices(config, schedule), *index_lines(config), *initial, *position.lines()],
     )
+
+
+def preflight_again(config: Config, ready: Preflight) -> Preflight:
+    """As `ready`, for the checkpoint that is there now: once a run folder is this run's alone, nobody adds another.
+
+    Raises:
+        ConfigError: as `preflight`, if that is another one than before.
+    """
+    return ready if chosen_checkpoint(config) == ready.resume else preflight(config, ready.world_size)
 
 
 def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:

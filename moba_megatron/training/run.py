@@ -26,7 +26,7 @@ from moba_megatron.runs.folder import RunFolder
 from moba_megatron.runs.metrics import MetricsWriter
 from moba_megatron.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from moba_megatron.training.plots import plot_run
-from moba_megatron.training.preflight import Preflight
+from moba_megatron.training.preflight import Preflight, preflight_again
 from moba_megatron.training.progress import ProgressView
 from moba_megatron.training.trainer import LoopEnd, Trainer, evaluation_is_due
 
@@ -46,9 +46,11 @@ def train(config: Config, ready: Preflight) -> Outcome:
     levels = resolve_exchange(config).levels
     device = start_rank(config.parallel, seed=config.run.seed, threads=config.run.threads, context_levels=levels)
     rank = torch.distributed.get_rank()
-    _agree_on_resume(ready)
     with claimed(config.run.dir) if rank == 0 else nullcontext() as claim:
         check_shared(config.run.dir, claim)
+        # Who held the folder until now may have added a checkpoint.
+        ready = preflight_again(config, ready)
+        _agree_on_resume(ready)
         return _train(config, ready, device, rank)
 
 

@@ -22,6 +22,7 @@ from megatron.core.timers import Timers
 
 from moba_megatron import __version__
 from moba_megatron.checkpoint import CheckpointWriter, Manifest, TrainingState
+from moba_megatron.checkpoint.finite import list_of_names, weights_not_finite
 from moba_megatron.config import Config
 from moba_megatron.data.feed import rank_batches
 from moba_megatron.evaluation.losses.positions import evaluate
@@ -104,6 +105,8 @@ class Trainer:
                 self.progress.step(metrics, seconds_left=(last_step - number) * self._median_seconds())
                 profiler.step()
                 signal = stop.agreed(self.device)
+                if signal is not None or number == last_step:
+                    self.check_weights(number)
                 evaluation = self.validation_data is not None and evaluation_is_due(config, number)
                 if evaluation and signal is None:
                     self.evaluate(number)
@@ -197,10 +200,23 @@ class Trainer:
         samples = self.config.evaluation.samples
         batches = self._feed(self.validation_data, 0, samples)
         result = evaluate(self.chunks, batches, self.config, math.ceil(samples / self.samples_at_once)).to_dict()
+        if not math.isfinite(result["loss"]):
+            raise TrainingDiverged(
+                f"validation after step {number}: the loss is {result['loss']}. The state after this step is of no "
+                "use; go on from a checkpoint before it with a lower optimizer.lr"
+            )
         if self.writer:
             self.writer.evaluation({"step": number, "tokens": self.tokens_at(number), **result})
         trailing = "" if result["trailing_loss"] is None else f"  trailing loss {result['trailing_loss']:.4f}"
         self.progress.say(f"validation after step {number}  loss {result['loss']:.4f}{trailing}")
+
+    def check_weights(self, number: int) -> None:
+        """Raise TrainingDiverged on every rank if the update of a step left weights that are not finite."""
+        if names := weights_not_finite(self.state.model):
+            raise TrainingDiverged(
+                f"step {number}: the update left weights that are not finite: {list_of_names(names)}. Lower "
+                "optimizer.lr, lengthen optimizer.warmup_steps, or look at this step's data"
+            )
 
     def save(self, number: int) -> None:
         """Start a checkpoint of the state after a step."""

@@ -163,14 +163,15 @@ def test_a_library_that_does_not_load_is_reported_with_its_error(tmp_path, monke
     assert "amp_C does not import: ImportError: libcudart.so.12" in libraries._find("apex").reason
 
 
-def test_what_a_process_forks_ends_with_it():
+@pytest.mark.parametrize("how", ["forks_die_with_this()\nif True:", "with forks_die_meanwhile():"])
+def test_what_a_process_forks_ends_with_it(how):
     """Where a library forks, as megatron-core's checkpoint writer does, nothing outlives a killed process."""
-    code = """
+    code = f"""
 import multiprocessing, time
-from moba_megatron.platform.processes import forks_die_with_this
-forks_die_with_this()
+from moba_megatron.platform.processes import forks_die_meanwhile, forks_die_with_this
 child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(300,))
-child.start()
+{how}
+    child.start()
 print(child.pid, flush=True)
 time.sleep(300)
 """

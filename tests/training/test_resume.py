@@ -135,7 +135,7 @@ def test_a_setting_younger_than_the_checkpoint_is_at_its_default(paused, tmp_pat
     shutil.copytree(paused / "run", tmp_path / "run")
     manifest = tmp_path / "run/checkpoints/step_2/checkpoint.json"
     values = json.loads(manifest.read_text())
-    del values["config"]["model"]["rotary_low_freq_factor"]
+    del values["config"]["model"]["rotary_low_freq_factor"], values["blake2b"]
     manifest.write_text(json.dumps(values))
     run = {"run__dir": str(tmp_path / "run")}
     assert preflight(small_config(paused, **run), 1).resume.name == "step_2"
@@ -257,3 +257,21 @@ def test_status_and_history_tell_how_a_run_went(tmp_path):
     run_ranks(1, train_here, small_config(tmp_path, logging__every=2))
     assert json.loads(folder.status.read_text())["state"] == "finished"
     assert (folder.path / "config.until_step_2.yaml").is_file()
+
+
+def test_the_checkpoint_is_chosen_again_once_the_folder_is_ours(tmp_path):
+    """Another process may train between the choice and the claim: what it left is gone on from, not trained anew."""
+    config = small_config(tmp_path, training__steps=4)
+    chosen_before = preflight(config, 1)
+    assert chosen_before.resume is None
+    paused = config.model_copy(update={"training": config.training.model_copy(update={"stop_after": 2})})
+    run_ranks(1, train_here, paused)
+
+    def go_on():
+        from moba_megatron.training.run import train
+
+        outcome = train(config, chosen_before)
+        return outcome.state, outcome.step
+
+    assert run_ranks(1, go_on) == [("finished", 4)]
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]

@@ -106,12 +106,14 @@ def evaluate_with_harness(
     *,
     attention: str | None = None,
     output: Path | None = None,
+    verify: bool = True,
 ) -> list[Path]:
     """Run tasks on a run folder, a checkpoint or a Hugging Face folder, and record the results there.
 
     Args:
         attention: `moba`, `full` or `both`; None: as the model has it.
         output: where results go; None: to the run, or to the Hugging Face folder.
+        verify: as for `load_huggingface`; of a checkpoint, as for `export_in_run`.
 
     Returns:
         The files written.
@@ -123,7 +125,7 @@ def evaluate_with_harness(
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("lm-eval is not installed: pip install 'moba-megatron[lm-eval]'")
-    found = _open_target(target, console, output)
+    found = _open_target(target, console, output, verify)
     tokenizer = _load(load_tokenizer, found.model)
     if settings.chat and not tokenizer.chat_template:
         raise ValueError(f"--lm-eval-chat: the tokenizer of {target} has no chat template")
@@ -133,7 +135,7 @@ def evaluate_with_harness(
         _draw_ruler(folders[-1], settings.ruler, found.model, tokenizer, console)
         names.append(RULER)
     manager = _task_manager(names, folders)
-    model, line = _load(load_huggingface, found.model)
+    model, line = _load(lambda folder: load_huggingface(folder, verify=verify), found.model)
     console.print(f"attention of the model: {line}", markup=False)
     files, results = [], {}
     with EvaluationRecords(found.folder, found.config) as records:
@@ -146,7 +148,7 @@ def evaluate_with_harness(
     return files
 
 
-def _open_target(target: Path, console: Console, output: Path | None) -> _Target:
+def _open_target(target: Path, console: Console, output: Path | None, verify: bool) -> _Target:
     is_model = (target / "config.json").is_file()
     exported = None if is_model else open_exported(target)
     folder = RunFolder(output or target) if exported is None or output else RunFolder.of(exported.checkpoint)
@@ -157,7 +159,7 @@ def _open_target(target: Path, console: Console, output: Path | None) -> _Target
     if exported is None:
         return _Target(target, folder)
     with console.status("exporting"):
-        model = export_in_run(exported, folder)
+        model = export_in_run(exported, folder, verify=verify)
     return _Target(model, folder, exported.manifest.step, exported.manifest.tokens, exported.config)
 
 

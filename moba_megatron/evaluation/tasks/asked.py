@@ -98,17 +98,18 @@ def from_subject(subject: Subject) -> Asked:
     )
 
 
-def from_huggingface(folder: Path, attention: str | None, output: Path | None = None) -> Asked:
+def from_huggingface(folder: Path, attention: str | None, output: Path | None = None, *, verify: bool = True) -> Asked:
     """The model of a Hugging Face folder, where results go, too, unless `output` is another one.
 
     Args:
         attention: `moba`, `full` or `both`; None: both, if the model has MoBA layers.
+        verify: as for `load_huggingface`.
 
     Raises:
-        ValueError: an attention that the model does not have, or one that would be ignored.
+        ValueError: an attention that the model does not have, one that would be ignored, or damaged weights.
         OSError: no weights or no tokenizer.
     """
-    model, _ = load_huggingface(folder)
+    model, _ = load_huggingface(folder, verify=verify)
     before = text_start(load_tokenizer(folder))
 
     def attend(kind: str) -> TaskModel:

@@ -73,14 +73,23 @@ def _other_cells(records: EvaluationRecords, asked: Asked, attention: str, names
 
 
 def evaluate_folder_tasks(
-    folder: Path, options: TaskOptions, console: Console, attention: str | None, output: Path | None = None
+    folder: Path,
+    options: TaskOptions,
+    console: Console,
+    attention: str | None,
+    output: Path | None = None,
+    *,
+    verify: bool = True,
 ) -> None:
     """`evaluate_tasks` on a Hugging Face folder.
+
+    Args:
+        verify: as for `load_huggingface`.
 
     Raises:
         ValueError, OSError: see `from_huggingface` and `evaluate_tasks`.
     """
-    asked = from_huggingface(folder, attention, output)
+    asked = from_huggingface(folder, attention, output, verify=verify)
     with EvaluationRecords(asked.folder) as records:
         evaluate_tasks(asked, options, records, console)
 
