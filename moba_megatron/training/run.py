@@ -20,15 +20,19 @@ from moba_megatron.data.datasets import build_datasets, training_tokenizer
 from moba_megatron.data.packing_report import packing_lines
 from moba_megatron.model.builder import build_model
 from moba_megatron.model.exchange_choice import resolve_exchange
+from moba_megatron.platform.processes import one_line
 from moba_megatron.platform.start import start_rank
 from moba_megatron.runs.claim import check_shared, claimed
+from moba_megatron.runs.disk import disk_error_line
 from moba_megatron.runs.folder import RunFolder
 from moba_megatron.runs.metrics import MetricsWriter
 from moba_megatron.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from moba_megatron.training.plots import plot_run
 from moba_megatron.training.preflight import Preflight
 from moba_megatron.training.progress import ProgressView
+from moba_megatron.training.replay import replay
 from moba_megatron.training.trainer import LoopEnd, Trainer, evaluation_is_due
+from moba_megatron.training.watch import Watch
 
 
 @dataclass
@@ -47,6 +51,8 @@ def train(config: Config, ready: Preflight) -> Outcome:
     device = start_rank(config.parallel, seed=config.run.seed, threads=config.run.threads, context_levels=levels)
     rank = torch.distributed.get_rank()
     _agree_on_resume(ready)
+    if config.training.replay is not None:
+        return _replay(config, ready, device, rank)
     with claimed(config.run.dir) if rank == 0 else nullcontext() as claim:
         check_shared(config.run.dir, claim)
         return _train(config, ready, device, rank)
@@ -73,11 +79,28 @@ def _train(config: Config, ready: Preflight, device: torch.device, rank: int) ->
     if first_step > config.training.steps and not missed:
         return _conclude(config, ready, folder, progress, LoopEnd(config.training.steps, None), rank)
     writer = MetricsWriter(folder, config, first_step - 1) if rank == 0 else None
-    trainer = Trainer(config, ready, state, wrapped, *datasets, progress, writer, device)
-    end = trainer.train(first_step, evaluate_first=missed)
+    for line in writer.gaps if writer else []:
+        progress.say(line)
+    with Watch(config.run.stall_seconds, folder) as watch:
+        trainer = Trainer(config, ready, state, wrapped, *datasets, progress, writer, device, watch=watch)
+        end = trainer.train(first_step, evaluate_first=missed)
     if writer:
         writer.close()
     return _conclude(config, ready, folder, progress, end, rank)
+
+
+def _replay(config: Config, ready: Preflight, device: torch.device, rank: int) -> Outcome:
+    """Look at one step again. The run's folder stays as it is, but for the report: another process may train there."""
+    folder, step = RunFolder(config.run.dir), config.training.replay
+    state, wrapped = _build(config, ready)
+    if ready.resume:
+        load_training(ready.resume, state, config.parallel.model_dump(), check_files=config.checkpoint.verify)
+    train_data, _ = build_datasets(config, ready.position.order_length(config))
+    progress = ProgressView(total=step, start=ready.position.step, every=config.logging.every, shown=rank == 0)
+    trainer = Trainer(config, ready, state, wrapped, train_data, None, progress, None, device, keeps=False)
+    replay(trainer, step)
+    torch.distributed.barrier()
+    return Outcome("replayed", step, None, folder.path)
 
 
 def _evaluation_was_missed(config: Config, folder: RunFolder, ready: Preflight) -> bool:
@@ -130,14 +153,17 @@ def _data_changes(ready: Preflight) -> dict[str, Any]:
 def _conclude(
     config: Config, ready: Preflight, folder: RunFolder, progress: ProgressView, end: LoopEnd, rank: int
 ) -> Outcome:
-    """Write status and plots, and say what there is and how to go on."""
+    """Draw plots, write the status, and say what there is and how to go on."""
     state = "finished" if end.step == config.training.steps else "stopped" if end.signal else "paused"
     if rank == 0:
-        folder.write_status(state, end.step, signal=end.signal, **_data_changes(ready))
+        plots, problem = _draw(folder)
+        folder.write_status(state, end.step, signal=end.signal, **_data_changes(ready), **problem)
         why = {"paused": "paused at training.stop_after", "stopped": f"stopped by {end.signal}"}.get(state, state)
         progress.say(f"{why} after step {end.step} of {config.training.steps}")
-        for path in [folder.metrics, *plot_run(folder)]:
+        for path in [folder.metrics, *plots]:
             progress.say(f"  {path}")
+        for text in problem.values():
+            progress.say(f"  no plots: {text}")
         if state != "finished":
             more = {"paused": " without training.stop_after"}.get(state, "")
             if config.checkpoint.resume == "never":
@@ -145,3 +171,11 @@ def _conclude(
             progress.say(f"  to continue: the same command{more} (checkpoint {folder.checkpoints}/step_{end.step})")
     torch.distributed.barrier()
     return Outcome(state, end.step, end.signal, folder.path)
+
+
+def _draw(folder: RunFolder) -> tuple[list[Path], dict[str, str]]:
+    """The pictures, and for the status what went wrong with them: they do not decide how a run ended."""
+    try:
+        return plot_run(folder), {}
+    except Exception as error:  # whatever matplotlib, the fonts or the disk have to say
+        return [], {"plots": disk_error_line(error, folder.plots) or one_line(error)}
