@@ -85,6 +85,16 @@ def watch_for_failure() -> None:
         threading.Thread(target=_watch, name="watch_for_failure", daemon=True).start()
 
 
+def job_store(seconds: float) -> dist.Store | None:
+    """A connection of its own to the store through which a launcher's processes found each other, for one thread; None
+    where there is none that this process may use.
+
+    Args:
+        seconds: after so long without an answer, calls raise `torch.distributed.DistError`.
+    """
+    return _connect(seconds) if _store_address() else None
+
+
 def end_job(
     error: BaseException, report: str | None = None, code: int = 1, record: Callable[[], None] | None = None
 ) -> NoReturn:

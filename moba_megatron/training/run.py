@@ -7,6 +7,7 @@ import os
 import socket
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,7 @@ def _train(config: Config, ready: Preflight, device: torch.device, rank: int) ->
         packing = packing_lines(*datasets)
         keep_tokenizer(training_tokenizer(config), folder, first_step - 1)
         folder.write_config(config, first_step - 1, [*ready.choices, *packing])
-        process = {"pid": os.getpid(), "host": socket.gethostname()}
-        folder.write_status("running", first_step - 1, **process, **_data_changes(ready))
+        folder.write_status("running", first_step - 1, **_process(), **_data_changes(ready))
         _introduce(progress, config, ready, wrapped, packing)
     missed = _evaluation_was_missed(config, folder, ready)
     if first_step > config.training.steps and not missed:
@@ -81,7 +81,8 @@ def _train(config: Config, ready: Preflight, device: torch.device, rank: int) ->
     writer = MetricsWriter(folder, config, first_step - 1) if rank == 0 else None
     for line in writer.gaps if writer else []:
         progress.say(line)
-    with Watch(config.run.stall_seconds, folder) as watch:
+    running = partial(folder.write_status, "running", **_process(), **_data_changes(ready)) if rank == 0 else None
+    with Watch(config.run.stall_seconds, running) as watch:
         trainer = Trainer(config, ready, state, wrapped, *datasets, progress, writer, device, watch=watch)
         end = trainer.train(first_step, evaluate_first=missed)
     if writer:
@@ -143,6 +144,10 @@ def _introduce(
     )
     for line in [*ready.choices, *packing, *ready.schedule.table(config.training.steps).splitlines()]:
         progress.say(line)
+
+
+def _process() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname()}
 
 
 def _data_changes(ready: Preflight) -> dict[str, Any]:
