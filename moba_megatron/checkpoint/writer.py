@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import CheckpointException
 from moba_megatron.checkpoint.manifest import Manifest, SaveError, digest_file, list_checkpoints
 from moba_megatron.checkpoint.state import SHARDING, TrainingState
 from moba_megatron.platform.megatron_core import save_arguments
-from moba_megatron.platform.processes import die_with_parent, forks_die_with_this
+from moba_megatron.platform.processes import die_with_parent, forks_die_meanwhile
 from moba_megatron.runs.disk import disk_error_line, free_text
 
 
@@ -125,13 +125,13 @@ class CheckpointWriter:
 def _write_and_digest(write: Callable[..., Any] | None, folder: Path, *args: Any, forked: bool, **kwargs: Any) -> None:
     """Write this rank's files, then record their digests beside them; in a forked process of its own if
     asynchronous."""
+    rank = torch.distributed.get_rank()
     if forked:
         die_with_parent()
-        # megatron-core writes in processes of its own, which would wait for this one for ever.
-        forks_die_with_this()
-    rank = torch.distributed.get_rank()
-    if write is not None:
-        write(*args, **kwargs)
+    # megatron-core writes in processes of its own, which would wait for this one for ever.
+    with forks_die_meanwhile():
+        if write is not None:
+            write(*args, **kwargs)
     digests = {path.name: digest_file(path) for path in folder.glob(f"__{rank}_*.distcp")}
     whole = folder / f"digests_{rank}.json"
     unfinished = folder / f".digests_{rank}.tmp"

@@ -21,10 +21,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch.distributed as dist
+
+from moba_megatron.platform.temporary import remove_own_temporary_folder
 
 # What the collective libraries and the store say when the process at the other end is gone.
 LOST_CONNECTION = (
@@ -52,25 +54,46 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
 
 
+class _Ties:
+    """How many parts of this process want its forks to end with it, and which process these would follow."""
+
+    wanted, parent, registered = 0, 0, False
+
+
 def forks_die_with_this() -> None:
     """From now on, kill what this process forks when it ends: for libraries that start processes of their own. A child
     whose parent ended before it could ask for that ends by itself."""
-    parent = 0
+    if not _Ties.registered:
+        # What is registered stays for ever, so it asks whether it is wanted.
+        os.register_at_fork(before=_remember, after_in_child=_follow)
+        _Ties.registered = True
+    _Ties.wanted += 1
 
-    def remember() -> None:
-        nonlocal parent
-        parent = os.getpid()
 
-    def follow() -> None:
+@contextlib.contextmanager
+def forks_die_meanwhile() -> Iterator[None]:
+    """As `forks_die_with_this`, for what is forked within."""
+    forks_die_with_this()
+    try:
+        yield
+    finally:
+        _Ties.wanted -= 1
+
+
+def _remember() -> None:
+    _Ties.parent = os.getpid()
+
+
+def _follow() -> None:
+    if _Ties.wanted:
         die_with_parent()
-        if os.getppid() != parent:
+        if os.getppid() != _Ties.parent:
             os._exit(1)
-
-    os.register_at_fork(before=remember, after_in_child=follow)
 
 
 def leave(code: int) -> NoReturn:
     """End the process after flushing: gloo's own destruction aborts once in a while after a clean end."""
+    remove_own_temporary_folder()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
