@@ -24,7 +24,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from faults.jobs import Fault  # noqa: E402
-from faults.subjects import Subject, fresh, subjects  # noqa: E402
+from faults.subjects import STARTING_FROM_COMMON, Subject, fresh, make_common, subjects  # noqa: E402
 
 # How the kills are shared out, a part for each kind; commands cost a start of Python each.
 SHARES = {"DP 2 under torchrun": 16, "scaling": 4}
@@ -46,6 +46,8 @@ def main() -> int:
     _import_everything()
     found = subjects(folder / "common")
     chosen = {name: subject for name, subject in found.items() if not asked.only or name in asked.only}
+    if set(chosen) & set(STARTING_FROM_COMMON):
+        make_common(folder / "common")
     failures, done, began = [], {}, time.monotonic()
     for name, wanted in _shared_out(list(chosen), asked.kills).items():
         try:

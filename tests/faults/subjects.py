@@ -165,24 +165,14 @@ def subjects(common: Path) -> dict[str, Subject]:
     """All subjects by name.
 
     Args:
-        common: a folder for what several of them start from; made here.
+        common: the folder that `make_common` fills.
     """
-    from convert.huggingface_models import MODELS, saved_model
-
     trainings = [
         Subject(name, partial(start_training, ranks, changes), training_result)
         for name, (ranks, changes) in TRAININGS.items()
     ]
     torchrun = Subject("DP 2 under torchrun", partial(start_torchrun, {}), training_result)
     data, model, run = common / "data", common / "model", common / "trained"
-    if not data.exists():
-        common.mkdir(parents=True, exist_ok=True)
-        for job in (
-            fork_ranks(1, lambda: prepare_here(data, shares=False), common / "jobs/data"),
-            start_training(1, {"training__steps": 3}, run),
-        ):
-            assert job.wait(600) and job.ended_well, job.log.read_text()
-        saved_model(model, next(iter(MODELS)))
 
     def alone(name: str, work: Callable[[Path], None], result: Callable[[Path], Result]) -> Subject:
         return Subject(name, lambda folder: fork_ranks(1, partial(work, folder / "out"), folder), result)
@@ -196,6 +186,24 @@ def subjects(common: Path) -> dict[str, Subject]:
         Subject("scaling", start_sweep, sweep_result),
     ]
     return {subject.name: subject for subject in [*trainings, torchrun, *others]}
+
+
+STARTING_FROM_COMMON = ("blend", "import", "export")
+
+
+def make_common(common: Path) -> None:
+    """What some subjects start from: a dataset, a Hugging Face model, a run."""
+    from convert.huggingface_models import MODELS, saved_model
+
+    if common.exists():
+        return
+    common.mkdir(parents=True)
+    for job in (
+        fork_ranks(1, lambda: prepare_here(common / "data", shares=False), common / "jobs/data"),
+        start_training(1, {"training__steps": 3}, common / "trained"),
+    ):
+        assert job.wait(600) and job.ended_well, job.log.read_text()
+    saved_model(common / "model", next(iter(MODELS)))
 
 
 def _swapped(work: Callable[..., None], shares: bool, out: Path) -> None:

@@ -60,7 +60,13 @@ def divergences(config: Config) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "policy"), [("one", "rollback"), ("dp2", "rollback"), ("tp2", "skip"), ("pp2", "rollback")]
+    ("layout", "policy"),
+    [
+        ("one", "rollback"),
+        ("dp2", "rollback"),
+        pytest.param("tp2", "skip", marks=pytest.mark.slow),
+        pytest.param("pp2", "rollback", marks=pytest.mark.slow),
+    ],
 )
 def test_a_batch_that_diverges_is_left_out_as_if_the_configuration_had_said_so(tmp_path, layout, policy):
     ranks, changes = LAYOUTS[layout]
@@ -117,6 +123,7 @@ def test_by_default_the_run_ends_with_its_checkpoint_and_what_it_needs_to_be_stu
         preflight(late, 1)
 
 
+@pytest.mark.slow
 def test_a_replay_of_a_sound_step_gives_the_numbers_of_the_run(tmp_path):
     config = config_of(tmp_path / "a", parallel__pipeline=2)
     run_ranks(2, train_here, config, 2)
@@ -127,6 +134,7 @@ def test_a_replay_of_a_sound_step_gives_the_numbers_of_the_run(tmp_path):
     assert (report["loss"], report["grad_norm"]) == (line["loss"], line["grad_norm"])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_after_going_back_still_leaves_the_batch_out(tmp_path):
     """The checkpoint after step 3, between the one that it went back to and the batch, names it."""
     changes = {"training__on_divergence": "rollback", "checkpoint__every": 2}

@@ -79,7 +79,8 @@ def test_a_line_of_metrics_that_finds_no_room_is_named(tmp_path, disk):
     assert "Traceback" not in output and status_of(config)["state"] == "failed"
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [0, 2])
 def test_a_save_that_fails_may_be_passed_over_and_comes_again(tmp_path, disk, ranks):
     config = on_disk(tmp_path, disk, training__steps=40, checkpoint__every=2, checkpoint__on_save_error="continue")
     process = start(config, ranks=ranks)
