@@ -62,7 +62,8 @@ def preflight(config: Config, world_size: int) -> Preflight:
         resume = replay_checkpoint(config, schedule, data.identity)
     # A resumed run has its weights already; their source may be gone.
     initial = [] if resume else check_initial_weights(config, data.vocab_size)
-    position = resumed_position(Manifest.read(resume), config, data.identity) if resume else DataPosition()
+    manifest = Manifest.read(resume) if resume else None
+    position = resumed_position(manifest, config, data.identity) if manifest else DataPosition()
     if config.training.replay is None:
         _refuse_late_skips(config, position)
     return Preflight(
@@ -74,7 +75,21 @@ def preflight(config: Config, world_size: int) -> Preflight:
         resume=resume,
         position=position,
         weights=describe_weights(config, resume),
-        choices=[*run_choices(config, schedule), *index_lines(config), *initial, *position.lines()],
+        choices=[
+            *run_choices(config, schedule),
+            *index_lines(config),
+            *initial,
+            *position.lines(),
+            *_kept_no_longer(manifest, position),
+        ],
+    )
+
+
+def _kept_no_longer(manifest: Manifest | None, position: DataPosition) -> list[str]:
+    """Batches that the run meant to leave out and will not, in words."""
+    lost = [entry["step"] for entry in manifest.skipped_batches if entry not in position.skipped] if manifest else []
+    return (
+        [f"the batches of steps {lost} are not left out any more: these steps take other samples now"] if lost else []
     )
 
 

@@ -91,15 +91,16 @@ class Saver:
         """Raise on every rank where the disk has less room than the checkpoint before took, or than weights and
         optimizer state take."""
         self._needed = self._needed or self._expected_bytes()
-        free = torch.zeros(1, dtype=torch.float64)
+        free = [0]
         if torch.distributed.get_rank() == 0:
-            free[0] = shutil.disk_usage(self.folder.path).free
-        values: list[float] = [float(free)]
-        torch.distributed.broadcast_object_list(values, src=0)
-        if values[0] < self._needed:
+            # They may be a link to another disk.
+            where = self.folder.checkpoints if self.folder.checkpoints.exists() else self.folder.path
+            free = [shutil.disk_usage(where).free]
+        torch.distributed.broadcast_object_list(free, src=0)
+        if free[0] < self._needed:
             raise SaveError(
                 f"{self.folder.checkpoints / f'step_{step}'} needs about {size_text(self._needed)}, and its disk has "
-                f"{size_text(values[0])} left: make room, or give run.dir another disk"
+                f"{size_text(free[0])} left: make room, or give run.dir another disk"
             )
 
     def _expected_bytes(self) -> int:

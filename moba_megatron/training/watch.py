@@ -57,6 +57,7 @@ class Watch:
         self.beat = min(BEAT_SECONDS, seconds / 3) if seconds else BEAT_SECONDS
         self._doing: tuple[str, int, float] = ("the start", 0, time.monotonic())
         self._said: tuple[str, int] | None = None
+        self.has_store = False
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._main = threading.main_thread().ident
@@ -81,6 +82,7 @@ class Watch:
         store = None
         with contextlib.suppress(dist.DistError, OSError):
             store = job_store(seconds=self.beat)
+        self.has_store = store is not None
         seen = [_Seen(at=time.monotonic()) for _ in range(self.ranks)]
         count, before = 0, time.monotonic()
         while not self._over.wait(self.beat):
@@ -92,7 +94,8 @@ class Watch:
                 continue
             sign = self._sign(count)
             answers = self._exchange(store, sign, seen)
-            if self.rank == 0 or (self.rank == 1 and (not answers or self._is_silent(seen[0]))):
+            stands_in = self.rank == 1 and self.has_store and (not answers or self._is_silent(seen[0]))
+            if self.rank == 0 or stands_in:
                 self._look(seen, answers)
 
     def _sign(self, count: int) -> dict[str, Any]:
@@ -145,7 +148,9 @@ class Watch:
         if self._said == (doing, step):
             return
         self._said = (doing, step)
-        lines, ranks = findings(seen, [self._is_silent(one) for one in seen], answers)
+        # Without a store, as under a launcher that restarts its processes, a rank knows of itself alone.
+        known = seen if self.has_store else seen[:1]
+        lines, ranks = findings(known, [self._is_silent(one) for one in known], answers)
         head = f"no progress for {for_seconds:.0f} s in {doing} (run.stall_seconds = {self.seconds:g})"
         self._report(step, [head, *lines], {"seconds": round(for_seconds), "doing": doing, "ranks": ranks})
 
