@@ -10,7 +10,6 @@ from moba_megatron.config import ParallelConfig
 from moba_megatron.platform.device import current_device
 from moba_megatron.platform.differences import apply
 from moba_megatron.platform.process_groups import seed_all, start_model_parallel, start_process_group
-from moba_megatron.platform.temporary import use_own_temporary_folder
 
 
 def start_rank(
@@ -22,7 +21,6 @@ def start_rank(
         threads: CPU threads of this process. Default: the cores it may use, divided by the processes on this machine.
         context_levels: as for `start_model_parallel`.
     """
-    use_own_temporary_folder()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
     device = current_device()

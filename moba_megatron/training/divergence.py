@@ -15,10 +15,13 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
+from moba_megatron.checkpoint import Manifest, find_latest
 from moba_megatron.config import Config
 from moba_megatron.data.origins import documents_of
 from moba_megatron.runs.files import append_json_line, read_json_lines
@@ -215,3 +218,25 @@ class DivergencePolicy:
 def last_losses(folder: RunFolder, window: int) -> list[float]:
     """The last losses on record."""
     return [line["loss"] for line in trained_steps(read_json_lines(folder.metrics))[-window:]]
+
+
+def checkpoint_before(step: int, folder: RunFolder, resumed: Path | None) -> tuple[Path, int]:
+    """The newest checkpoint of a run, which must be from before a step, and the step that it is from. Collective.
+
+    Args:
+        resumed: what the process resumed from, for a run that has none of its own yet.
+
+    Raises:
+        TrainingDiverged: there is none.
+    """
+    found = [find_latest(folder.checkpoints) or resumed]
+    torch.distributed.broadcast_object_list(found, src=0)
+    newest = found[0]
+    at = Manifest.read(newest).step if newest else step
+    if newest is None or at >= step:
+        there = f"the newest one is {newest}" if newest else "there is none yet"
+        raise TrainingDiverged(
+            f"step {step} made the run diverge, and no checkpoint is from before it: {there}. Start from an earlier "
+            "one in another run.dir, with training.skip_batches, or lower optimizer.lr"
+        )
+    return newest, at

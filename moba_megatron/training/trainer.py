@@ -20,17 +20,23 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.timers import Timers
 
-from moba_megatron.checkpoint import Manifest, SaveError, TrainingState, find_latest, load_training
+from moba_megatron.checkpoint import SaveError, TrainingState, load_training
 from moba_megatron.config import Config
 from moba_megatron.data.feed import rank_batches
 from moba_megatron.evaluation.losses.positions import evaluate
 from moba_megatron.model.core_attention import set_attention_stage
 from moba_megatron.model.forward import Batch, forward_step, microbatch_shape, reduce_over_ranks
-from moba_megatron.parallel.wire import Observation, observe
-from moba_megatron.planning.flops import peak_flops, training_flops_per_token
+from moba_megatron.parallel.wire import observe
 from moba_megatron.runs.folder import RunFolder
 from moba_megatron.runs.metrics import MetricsWriter
-from moba_megatron.training.divergence import DivergencePolicy, SkippedBatches, Spikes, StepDiverged, last_losses
+from moba_megatron.training.divergence import (
+    DivergencePolicy,
+    SkippedBatches,
+    Spikes,
+    StepDiverged,
+    checkpoint_before,
+    last_losses,
+)
 from moba_megatron.training.faults import StopRequest, TrainingDiverged
 from moba_megatron.training.finite import gathered, rank_facts, samples_of_rank
 from moba_megatron.training.optimizer import UpdateRefused, update
@@ -38,6 +44,7 @@ from moba_megatron.training.preflight import Preflight
 from moba_megatron.training.profiling import step_profiler
 from moba_megatron.training.progress import ProgressView
 from moba_megatron.training.saving import Saver
+from moba_megatron.training.step_metrics import context_metrics, gpu_metrics
 from moba_megatron.training.watch import Watch
 
 # Steps whose median says how long the rest will take.
@@ -199,6 +206,7 @@ class Trainer:
             raise StepDiverged.of(loss, refused.grad_norm, harmful) from None
         self.timers("optimizer").stop()
 
+        on_gpu = self.device.type == "cuda"
         self.seconds.append(time.perf_counter() - started)
         self.spikes.losses.append(loss)
         if spike:
@@ -215,8 +223,8 @@ class Trainer:
             "optimizer_seconds": self.timers("optimizer").elapsed(reset=True),
             "tokens_per_second": self.config.tokens_per_step / self.seconds[-1],
             "stage": self.stage,
-            **(_context_metrics(seen) if self.config.parallel.context > 1 else {}),
-            **(self._gpu_metrics() if self.device.type == "cuda" else {}),
+            **(context_metrics(seen) if self.config.parallel.context > 1 else {}),
+            **(gpu_metrics(self.config, self.ready, self.stage, self.seconds[-1]) if on_gpu else {}),
         }
 
     def compute(self, number: int) -> float:
@@ -271,21 +279,12 @@ class Trainer:
     def _go_back(self, before: int) -> int:
         """Load the newest checkpoint, which must be from before a step, and return its step."""
         self.saver.wait()
-        found = [find_latest(self.folder.checkpoints) or self.ready.resume]
-        torch.distributed.broadcast_object_list(found, src=0)
-        step = Manifest.read(found[0]).step if found[0] else before
-        if step >= before:
-            there = f"the newest one is {found[0]}" if found[0] else "there is none yet"
-            raise TrainingDiverged(
-                f"step {before} made the run diverge, and there is no checkpoint before it to go back to: {there}. "
-                "Start from an earlier one in another run.dir, with training.skip_batches, or lower optimizer.lr"
-            )
-        self.progress.say(f"going back to {found[0]}, and on without the batch of step {before}")
+        checkpoint, step = checkpoint_before(before, self.folder, self.ready.resume)
+        self.progress.say(f"going back to {checkpoint}, and on without the batch of step {before}")
         # Loading adds the steps of the checkpoint to those that were counted.
         self.state.scheduler.num_steps = 0
-        load_training(
-            found[0], self.state, self.config.parallel.model_dump(), check_files=self.config.checkpoint.verify
-        )
+        verify = self.config.checkpoint.verify
+        load_training(checkpoint, self.state, self.config.parallel.model_dump(), check_files=verify)
         if self.writer:
             self.writer.go_back(step)
         self._begin_after(step)
@@ -355,17 +354,6 @@ class Trainer:
         recent = sorted(self.seconds[-RECENT_STEPS:])
         return recent[len(recent) // 2]
 
-    def _gpu_metrics(self) -> dict[str, float]:
-        """Operations per second of a GPU, their share of its peak where that is known, and memory."""
-        layers = [None if a.kind == "full" else (a.block_size, a.top_k) for a in self.ready.schedule.stages[self.stage]]
-        per_token = training_flops_per_token(self.config, self.ready.vocab_size, layers)
-        flops = per_token * self.config.tokens_per_step / self.seconds[-1] / self.ready.world_size
-        metrics = {"tflops": flops / 1e12}
-        peak = peak_flops(torch.cuda.get_device_name()) if self.config.training.precision == "bf16" else None
-        if peak:
-            metrics["mfu"] = flops / peak
-        return {**metrics, "peak_memory_bytes": torch.cuda.max_memory_allocated()}
-
 
 def evaluation_is_due(config: Config, step: int) -> bool:
     """Whether a run that has validation data evaluates itself after this step."""
@@ -374,11 +362,3 @@ def evaluation_is_due(config: Config, step: int) -> bool:
 
 def _due(every: int | None, number: int) -> bool:
     return every is not None and number % every == 0
-
-
-def _context_metrics(seen: Observation) -> dict[str, float]:
-    """What this rank saw of context parallelism in a step: bytes received from other ranks, and under `dispatch` the
-    load of the busiest rank over the mean, at its worst."""
-    metrics: dict[str, float] = {"context_bytes": seen.total}
-    loads = [load.most_after / load.mean for load in seen.loads if load.mean]
-    return {**metrics, "dispatch_load": max(loads)} if loads else metrics

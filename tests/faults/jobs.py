@@ -21,9 +21,14 @@ from typing import Any
 
 import psutil
 
+from moba_megatron import platform
+from moba_megatron.temporary import keep_temporary_files_together, remove_temporary_files
+
 ROOT = Path(__file__).parents[2]
 # A run whose rank died ends within seconds; this is for a machine with other work.
 SECONDS_TO_END = 120.0
+# Ranks under torchrun lead sessions of their own.
+_MARK = "MOBA_KILL_LOOP_JOB"
 
 
 class Fault(AssertionError):
@@ -36,6 +41,7 @@ class Job:
 
     pids: list[int]
     log: Path
+    mark: str = ""
     codes: dict[int, int] = field(default_factory=dict)
 
     def poll(self) -> bool:
@@ -61,12 +67,13 @@ class Job:
         return all(code == 0 for code in self.codes.values())
 
     def relatives(self) -> list[psutil.Process]:
-        """Everything alive in the sessions that the job's processes lead."""
+        """Everything alive in the sessions that the job's processes lead, or with its mark in the environment."""
         found = []
         for process in psutil.process_iter():
-            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess, PermissionError):
-                session = os.getsid(process.pid)
-                if session in self.pids and process.status() != psutil.STATUS_ZOMBIE:
+            with contextlib.suppress(ProcessLookupError, psutil.Error, PermissionError):
+                ours = os.getsid(process.pid) in self.pids
+                ours = ours or (self.mark and process.environ().get(_MARK) == self.mark)
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
         return found
 
@@ -122,21 +129,17 @@ def _be_rank(rank: int, ranks: int, work: Callable[[], Any], rendezvous: Path, l
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
-        from moba_megatron import platform
-
-        if ranks:
-            platform.apply("cpu")
-            platform.start_process_group(
-                init_method=f"file://{rendezvous}", rank=rank, world_size=ranks, timeout_seconds=SECONDS_TO_END / 2
-            )
+        keep_temporary_files_together()
+        platform.apply("cpu")
+        platform.start_process_group(
+            init_method=f"file://{rendezvous}", rank=rank, world_size=ranks, timeout_seconds=SECONDS_TO_END / 2
+        )
         work()
         code = 0
     except BaseException:
         traceback.print_exc()
     finally:
-        from moba_megatron.platform.temporary import remove_own_temporary_folder
-
-        remove_own_temporary_folder()
+        remove_temporary_files()
         os._exit(code)
 
 
@@ -144,11 +147,12 @@ def start_command(command: list[str], folder: Path) -> Job:
     """Start a command as a user does, in a session of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    mark = f"{os.getpid()}.{time.monotonic_ns()}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), _MARK: mark}
     with open(log, "ab") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=environment, start_new_session=True
         )
     # Reaped by `poll` alone.
     process.returncode = 0
-    return Job([process.pid], log)
+    return Job([process.pid], log, mark)
