@@ -92,7 +92,8 @@ class Job:
             Fault: some process stays.
         """
         ended = self.wait(SECONDS_TO_END)
-        deadline = time.monotonic() + 15
+        # A process that is still importing notices afterwards that its parent is gone.
+        deadline = time.monotonic() + SECONDS_TO_END
         while (left := self.relatives()) and time.monotonic() < deadline:
             time.sleep(0.02)
         names = []

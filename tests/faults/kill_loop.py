@@ -73,7 +73,7 @@ def kill_and_compare(subject: Subject, kills: int, choice: random.Random, folder
     Raises:
         Fault: something stays, grows, or is not equal.
     """
-    began = time.monotonic()
+    began, before = time.monotonic(), set(os.listdir(temporary))
     whole = fresh(folder / "whole")
     job = subject.start(whole)
     if not job.wait(600) or not job.ended_well:
@@ -88,7 +88,7 @@ def kill_and_compare(subject: Subject, kills: int, choice: random.Random, folder
         if (got := subject.result(broken)) != expected:
             raise Fault(f"life {lives} after {done} kills differs:\n{_short(got)}\n{_short(expected)}\n({broken})")
     # torchrun's own folder stays where torchrun is killed.
-    left = [path.name for path in temporary.iterdir() if not path.name.startswith("torchelastic_")]
+    left = [name for name in set(os.listdir(temporary)) - before if not name.startswith("torchelastic_")]
     if len(left) > MOST_TEMPORARY:
         raise Fault(f"{len(left)} temporary files are left: {left[:10]}")
     return done
