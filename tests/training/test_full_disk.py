@@ -95,7 +95,8 @@ def test_a_save_that_fails_may_be_passed_over_and_comes_again(tmp_path, disk, ra
     assert [p.name for p in list_checkpoints(Path(config.run.dir) / "checkpoints")] == ["step_38", "step_40"]
 
 
-@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_write_that_fails_in_the_middle_is_told_to_all_ranks(tmp_path, asynchronous):
     """No file may be over 100 kB, so that the parts of a checkpoint cannot be written."""
     config = small_config(
