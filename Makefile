@@ -35,7 +35,7 @@ MEGATRON_TESTS := $(addprefix tests/,platform model parallel checkpoint training
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
 AT_ONCE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup quickstart test test-megatron test-te test-matrix test-slow kernels bench clean
+.PHONY: setup quickstart test test-megatron test-te test-matrix test-slow test-faults kernels bench clean
 
 setup: $(VENV)/.installed
 
@@ -69,6 +69,13 @@ test-matrix:
 test-slow: setup
 	TRITON_INTERPRET=1 $(BIN)/pytest -m 'not gpu' --memory-accesses tests/ops/triton/interpreted_*.py
 	$(BIN)/pytest -m 'slow and not gpu'
+
+# Kills trainings at every layout, and all else that leaves files, 200 times at random moments: under an hour on two cores.
+# KILLS and SEED change that.
+KILLS ?= 200
+SEED ?= 0
+test-faults: setup
+	$(BIN)/python tests/faults/kill_loop.py --kills $(KILLS) --seed $(SEED)
 
 # Compiles all GPU kernels for A100, H100 and B200, without a GPU; fails where one spills or does not fit.
 kernels: setup

@@ -13,9 +13,10 @@ PACKAGE = ROOT / "moba_megatron"
 ALLOWED = {
     "before_torch": set(),
     "config": set(),
+    "temporary": set(),
     "ops": set(),
     "hf": {"ops"},
-    "platform": {"config"},
+    "platform": {"config", "temporary"},
     "runs": {"config"},
     "parallel": {"ops"},
     "corpus": {"config"},

@@ -71,4 +71,4 @@ def test_a_locale_of_ascii_is_no_error(folder):
     said = run(
         "-c", f"from moba_megatron.before_torch import *; {program}; print(load_config('{folder}/config.yaml').run)"
     )
-    assert said == "dir='l\\xe4ufe/\\u2713' seed=1234 threads=None\n"
+    assert said == "dir='l\\xe4ufe/\\u2713' seed=1234 threads=None stall_seconds=300.0\n"

@@ -35,6 +35,10 @@ class NotFinite(CheckpointError):
     """Weights or optimizer state that hold infinities or NaN, with the names of the tensors."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written. Raised on all ranks alike; those before it are untouched."""
+
+
 @dataclass
 class Manifest:
     """Facts about a checkpoint that are readable without torch.
@@ -42,7 +46,8 @@ class Manifest:
     step counts finished optimizer steps, consumed_samples and consumed_tokens (None: samples x sequence length) what
     they took; `config` is the run's resolved configuration, `schedule` its attention schedule, `data` what identifies
     its tokenizer and training data, `data_changes` where data or packing changed between stages of the run (see
-    `training.data_position`), `files` maps names to `{"bytes": int, "blake2b": str}`.
+    `training.data_position`), `skipped_batches` the steps whose batch changes nothing (see `training.divergence`),
+    `files` maps names to `{"bytes": int, "blake2b": str}`.
     """
 
     step: int
@@ -54,6 +59,7 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     consumed_tokens: int | None = None
     data_changes: list[dict[str, Any]] = field(default_factory=list)
+    skipped_batches: list[dict[str, Any]] = field(default_factory=list)
     format: int = FORMAT
 
     @property

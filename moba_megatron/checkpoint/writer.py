@@ -11,10 +11,12 @@ trained from it, and it would push good checkpoints out.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,21 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from torch.distributed.checkpoint import CheckpointException
 
 from moba_megatron.checkpoint.finite import list_of_names, not_finite, written_tensors
-from moba_megatron.checkpoint.manifest import CheckpointError, Manifest, NotFinite, digest_file, list_checkpoints
+from moba_megatron.checkpoint.manifest import (
+    CheckpointError,
+    Manifest,
+    NotFinite,
+    SaveError,
+    digest_file,
+    list_checkpoints,
+)
 from moba_megatron.checkpoint.state import SHARDING, TrainingState
 from moba_megatron.platform.megatron_core import save_arguments
 from moba_megatron.platform.processes import die_with_parent, forks_die_meanwhile
+from moba_megatron.runs.disk import disk_error_line, free_text
 
 
 class CheckpointWriter:
@@ -41,26 +52,33 @@ class CheckpointWriter:
         self.keep = keep
         self.asynchronous = asynchronous
         self.queue = AsyncCallsQueue()
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove what an unfinished save or removal left. Nothing may be being written."""
         if torch.distributed.get_rank() == 0:
-            for leftover in [*directory.glob(".step_*.partial"), *directory.glob(".step_*.removed")]:
+            for leftover in [*self.directory.glob(".step_*.partial"), *self.directory.glob(".step_*.removed")]:
                 shutil.rmtree(leftover)
         torch.distributed.barrier()
 
     def save(self, state: TrainingState, manifest: Manifest) -> Path:
-        """Start writing; waits for the previous save first. Returns the path the checkpoint will have."""
+        """Start writing; waits for the previous save first. Returns the path the checkpoint will have.
+
+        Raises:
+            SaveError: on every rank, if this save or the previous one could not be written.
+        """
         self.wait()
         final = self.directory / f"step_{manifest.step}"
         unfinished = self.directory / f".step_{manifest.step}.partial"
-        if torch.distributed.get_rank() == 0:
-            unfinished.mkdir(parents=True)
-        torch.distributed.barrier()
-        request = dist_checkpointing.save(
-            state.sharded(loading=False),
-            str(unfinished),
-            async_sharded_save=True,
-            content_metadata=SHARDING,
-            **save_arguments(),
-        )
+        _on_first_rank(lambda: unfinished.mkdir(parents=True), unfinished)
+        with _one_rank_alone_says_why(unfinished):
+            request = dist_checkpointing.save(
+                state.sharded(loading=False),
+                str(unfinished),
+                async_sharded_save=True,
+                content_metadata=SHARDING,
+                **save_arguments(),
+            )
         write = partial(_write_and_digest, request.async_fn, unfinished, forked=self.asynchronous)
         request = request._replace(async_fn=write)
         request.add_finalize_fn(partial(self._publish, unfinished, final, manifest))
@@ -68,37 +86,41 @@ class CheckpointWriter:
         return final
 
     def poll(self) -> None:
-        """Publish a finished save, if there is one."""
-        self.queue.maybe_finalize_async_calls(blocking=False)
+        """Publish a finished save, if there is one. Raises as `save`."""
+        self._finalize(blocking=False)
 
     def wait(self) -> None:
-        """Wait until nothing is being written. Raises megatron-core's CheckpointException if writing failed."""
-        self.queue.maybe_finalize_async_calls(blocking=True)
+        """Wait until nothing is being written. Raises as `save`."""
+        self._finalize(blocking=True)
+
+    def _finalize(self, blocking: bool) -> None:
+        with _written_or_save_error(self.directory):
+            self.queue.maybe_finalize_async_calls(blocking=blocking)
 
     def _start(self, request: AsyncRequest) -> None:
         if self.asynchronous:
             self.queue.schedule_async_request(request)
         else:
-            request.execute_sync()
+            with _written_or_save_error(self.directory):
+                request.execute_sync()
 
     def _publish(self, unfinished: Path, final: Path, manifest: Manifest) -> None:
         """Give a written checkpoint its name. All ranks raise what rank 0 finds wrong with it.
 
         Raises:
             NotFinite: what was written is not finite; it is removed.
-            CheckpointError, OSError: it is not whole, as on a full disk.
+            SaveError: it is not whole, as on a full disk; it is removed.
         """
-        problem: list[CheckpointError | OSError | None] = [None]
-        if torch.distributed.get_rank() == 0:
+
+        def act() -> None:
             try:
                 self._complete(unfinished, manifest)
                 self._replace(unfinished, final)
-            except (CheckpointError, OSError) as error:
+            except (CheckpointError, OSError):
                 shutil.rmtree(unfinished, ignore_errors=True)
-                problem = [error]
-        torch.distributed.broadcast_object_list(problem, src=0)
-        if problem[0] is not None:
-            raise problem[0]
+                raise
+
+        _on_first_rank(act, unfinished)
 
     def _complete(self, unfinished: Path, manifest: Manifest) -> None:
         """Write the manifest, with what all ranks say of their files."""
@@ -120,7 +142,7 @@ class CheckpointWriter:
     def _collect_reports(self, unfinished: Path, manifest: Manifest) -> None:
         parts = sorted(unfinished.glob("digests_*.json"))
         if len(parts) != torch.distributed.get_world_size():
-            raise CheckpointError(
+            raise SaveError(
                 f"{unfinished}: {len(parts)} of {torch.distributed.get_world_size()} ranks finished writing. Is the "
                 "disk full? The checkpoints before it are untouched"
             )
@@ -164,8 +186,54 @@ def _write_and_digest(write: Callable[..., Any] | None, folder: Path, *args: Any
     }
     whole = folder / f"digests_{rank}.json"
     unfinished = folder / f".digests_{rank}.tmp"
-    unfinished.write_text(json.dumps(report), encoding="utf-8")
-    os.replace(unfinished, whole)
+    # Without its report a rank has not finished writing, which rank 0 tells all.
+    with contextlib.suppress(OSError):
+        unfinished.write_text(json.dumps(report), encoding="utf-8")
+        os.replace(unfinished, whole)
+
+
+def _on_first_rank(act: Callable[[], object], folder: Path) -> None:
+    """Let rank 0 do something while the others wait for it.
+
+    Raises:
+        SaveError: on all ranks, if rank 0 could not.
+        CheckpointError: on all ranks, another one that it raised.
+    """
+    problem: list[CheckpointError | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            act()
+        except CheckpointError as error:
+            problem = [error]
+        except OSError as error:
+            problem = [SaveError(disk_error_line(error, folder) or f"{folder}: {error}")]
+    torch.distributed.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise problem[0]
+
+
+@contextmanager
+def _written_or_save_error(directory: Path) -> Iterator[None]:
+    """megatron-core's own exception, which it raises on all ranks, as SaveError; what went wrong is on rank 0 alone."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [failure[0] for failure in error.failures.values()]
+        lines = [line for cause in causes if (line := disk_error_line(cause, directory))]
+        said: list[str] = [(lines or [f"{directory}: {cause}; {free_text(directory)}" for cause in causes] or [""])[0]]
+        torch.distributed.broadcast_object_list(said, src=0)
+        raise SaveError(said[0]) from error
+
+
+@contextmanager
+def _one_rank_alone_says_why(folder: Path) -> Iterator[None]:
+    """What rank 0 writes before the others begin ends the job where there are others: they wait for it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if torch.distributed.get_world_size() > 1 or isinstance(error, torch.distributed.DistError):
+            raise
+        raise SaveError(disk_error_line(error, folder) or f"{folder}: {error}; {free_text(folder)}") from error
 
 
 def _flush(path: Path) -> None:

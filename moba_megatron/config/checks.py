@@ -321,6 +321,7 @@ def _training_checks(config: Config) -> list[tuple[bool, str]]:
             training.stop_after is not None and training.stop_after > training.steps,
             f"training.stop_after = {training.stop_after} is over training.steps = {training.steps}",
         ),
+        *_divergence_checks(config),
         (
             trailing is not None and trailing > length,
             f"evaluation.trailing_tokens = {trailing} is over data.sequence_length = {length}",
@@ -337,5 +338,25 @@ def _training_checks(config: Config) -> list[tuple[bool, str]]:
         (
             bool(profile) and (len(profile) != 2 or not 1 <= profile[0] <= profile[1] <= training.steps),
             f"logging.profile_steps = {profile}: give the first and the last step, within 1 to {training.steps}",
+        ),
+    ]
+
+
+def _divergence_checks(config: Config) -> list[tuple[bool, str]]:
+    training = config.training
+    late = [step for step in training.skip_batches if step > training.steps]
+    return [
+        (
+            training.on_divergence == "rollback" and config.checkpoint.every is None,
+            "training.on_divergence = rollback needs checkpoint.every: there is no checkpoint to go back to otherwise",
+        ),
+        (
+            training.on_spike == "as_divergence" and training.spike_threshold is None,
+            "training.on_spike = as_divergence has no effect without training.spike_threshold: give a number",
+        ),
+        (bool(late), f"training.skip_batches names steps {late}: training.steps = {training.steps}"),
+        (
+            training.replay is not None and training.replay > training.steps,
+            f"training.replay = {training.replay} is over training.steps = {training.steps}",
         ),
     ]

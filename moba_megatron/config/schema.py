@@ -32,6 +32,9 @@ class RunConfig(Section):
     draw different ones."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads per process. Default: the cores of this machine divided by the processes on it."""
+    stall_seconds: float | None = Field(default=300.0, gt=0)
+    """After so many seconds without a step, an evaluation or a checkpoint, say which rank is silent or slow and what
+    it waits in; the run goes on waiting. None: never."""
 
 
 class LayerAttentionOverride(Section):
@@ -171,6 +174,24 @@ class TrainingConfig(Section):
     """Activation recomputation in the backward: `selective` repeats the core attention, `full` whole layers."""
     loss_chunk_size: int = Field(default=512, ge=1)
     """Tokens per chunk of the loss: at most chunk x vocabulary logits are in memory at once."""
+    on_divergence: Literal["stop", "skip", "rollback"] = "stop"
+    """What happens when the loss or the gradient norm is not finite, before the update. `stop`: the run ends. `skip`:
+    the step is counted, and changes nothing. `rollback`: the run goes back to its newest checkpoint, and on without
+    the batch that made it diverge."""
+    max_divergences: int = Field(default=3, ge=1)
+    """So many steps of one process may be skipped or rolled back; at the next one the run ends."""
+    skip_batches: list[Annotated[int, Field(ge=1)]] = []
+    """Steps, counted from 1, whose batch is left out: they are counted, and change nothing."""
+    spike_threshold: float | None = Field(default=10.0, gt=0)
+    """A loss over the median of the last `spike_window` losses by more than so many of their spreads (1.4826 x median
+    absolute deviation, which a normal distribution has as its deviation) is recorded as a spike. None: never."""
+    spike_window: int = Field(default=100, ge=20)
+    """Losses that a spike is held against; at least 20 have to be there."""
+    on_spike: Literal["record", "as_divergence"] = "record"
+    """`record`: a spike is written down only. `as_divergence`: it is treated as `on_divergence` says."""
+    replay: int | None = Field(default=None, ge=1)
+    """Run this step of the run in `run.dir` again, from the newest checkpoint before it, and write what was found
+    (loss, norm, what is not finite in which layer) into RUN/replay/step_N.json. Nothing else of the run changes."""
 
 
 class OptimizerConfig(Section):
@@ -210,6 +231,9 @@ class CheckpointConfig(Section):
     that has its own continues from its newest."""
     asynchronous: bool = True
     """Write checkpoints in the background while training goes on."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """What happens when a checkpoint cannot be written, as on a full disk. `stop`: the run ends. `continue`: it goes
+    on, and tries again with the next one; the last one of a process has to succeed. Older ones stay in any case."""
     verify: bool = True
     """Before loading, hold the checkpoint's files against their recorded digests."""
     allow_changed: list[str] = []

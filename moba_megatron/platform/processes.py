@@ -22,9 +22,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
+
+from moba_megatron.temporary import remove_temporary_files
 
 # What the collective libraries and the store say when the process at the other end is gone.
 LOST_CONNECTION = (
@@ -93,16 +96,31 @@ def leave(code: int) -> NoReturn:
     """End the process after flushing: gloo's own destruction aborts once in a while after a clean end."""
     sys.stdout.flush()
     sys.stderr.flush()
+    remove_temporary_files()
     os._exit(code)
 
 
 def watch_for_failure() -> None:
     """From now on, end this process with exit code 1 and one line as soon as another rank says that it failed.
 
-    Returns at once; without a launcher's store there is nothing to watch.
+    Returns at once; without a launcher's store there is nothing to watch. Ends this process where its launcher was
+    killed before it could ask to end with it: nobody will answer it.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ and _orphaned():
+        print(f"[rank {_rank()}] the launcher is gone", file=sys.stderr, flush=True)
+        leave(1)
     if _store_address():
         threading.Thread(target=_watch, name="watch_for_failure", daemon=True).start()
+
+
+def job_store(seconds: float) -> dist.Store | None:
+    """A connection of its own to the store through which a launcher's processes found each other, for one thread; None
+    where there is none that this process may use.
+
+    Args:
+        seconds: after so long without an answer, calls raise `torch.distributed.DistError`.
+    """
+    return _connect(seconds) if _store_address() else None
 
 
 def end_job(
@@ -170,6 +188,16 @@ def _watch() -> None:
                 print(_follows(first), file=sys.stderr, flush=True)
             time.sleep(SECONDS_BEHIND)
             leave(1)
+
+
+def _orphaned() -> bool:
+    """Whether the first process of this machine or container has adopted this one, and is no launcher itself."""
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    launches = any(b"torch" in word or word.endswith(os.fsencode(sys.argv[0])) for word in command)
+    return os.getppid() == 1 and not launches
 
 
 def _tell(store: dist.Store, failure: dict[str, Any]) -> None:

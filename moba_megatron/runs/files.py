@@ -7,18 +7,35 @@ import fcntl
 import json
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moba_megatron.runs.disk import name_file
+
 
 def write_whole(path: Path, text: str) -> None:
     """Replace a file so that a reader sees the old text or the new one."""
     # Several processes may write at once, such as all ranks when all of them fail.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        name_file(error, path, len(text))
+        raise
     os.replace(unfinished, path)
+
+
+def write_in_place(path: Path, text: str) -> None:
+    """Replace the text of a file within the room that it has: for a full disk, where `write_whole` finds none. A reader
+    may see a part of it."""
+    with open(path, "r+", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        stream.truncate()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -27,12 +44,44 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file, oldest first; empty if there is no file."""
+    """The complete lines of a file, oldest first; empty if there is no file.
+
+    Raises:
+        ValueError: a line is damaged, with its number.
+    """
+    lines = []
+    for number, line in enumerate(_complete_lines(path), start=1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number} is damaged ({error}): take it out, or let the run go on, which does so"
+            ) from error
+    return lines
+
+
+def readable_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """As `read_json_lines`, without the damaged lines, and how many they are."""
+    lines, damaged = [], 0
+    for line in _complete_lines(path):
+        try:
+            values = json.loads(line)
+        except ValueError:
+            values = None
+        if isinstance(values, dict) and "step" in values:
+            lines.append(values)
+        else:
+            damaged += 1
+    return lines, damaged
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """All lines but one that a kill cut short. Bytes that are no text, as zeros after the power failed, stay visible as
+    such."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    complete = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in complete.splitlines()]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return text[: text.rfind("\n") + 1].split("\n")[:-1]
 
 
 def append_json_line(path: Path, values: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ RUN/environment.json     versions, hardware, and the working directory of the la
 RUN/starts.jsonl         one line a start: its layout
 RUN/metrics.jsonl        one line a step
 RUN/evaluations.jsonl    one line an evaluation
+RUN/divergences.jsonl    one line a step that was not finite or spiked, and what was done
+RUN/replay/step_N.json   what a step that was run again showed
 RUN/evaluation/*.json    the whole results of `moba-megatron evaluate`
 RUN/checkpoints/step_N/  see the checkpoint package
 RUN/exports/step_N/      Hugging Face folders that evaluations needed
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moba_megatron.config import Config
-from moba_megatron.runs.files import read_json_lines, write_whole
+from moba_megatron.runs.files import read_json_lines, readable_json_lines, write_in_place, write_whole
 
 State = Literal["running", "paused", "stopped", "finished", "failed"]
 
@@ -39,6 +41,8 @@ class RunFolder:
         self.starts = self.path / "starts.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
+        self.divergences = self.path / "divergences.jsonl"
+        self.replay = self.path / "replay"
         self.evaluation = self.path / "evaluation"
         self.checkpoints = self.path / "checkpoints"
         self.exports = self.path / "exports"
@@ -77,11 +81,22 @@ class RunFolder:
     def write_status(self, state: State, step: int | None, **more: Any) -> None:
         """Say how the run stands: `state`, `step` (None: the last one on record), and whatever explains it."""
         if step is None:
-            steps = read_json_lines(self.metrics)
+            steps, _ = readable_json_lines(self.metrics)
             step = steps[-1]["step"] if steps else 0
-        write_whole(self.status, json.dumps({"state": state, "step": step, **more}) + "\n")
+        text = json.dumps({"state": state, "step": step, **more}) + "\n"
+        try:
+            write_whole(self.status, text)
+        except OSError:
+            if not self.status.is_file():
+                raise
+            write_in_place(self.status, text)
 
 
 def training_records(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines of `evaluations.jsonl` that training itself wrote."""
     return [line for line in lines if "kind" not in line]
+
+
+def trained_steps(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` whose batch was trained on: all but those of skipped batches, which have no loss."""
+    return [line for line in lines if "skipped" not in line]

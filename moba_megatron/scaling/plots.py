@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from moba_megatron.runs.files import read_json_lines
+from moba_megatron.runs.folder import trained_steps
 from moba_megatron.scaling.laws import fit_sweep, gaps_to_first, left_out
 from moba_megatron.scaling.results import Result, best
 from moba_megatron.scaling.sweep import PFLOP_S_DAY, Figure, Point, Sweep
@@ -126,7 +127,7 @@ def _curves(drawing: Any, sweep: Sweep, results: list[Result], figure: Figure) -
     that starts from another of the sweep goes on where that one ends."""
     axes = drawing.axes[0]
     for number, result in enumerate(results):
-        lines = read_json_lines(result.point.run.metrics)
+        lines = trained_steps(read_json_lines(result.point.run.metrics))
         if not lines:
             continue
         colour = _COLOURS[number % len(_COLOURS)]

@@ -252,7 +252,8 @@ def _ended(job: Job, progress: Progress, console: Console) -> bool:
     ended = job.process.poll() is not None
     newest = last_record(job.point.run.metrics)
     if newest:
-        progress.update(job.row, completed=newest["step"], description=f"{job.point.name}  loss {newest['loss']:.3f}")
+        loss = "skipped" if "skipped" in newest else f"loss {newest['loss']:.3f}"
+        progress.update(job.row, completed=newest["step"], description=f"{job.point.name}  {loss}")
     if ended:
         with open(job.point.folder / LOG, "a", encoding="utf-8") as log:
             log.write(f"\n{ENDED}{job.process.returncode}\n")

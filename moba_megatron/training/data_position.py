@@ -35,6 +35,7 @@ class DataPosition:
     step: finished optimizer steps. samples, tokens: what they took.
     order_start: samples that were taken before the present order of samples began.
     changes: each `{"step": int, "consumed_samples": int, "changed": {key: [old value, new value]}}`.
+    skipped: batches that a run left out or will leave out, each `{"step": int, "samples": [first, last], "why": str}`.
     """
 
     step: int = 0
@@ -42,6 +43,7 @@ class DataPosition:
     tokens: int = 0
     order_start: int = 0
     changes: tuple[dict[str, Any], ...] = ()
+    skipped: tuple[dict[str, Any], ...] = ()
 
     @property
     def in_order(self) -> int:
@@ -84,12 +86,25 @@ def resumed_position(manifest: Manifest, config: Config, identity: dict[str, str
     """
     step, samples, changes = manifest.step, manifest.consumed_samples, tuple(manifest.data_changes)
     start = changes[-1]["consumed_samples"] if changes else 0
-    same = DataPosition(step, samples, manifest.tokens, start, changes)
+    same = DataPosition(step, samples, manifest.tokens, start, changes, tuple(manifest.skipped_batches))
     changed = _changed(manifest, config, identity) or _changed_epochs(same, manifest, config)
     if not changed:
-        return same
+        return _with_the_same_batches(same, config)
     change = {"step": step, "consumed_samples": samples, "changed": changed}
-    return replace(same, order_start=samples, changes=(*changes, change))
+    # What was still to be left out was a batch of the old order.
+    done = tuple(entry for entry in same.skipped if entry["step"] <= step)
+    return replace(same, order_start=samples, changes=(*changes, change), skipped=done)
+
+
+def _with_the_same_batches(position: DataPosition, config: Config) -> DataPosition:
+    """Batches that are still to be left out are so while a step of that number takes the same samples."""
+
+    def holds(entry: dict[str, Any]) -> bool:
+        first = position.after(entry["step"] - 1, config).in_order
+        return entry["samples"] == [first, first + config.training.global_batch_size - 1]
+
+    kept = tuple(entry for entry in position.skipped if entry["step"] <= position.step or holds(entry))
+    return replace(position, skipped=kept)
 
 
 def epochs_in_order(config: Config, samples: int) -> list[str]:

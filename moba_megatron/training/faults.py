@@ -18,9 +18,10 @@ from moba_megatron.checkpoint import CheckpointError
 from moba_megatron.config import ConfigError
 from moba_megatron.platform.processes import end_job, failure_report
 from moba_megatron.runs.claim import RunFolderInUse
+from moba_megatron.runs.disk import disk_error_line
 from moba_megatron.runs.folder import RunFolder
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class TrainingDiverged(RuntimeError):
@@ -28,14 +29,16 @@ class TrainingDiverged(RuntimeError):
 
 
 class StopRequest:
-    """Turns SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 into a stop after the current step. A second Ctrl-C leaves at once."""
+    """Turns SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP (the terminal is gone) into a stop after the current step. A
+    second Ctrl-C leaves at once. Under `nohup`, SIGHUP stays ignored."""
 
     def __init__(self) -> None:
         self.signal = 0
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
-        self._previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        heard = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._receive) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -62,9 +65,10 @@ def leave_after_failure(error: BaseException, run_dir: str) -> NoReturn:
     line. The exit code is 1, after Ctrl-C 130, and 2 for a configuration that cannot be used.
     """
     rank = int(os.environ.get("RANK", "0"))
-    words = f"{type(error).__name__}: {error}"
+    full = disk_error_line(error, RunFolder(run_dir).path)
+    words = full or f"{type(error).__name__}: {error}"
     # These explain themselves; where they were raised helps nobody.
-    short = isinstance(error, CheckpointError | ConfigError | TrainingDiverged | KeyboardInterrupt)
+    short = full or isinstance(error, CheckpointError | ConfigError | TrainingDiverged | KeyboardInterrupt)
     report = f"[rank {rank}] failed: {words}" if short else failure_report(error)
 
     def record() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from moba_megatron.config import Config
+from moba_megatron.platform import current_device
 
 
 def wrap_data_parallel(model: list[torch.nn.Module], config: Config) -> list[DistributedDataParallel]:
@@ -49,8 +52,50 @@ def build_optimizer(model: list[DistributedDataParallel], config: Config) -> Meg
         use_distributed_optimizer=config.parallel.distributed_optimizer,
     )
     built = get_megatron_optimizer(settings, model, config_overrides=get_standard_config_overrides(settings))
+    assert isinstance(built, ChainedOptimizer), "`update` looks at the gradients where this kind asks for their norm"
     transformer.grad_scale_func = built.scale_loss
     return built
+
+
+class UpdateRefused(Exception):
+    """An update that was not made; `grad_norm` is the norm of its gradients on this rank."""
+
+    def __init__(self, grad_norm: float):
+        self.grad_norm = grad_norm
+        super().__init__(f"gradient norm {grad_norm}")
+
+
+def update(optimizer: MegatronOptimizer, refuse: Callable[[float], bool]) -> float:
+    """Clip the gradients and update the weights, unless a rank refuses to. Collective.
+
+    Args:
+        refuse: asked for the norm of the gradients before clipping. That is after megatron-core's `prepare_grads()` and
+            before `step_with_ready_grads()`: of what outlives the step nothing has changed yet.
+
+    Returns:
+        The norm of the gradients before clipping.
+
+    Raises:
+        UpdateRefused: on every rank, if `refuse` said so on any.
+    """
+    norm_of = optimizer.get_grad_norm
+
+    def looked_at() -> float:
+        norm = norm_of()
+        refused = torch.tensor([refuse(float(norm))], dtype=torch.int32, device=current_device())
+        if torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(refused, op=torch.distributed.ReduceOp.MAX)
+        if refused.item():
+            raise UpdateRefused(float(norm))
+        return norm
+
+    # `step()` of every supported release prepares the gradients, asks for their norm, clips and updates, in this order.
+    optimizer.get_grad_norm = looked_at
+    try:
+        _, norm, _ = optimizer.step()
+    finally:
+        del optimizer.get_grad_norm
+    return float(norm)
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:

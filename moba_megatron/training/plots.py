@@ -7,12 +7,12 @@ from pathlib import Path
 from moba_megatron.evaluation.losses.curves import draw_losses
 from moba_megatron.evaluation.plots import new_figure, plot_positions
 from moba_megatron.runs.files import read_json_lines
-from moba_megatron.runs.folder import RunFolder, training_records
+from moba_megatron.runs.folder import RunFolder, trained_steps, training_records
 
 
 def plot_run(folder: RunFolder) -> list[Path]:
     """Draw what the run folder holds into its `plots/`; return the files written."""
-    steps = read_json_lines(folder.metrics)
+    steps = trained_steps(read_json_lines(folder.metrics))
     evaluations = training_records(read_json_lines(folder.evaluations))
     written = []
     if steps:

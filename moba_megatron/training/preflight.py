@@ -21,6 +21,7 @@ from moba_megatron.ops.dense import KERNELS, takes_groups
 from moba_megatron.platform import current_device, optional_libraries
 from moba_megatron.runs.trackers import check_trackers
 from moba_megatron.training.data_position import DataPosition, resumed_position
+from moba_megatron.training.replay_start import replay_checkpoint
 from moba_megatron.training.resume import chosen_checkpoint, find_resume
 
 
@@ -55,10 +56,16 @@ def preflight(config: Config, world_size: int) -> Preflight:
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     data = check_data(config)
-    resume = find_resume(config, schedule, data.identity)
+    if config.training.replay is None:
+        resume = find_resume(config, schedule, data.identity)
+    else:
+        resume = replay_checkpoint(config, schedule, data.identity)
     # A resumed run has its weights already; their source may be gone.
     initial = [] if resume else check_initial_weights(config, data.vocab_size)
-    position = resumed_position(Manifest.read(resume), config, data.identity) if resume else DataPosition()
+    manifest = Manifest.read(resume) if resume else None
+    position = resumed_position(manifest, config, data.identity) if manifest else DataPosition()
+    if config.training.replay is None:
+        _refuse_late_skips(config, position)
     return Preflight(
         world_size=world_size,
         data_parallel=data_parallel,
@@ -68,7 +75,13 @@ def preflight(config: Config, world_size: int) -> Preflight:
         resume=resume,
         position=position,
         weights=describe_weights(config, resume),
-        choices=[*run_choices(config, schedule), *index_lines(config), *initial, *position.lines()],
+        choices=[
+            *run_choices(config, schedule),
+            *index_lines(config),
+            *initial,
+            *position.lines(),
+            *_kept_no_longer(manifest, position),
+        ],
     )
 
 
@@ -79,6 +92,25 @@ def preflight_again(config: Config, ready: Preflight) -> Preflight:
         ConfigError: as `preflight`, if that is another one than before.
     """
     return ready if chosen_checkpoint(config) == ready.resume else preflight(config, ready.world_size)
+
+
+def _kept_no_longer(manifest: Manifest | None, position: DataPosition) -> list[str]:
+    """Batches that the run meant to leave out and will not, in words."""
+    lost = [entry["step"] for entry in manifest.skipped_batches if entry not in position.skipped] if manifest else []
+    return (
+        [f"the batches of steps {lost} are not left out any more: these steps take other samples now"] if lost else []
+    )
+
+
+def _refuse_late_skips(config: Config, position: DataPosition) -> None:
+    """A batch that was trained on cannot be left out any more."""
+    done = {entry["step"] for entry in position.skipped}
+    late = [step for step in config.training.skip_batches if step <= position.step and step not in done]
+    if late:
+        raise ConfigError([
+            f"training.skip_batches names steps {late}, which the checkpoint of step {position.step} was trained on: "
+            "start from a checkpoint before them in another run.dir (checkpoint.resume=PATH), or take them out"
+        ])  # fmt: skip
 
 
 def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:

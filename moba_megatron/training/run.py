@@ -7,6 +7,7 @@ import os
 import socket
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,19 @@ from moba_megatron.data.datasets import build_datasets, training_tokenizer
 from moba_megatron.data.packing_report import packing_lines
 from moba_megatron.model.builder import build_model
 from moba_megatron.model.exchange_choice import resolve_exchange
+from moba_megatron.platform.processes import one_line
 from moba_megatron.platform.start import start_rank
 from moba_megatron.runs.claim import check_shared, claimed
+from moba_megatron.runs.disk import disk_error_line
 from moba_megatron.runs.folder import RunFolder
 from moba_megatron.runs.metrics import MetricsWriter
 from moba_megatron.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from moba_megatron.training.plots import plot_run
 from moba_megatron.training.preflight import Preflight, preflight_again
 from moba_megatron.training.progress import ProgressView
+from moba_megatron.training.replay import replay
 from moba_megatron.training.trainer import LoopEnd, Trainer, evaluation_is_due
+from moba_megatron.training.watch import Watch
 
 
 @dataclass
@@ -46,6 +51,9 @@ def train(config: Config, ready: Preflight) -> Outcome:
     levels = resolve_exchange(config).levels
     device = start_rank(config.parallel, seed=config.run.seed, threads=config.run.threads, context_levels=levels)
     rank = torch.distributed.get_rank()
+    if config.training.replay is not None:
+        _agree_on_resume(ready)
+        return _replay(config, ready, device, rank)
     with claimed(config.run.dir) if rank == 0 else nullcontext() as claim:
         check_shared(config.run.dir, claim)
         # Who held the folder until now may have added a checkpoint.
@@ -68,18 +76,35 @@ def _train(config: Config, ready: Preflight, device: torch.device, rank: int) ->
         packing = packing_lines(*datasets)
         keep_tokenizer(training_tokenizer(config), folder, first_step - 1)
         folder.write_config(config, first_step - 1, [*ready.choices, *packing])
-        process = {"pid": os.getpid(), "host": socket.gethostname()}
-        folder.write_status("running", first_step - 1, **process, **_data_changes(ready))
+        folder.write_status("running", first_step - 1, **_process(), **_data_changes(ready))
         _introduce(progress, config, ready, wrapped, packing)
     missed = _evaluation_was_missed(config, folder, ready)
     if first_step > config.training.steps and not missed:
         return _conclude(config, ready, folder, progress, LoopEnd(config.training.steps, None), rank)
     writer = MetricsWriter(folder, config, first_step - 1) if rank == 0 else None
-    trainer = Trainer(config, ready, state, wrapped, *datasets, progress, writer, device)
-    end = trainer.train(first_step, evaluate_first=missed)
+    for line in writer.gaps if writer else []:
+        progress.say(line)
+    running = partial(folder.write_status, "running", **_process(), **_data_changes(ready)) if rank == 0 else None
+    with Watch(config.run.stall_seconds, running) as watch:
+        trainer = Trainer(config, ready, state, wrapped, *datasets, progress, writer, device, watch=watch)
+        end = trainer.train(first_step, evaluate_first=missed)
     if writer:
         writer.close()
     return _conclude(config, ready, folder, progress, end, rank)
+
+
+def _replay(config: Config, ready: Preflight, device: torch.device, rank: int) -> Outcome:
+    """Look at one step again. The run's folder stays as it is, but for the report: another process may train there."""
+    folder, step = RunFolder(config.run.dir), config.training.replay
+    state, wrapped = _build(config, ready)
+    if ready.resume:
+        load_training(ready.resume, state, config.parallel.model_dump(), check_files=config.checkpoint.verify)
+    train_data, _ = build_datasets(config, ready.position.order_length(config))
+    progress = ProgressView(total=step, start=ready.position.step, every=config.logging.every, shown=rank == 0)
+    trainer = Trainer(config, ready, state, wrapped, train_data, None, progress, None, device, keeps=False)
+    replay(trainer, step)
+    torch.distributed.barrier()
+    return Outcome("replayed", step, None, folder.path)
 
 
 def _evaluation_was_missed(config: Config, folder: RunFolder, ready: Preflight) -> bool:
@@ -124,6 +149,10 @@ def _introduce(
         progress.say(line)
 
 
+def _process() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname()}
+
+
 def _data_changes(ready: Preflight) -> dict[str, Any]:
     """For the status: where the run's data changed, if they did."""
     return {"data_changes": list(ready.position.changes)} if ready.position.changes else {}
@@ -132,14 +161,17 @@ def _data_changes(ready: Preflight) -> dict[str, Any]:
 def _conclude(
     config: Config, ready: Preflight, folder: RunFolder, progress: ProgressView, end: LoopEnd, rank: int
 ) -> Outcome:
-    """Write status and plots, and say what there is and how to go on."""
+    """Draw plots, write the status, and say what there is and how to go on."""
     state = "finished" if end.step == config.training.steps else "stopped" if end.signal else "paused"
     if rank == 0:
-        folder.write_status(state, end.step, signal=end.signal, **_data_changes(ready))
+        plots, problem = _draw(folder)
+        folder.write_status(state, end.step, signal=end.signal, **_data_changes(ready), **problem)
         why = {"paused": "paused at training.stop_after", "stopped": f"stopped by {end.signal}"}.get(state, state)
         progress.say(f"{why} after step {end.step} of {config.training.steps}")
-        for path in [folder.metrics, *plot_run(folder)]:
+        for path in [folder.metrics, *plots]:
             progress.say(f"  {path}")
+        for text in problem.values():
+            progress.say(f"  no plots: {text}")
         if state != "finished":
             more = {"paused": " without training.stop_after"}.get(state, "")
             if config.checkpoint.resume == "never":
@@ -147,3 +179,11 @@ def _conclude(
             progress.say(f"  to continue: the same command{more} (checkpoint {folder.checkpoints}/step_{end.step})")
     torch.distributed.barrier()
     return Outcome(state, end.step, end.signal, folder.path)
+
+
+def _draw(folder: RunFolder) -> tuple[list[Path], dict[str, str]]:
+    """The pictures, and for the status what went wrong with them: they do not decide how a run ended."""
+    try:
+        return plot_run(folder), {}
+    except Exception as error:  # whatever matplotlib, the fonts or the disk have to say
+        return [], {"plots": disk_error_line(error, folder.plots) or one_line(error)}

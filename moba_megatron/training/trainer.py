@@ -6,35 +6,47 @@ pass, optimizer, record, evaluation, checkpoint, stop. Evaluation draws no rando
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.timers import Timers
 
-from moba_megatron import __version__
-from moba_megatron.checkpoint import CheckpointWriter, Manifest, TrainingState
+from moba_megatron.checkpoint import SaveError, TrainingState, load_training
 from moba_megatron.checkpoint.finite import list_of_names, weights_not_finite
 from moba_megatron.config import Config
 from moba_megatron.data.feed import rank_batches
 from moba_megatron.evaluation.losses.positions import evaluate
 from moba_megatron.model.core_attention import set_attention_stage
 from moba_megatron.model.forward import Batch, forward_step, microbatch_shape, reduce_over_ranks
-from moba_megatron.parallel.wire import Observation, observe
-from moba_megatron.planning.flops import peak_flops, training_flops_per_token
+from moba_megatron.parallel.wire import observe
 from moba_megatron.runs.folder import RunFolder
 from moba_megatron.runs.metrics import MetricsWriter
+from moba_megatron.training.divergence import (
+    DivergencePolicy,
+    SkippedBatches,
+    Spikes,
+    StepDiverged,
+    checkpoint_before,
+    last_losses,
+)
 from moba_megatron.training.faults import StopRequest, TrainingDiverged
+from moba_megatron.training.finite import gathered, rank_facts, samples_of_rank
+from moba_megatron.training.optimizer import UpdateRefused, update
 from moba_megatron.training.preflight import Preflight
+from moba_megatron.training.profiling import step_profiler
 from moba_megatron.training.progress import ProgressView
+from moba_megatron.training.saving import Saver
+from moba_megatron.training.step_metrics import context_metrics, gpu_metrics
+from moba_megatron.training.watch import Watch
 
 # Steps whose median says how long the rest will take.
 RECENT_STEPS = 20
@@ -57,6 +69,8 @@ class Trainer:
         chunks: the model's chunks, wrapped for data parallelism.
         train_data, validation_data: datasets of samples; without validation data nothing is evaluated.
         writer: keeps the records; None on ranks that keep none.
+        keeps: whether this is the run itself, which saves; False: its steps leave nothing on disk.
+        watch: told of everything that is done, see `watch`.
     """
 
     def __init__(
@@ -70,39 +84,54 @@ class Trainer:
         progress: ProgressView,
         writer: MetricsWriter | None,
         device: torch.device,
+        *,
+        keeps: bool = True,
+        watch: Watch | None = None,
     ):
         self.config, self.ready, self.state, self.chunks = config, ready, state, chunks
-        self.validation_data, self.progress, self.writer, self.device = validation_data, progress, writer, device
+        self.train_data, self.validation_data = train_data, validation_data
+        self.progress, self.writer, self.device = progress, writer, device
+        self.watch = watch or Watch(None)
         self.folder = RunFolder(config.run.dir)
-        self.checkpoints = CheckpointWriter(
-            self.folder.checkpoints, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
-        )
+        self.saver = Saver(config, ready, self.folder, self._flush_records, progress.say) if keeps else None
         self.samples_at_once = config.training.micro_batch_size * ready.data_parallel
-        self.batches = self._feed(train_data, ready.position.in_order, ready.position.order_length(config))
+        self.num_microbatches = config.training.global_batch_size // self.samples_at_once
         self.forward_backward = get_forward_backward_func()
         self.timers = Timers(log_level=0, log_option="max")
         self.stage = -1
         self.seconds: list[float] = []
+        self.skipped = SkippedBatches(config.training.skip_batches, ready.position.skipped)
+        self.policy = DivergencePolicy(config, self.folder, train_data, writes=writer is not None)
+        self.spikes = Spikes(config.training.spike_threshold, config.training.spike_window)
+        self._begin_after(ready.position.step)
 
     def train(self, first_step: int, evaluate_first: bool = False) -> LoopEnd:
         """Train from `first_step` (from 1) to the horizon or `training.stop_after`. The last state is always saved.
 
         Args:
             evaluate_first: evaluate the step before `first_step`.
+
+        Raises:
+            TrainingDiverged: on every rank, as `training.on_divergence` says. A checkpoint that was being written is
+                complete.
         """
         config = self.config
         last_step = min(config.training.steps, config.training.stop_after or config.training.steps)
-        saved, signal = first_step - 1, None
-        number = first_step - 1
-        with StopRequest() as stop, self.progress, self._profiler(first_step) as profiler:
+        number, signal = first_step - 1, None
+        with (
+            StopRequest() as stop,
+            self.progress,
+            step_profiler(config, self.folder, self.device, first_step) as profiler,
+        ):
             if evaluate_first:
                 self.attend_as_at(number)
                 self.evaluate(number)
-            for number in range(first_step, last_step + 1):
-                metrics = self.step(number)
-                if self.writer:
-                    self.writer.step(metrics)
-                self.progress.step(metrics, seconds_left=(last_step - number) * self._median_seconds())
+            while number < last_step and signal is None:
+                number += 1
+                back_to = self.take(number, last_step)
+                if back_to is not None:
+                    number = back_to
+                    continue
                 profiler.step()
                 signal = stop.agreed(self.device)
                 if signal is not None or number == last_step:
@@ -110,20 +139,39 @@ class Trainer:
                 evaluation = self.validation_data is not None and evaluation_is_due(config, number)
                 if evaluation and signal is None:
                     self.evaluate(number)
-                if signal is not None or number == last_step or _due(config.checkpoint.every, number):
-                    self.save(number)
-                    saved = number
+                last = signal is not None or number == last_step
+                if last or _due(config.checkpoint.every, number):
+                    # The state first, where a signal came: whoever sent it may not wait for long.
+                    self.save(number, last=last)
                 else:
-                    self.checkpoints.poll()
-                if signal is not None:
-                    # The state first: whoever sent the signal may not wait for long.
-                    self.checkpoints.wait()
-                    if evaluation:
-                        self.evaluate(number)
-                    break
-            self.checkpoints.wait()
-        assert saved == number, "the last state is on disk"
+                    self.saver.poll()
+                if evaluation and signal is not None:
+                    self.evaluate(number)
+            self.saver.wait()
         return LoopEnd(number, signal)
+
+    def take(self, number: int, last_step: int) -> int | None:
+        """Take the next step, or leave its batch out, and record it.
+
+        Returns:
+            None; or the step that the run has gone back to, from which it goes on.
+        """
+        self.watch.at(f"step {number}", number)
+        why = self.skipped.why(number)
+        try:
+            metrics = self.step(number) if why is None else self.pass_over(number, why)
+        except StepDiverged as diverged:
+            back_to = self._answer(number, diverged)
+            if back_to is not None:
+                return back_to
+            metrics = self._without_update(number, diverged.why)
+        if self.writer:
+            self.writer.step(metrics)
+        if "skipped" in metrics:
+            self.progress.say(f"step {number}: its batch is left out: {metrics['skipped']}")
+        else:
+            self.progress.step(metrics, seconds_left=(last_step - number) * self._median_seconds())
+        return None
 
     def step(self, number: int) -> dict[str, Any]:
         """Train on the next global batch, from its microbatches to the line of metrics.
@@ -136,56 +184,136 @@ class Trainer:
             was used, times in seconds, and what docs/run_folder.md lists beside them.
 
         Raises:
-            TrainingDiverged: on every rank, if the loss or the gradient norm is not finite.
+            StepDiverged: on every rank, if loss or gradient norm are not finite on any, or the loss is a spike that is
+                treated alike. The weights have not changed.
         """
         started = time.perf_counter()
-        self.attend_as_at(number)
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.state.optimizer.zero_grad()
-
         self.timers("forward-backward", log_level=0).start()
         with observe() as seen:
-            reductions = self.forward_backward(
-                forward_step_func=forward_step,
-                data_iterator=self.batches if len(self.batches) > 1 else self.batches[0],
-                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-                num_microbatches=self.config.training.global_batch_size // self.samples_at_once,
-                **microbatch_shape(self.config.data, self.config.training.micro_batch_size),
-                forward_only=False,
-            )
+            loss = self.compute(number)
         self.timers("forward-backward").stop()
-        total, count = reduce_over_ranks([item["sums"] for item in reductions], (2,)).tolist()
-        loss = total / max(count, 1)
-        if not math.isfinite(loss):
-            raise TrainingDiverged(
-                f"step {number}: the loss is {loss}. Lower optimizer.lr, or look at this step's data"
-            )
 
         self.timers("optimizer", log_level=0).start()
         self.state.scheduler.step(1)
-        _, grad_norm, _ = self.state.optimizer.step()
-        self.timers("optimizer").stop()
-        if not math.isfinite(grad_norm):
-            raise TrainingDiverged(
-                f"step {number}: the gradient norm is {grad_norm}. Lower optimizer.lr, lengthen "
-                "optimizer.warmup_steps, or look at this step's data"
+        spike = self.spikes.judge(loss)
+        harmful = spike if self.config.training.on_spike == "as_divergence" else None
+        try:
+            grad_norm = update(
+                self.state.optimizer,
+                lambda norm: not (math.isfinite(loss) and math.isfinite(norm)) or harmful is not None,
             )
+        except UpdateRefused as refused:
+            self.timers("optimizer").stop()
+            self.timers("optimizer").reset()
+            self.timers("forward-backward").reset()
+            raise StepDiverged.of(loss, refused.grad_norm, harmful) from None
+        self.timers("optimizer").stop()
 
+        on_gpu = self.device.type == "cuda"
         self.seconds.append(time.perf_counter() - started)
+        self.spikes.losses.append(loss)
+        if spike:
+            self.policy.record(number, StepDiverged("spike", spike, loss, grad_norm), "none", self.ready.position)
+            self.progress.say(f"step {number}: {spike} ({self.folder.divergences})")
         return {
             "step": number,
             "tokens": self.tokens_at(number),
             "loss": loss,
-            "grad_norm": float(grad_norm),
+            "grad_norm": grad_norm,
             "lr": get_canonical_lr_for_logging(self.state.optimizer.param_groups),
             "step_seconds": self.seconds[-1],
             "forward_backward_seconds": self.timers("forward-backward").elapsed(reset=True),
             "optimizer_seconds": self.timers("optimizer").elapsed(reset=True),
             "tokens_per_second": self.config.tokens_per_step / self.seconds[-1],
             "stage": self.stage,
-            **(_context_metrics(seen) if self.config.parallel.context > 1 else {}),
-            **(self._gpu_metrics() if self.device.type == "cuda" else {}),
+            **(context_metrics(seen) if self.config.parallel.context > 1 else {}),
+            **(gpu_metrics(self.config, self.ready, self.stage, self.seconds[-1]) if on_gpu else {}),
+        }
+
+    def compute(self, number: int) -> float:
+        """Forward and backward pass of the next global batch: gradients, added up over the ranks, and the mean loss
+        over its tokens. What each microbatch gave stays in `sums`."""
+        self.attend_as_at(number)
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.state.optimizer.zero_grad()
+        reductions = self.forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=self.batches if len(self.batches) > 1 else self.batches[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=self.num_microbatches,
+            **microbatch_shape(self.config.data, self.config.training.micro_batch_size),
+            forward_only=False,
+        )
+        self.sums = [item["sums"] for item in reductions]
+        total, count = reduce_over_ranks(self.sums, (2,)).tolist()
+        return total / max(count, 1)
+
+    def pass_over(self, number: int, why: str) -> dict[str, Any]:
+        """Leave the next global batch out: data and learning rate go on, nothing else does. Returns the line of
+        metrics."""
+        self.attend_as_at(number)
+        for batches in self.batches:
+            for _ in range(self.num_microbatches):
+                next(batches)
+        self.state.scheduler.step(1)
+        return self._without_update(number, why)
+
+    def facts(self, number: int) -> dict[str, Any]:
+        """What this rank has that is not finite after `compute` of a step, see `finite.rank_facts`."""
+        ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        return rank_facts(
+            self.state.model, self.sums, samples_of_rank(self.config, self.ready.position, number, *ranks)
+        )
+
+    def _answer(self, number: int, diverged: StepDiverged) -> int | None:
+        """Do what `training.on_divergence` says. Returns the step that the run has gone back to, None if it goes on."""
+        position, facts = self.ready.position, gathered(self.facts(number))
+        try:
+            answer = self.policy.answer(number, diverged, facts, self.skipped, position)
+        except TrainingDiverged:
+            # What is being written is from before.
+            with suppress(SaveError):
+                self.saver.wait()
+            raise
+        self.skipped.add(answer.blamed, f"in step {number} {diverged.why}", self.config, position)
+        return self._go_back(answer.blamed) if answer.action == "rollback" else None
+
+    def _go_back(self, before: int) -> int:
+        """Load the newest checkpoint, which must be from before a step, and return its step."""
+        self.saver.wait()
+        checkpoint, step = checkpoint_before(before, self.folder, self.ready.resume)
+        self.progress.say(f"going back to {checkpoint}, and on without the batch of step {before}")
+        # Loading adds the steps of the checkpoint to those that were counted.
+        self.state.scheduler.num_steps = 0
+        verify = self.config.checkpoint.verify
+        load_training(checkpoint, self.state, self.config.parallel.model_dump(), check_files=verify)
+        if self.writer:
+            self.writer.go_back(step)
+        self._begin_after(step)
+        return step
+
+    def _begin_after(self, step: int) -> None:
+        """Take the data, and what spikes are held against, as they are after a step."""
+        position = self.ready.position.after(step, self.config)
+        self.batches = self._feed(self.train_data, position.in_order, position.order_length(self.config))
+        self.sums: list[torch.Tensor] = []
+        losses = [last_losses(self.folder, self.config.training.spike_window) if self.writer else []]
+        torch.distributed.broadcast_object_list(losses, src=0)
+        self.spikes.remember(losses[0])
+
+    def _without_update(self, number: int, why: str) -> dict[str, Any]:
+        """The line of metrics of a step that changed nothing."""
+        self.skipped.add(number, why, self.config, self.ready.position)
+        return {
+            "step": number,
+            "tokens": self.tokens_at(number),
+            "loss": None,
+            "grad_norm": None,
+            "lr": get_canonical_lr_for_logging(self.state.optimizer.param_groups),
+            "step_seconds": 0.0,
+            "stage": self.stage,
+            "skipped": why,
         }
 
     def attend_as_at(self, number: int) -> None:
@@ -197,6 +325,7 @@ class Trainer:
 
     def evaluate(self, number: int) -> None:
         """Evaluate on the validation data after a step, and record it."""
+        self.watch.at(f"evaluation after step {number}", number)
         samples = self.config.evaluation.samples
         batches = self._feed(self.validation_data, 0, samples)
         result = evaluate(self.chunks, batches, self.config, math.ceil(samples / self.samples_at_once)).to_dict()
@@ -218,21 +347,15 @@ class Trainer:
                 "optimizer.lr, lengthen optimizer.warmup_steps, or look at this step's data"
             )
 
-    def save(self, number: int) -> None:
-        """Start a checkpoint of the state after a step."""
-        config, position = self.config, self.ready.position.after(number, self.config)
-        libraries = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
-        manifest = Manifest(
-            step=number,
-            consumed_samples=position.samples,
-            consumed_tokens=position.tokens,
-            data_changes=list(position.changes),
-            config=config.model_dump(mode="json"),
-            schedule=self.ready.schedule.to_dict(),
-            data=self.ready.data.identity,
-            versions={"moba-megatron": __version__, **libraries},
-        )
-        self.checkpoints.save(self.state, manifest)
+    def save(self, number: int, *, last: bool) -> None:
+        """Start a checkpoint of the state after a step; the last one of a process is complete then."""
+        self.watch.at(f"checkpoint after step {number}", number)
+        position = replace(self.ready.position.after(number, self.config), skipped=tuple(self.skipped.entries()))
+        self.saver.save(self.state, position, last=last)
+
+    def _flush_records(self) -> None:
+        if self.writer:
+            self.writer.flush_to_disk()
 
     def tokens_at(self, number: int) -> int:
         """Tokens that all steps up to a number have read."""
@@ -247,43 +370,6 @@ class Trainer:
         recent = sorted(self.seconds[-RECENT_STEPS:])
         return recent[len(recent) // 2]
 
-    def _gpu_metrics(self) -> dict[str, float]:
-        """Operations per second of a GPU, their share of its peak where that is known, and memory."""
-        layers = [None if a.kind == "full" else (a.block_size, a.top_k) for a in self.ready.schedule.stages[self.stage]]
-        per_token = training_flops_per_token(self.config, self.ready.vocab_size, layers)
-        flops = per_token * self.config.tokens_per_step / self.seconds[-1] / self.ready.world_size
-        metrics = {"tflops": flops / 1e12}
-        peak = peak_flops(torch.cuda.get_device_name()) if self.config.training.precision == "bf16" else None
-        if peak:
-            metrics["mfu"] = flops / peak
-        return {**metrics, "peak_memory_bytes": torch.cuda.max_memory_allocated()}
-
-    def _profiler(self, first_step: int) -> AbstractContextManager[Any]:
-        """PyTorch's profiler for the chosen steps, one trace a rank in the run folder; else a stand-in that does
-        nothing."""
-        chosen = self.config.logging.profile_steps
-        if not chosen or chosen[1] < first_step:
-            return nullcontext(_NoProfiler())
-        first, last = max(chosen[0], first_step), chosen[1]
-        before = first - first_step
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if self.device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self.folder.profile.mkdir(parents=True, exist_ok=True)
-        trace = self.folder.profile / f"rank_{torch.distributed.get_rank()}_steps_{first}_{last}.json"
-        return torch.profiler.profile(
-            activities=activities,
-            schedule=torch.profiler.schedule(
-                skip_first=max(before - 1, 0), wait=0, warmup=min(before, 1), active=last - first + 1, repeat=1
-            ),
-            on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace)),
-        )
-
-
-class _NoProfiler:
-    def step(self) -> None:
-        """Nothing is recorded."""
-
 
 def evaluation_is_due(config: Config, step: int) -> bool:
     """Whether a run that has validation data evaluates itself after this step."""
@@ -292,11 +378,3 @@ def evaluation_is_due(config: Config, step: int) -> bool:
 
 def _due(every: int | None, number: int) -> bool:
     return every is not None and number % every == 0
-
-
-def _context_metrics(seen: Observation) -> dict[str, float]:
-    """What this rank saw of context parallelism in a step: bytes received from other ranks, and under `dispatch` the
-    load of the busiest rank over the mean, at its worst."""
-    metrics: dict[str, float] = {"context_bytes": seen.total}
-    loads = [load.most_after / load.mean for load in seen.loads if load.mean]
-    return {**metrics, "dispatch_load": max(loads)} if loads else metrics

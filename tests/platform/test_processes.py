@@ -184,3 +184,18 @@ time.sleep(300)
     while Path(f"/proc/{child}").exists():
         assert time.monotonic() < deadline, "the forked process lives on"
         time.sleep(0.05)
+
+
+def test_a_rank_whose_launcher_was_killed_while_it_started_ends(tmp_path):
+    """It asks too late to end with its launcher: the first process of the machine has adopted it by then."""
+    code = (
+        "import time; time.sleep(0.2)\n"
+        "from moba_megatron.platform.processes import die_with_parent, watch_for_failure\n"
+        "die_with_parent(); watch_for_failure(); print('waits')"
+    )
+    (tmp_path / "rank.py").write_text(code)
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "none", "PYTHONPATH": str(Path(__file__).parents[2])}
+    # The shell ends at once; the pipe, once the rank has ended.
+    command = f"{sys.executable} {tmp_path / 'rank.py'} 2>&1 &"
+    done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[rank 0] the launcher is gone\n"

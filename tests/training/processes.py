@@ -78,11 +78,11 @@ def processes_of(config: Config) -> list[psutil.Process]:
     return found
 
 
-def rank_of(config: Config, rank: int) -> psutil.Process:
-    """The process of a rank."""
+def rank_of(config: Config, rank: int, script: Path = TRAIN) -> psutil.Process:
+    """The process of a rank, of train.py or of another script."""
     (process,) = [
         process
         for process in processes_of(config)
-        if str(TRAIN) in process.cmdline() and process.environ().get("RANK") == str(rank)
+        if str(script) in process.cmdline() and process.environ().get("RANK") == str(rank)
     ]
     return process

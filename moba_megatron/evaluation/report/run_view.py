@@ -14,7 +14,7 @@ import yaml
 
 from moba_megatron.checkpoint.manifest import CheckpointError, Manifest, find_latest
 from moba_megatron.runs.files import read_json, read_json_lines
-from moba_megatron.runs.folder import RunFolder, training_records
+from moba_megatron.runs.folder import RunFolder, trained_steps, training_records
 from moba_megatron.runs.starts import layout_changes
 
 # Of one run's steps; more make no difference to a picture and a lot to its size.
@@ -147,7 +147,7 @@ def view_run(folder: Path) -> RunView:
         status=read_json(run.status) or {},
         config_text=text,
         config=yaml.safe_load(text) or {},
-        steps=read_json_lines(run.metrics),
+        steps=trained_steps(read_json_lines(run.metrics)),
         evaluations=read_json_lines(run.evaluations),
         environment=_environment(run),
         layouts=layout_changes(run),
