@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from moba_megatron import __version__
+from moba_megatron.errors import one_door
 
 _HALF_INSTALLED = (
     "Transformer Engine without its compiled part does this: install it whole (pip install --no-build-isolation "
@@ -22,6 +23,7 @@ _HALF_INSTALLED = (
 PACKAGES = ("torch", "megatron-core", "triton", "transformers", "tokenizers", "datasets", "gigatoken", "wandb")
 
 
+@one_door()
 def doctor_command(
     config: Annotated[
         Path | None,
@@ -31,18 +33,12 @@ def doctor_command(
 ) -> None:
     """Print versions, devices, optional libraries and attention backends, and why those that cannot run cannot. With a
     configuration, end with 2 if a run of it would not start: for its settings, data, first weights or run folder."""
-    from moba_megatron.config import ConfigError
-
     console = Console(highlight=False, soft_wrap=True)
     _print_versions(console)
     _print_libraries(console)
     _print_backends(console)
     if config is not None:
-        try:
-            _print_run(console, config, overrides)
-        except ConfigError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from error
+        _print_run(console, config, overrides)
 
 
 def _print_run(console: Console, path: Path, overrides: list[str] | None) -> None:

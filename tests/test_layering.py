@@ -13,32 +13,35 @@ PACKAGE = ROOT / "moba_megatron"
 ALLOWED = {
     "before_torch": set(),
     "config": set(),
+    "errors": set(),
     "ops": set(),
     "hf": {"ops"},
     "platform": {"config"},
     "runs": {"config"},
     "parallel": {"ops"},
-    "corpus": {"config"},
+    "corpus": {"config", "errors"},
     "data": {"corpus", "parallel", "config"},
     "model": {"parallel", "ops", "platform", "config"},
     "checkpoint": {"runs", "platform", "config"},
     "megatron": {"model", "config"},
-    "planning": {"model", "corpus", "parallel", "ops", "config"},
-    "benchmark": {"planning", "hf", "parallel", "ops", "before_torch"},
-    "convert": {"checkpoint", "megatron", "model", "hf", "corpus", "runs", "platform", "config"},
-    "generation": {"convert", "checkpoint", "corpus", "model", "hf", "runs", "platform", "config"},
-    "evaluation": {*("generation", "convert", "checkpoint", "data", "corpus", "model", "hf", "ops", "runs", "config")},
+    "planning": {"model", "corpus", "parallel", "ops", "config", "errors"},
+    "benchmark": {"planning", "hf", "parallel", "ops", "before_torch", "errors"},
+    "convert": {"checkpoint", "megatron", "model", "hf", "corpus", "runs", "platform", "config", "errors"},
+    "generation": {"convert", "checkpoint", "corpus", "model", "hf", "runs", "platform", "config", "errors"},
+    "evaluation": {
+        *("generation", "convert", "checkpoint", "data", "corpus", "model", "hf", "ops", "runs", "config", "errors")
+    },
     "training": {
         *("evaluation", "planning", "convert", "checkpoint", "data", "corpus", "model", "parallel", "ops", "runs"),
-        *("platform", "config"),
+        *("platform", "config", "errors"),
     },
-    "scaling": {"planning", "model", "runs", "platform", "config"},
-    "doctor": {"training", "model", "ops", "platform", "config"},
+    "scaling": {"planning", "model", "runs", "platform", "config", "errors"},
+    "doctor": {"training", "model", "ops", "corpus", "platform", "config", "errors"},
     "cli": {
         *("doctor", "scaling", "benchmark", "planning", "evaluation", "generation", "convert", "corpus", "before_torch")
     },
     "__main__": {"cli"},
-    "train": {"training", "platform", "before_torch", "config"},
+    "train": {"training", "platform", "before_torch", "config", "errors"},
 }
 
 

@@ -9,6 +9,7 @@ import torch
 from moba_megatron.config import ParallelConfig
 from moba_megatron.platform.device import current_device
 from moba_megatron.platform.differences import apply
+from moba_megatron.platform.launched import check_launch
 from moba_megatron.platform.process_groups import seed_all, start_model_parallel, start_process_group
 
 
@@ -37,10 +38,11 @@ def start_single_rank(seed: int) -> torch.device:
     beside a job, which has a launcher's variables around.
 
     Raises:
-        ValueError: torchrun started several.
+        ValueError: torchrun started several, or a launcher's variable is no number.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"this command is one process, but torchrun started {os.environ['WORLD_SIZE']}: call it alone")
+    launch = check_launch(alone=True)
+    if "TORCHELASTIC_RUN_ID" in os.environ and launch.world_size > 1:
+        raise ValueError(f"this command is one process, but torchrun started {launch.world_size}: call it alone")
     if not torch.distributed.is_initialized():
         start_process_group(alone=True)
     return start_rank(ParallelConfig(), seed=seed)
