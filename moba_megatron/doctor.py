@@ -30,15 +30,47 @@ def doctor_command(
         typer.Argument(help="A configuration: also say what a run of it would choose, and check its data and weights."),
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value")] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A folder that `prepare` made: read all of its files and look for damage, and nothing else. May be "
+            "given several times."
+        ),
+    ] = None,
 ) -> None:
     """Print versions, devices, optional libraries and attention backends, and why those that cannot run cannot. With a
-    configuration, end with 2 if a run of it would not start: for its settings, data, first weights or run folder."""
+    configuration, end with 2 if a run of it would not start: for its settings, data, first weights or run folder. With
+    --data, end with 2 if prepared data are damaged."""
     console = Console(highlight=False, soft_wrap=True)
+    if data:
+        _check_data(console, data)
+        if config is None:
+            return
     _print_versions(console)
     _print_libraries(console)
     _print_backends(console)
     if config is not None:
         _print_run(console, config, overrides)
+
+
+def _check_data(console: Console, folders: list[Path]) -> None:
+    """Hold prepared data against their manifests: digests of all files, indices, ids.
+
+    Raises:
+        ValueError: a folder is damaged, or none that `prepare` made.
+    """
+    from moba_megatron.corpus.inspect import check_dataset
+
+    damaged = []
+    for folder in folders:
+        console.print(f"data in {folder}", markup=False)
+        wrong = 0
+        for what, problem in check_dataset(folder):
+            console.print(f"  {what}: {problem or 'ok'}", markup=False)
+            wrong += problem is not None
+        damaged += [f"{folder} is damaged ({wrong} problems): copy it again, or prepare the data again"] * bool(wrong)
+    if damaged:
+        raise ValueError("; ".join(damaged))
 
 
 def _print_run(console: Console, path: Path, overrides: list[str] | None) -> None:

@@ -22,17 +22,41 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object of a JSON file; None if there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """The object of a JSON file; None if there is no file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}; copy it again, or move it away") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no object; copy it again, or move it away")
+    return found
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file, oldest first; empty if there is no file."""
+    """The complete lines of a file, oldest first; empty if there is no file.
+
+    Raises:
+        ValueError: a line that is no JSON object, by its number.
+    """
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    complete = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in complete.splitlines()]
+    data = path.read_bytes()
+    lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number} is damaged: {error}; take that line out") from error
+        if not isinstance(found[-1], dict):
+            raise ValueError(f"{path}, line {number} is damaged: it holds no object; take that line out")
+    return found
 
 
 def append_json_line(path: Path, values: dict[str, Any]) -> None:

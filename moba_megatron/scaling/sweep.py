@@ -25,13 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 
 from moba_megatron.config import Config, ConfigError, load_config
-from moba_megatron.config.overrides import as_override
+from moba_megatron.config.overrides import as_override, missing_keys, refuse_missing
+from moba_megatron.config.reading import read_tree
 from moba_megatron.config.section import Section
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.planning.flops import matrix_parameters, training_flops_per_token
@@ -231,9 +229,9 @@ def _read(path: Path) -> SweepFile:
         raise ConfigError([f"no such sweep: {path}"])
     try:
         # References (`${...}`) stay as they are: those in options are to keys of the training configuration.
-        return SweepFile.model_validate(OmegaConf.to_container(OmegaConf.load(path)))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError([f"{path} is not valid YAML: {error}"]) from error
+        values = read_tree(path)
+        refuse_missing(values, tuple(key for key in missing_keys(values) if key.endswith("model.init_from")))
+        return SweepFile.model_validate(values)
     except ValidationError as error:
         raise ConfigError([f"{path}: {line}" for line in _explain(error)]) from error
 
