@@ -13,6 +13,7 @@ import typer
 from moba_megatron.before_torch import accept_any_text, configure_logging, silence_missing_libraries, wait_briefly
 from moba_megatron.config import ConfigError, load_config
 from moba_megatron.errors import explained
+from moba_megatron.temporary import keep_temporary_files_together, leave_wandb_out
 
 
 def main(
@@ -28,6 +29,8 @@ def main(
     faulthandler.enable()
     accept_any_text()
     wait_briefly()  # before torch is imported
+    keep_temporary_files_together()
+    leave_wandb_out()
     from moba_megatron.platform.launched import check_launch
     from moba_megatron.platform.processes import die_with_parent, end_job, leave, watch_for_failure
 

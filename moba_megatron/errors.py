@@ -23,7 +23,7 @@ _LONGEST = 800
 # Exceptions of libraries that read what a user gives: the package, and the class that its errors descend from.
 _READERS = (
     *(("json", "JSONDecodeError"), ("yaml", "YAMLError"), ("omegaconf", "OmegaConfBaseException")),
-    *(("pydantic_core", "ValidationError"), ("safetensors_rust", "SafetensorError"), ("pyarrow", "ArrowException")),
+    *(("pydantic_core", "ValidationError"), ("safetensors", "SafetensorError"), ("pyarrow", "ArrowException")),
     *(("zstandard", "ZstdError"), ("zlib", "error"), ("_lzma", "LZMAError"), ("zipfile", "BadZipFile")),
     *(("datasets", "DatasetsError"), ("jinja2", "TemplateError"), ("huggingface_hub", "HfHubHTTPError")),
     *(("wandb", "Error"), ("concurrent", "BrokenExecutor"), ("builtins", "UnicodeError"), ("builtins", "EOFError")),

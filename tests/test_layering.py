@@ -14,10 +14,11 @@ ALLOWED = {
     "before_torch": set(),
     "config": set(),
     "errors": set(),
+    "temporary": set(),
     "ops": set(),
     "hf": {"ops"},
-    "platform": {"config"},
-    "runs": {"config"},
+    "platform": {"config", "temporary"},
+    "runs": {"config", "temporary"},
     "parallel": {"ops"},
     "corpus": {"config", "errors"},
     "data": {"corpus", "parallel", "config"},
@@ -38,10 +39,21 @@ ALLOWED = {
     "scaling": {"planning", "model", "runs", "platform", "config", "errors"},
     "doctor": {"training", "model", "ops", "corpus", "platform", "config", "errors"},
     "cli": {
-        *("doctor", "scaling", "benchmark", "planning", "evaluation", "generation", "convert", "corpus", "before_torch")
+        *(
+            "doctor",
+            "scaling",
+            "benchmark",
+            "planning",
+            "evaluation",
+            "generation",
+            "convert",
+            "corpus",
+            "before_torch",
+        ),
+        "temporary",
     },
     "__main__": {"cli"},
-    "train": {"training", "platform", "before_torch", "config", "errors"},
+    "train": {"training", "platform", "before_torch", "config", "errors", "temporary"},
 }
 
 

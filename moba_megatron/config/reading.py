@@ -19,7 +19,7 @@ _MOST_VALUES = 200_000
 """A file of settings with more is none: aliases (`*name`) can stand for any number of values in a few lines."""
 
 
-def read_text(path: str | Path, fix: str = "save it as UTF-8") -> str:
+def text_of(path: str | Path, fix: str = "save it as UTF-8") -> str:
     """The text of a file.
 
     Raises:
@@ -40,15 +40,16 @@ def read_tree(path: str | Path) -> Any:
         ConfigError: not YAML, nested too deep, or too large.
         OSError: it cannot be read.
     """
-    text = read_text(path)
+    text = text_of(path)
     with settings_of(path):
-        _refuse_huge(text, path)
+        if isinstance(_refuse_huge(text, path), yaml.ScalarNode):  # OmegaConf takes a word for a key
+            raise ConfigError([f"{path} must hold a mapping or a list, not one value"])
         return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
 
 
 def read_plain_yaml(path: str | Path) -> Any:
     """A YAML file by PyYAML's rules. Raises as `read_tree`."""
-    text = read_text(path)
+    text = text_of(path)
     with settings_of(path):
         _refuse_huge(text, path)
         return yaml.safe_load(text)
@@ -64,7 +65,7 @@ def read_json_object(path: str | Path, fix: str) -> dict[str, Any]:
         ConfigError: it does not.
         OSError: it cannot be read.
     """
-    text = read_text(path, fix)
+    text = text_of(path, fix)
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -91,8 +92,9 @@ def settings_of(path: str | Path) -> Iterator[None]:
         raise ConfigError([f"{path} is not valid YAML: {' '.join(str(error).split())}"]) from error
 
 
-def _refuse_huge(text: str, path: str | Path) -> None:
-    """Raise for YAML that stands for more values than settings are, or that refers to itself."""
+def _refuse_huge(text: str, path: str | Path) -> yaml.Node | None:
+    """The root of a YAML file. Raises for one that stands for more values than settings are, or that refers to
+    itself."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node | None) -> int:
@@ -106,7 +108,9 @@ def _refuse_huge(text: str, path: str | Path) -> None:
             sizes[id(node)] = 1 + sum(map(size, parts))
         return sizes[id(node)]
 
-    if (found := size(yaml.compose(text, Loader=yaml.SafeLoader))) > _MOST_VALUES:
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if (found := size(root)) > _MOST_VALUES:
         raise ConfigError(
             [f"{path} stands for {found:.3g} values, which are no settings: take out its aliases (`*name`)"]
         )
+    return root

@@ -53,7 +53,9 @@ def prepare_command(
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Processes. Default: all cores, if there is enough text. The result does not depend on it."
+            min=1,
+            max=4096,
+            help="Processes. Default: all cores, if there is enough text. The result does not depend on it.",
         ),
     ] = None,
     shard: Annotated[

@@ -72,7 +72,12 @@ def generate_command(
 def _prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
         raise ValueError("give --prompt or --prompt-file, one of the two")
-    return prompt if file is None else file.read_text(encoding="utf-8")
+    if file is None:
+        return prompt
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file {file} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
 
 
 def _write(text: str) -> None:

@@ -26,6 +26,8 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from moba_megatron.temporary import remove_temporary_files
+
 # What the collective libraries and the store say when the process at the other end is gone.
 LOST_CONNECTION = (
     "Connection closed by peer",
@@ -73,6 +75,7 @@ def leave(code: int) -> NoReturn:
     """End the process after flushing: gloo's own destruction aborts once in a while after a clean end."""
     sys.stdout.flush()
     sys.stderr.flush()
+    remove_temporary_files()
     os._exit(code)
 
 

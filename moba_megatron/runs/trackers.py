@@ -17,6 +17,7 @@ from typing import Any
 
 from moba_megatron.config import LoggingConfig
 from moba_megatron.runs.folder import RunFolder
+from moba_megatron.temporary import let_wandb_in
 
 # What the tools take as the axis, not as a curve.
 AXES = ("step", "stage")
@@ -73,6 +74,8 @@ class Trackers:
 def check_trackers(logging: LoggingConfig) -> None:
     """Raise ValueError where Weights & Biases is on and not installed, or has no key to go online with, before any work
     is lost to that."""
+    if logging.wandb != "off":
+        let_wandb_in()
     if logging.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"logging.wandb = {logging.wandb}: wandb is not installed (pip install wandb)")
     if logging.wandb == "online" and not _has_wandb_key():
@@ -97,6 +100,7 @@ def _has_wandb_key() -> bool:
 
 
 def _open_wandb(folder: RunFolder, logging: LoggingConfig, settings: dict[str, Any], suffix: str) -> Any:
+    let_wandb_in()
     import wandb
 
     identity = folder.wandb_id

@@ -38,9 +38,11 @@ def run_command(
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Trainings at once. Default: as many as the GPUs, else the cores, suffice for."),
+        typer.Option(
+            min=1, max=4096, help="Trainings at once. Default: as many as the GPUs, else the cores, suffice for."
+        ),
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Ranks of each training, on this machine.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, max=4096, help="Ranks of each training, on this machine.")] = 1,
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Save and stop after so long; the same command goes on.")
     ] = None,

@@ -1,0 +1,75 @@
+"""One temporary folder for each process, in which the libraries leave theirs: a later process finds it, and removes it
+once nobody holds its lock, however the process ended that made it.
+
+Python's multiprocessing makes a folder for its sockets and removes it at a regular end alone, which neither a kill nor
+`os._exit` is. wandb makes two when it is merely imported, as megatron-core does; so it stays out of the way until a run
+has it switched on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import multiprocessing.process
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TextIO
+
+PREFIX = "moba-megatron-"
+_held: list[TextIO] = []
+"""Open for as long as this process lives: the lock of its folder ends with it."""
+
+
+def keep_temporary_files_together() -> None:
+    """From now on, let multiprocessing keep its files in a folder of this process's own; remove those that earlier
+    processes of this user have left. Does nothing where no temporary folder can be made."""
+    with contextlib.suppress(OSError):
+        base = Path(tempfile.gettempdir())
+        remove_abandoned(base)
+        # Under another name until it is locked, so that no other process takes it for an abandoned one.
+        unlocked = Path(tempfile.mkdtemp(prefix=f".{PREFIX}{os.getpid()}-"))
+        lock = open(unlocked / "lock", "w", encoding="utf-8")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder = unlocked.with_name(unlocked.name.removeprefix("."))
+        unlocked.rename(folder)
+        _held.append(lock)
+        _settings()["tempdir"] = str(folder)
+
+
+def remove_temporary_files() -> None:
+    """Remove this process's folder, for an end that skips Python's own."""
+    folder = _settings().get("tempdir")
+    # A child that was forked has the folder of its parent.
+    if folder and Path(folder).name.startswith(f"{PREFIX}{os.getpid()}-"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_abandoned(base: Path) -> None:
+    """Remove the folders below `base` of processes of this user that are gone."""
+    for entry in os.scandir(base):
+        if not entry.name.startswith(PREFIX):
+            continue
+        with contextlib.suppress(OSError):  # another process was faster, or it is another user's
+            if entry.stat(follow_symlinks=False).st_uid != os.getuid():
+                continue
+            with open(Path(entry.path) / "lock", encoding="utf-8") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(entry.path)
+
+
+def leave_wandb_out() -> None:
+    """Let libraries find no wandb to import, until `let_wandb_in`."""
+    sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]
+
+
+def let_wandb_in() -> None:
+    """Take back `leave_wandb_out`."""
+    if sys.modules.get("wandb", sys) is None:
+        del sys.modules["wandb"]
+
+
+def _settings() -> dict[str, object]:
+    return multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
