@@ -15,21 +15,29 @@ import os
 import shutil
 import sys
 import tempfile
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import TextIO
 
-PREFIX = "moba-megatron-"
+PREFIX = "moba-"
+_LONGEST = 80
+"""Characters of a folder in which the name of a socket (at most 107) still has room."""
 _held: list[TextIO] = []
 """Open for as long as this process lives: the lock of its folder ends with it."""
 
 
 def keep_temporary_files_together() -> None:
     """From now on, let multiprocessing keep its files in a folder of this process's own; remove those that earlier
-    processes of this user have left. Does nothing where no temporary folder can be made."""
+    processes of this user have left. Does nothing where no temporary folder can be made, where that has too long a name,
+    and when called again."""
+    if _held:
+        return
     with contextlib.suppress(OSError):
         base = Path(tempfile.gettempdir())
         remove_abandoned(base)
         # Under another name until it is locked, so that no other process takes it for an abandoned one.
+        if len(str(base)) + len(f".{PREFIX}4194304-12345678") > _LONGEST:
+            return
         unlocked = Path(tempfile.mkdtemp(prefix=f".{PREFIX}{os.getpid()}-"))
         lock = open(unlocked / "lock", "w", encoding="utf-8")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -37,6 +45,8 @@ def keep_temporary_files_together() -> None:
         unlocked.rename(folder)
         _held.append(lock)
         _settings()["tempdir"] = str(folder)
+        # As multiprocessing does with its own: after its managers have ended, which are spoken to through the folder.
+        Finalize(None, remove_temporary_files, exitpriority=-100)
 
 
 def remove_temporary_files() -> None:

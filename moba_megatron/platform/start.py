@@ -11,6 +11,7 @@ from moba_megatron.platform.device import current_device
 from moba_megatron.platform.differences import apply
 from moba_megatron.platform.launched import check_launch
 from moba_megatron.platform.process_groups import seed_all, start_model_parallel, start_process_group
+from moba_megatron.temporary import keep_temporary_files_together
 
 
 def start_rank(
@@ -40,6 +41,7 @@ def start_single_rank(seed: int) -> torch.device:
     Raises:
         ValueError: torchrun started several, or a launcher's variable is no number.
     """
+    keep_temporary_files_together()
     launch = check_launch(alone=True)
     if "TORCHELASTIC_RUN_ID" in os.environ and launch.world_size > 1:
         raise ValueError(f"this command is one process, but torchrun started {launch.world_size}: call it alone")

@@ -1,0 +1,95 @@
+"""What a killed process leaves in the temporary folder: one folder, which the next process removes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moba_megatron.temporary import PREFIX, remove_abandoned
+
+# A manager, as megatron-core's checkpoint writer starts one, and a wait.
+HOLDS = """
+import sys, time, multiprocessing
+from multiprocessing.managers import SyncManager
+from moba_megatron.temporary import keep_temporary_files_together
+keep_temporary_files_together()
+manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+manager.start()
+queue = manager.Queue()
+print("ready", flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+def start(folder: Path, seconds: float) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(seconds)],
+        env={**os.environ, "TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder of a name that leaves room for sockets, unlike that of a test."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_a_regular_end_leaves_nothing(short: Path):
+    assert start(short, 0.0).wait(30) == 0
+    assert list(short.iterdir()) == []
+
+
+def test_what_a_kill_leaves_is_removed_and_what_is_in_use_is_not(short: Path):
+    killed, alive = start(short, 60.0), start(short, 60.0)
+    try:
+        names = {path.name for path in short.iterdir()}
+        assert len(names) == 2 and all(name.startswith(PREFIX) for name in names)
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait(30)
+        deadline = time.monotonic() + 10
+        while len(list(short.iterdir())) > 1 and time.monotonic() < deadline:
+            remove_abandoned(short)
+            time.sleep(0.05)
+        (left,) = short.iterdir()
+        assert left.name.startswith(f"{PREFIX}{alive.pid}-") and list(left.glob("listener-*"))
+    finally:
+        for process in (killed, alive):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
+
+
+def test_a_long_name_is_left_to_multiprocessing(tmp_path: Path):
+    folder = tmp_path / ("x" * 60)
+    folder.mkdir()
+    code = "from moba_megatron.temporary import keep_temporary_files_together as keep; keep()"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(folder)}, check=True, timeout=60)
+    assert list(folder.iterdir()) == []
+
+
+def test_wandb_is_imported_by_nobody_where_it_is_off():
+    code = (
+        "import sys; from moba_megatron.temporary import leave_wandb_out, let_wandb_in; leave_wandb_out()\n"
+        "import megatron.core.timers\n"
+        "assert sys.modules['wandb'] is None\n"
+        "from moba_megatron.config import LoggingConfig; from moba_megatron.runs.trackers import check_trackers\n"
+        "check_trackers(LoggingConfig(wandb='offline')); import wandb; print(wandb.__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == "wandb\n"
