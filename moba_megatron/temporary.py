@@ -28,8 +28,8 @@ _held: list[TextIO] = []
 
 def keep_temporary_files_together() -> None:
     """From now on, let multiprocessing keep its files in a folder of this process's own; remove those that earlier
-    processes of this user have left. Does nothing where no temporary folder can be made, where that has too long a name,
-    and when called again."""
+    processes of this user have left. Does nothing where no temporary folder can be made, where it would have too long
+    a name, and when called again."""
     if _held:
         return
     with contextlib.suppress(OSError):
