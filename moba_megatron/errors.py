@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dis
 import errno
+import io
 import os
 import re
 import shutil
@@ -190,7 +191,22 @@ def _full_disk(path: str, error: BaseException) -> str:
 
 
 def _path_of(error: BaseException) -> str:
-    return _text(getattr(error, "filename", None))
+    return _text(getattr(error, "filename", None)) or _file_at_hand(error.__traceback__)
+
+
+def _file_at_hand(traceback: TracebackType | None) -> str:
+    """The file that the innermost function with an open one was at: what fails in a write, or in a close, does not say
+    of which file."""
+    found = ""
+    while traceback is not None:
+        frame = traceback.tb_frame
+        for value in frame.f_locals.values():
+            if isinstance(value, io.IOBase) and isinstance(name := getattr(value, "name", None), str | bytes):
+                found = _text(name)
+        if frame.f_globals.get("__name__", "").startswith("pathlib") and isinstance(frame.f_locals.get("self"), Path):
+            found = str(frame.f_locals["self"])
+        traceback = traceback.tb_next
+    return found
 
 
 def _text(name: object) -> str:

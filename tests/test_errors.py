@@ -157,6 +157,24 @@ def test_a_full_disk_says_which_file_how_much_was_needed_and_how_much_is_there(f
     assert f"{full_disk}/data: the disk is full (4,096 bytes were to be written, " in text and "are free)" in text
 
 
+def fill_by_text(folder: Path) -> None:
+    (folder / "data").write_text("x" * 10 * TINY)
+
+
+def fill_by_numpy(folder: Path) -> None:
+    np.save(folder / "data", np.zeros(10 * TINY)) if not (folder / "data").is_symlink() else fill_by_text(folder)
+
+
+def fill_by_a_close(folder: Path) -> None:
+    with open(folder / "data", "w", buffering=100 * TINY) as file:
+        file.write("x" * 10 * TINY)
+
+
+@pytest.mark.parametrize("fill", [fill_by_text, fill_by_numpy, fill_by_a_close])
+def test_a_full_disk_names_the_file_where_the_system_does_not(full_disk: Path, fill: Any):
+    assert f"{full_disk}/data" in explained(caught(lambda: fill(full_disk)))
+
+
 @pytest.mark.parametrize("error", [
     OSError("8192 requested and 512 written"),  # NumPy
     RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),  # torch.save
