@@ -21,8 +21,11 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path, needs: tuple[str, ...] = ()) -> dict[str, Any] | None:
     """The object of a JSON file; None if there is no file.
+
+    Args:
+        needs: keys that it has.
 
     Raises:
         ValueError: it holds something else.
@@ -35,11 +38,16 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is damaged: {error}; copy it again, or move it away") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it holds no object; copy it again, or move it away")
+    if missing := [key for key in needs if key not in found]:
+        raise ValueError(f"{path} is damaged: it has no {missing[0]}; copy it again, or move it away")
     return found
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path, needs: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """The complete lines of a file, oldest first; empty if there is no file.
+
+    Args:
+        needs: keys that every line has.
 
     Raises:
         ValueError: a line that is no JSON object, by its number.
@@ -56,6 +64,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number} is damaged: {error}; take that line out") from error
         if not isinstance(found[-1], dict):
             raise ValueError(f"{path}, line {number} is damaged: it holds no object; take that line out")
+        if missing := [key for key in needs if key not in found[-1]]:
+            raise ValueError(f"{path}, line {number} is damaged: it has no {missing[0]}; take that line out")
     return found
 
 

@@ -90,12 +90,12 @@ def read_results(sweep: Sweep) -> list[Result]:
 
 def read_result(point: Point) -> Result:
     """One run. See `read_results`."""
-    status = read_json(point.run.status)
+    status = read_json(point.run.status, needs=("state", "step"))
     if status is None:
         return _before_first_step(point)
     _check_settings(point)
-    steps = read_json_lines(point.run.metrics)
-    evaluations = read_json_lines(point.run.evaluations)
+    steps = read_json_lines(point.run.metrics, needs=("step", "step_seconds"))
+    evaluations = read_json_lines(point.run.evaluations, needs=("step",))
     state, step = _state(point, status), int(steps[-1]["step"]) if steps else 0
     seconds = sum(line["step_seconds"] for line in steps)
     if state != "finished":

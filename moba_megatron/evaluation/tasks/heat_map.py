@@ -82,7 +82,7 @@ def read_places(record: Path, task: str) -> list[StoredPlace]:
     """
     try:
         cells = json.loads(record.read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{record} is not a record of evaluate --tasks: {type(error).__name__}: {error}") from error
     places = [
         StoredPlace(cell["length"], cell["depth"], cell["greedy_match"])
