@@ -357,6 +357,9 @@ SWEEPS = [
 ]
 
 
+LINE = '{"step": 1, "loss": 2.0, "tokens": 5}\n'
+
+
 def run_folder(name: str, command: str, files: dict[str, Any], message: str) -> Case:
     return Case(f"run {name}", command, message, {f"run/{file}": data for file, data in files.items()})
 
@@ -379,8 +382,11 @@ RUNS = [
     Case("evaluate depths", "evaluate|none|--tasks|needle|--depths|x", "depths"),
     Case("evaluate task", "evaluate|none|--tasks|nothing", "nothing"),
     run_folder("configuration cut", "evaluate|run", {"config.yaml": "run: ["}, "run"),
-    run_folder("metrics cut within", "report|run", {"metrics.jsonl": '{"step": 1}\n{"ste\n{"step": 3}\n'},
+    run_folder("metrics cut within", "report|run", {"metrics.jsonl": LINE + '{"ste\n' + LINE},
                "metrics.jsonl, line 2"),
+    run_folder("metrics without steps", "report|run", {"metrics.jsonl": LINE + '{"loss": 1}\n'},
+               "line 2 is damaged: it has no step"),
+    run_folder("status without state", "report|run", {"metrics.jsonl": LINE, "status.json": "[]"}, "run/status.json"),
     run_folder("metrics of numbers", "report|run", {"metrics.jsonl": "5\n"}, "metrics.jsonl, line 1"),
     run_folder("metrics binary", "report|run", {"metrics.jsonl": bytes(range(256)) + b"\n"}, "metrics.jsonl"),
     run_folder("metrics is a folder", "report|run", {"metrics.jsonl": None}, "run"),

@@ -21,6 +21,9 @@ class Launch:
 
     world_size: int
     rank: int
+    local_rank: int
+    local_ranks: int
+    """Processes on this machine."""
 
 
 def check_launch(*, alone: bool = False, seconds: float = SECONDS_FOR_A_NAME) -> Launch:
@@ -65,7 +68,7 @@ def check_launch(*, alone: bool = False, seconds: float = SECONDS_FOR_A_NAME) ->
         problems.append(f"MASTER_ADDR = {host!r} is no host that this machine knows: give rank 0's name or address")
     if problems:
         raise ConfigError("; ".join(problems))
-    return Launch(world_size, rank)
+    return Launch(world_size, rank, local_rank, local_size)
 
 
 _MEND = "start with torchrun, which sets it, or take it out of the environment"

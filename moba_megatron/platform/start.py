@@ -23,7 +23,7 @@ def start_rank(
         threads: CPU threads of this process. Default: the cores it may use, divided by the processes on this machine.
         context_levels: as for `start_model_parallel`.
     """
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_ranks = check_launch(alone=True).local_ranks
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
     device = current_device()
     apply(device.type)
