@@ -56,6 +56,11 @@ def explained(error: BaseException) -> str | None:
     """What a user is told of an exception, without a traceback; None for a bug of ours."""
     if isinstance(error, OSError) or _no_space(str(error)):
         return _with_notes(error, describe_os_error(error))
+    if "EADDRINUSE" in str(error):  # PyTorch's store, in its own class
+        return (
+            f"MASTER_PORT = {os.environ.get('MASTER_PORT', '')} is in use on this machine, maybe by another training: "
+            "take another port (torchrun --master-port, or --standalone)"
+        )
     if isinstance(error, MemoryError):
         return _with_notes(error, f"not enough memory: {error or 'the machine has none left'}: use smaller sizes")
     if _is_ours(error) or _of_a_reader(error):

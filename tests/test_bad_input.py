@@ -353,6 +353,12 @@ SWEEPS = [
     sweep("option unknown", {"axes": {"size": {"a": {"model.layers": 1}}}}, "model.layers"),
     sweep("tokens infinite", {"tokens": float("inf")}, "tokens"),
     sweep("tokens nan", {"tokens_per_parameter": float("nan")}, "tokens_per_parameter"),
+    sweep(
+        "runs without end",
+        {"axes": {f"a{n}": {f"o{m}": {} for m in range(10)} for n in range(12)}},
+        "axes: their options",
+    ),
+    sweep("tokens beyond all", {"tokens": 1e300}, "training.steps"),
     sweep("two names", {"axes": {"a": {"x": {}, "x ": {}}}}, "x"),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -87,6 +88,18 @@ def test_a_bug_keeps_its_traceback(bug: Any):
     assert explained(error) is None
     with pytest.raises(type(error)), one_door():
         raise error
+
+
+def test_a_port_in_use_is_a_message(monkeypatch: pytest.MonkeyPatch):
+    import torch.distributed as dist
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        error = caught(lambda: dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False))
+    assert f"MASTER_PORT = {port} is in use" in explained(error)
 
 
 def test_a_value_error_is_a_message_where_our_code_raises_it_and_else_a_bug():

@@ -20,6 +20,7 @@ another run of the sweep, by its name, once that has finished; or with those of 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.planning.flops import matrix_parameters, training_flops_per_token
 from moba_megatron.runs.folder import RunFolder
 
+_MOST_RUNS = 10_000
 PFLOP_S_DAY = 1e15 * 86400
 """Operations that a machine of 1 PFLOP/s does in a day: the unit of the report's figure 3."""
 
@@ -242,6 +244,10 @@ def _explain(error: ValidationError) -> list[str]:
 
 def _axis_problems(file: SweepFile) -> list[str]:
     problems = [f"axes.{axis} has no options" for axis, options in file.axes.items() if not options]
+    runs = math.prod(map(len, file.axes.values()))
+    if runs > _MOST_RUNS:
+        # Before they are made one by one.
+        raise ConfigError([f"axes: their options make {runs:,} runs, over {_MOST_RUNS:,}: leave some out"])
     problems += [f"best_of names {axis!r}, which is no axis" for axis in file.best_of if axis not in file.axes]
     for rule in file.skip:
         problems += [
