@@ -30,10 +30,10 @@ time.sleep(float(sys.argv[1]))
 """
 
 
-def start(folder: Path, seconds: float) -> subprocess.Popen[str]:
+def start(folder: Path, seconds: float, **environment: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDS, str(seconds)],
-        env={**os.environ, "TMPDIR": str(folder)},
+        env={**os.environ, "TMPDIR": str(folder), **environment},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -72,6 +72,23 @@ def test_what_a_kill_leaves_is_removed_and_what_is_in_use_is_not(short: Path):
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
+
+
+def test_the_folder_of_torchrun_goes_when_its_ranks_are_gone(short: Path):
+    mine, foreign = short / "torchelastic_a/run/attempt_0/0", short / "torchelastic_b"
+    mine.mkdir(parents=True)
+    foreign.mkdir()
+    ranks = [start(short, 60.0, TORCHELASTIC_ERROR_FILE=str(mine / "error.json")) for _ in range(2)]
+    for number, rank in enumerate(ranks):
+        remove_abandoned(short)
+        assert mine.is_dir(), f"{number} of 2 ranks have gone"
+        os.killpg(rank.pid, signal.SIGKILL)
+        rank.wait(30)
+    deadline = time.monotonic() + 10
+    while mine.is_dir() and time.monotonic() < deadline:
+        remove_abandoned(short)
+        time.sleep(0.05)
+    assert not mine.is_dir() and foreign.is_dir(), "one without our lock is somebody else's"
 
 
 def test_a_long_name_is_left_to_multiprocessing(tmp_path: Path):
