@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,8 @@ import typer
 
 from moba_megatron.before_torch import accept_any_text, configure_logging, silence_missing_libraries, wait_briefly
 from moba_megatron.config import ConfigError, load_config
+from moba_megatron.errors import explained
+from moba_megatron.temporary import keep_temporary_files_together, leave_wandb_out
 
 
 def main(
@@ -26,13 +29,20 @@ def main(
     faulthandler.enable()
     accept_any_text()
     wait_briefly()  # before torch is imported
+    keep_temporary_files_together()
+    leave_wandb_out()
+    from moba_megatron.platform.launched import check_launch
     from moba_megatron.platform.processes import die_with_parent, end_job, leave, watch_for_failure
 
     silence_missing_libraries()
     configure_logging("INFO" if os.environ.get("LOCAL_RANK", "0") == "0" else "ERROR")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
+    try:
+        world_size = check_launch(alone=dry_run).world_size
+    except ConfigError as error:  # there may be no way to tell the others
+        print(f"error: {error}", file=sys.stderr)
+        leave(2)
     watch_for_failure()
     try:
         loaded = load_config(config, overrides)
@@ -45,10 +55,9 @@ def main(
         ready = preflight(loaded, world_size)
         from moba_megatron.training.faults import leave_after_failure
         from moba_megatron.training.run import train
-    except ConfigError as error:
-        end_job(error, f"error: {error}", code=2)
-    except Exception as error:  # a file or a library that is broken on one machine
-        end_job(error)
+    except Exception as error:  # also a file or a library that is broken on one machine
+        known = explained(error)
+        end_job(error, None if known is None else f"error: {known}", code=1 if known is None else 2)
     try:
         train(loaded, ready)
     except BaseException as error:  # a rank that fails must not leave the others waiting

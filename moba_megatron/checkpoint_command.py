@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+
+from moba_megatron.errors import one_door
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +31,7 @@ def checkpoint() -> None:
 
 
 @checkpoint_app.command("verify")
+@one_door()
 def verify_command(
     place: Annotated[
         Path,
@@ -46,7 +47,7 @@ def verify_command(
 
     console, bad, problems = _console(), 0, []
     table = _table("checkpoint", "what it is", "state")
-    with _errors(), console.status("reading") as status:
+    with console.status("reading") as status:
         for finding in checkpoint_findings(place, lambda what: status.update(f"reading {what}")):
             _add(table, finding.path.name, finding.words, "damaged" if finding.problems else "as it was written")
             bad += bool(finding.problems)
@@ -59,6 +60,7 @@ def verify_command(
 
 
 @checkpoint_app.command("list")
+@one_door()
 def list_command(place: PlaceArgument) -> None:
     """List the checkpoints of a run: step, samples, tokens, size, when they were written and by what."""
     import datetime
@@ -69,31 +71,31 @@ def list_command(place: PlaceArgument) -> None:
 
     console, damaged = _console(), False
     table = _table("checkpoint", "samples", "tokens", "MB", "written", "by")
-    with _errors():
-        for folder in list_checkpoints(RunFolder(place).checkpoints) or [find_checkpoint(place)]:
-            try:
-                manifest = Manifest.read(folder)
-            except CheckpointError as error:
-                damaged = True
-                _add(table, folder.name, "", "", "", "", str(error))
-                continue
-            size = sum(entry["bytes"] for entry in manifest.files.values())
-            written = datetime.datetime.fromtimestamp((folder / "checkpoint.json").stat().st_mtime)
-            _add(
-                table,
-                folder.name,
-                f"{manifest.consumed_samples:,}",
-                f"{manifest.tokens:,}",
-                f"{size / 1e6:,.1f}",
-                f"{written:%Y-%m-%d %H:%M}",
-                ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
-            )
+    for folder in list_checkpoints(RunFolder(place).checkpoints) or [find_checkpoint(place)]:
+        try:
+            manifest = Manifest.read(folder)
+        except CheckpointError as error:
+            damaged = True
+            _add(table, folder.name, "", "", "", "", str(error))
+            continue
+        size = sum(entry["bytes"] for entry in manifest.files.values())
+        written = datetime.datetime.fromtimestamp((folder / "checkpoint.json").stat().st_mtime)
+        _add(
+            table,
+            folder.name,
+            f"{manifest.consumed_samples:,}",
+            f"{manifest.tokens:,}",
+            f"{size / 1e6:,.1f}",
+            f"{written:%Y-%m-%d %H:%M}",
+            ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+        )
     console.print(table)
     if damaged:
         raise typer.Exit(1)
 
 
 @checkpoint_app.command("inspect")
+@one_door()
 def inspect_command(place: PlaceArgument, optimizer: OptimizerOption = False, top: TopOption = 1000) -> None:
     """Show what a checkpoint holds: its counts, shapes, dtypes and norms of its tensors. Ends with 1 if a number is not
     finite."""
@@ -102,7 +104,7 @@ def inspect_command(place: PlaceArgument, optimizer: OptimizerOption = False, to
     from moba_megatron.checkpoint.inspection import tensor_facts
 
     console = _console()
-    with _errors(), console.status("reading") as status:
+    with console.status("reading") as status:
         folder = find_checkpoint(place)
         manifest = Manifest.read(folder)
         facts = tensor_facts(folder, optimizer=optimizer, advance=lambda what: status.update(f"reading {what}"))
@@ -125,6 +127,7 @@ def inspect_command(place: PlaceArgument, optimizer: OptimizerOption = False, to
 
 
 @checkpoint_app.command("diff")
+@one_door()
 def diff_command(
     first: PlaceArgument, second: PlaceArgument, optimizer: OptimizerOption = False, top: TopOption = 20
 ) -> None:
@@ -135,7 +138,7 @@ def diff_command(
     from moba_megatron.checkpoint.inspection import setting_differences, tensor_differences
 
     console = _console()
-    with _errors(), console.status("reading") as status:
+    with console.status("reading") as status:
         folders = [find_checkpoint(place) for place in (first, second)]
         settings = setting_differences(*map(Manifest.read, folders))
         tensors = tensor_differences(
@@ -197,15 +200,3 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Turn what cannot be read into a message and exit code 1."""
-    from moba_megatron.checkpoint import CheckpointError
-
-    try:
-        yield
-    except (CheckpointError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error

@@ -22,6 +22,7 @@ from moba_megatron.evaluation.report.report_command import report_command
 from moba_megatron.generation.generate_command import generate_command
 from moba_megatron.planning.plan_command import plan_command
 from moba_megatron.scaling.scaling_command import scaling_app
+from moba_megatron.temporary import leave_wandb_out
 
 COMMANDS: dict[str, Callable[..., None] | typer.Typer] = {
     "prepare": prepare_command,
@@ -59,6 +60,7 @@ class Commands(TyperGroup):
         wait_briefly()
         accept_any_text()
         silence_missing_libraries()
+        leave_wandb_out()
         found = COMMANDS[cmd_name]
         if isinstance(found, typer.Typer):
             group = typer.main.get_group(found)

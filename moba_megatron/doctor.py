@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from moba_megatron import __version__
+from moba_megatron.errors import one_door
 
 _HALF_INSTALLED = (
     "Transformer Engine without its compiled part does this: install it whole (pip install --no-build-isolation "
@@ -22,6 +23,7 @@ _HALF_INSTALLED = (
 PACKAGES = ("torch", "megatron-core", "triton", "transformers", "tokenizers", "datasets", "gigatoken", "wandb")
 
 
+@one_door()
 def doctor_command(
     config: Annotated[
         Path | None,
@@ -32,16 +34,26 @@ def doctor_command(
         ),
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value")] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A folder that `prepare` made: read all of its files and look for damage, and nothing else. May be "
+            "given several times."
+        ),
+    ] = None,
 ) -> None:
     """Print versions, devices, optional libraries and attention backends, and why those that cannot run cannot. With a
-    configuration, end with 2 if a run of it would not start: for its settings, data, first weights or run folder.
+    configuration, end with 2 if a run of it would not start: for its settings, data, first weights or run folder. With
+    --data, end with 2 if prepared data are damaged.
 
     With a run folder, read all of its checkpoints, exports and records, as `checkpoint verify` does, and end with 1 if
     any is damaged.
     """
-    from moba_megatron.config import ConfigError
-
     console = Console(highlight=False, soft_wrap=True)
+    if data:
+        _check_data(console, data)
+        if config is None:
+            return
     if config is not None and config.is_dir():
         _print_damage(console, config)
         return
@@ -49,11 +61,27 @@ def doctor_command(
     _print_libraries(console)
     _print_backends(console)
     if config is not None:
-        try:
-            _print_run(console, config, overrides)
-        except ConfigError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from error
+        _print_run(console, config, overrides)
+
+
+def _check_data(console: Console, folders: list[Path]) -> None:
+    """Hold prepared data against their manifests: digests of all files, indices, ids.
+
+    Raises:
+        ValueError: a folder is damaged, or none that `prepare` made.
+    """
+    from moba_megatron.corpus.inspect import check_dataset
+
+    damaged = []
+    for folder in folders:
+        console.print(f"data in {folder}", markup=False)
+        wrong = 0
+        for what, problem in check_dataset(folder):
+            console.print(f"  {what}: {problem or 'ok'}", markup=False)
+            wrong += problem is not None
+        damaged += [f"{folder} is damaged ({wrong} problems): copy it again, or prepare the data again"] * bool(wrong)
+    if damaged:
+        raise ValueError("; ".join(damaged))
 
 
 def _print_damage(console: Console, run: Path) -> None:

@@ -2,8 +2,8 @@
 once nobody holds its lock, however the process ended that made it.
 
 Python's multiprocessing makes a folder for its sockets and removes it at a regular end alone, which neither a kill nor
-`os._exit` is. wandb makes two when it is merely imported, as megatron-core does; so it stays out of the way until a run
-has it switched on.
+`os._exit` is. torchrun makes one that it never removes; our ranks lock it as well. wandb makes two when it is merely
+imported, as megatron-core does; so it stays out of the way until a run has it switched on.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 PREFIX = "moba-"
+_TORCHRUN = "torchelastic_"
 _LONGEST = 80
 """Characters of a folder in which the name of a socket (at most 107) still has room."""
 _held: list[TextIO] = []
@@ -35,9 +36,10 @@ def keep_temporary_files_together() -> None:
     with contextlib.suppress(OSError):
         base = Path(tempfile.gettempdir())
         remove_abandoned(base)
-        # Under another name until it is locked, so that no other process takes it for an abandoned one.
+        _hold_folder_of_torchrun(base)
         if len(str(base)) + len(f".{PREFIX}4194304-12345678") > _LONGEST:
             return
+        # Under another name until it is locked, so that no other process takes it for an abandoned one.
         unlocked = Path(tempfile.mkdtemp(prefix=f".{PREFIX}{os.getpid()}-"))
         lock = open(unlocked / "lock", "w", encoding="utf-8")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -49,6 +51,16 @@ def keep_temporary_files_together() -> None:
         Finalize(None, remove_temporary_files, exitpriority=-100)
 
 
+def _hold_folder_of_torchrun(base: Path) -> None:
+    """Lock the folder that torchrun made for what its ranks say, together with the other ranks: torchrun leaves it
+    there even at a regular end."""
+    for folder in Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parents:
+        if folder.name.startswith(_TORCHRUN) and folder.parent == base:
+            lock = open(folder / "lock", "a", encoding="utf-8")
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            _held.append(lock)
+
+
 def remove_temporary_files() -> None:
     """Remove this process's folder, for an end that skips Python's own."""
     folder = _settings().get("tempdir")
@@ -58,9 +70,9 @@ def remove_temporary_files() -> None:
 
 
 def remove_abandoned(base: Path) -> None:
-    """Remove the folders below `base` of processes of this user that are gone."""
+    """Remove the folders below `base` of processes of this user that are gone: those with a lock that nobody holds."""
     for entry in os.scandir(base):
-        if not entry.name.startswith(PREFIX):
+        if not entry.name.startswith((PREFIX, _TORCHRUN)):
             continue
         with contextlib.suppress(OSError):  # another process was faster, or it is another user's
             if entry.stat(follow_symlinks=False).st_uid != os.getuid():

@@ -13,29 +13,32 @@ PACKAGE = ROOT / "moba_megatron"
 ALLOWED = {
     "before_torch": set(),
     "config": set(),
+    "errors": set(),
     "temporary": set(),
     "ops": set(),
     "hf": {"ops"},
     "platform": {"config", "temporary"},
-    "runs": {"config"},
+    "runs": {"config", "temporary"},
     "parallel": {"ops"},
-    "corpus": {"config"},
+    "corpus": {"config", "errors"},
     "data": {"corpus", "parallel", "config"},
     "model": {"parallel", "ops", "platform", "config"},
     "checkpoint": {"runs", "platform", "config"},
     "megatron": {"model", "config"},
-    "planning": {"model", "corpus", "parallel", "ops", "config"},
-    "benchmark": {"planning", "hf", "parallel", "ops", "before_torch"},
-    "convert": {"checkpoint", "megatron", "model", "hf", "corpus", "runs", "platform", "config"},
-    "generation": {"convert", "checkpoint", "corpus", "model", "hf", "runs", "platform", "config"},
-    "evaluation": {*("generation", "convert", "checkpoint", "data", "corpus", "model", "hf", "ops", "runs", "config")},
+    "planning": {"model", "corpus", "parallel", "ops", "config", "errors"},
+    "benchmark": {"planning", "hf", "parallel", "ops", "before_torch", "errors"},
+    "convert": {"checkpoint", "megatron", "model", "hf", "corpus", "runs", "platform", "config", "errors"},
+    "generation": {"convert", "checkpoint", "corpus", "model", "hf", "runs", "platform", "config", "errors"},
+    "evaluation": {
+        *("generation", "convert", "checkpoint", "data", "corpus", "model", "hf", "ops", "runs", "config", "errors")
+    },
     "training": {
         *("evaluation", "planning", "convert", "checkpoint", "data", "corpus", "model", "parallel", "ops", "runs"),
-        *("platform", "config"),
+        *("platform", "config", "errors"),
     },
-    "scaling": {"planning", "model", "runs", "platform", "config"},
-    "checkpoint_command": {"convert", "checkpoint", "runs"},
-    "doctor": {"training", "convert", "checkpoint", "model", "ops", "platform", "config"},
+    "scaling": {"planning", "model", "runs", "platform", "config", "errors"},
+    "checkpoint_command": {"convert", "checkpoint", "runs", "errors"},
+    "doctor": {"training", "convert", "checkpoint", "model", "ops", "corpus", "platform", "config", "errors"},
     "cli": {
         *(
             "doctor",
@@ -48,10 +51,11 @@ ALLOWED = {
             "convert",
             "corpus",
             "before_torch",
-        )
+        ),
+        "temporary",
     },
     "__main__": {"cli"},
-    "train": {"training", "platform", "before_torch", "config"},
+    "train": {"training", "platform", "before_torch", "config", "errors", "temporary"},
 }
 
 

@@ -15,11 +15,13 @@ import typer
 
 from moba_megatron.before_torch import wait_briefly
 from moba_megatron.benchmark.settings import BenchSettings
+from moba_megatron.errors import one_door
 
 DEFAULTS = BenchSettings()
 _NOT_FOR_DECODE = ("dtypes", "modes", "backend", "full", "preset", "context_parallel", "tune", "model")
 
 
+@one_door()
 def bench_command(
     context: typer.Context,
     lengths: Annotated[str, typer.Option(help="Lengths in tokens, by commas; 32K means 32768.")] = "2K,4K,8K,16K,32K",
@@ -78,45 +80,41 @@ def bench_command(
 
         run_model(output, console)
         return
-    try:
-        settings = BenchSettings(
-            lengths=tuple(_tokens(text) for text in lengths.split(",")),
-            blocks=tuple(_block(text) for text in blocks.split(",")),
-            dtypes=tuple(dtypes.split(",")),
-            modes=tuple(modes.split(",")),
-            num_heads=heads,
-            num_kv_heads=groups,
-            head_size=head_size,
-            backend=backend,
-            full=tuple(full.split(",")),
-            runs=runs,
-            threads=threads,
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        )
-        if tune:
-            from moba_megatron.benchmark.tune import run_tune
+    settings = BenchSettings(
+        lengths=tuple(_tokens(text) for text in lengths.split(",")),
+        blocks=tuple(_block(text) for text in blocks.split(",")),
+        dtypes=tuple(dtypes.split(",")),
+        modes=tuple(modes.split(",")),
+        num_heads=heads,
+        num_kv_heads=groups,
+        head_size=head_size,
+        backend=backend,
+        full=tuple(full.split(",")),
+        runs=runs,
+        threads=threads,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    if tune:
+        from moba_megatron.benchmark.tune import run_tune
 
-            run_tune(replace(settings, backend="triton"), output, console)
-            return
-        if decode:
-            from moba_megatron.benchmark.decoding import decode_settings, run_decode_bench
+        run_tune(replace(settings, backend="triton"), output, console)
+        return
+    if decode:
+        from moba_megatron.benchmark.decoding import decode_settings, run_decode_bench
 
-            run_decode_bench(decode_settings(settings), output, console)
-            return
-        if context_parallel is not None:
-            from moba_megatron.benchmark.exchanges import run_context_bench
+        run_decode_bench(decode_settings(settings), output, console)
+        return
+    if context_parallel is not None:
+        from moba_megatron.benchmark.exchanges import run_context_bench
 
-            wrong = run_context_bench(settings, context_parallel, output, console).wrong
-            _show(output, "context")
-            if wrong:
-                raise typer.Exit(1)
-            return
-        from moba_megatron.benchmark.operator import run_bench
+        wrong = run_context_bench(settings, context_parallel, output, console).wrong
+        _show(output, "context")
+        if wrong:
+            raise typer.Exit(1)
+        return
+    from moba_megatron.benchmark.operator import run_bench
 
-        result = run_bench(settings, output, preset=preset, console=console)
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    result = run_bench(settings, output, preset=preset, console=console)
     _show(output, "bench")
     if result.refused:
         raise typer.Exit(1)

@@ -91,9 +91,10 @@ def run_context_bench(settings: BenchSettings, context_size: int, output: Path, 
                 f"use {-(-length // unit) * unit}"
             )
     if "RANK" in os.environ:
-        if int(os.environ["WORLD_SIZE"]) != context_size:
-            raise ValueError(f"bench: {os.environ['WORLD_SIZE']} processes, but --context-parallel {context_size}")
-        _prepare_rank(settings, int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+        ranks, here, number, _ = map(_launched, ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "RANK"))
+        if ranks != context_size:
+            raise ValueError(f"bench: {ranks} processes, but --context-parallel {context_size}")
+        _prepare_rank(settings, here, number)
         dist.init_process_group(_backend(settings))
         result = _measure_all(settings, context_size)
     else:
@@ -105,6 +106,16 @@ def run_context_bench(settings: BenchSettings, context_size: int, output: Path, 
         print_table(console, title, _HEADINGS, [_cells(row) for row in result.rows])
         _write(result.rows, output)
     return result
+
+
+def _launched(name: str) -> int:
+    """A number that torchrun tells its processes."""
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        raise ValueError(
+            f"bench: {name} = {text!r} is no number: start with torchrun, or take RANK out of the environment"
+        )
+    return int(text)
 
 
 def _backend(settings: BenchSettings) -> str:

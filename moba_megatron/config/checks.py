@@ -94,6 +94,7 @@ def combination_problems(config: Config) -> list[str]:
         for wrong, text in [
             *_model_checks(config.model, config.parallel),
             *_parallel_checks(config),
+            *_data_checks(config),
             _packing_check(config),
             *attention_checks(config.attention, config.model.num_layers, config.data.sequence_length),
             *_training_checks(config),
@@ -206,6 +207,14 @@ def _length_check(config: Config) -> tuple[bool, str]:
         not padded and length % unit != 0,
         f"data.sequence_length = {length} is not a multiple of {why}: use {nearest_multiples(length, unit)}",
     )
+
+
+def _data_checks(config: Config) -> list[tuple[bool, str]]:
+    data = config.data
+    return [
+        (value == [], f"{key} = []: a blend names nothing: give at least one entry with `path` and `weight`")
+        for key, value in (("data.train", data.train), ("data.validation", data.validation))
+    ]
 
 
 def _packing_check(config: Config) -> tuple[bool, str]:

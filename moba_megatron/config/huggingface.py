@@ -6,13 +6,14 @@ refused by name, with a way to go on: a model that is almost right gives plausib
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from moba_megatron.config.checks import ConfigError
 from moba_megatron.config.families import FAMILIES, MOBA_IN_TRANSFORMERS, Family, Values
 from moba_megatron.config.huggingface_rope import rotary_section
+from moba_megatron.config.huggingface_types import wrong_types
+from moba_megatron.config.reading import read_json_object
 
 DOWNLOAD = "hf download NAME --local-dir"
 """The command that fetches a model, up to the folder."""
@@ -29,6 +30,8 @@ def read_huggingface_config(folder: str | Path) -> Values:
     """
     path = Path(folder) / "config.json"
     given = _read(path)
+    if wrong := wrong_types(given):
+        raise ConfigError([f"{path}: {line}: fetch the file again ({DOWNLOAD} {folder})" for line in wrong])
     family = FAMILIES.get(given.get("model_type"))
     if family is None:
         raise ConfigError([
@@ -84,19 +87,11 @@ def model_section(values: Values) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Values:
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.is_file():
         raise ConfigError([
             f"no config.json in {path.parent}: it is no Hugging Face model; fetch one: {DOWNLOAD} {path.parent}"
-        ]) from error  # fmt: skip
-    except ValueError as error:
-        raise ConfigError([
-            f"{path} is damaged: {error}; fetch it again ({DOWNLOAD} {path.parent})"
-        ]) from error  # fmt: skip
-    if not isinstance(given, dict):
-        raise ConfigError([f"{path} is damaged: it holds no object; fetch it again ({DOWNLOAD} {path.parent})"])
-    return given
+        ])  # fmt: skip
+    return read_json_object(path, f"fetch it again ({DOWNLOAD} {path.parent})")
 
 
 def _unsupported(values: Values, family: Family) -> list[str]:

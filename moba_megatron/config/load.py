@@ -14,14 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from moba_megatron.config.checks import ConfigError, combination_problems
-from moba_megatron.config.overrides import merged, refuse_missing, resolved, with_override
+from moba_megatron.config.overrides import merged, refuse_missing, resolved, types_of, with_override
 from moba_megatron.config.pretrained import with_pretrained_model
+from moba_megatron.config.reading import read_tree
 from moba_megatron.config.schema import Config
 from moba_megatron.config.section import Section
 
@@ -59,7 +57,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
         config = Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError([explain(item, Config) for item in error.errors()]) from error
-    problems = combination_problems(config)
+    problems = [*combination_problems(config), *_unknown_names(config)]
     if problems:
         raise ConfigError(problems)
     return config
@@ -72,22 +70,26 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError([f"base: {path} includes itself"])
     if not path.is_file():
         raise ConfigError([f"no such configuration file: {path}"])
-    try:
-        tree = OmegaConf.load(path)
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{path} is not valid YAML: {error}"]) from error
-    except OmegaConfBaseException as error:
-        raise ConfigError([f"{path}: {str(error).splitlines()[0]}"]) from error
-    if not isinstance(tree, DictConfig):
+    tree = read_tree(path)
+    if not isinstance(tree, dict):
         raise ConfigError([f"{path} must hold a mapping of sections"])
     bases = tree.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, Sequence) or not all(isinstance(base, str) for base in bases):
+    if not isinstance(bases, Sequence) or not all(isinstance(base, str) and "\0" not in base for base in bases):
         raise ConfigError([f"{path}: base = {bases!r} must be a path or a list of paths"])
     values: dict[str, Any] = {}
     for base in bases:
         values = merged(values, read_yaml(path.parent / Path(base).expanduser(), (*seen, path)))
-    return merged(values, _with_both_exchanges(OmegaConf.to_container(tree)))
+    return merged(values, _with_both_exchanges(tree))
+
+
+def _unknown_names(config: Config) -> list[str]:
+    """Names of `checkpoint.allow_changed` that are no keys: they would allow nothing."""
+    return [
+        f"checkpoint.allow_changed: {name!r} is neither a key nor a section{_near(name.split('.'), Config)}"
+        for name in config.checkpoint.allow_changed
+        if not types_of(name, Config)
+    ]
 
 
 def _with_both_exchanges(tree: dict[str, Any]) -> dict[str, Any]:
@@ -103,12 +105,24 @@ def explain(error: Any, schema: type[Section]) -> str:
     location = [str(part) for part in error["loc"] if part not in ("str", "list[BlendEntry]")]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], _known_keys(schema, location[:-1]), n=1, cutoff=0.5)
-        hint = f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
-        return f"{key}: unknown key{hint}"
+        return f"{key}: unknown key{_near(location, schema)}"
     if error["type"] == "missing":
         return f"{key}: missing, and it has no default"
-    return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    if error["type"] == "value_error":
+        return f"{key} = {shortened(error['input'])}: {error['ctx']['error']}"
+    return f"{key} = {shortened(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def shortened(value: Any) -> str:
+    """A value as Python writes it, cut where nobody would read on."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _near(location: list[str], schema: type[Section]) -> str:
+    """A name of the schema that is like an unknown one, as a question."""
+    near = difflib.get_close_matches(location[-1], _known_keys(schema, location[:-1]), n=1, cutoff=0.5)
+    return f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
 
 
 def _known_keys(schema: type[Section], location: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from moba_megatron.config.section import Section
+from moba_megatron.config.section import MOST_LAYERS, Section
 
 
 class ModelConfig(Section):
@@ -18,25 +18,25 @@ class ModelConfig(Section):
     checkpoint folder. What this section leaves out is then as there. A resumed run does not load these weights again,
     but at every start this section is filled up from there, unless it is complete, as in RUN/config.yaml. None: they
     are drawn. `???` in a recipe: to be given before training; plans and dry runs do without."""
-    num_layers: int = Field(ge=1)
+    num_layers: int = Field(ge=1, le=MOST_LAYERS)
     """Decoder layers."""
-    hidden_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=1, le=2**18)
     """Width of the residual stream."""
-    num_attention_heads: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1, le=2**14)
     """Query heads."""
-    num_query_groups: int | None = Field(default=None, ge=1)
+    num_query_groups: int | None = Field(default=None, ge=1, le=2**14)
     """Key/value heads (grouped-query attention). Default: one for each query head."""
-    kv_channels: int | None = Field(default=None, ge=1)
+    kv_channels: int | None = Field(default=None, ge=1, le=2**14)
     """Size of one head. Default: hidden_size / num_attention_heads."""
-    ffn_hidden_size: int | None = Field(default=None, ge=1)
+    ffn_hidden_size: int | None = Field(default=None, ge=1, le=2**22)
     """Width of the SwiGLU layer. Default: 8/3 hidden_size rounded up to a multiple of 256, as in Llama."""
-    max_position_embeddings: int | None = Field(default=None, ge=1)
+    max_position_embeddings: int | None = Field(default=None, ge=1, le=2**31 - 1)
     """Tokens that the model this run starts from was made for; exports keep the larger of it and what was trained.
     Default: of `init_from`."""
     export_as: Literal["llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"] | None = None
     """The kind of Hugging Face model that exports are, where several compute this one. Default: that of `init_from`,
     else the first that does."""
-    vocab_size: int | None = Field(default=None, ge=2)
+    vocab_size: int | None = Field(default=None, ge=2, le=2**24)
     """Entries of the embedding before padding. Default: the tokenizer's size, which needs no padding of its own: rows
     are added only up to a multiple of `parallel.tensor`, and they never enter the loss."""
     layernorm_epsilon: float = Field(default=1e-5, gt=0)
@@ -67,7 +67,7 @@ class ModelConfig(Section):
     """`llama3`: waves longer than rotary_original_length over this are divided by the factor."""
     rotary_high_freq_factor: float = Field(default=4.0, gt=0)
     """`llama3`: waves shorter than rotary_original_length over this are kept; in between the two are blended."""
-    rotary_original_length: int = Field(default=8192, ge=1)
+    rotary_original_length: int = Field(default=8192, ge=1, le=2**31 - 1)
     """`llama3`, `yarn` and `longrope`: the length (tokens) before the extension. A plain model of `init_from` that this
     run extends by `yarn` gives its `max_position_embeddings`."""
     rotary_beta_fast: float = Field(default=32.0, gt=0)

@@ -57,7 +57,7 @@ def with_override(tree: dict[str, Any], override: str, schema: type[BaseModel]) 
 
 def as_override(key: str, value: Any, schema: type[BaseModel]) -> str:
     """The override that says of a key what a YAML file says of it with this value, references (`${...}`) among it."""
-    allowed = _types_of(key, schema)
+    allowed = types_of(key, schema)
     parent, _, name = key.rpartition(".")
     if isinstance(value, str) and (not _text_alone(allowed) or _stands_for_itself(value, allowed)):
         return f"{key}={value}"
@@ -88,7 +88,10 @@ def resolved(tree: dict[str, Any]) -> dict[str, Any]:
     try:
         return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError([str(error).splitlines()[0]]) from error
+        key = getattr(error, "full_key", None)
+        raise ConfigError([f"{key}: " * bool(key) + str(error).splitlines()[0]]) from error
+    except RecursionError as error:
+        raise ConfigError(["the configuration is nested too deep, or refers to itself: flatten it"]) from error
 
 
 def missing_keys(values: Any, prefix: str = "") -> Iterator[str]:
@@ -170,7 +173,8 @@ def _kinds(section: type[BaseModel], key: str) -> tuple[Any, ...]:
     return typing.get_args(field.annotation)
 
 
-def _types_of(key: str, schema: type[BaseModel]) -> list[Any]:
+def types_of(key: str, schema: type[BaseModel]) -> list[Any]:
+    """The types that a value of a key may have; none if the schema has no such key."""
     allowed: list[Any] = [schema]
     for part in key.split("."):
         allowed = list(_types_below(allowed, part, {}))
@@ -257,7 +261,7 @@ def _yaml_value(key: str, text: str, known: bool) -> Any:
     """A value as a file would have it: OmegaConf reads 1e-3 as a number, which YAML 1.1 does not."""
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         if not known:
             return literal(text)
         reason = " ".join(str(error).split())

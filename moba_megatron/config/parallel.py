@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from moba_megatron.config.section import Section
+from moba_megatron.config.section import MOST_LAYERS, MOST_RANKS, Section
 
 Exchange = Literal["auto", "p2p", "all_gather", "a2a", "a2a+p2p", "dispatch"]
 
@@ -35,27 +35,29 @@ ExchangeSetting = Annotated[ExchangeConfig, BeforeValidator(_one_word_for_both)]
 
 
 class ParallelConfig(Section):
-    tensor: int = Field(default=1, ge=1)
+    tensor: int = Field(default=1, ge=1, le=MOST_RANKS)
     """Tensor-parallel size: heads and feed-forward columns over this many ranks."""
     sequence: bool = False
     """Sequence parallelism: norms and residuals split along the sequence over the tensor-parallel ranks."""
-    pipeline: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1, le=MOST_LAYERS)
     """Pipeline stages."""
-    pipeline_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    pipeline_layers: list[Annotated[int, Field(ge=0, le=MOST_LAYERS)]] | None = None
     """Layers of each pipeline stage, summing to `model.num_layers`; the first stage has the embedding besides, the last
     one the loss. With `virtual_pipeline` one entry per chunk in the order of the model: chunk 0 of stage 0, chunk 0 of
     stage 1, and so on. Give the last stage fewer where `attention.last_n_full` puts the expensive layers on it.
     Default: the same number everywhere."""
-    virtual_pipeline: int | None = Field(default=None, ge=2)
+    virtual_pipeline: int | None = Field(default=None, ge=2, le=MOST_LAYERS)
     """Model chunks per pipeline rank (interleaved schedule). Default: one, not interleaved."""
-    context: int = Field(default=1, ge=1)
+    context: int = Field(default=1, ge=1, le=MOST_RANKS)
     """Context-parallel size: one sequence over this many ranks. Each document is cut into twice as many chunks, and a
     rank holds one early and one late chunk of it (zigzag), so that all ranks work alike. Documents of a pack are padded
     to fit; where a sample is one sequence, `data.sequence_length` must be a multiple of 2 x context."""
     exchange: ExchangeSetting = ExchangeConfig()
     """How they exchange keys, values or queries: one word for all layers, or one for each kind (`{moba: dispatch, full:
     a2a}`). See `parallel.exchange` below."""
-    hierarchical_context: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=2, max_length=2)] | None = None
+    hierarchical_context: (
+        Annotated[list[Annotated[int, Field(ge=2, le=MOST_RANKS)]], Field(min_length=2, max_length=2)] | None
+    ) = None
     """Only for `a2a+p2p`: ranks of the a2a level, which are neighbours (in one node), and of the p2p level between
     them; their product is `context`. Default: as many on the first level as the heads allow."""
     distributed_optimizer: bool = False

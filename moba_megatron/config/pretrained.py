@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from moba_megatron.config.checks import ConfigError
 from moba_megatron.config.huggingface import model_section, read_huggingface_config
 from moba_megatron.config.model import ModelConfig
 from moba_megatron.config.overrides import MISSING
 from moba_megatron.config.paths import counted_from
+from moba_megatron.config.reading import read_json_object, read_plain_yaml
 
 # Written configurations of earlier versions are complete without these.
 YOUNGER = {
@@ -67,14 +65,24 @@ def pretrained_model_section(folder: str | Path) -> dict[str, Any]:
     if (folder / "config.json").is_file():
         return model_section(read_huggingface_config(folder))
     if (folder / "checkpoint.json").is_file():
-        config = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["config"]
+        path = folder / "checkpoint.json"
+        config = read_json_object(path, "copy the checkpoint again").get("config")
     elif (folder / "config.yaml").is_file():
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        path = folder / "config.yaml"
+        config = read_plain_yaml(path)
     else:
         raise ConfigError([
             f"model.init_from = {folder} is no Hugging Face folder (config.json), run folder (config.yaml) or "
             f"checkpoint (checkpoint.json){counted_from(folder)}"
         ])  # fmt: skip
-    section, trained = config["model"], config.get("data", {}).get("sequence_length", 0)
+    section = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(section, dict):
+        raise ConfigError([f"model.init_from = {folder}: {path} says nothing of a model: it is damaged; copy it again"])
+    data = config.get("data")
+    length = data.get("sequence_length") if isinstance(data, dict) else None
+    given = section.get("max_position_embeddings")
+    if any(number is not None and not isinstance(number, int) for number in (length, given)):
+        raise ConfigError([f"model.init_from = {folder}: the lengths that {path} names are no numbers: copy it again"])
+    trained = length or 0
     window = max(section.get("max_position_embeddings") or 0, trained) or None
     return {**{key: value for key, value in section.items() if key != "init_from"}, "max_position_embeddings": window}

@@ -26,7 +26,10 @@ def rotary_checks(model: ModelConfig) -> list[Check]:
     scaling = model.rotary_scaling
     low, high = model.rotary_low_freq_factor, model.rotary_high_freq_factor
     return [
-        (model.head_size % 2 != 0, f"size of a head = {model.head_size}: rotary embedding needs an even one"),
+        (
+            model.head_size % 2 != 0,
+            f"size of a head = {model.head_size}: rotary embedding needs an even one; set model.kv_channels",
+        ),
         *_part_checks(model),
         *_without_effect(model),
         (

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field
 from moba_megatron.config.literal import literal
 from moba_megatron.config.model import ModelConfig
 from moba_megatron.config.parallel import ParallelConfig
-from moba_megatron.config.section import Section
+from moba_megatron.config.section import LONGEST, MOST_LAYERS, MOST_STEPS, Section
 
 AttentionKind = Literal["moba", "full"]
 AttentionSelector = Literal["top_k", "recent", "sink_recent", "threshold"]
@@ -27,10 +27,10 @@ class RunConfig(Section):
     dir: str
     """Folder of this run: resolved config, metrics, evaluations, checkpoints, plots. Made if missing; a run already in
     it is resumed (see `checkpoint.resume`)."""
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, le=2**32 - 1)
     """Seed of weights, dropout and data order. The first weights are the same at every parallel layout; a CPU and a GPU
     draw different ones."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=4096)
     """CPU threads per process. Default: the cores of this machine divided by the processes on it."""
     stall_seconds: float | None = Field(default=300.0, gt=0)
     """After so many seconds without a step, an evaluation or a checkpoint, say which rank is silent or slow and what
@@ -40,9 +40,9 @@ class RunConfig(Section):
 class LayerAttentionOverride(Section):
     kind: AttentionKind | None = None
     """`moba` or `full` for this layer."""
-    block_size: int | None = Field(default=None, ge=1)
+    block_size: int | None = Field(default=None, ge=1, le=LONGEST)
     """Tokens per block in this layer."""
-    top_k: int | None = Field(default=None, ge=1)
+    top_k: int | None = Field(default=None, ge=1, le=LONGEST)
     """Blocks per query in this layer, the current one counted."""
     selector: AttentionSelector | None = None
     """As `attention.selector`, for this layer."""
@@ -55,15 +55,15 @@ class AttentionStage(Section):
     """Share of the training tokens at which this stage ends; the last stage ends at 1."""
     kind: AttentionKind | None = None
     """As `attention.kind`."""
-    block_size: int | None = Field(default=None, ge=1)
+    block_size: int | None = Field(default=None, ge=1, le=LONGEST)
     """As `attention.block_size`."""
-    top_k: int | None = Field(default=None, ge=1)
+    top_k: int | None = Field(default=None, ge=1, le=LONGEST)
     """As `attention.top_k`."""
     selector: AttentionSelector | None = None
     """As `attention.selector`."""
-    last_n_full: int | None = Field(default=None, ge=0)
+    last_n_full: int | None = Field(default=None, ge=0, le=MOST_LAYERS)
     """As `attention.last_n_full`."""
-    full_every_n: int | None = Field(default=None, ge=1)
+    full_every_n: int | None = Field(default=None, ge=1, le=MOST_LAYERS)
     """As `attention.full_every_n`."""
     full_layers: list[int] | None = None
     """As `attention.full_layers`."""
@@ -76,9 +76,9 @@ class AttentionConfig(Section):
 
     kind: AttentionKind = "moba"
     """`moba`: block-sparse attention. `full`: causal attention over everything."""
-    block_size: int = Field(default=512, ge=1)
+    block_size: int = Field(default=512, ge=1, le=LONGEST)
     """Tokens per block (B). 512 is the report's choice at 8K."""
-    top_k: int = Field(default=3, ge=1)
+    top_k: int = Field(default=3, ge=1, le=LONGEST)
     """Blocks per query (K), the current block counted. 3 is the report's choice at 8K."""
     selector: AttentionSelector = "top_k"
     """Which K - 1 past blocks a query of a MoBA layer attends. `top_k`: the best-scored, as in MoBA (with `top_k: 2`
@@ -93,9 +93,9 @@ class AttentionConfig(Section):
     key_convolution: Literal[3, 5] | None = None
     """Tokens that a causal convolution of the keys reads, with SiLU and a residual, one filter for each channel
     (FlashMoBA). It adds parameters to every layer, full ones as well, and starts as doing nothing. Default: none."""
-    last_n_full: int = Field(default=0, ge=0)
+    last_n_full: int = Field(default=0, ge=0, le=MOST_LAYERS)
     """The last N layers attend fully (the report: 3 of 32)."""
-    full_every_n: int | None = Field(default=None, ge=1)
+    full_every_n: int | None = Field(default=None, ge=1, le=MOST_LAYERS)
     """Every n-th layer (n, 2n, ...) attends fully."""
     full_layers: list[int] = []
     """Layers that attend fully, counted from 1."""
@@ -142,7 +142,7 @@ class DataConfig(Section):
     """The same for validation. None: no evaluation."""
     tokenizer: str
     """Folder of the Hugging Face tokenizer that made the data. Data made with another one is refused."""
-    sequence_length: int = Field(ge=2)
+    sequence_length: int = Field(ge=2, le=LONGEST)
     """Tokens per sample."""
     index_cache: str | None = None
     """Folder of the sample indices that rank 0 builds from the data, on a disk that all machines see; runs may share
@@ -151,7 +151,7 @@ class DataConfig(Section):
     """`concatenate`: documents are joined by the end-of-document token and cut into samples (GPT style). `best_fit`:
     whole documents share a sample so that it is as full as possible; only documents longer than a sample are cut.
     `document`: one document a sample, long ones only. Samples of the last two end in padding, which never counts."""
-    min_document_length: int | None = Field(default=None, ge=2)
+    min_document_length: int | None = Field(default=None, ge=2, le=2**31 - 1)
     """With `packing: document`: shorter documents are left out, the end-of-document token counted; longer ones than a
     sample are cut into samples, and so short a rest is left out too. Default: those that fill a sample."""
     cross_document_attention: bool = False
@@ -160,19 +160,19 @@ class DataConfig(Section):
 
 
 class TrainingConfig(Section):
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=MOST_STEPS)
     """Optimizer steps of the whole run: the horizon of the schedules and of the data order. A resumed run keeps it."""
-    stop_after: int | None = Field(default=None, ge=1)
+    stop_after: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     """End this process early, after that step, with a checkpoint; the horizon stays."""
-    global_batch_size: int = Field(ge=1)
+    global_batch_size: int = Field(ge=1, le=2**24)
     """Samples per optimizer step over all ranks."""
-    micro_batch_size: int = Field(default=1, ge=1)
+    micro_batch_size: int = Field(default=1, ge=1, le=2**24)
     """Samples per forward pass of a rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """`bf16`: weights and activations in bf16 with fp32 main weights, gradients and optimizer state."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation in the backward: `selective` repeats the core attention, `full` whole layers."""
-    loss_chunk_size: int = Field(default=512, ge=1)
+    loss_chunk_size: int = Field(default=512, ge=1, le=LONGEST)
     """Tokens per chunk of the loss: at most chunk x vocabulary logits are in memory at once."""
     on_divergence: Literal["stop", "skip", "rollback"] = "stop"
     """What happens when the loss or the gradient norm is not finite, before the update. `stop`: the run ends. `skip`:
@@ -201,12 +201,12 @@ class OptimizerConfig(Section):
     """Peak learning rate."""
     min_lr: float = Field(default=0.0, ge=0)
     """Learning rate at the end of the decay."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=MOST_STEPS)
     """Optimizer steps of linear warm-up from 0."""
     decay: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
     """Shape of the decay from lr to min_lr, over the steps after the warm-up. `WSD`: constant, then decay over the last
     `wsd_decay_steps`."""
-    wsd_decay_steps: int | None = Field(default=None, ge=1)
+    wsd_decay_steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     """Steps of the final decay of `WSD`."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay; norms and biases are exempt."""
@@ -221,9 +221,9 @@ class OptimizerConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: int | None = Field(default=None, ge=1)
+    every: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     """Steps between checkpoints. None: only at the end and when stopped."""
-    keep: int = Field(default=2, ge=1)
+    keep: int = Field(default=2, ge=1, le=MOST_STEPS)
     """How many checkpoints stay on disk, the newest ones."""
     resume: str = "auto"
     """`auto`: continue from the newest checkpoint in the run folder, else start. `never`: start, and refuse a run
@@ -242,15 +242,15 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    every: int | None = Field(default=None, ge=1)
+    every: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     """Steps between evaluations on `data.validation`. None: only at the end."""
-    samples: int = Field(default=32, ge=1)
+    samples: int = Field(default=32, ge=1, le=2**31 - 1)
     """Validation samples per evaluation, always the same ones, spread over the data-parallel ranks."""
-    trailing_tokens: int | None = Field(default=None, ge=1)
+    trailing_tokens: int | None = Field(default=None, ge=1, le=LONGEST)
     """Trailing loss is the loss over the last so many positions of the window. A position counts the tokens before it
     in its document, so with `data.cross_document_attention` off only documents that fill the window have any.
     Default: a sixteenth of the sequence, as the report's last 2K of 32K."""
-    position_buckets: int = Field(default=16, ge=1)
+    position_buckets: int = Field(default=16, ge=1, le=LONGEST)
     """Number of equal ranges of positions for the loss by position."""
 
 
@@ -260,13 +260,13 @@ def _yaml_off(value: Any) -> Any:
 
 
 class LoggingConfig(Section):
-    every: int = Field(default=1, ge=1)
+    every: int = Field(default=1, ge=1, le=MOST_STEPS)
     """Steps between lines on the console. metrics.jsonl always gets every step."""
     tensorboard: bool = True
     """Write TensorBoard events into RUN/tensorboard."""
     wandb: Annotated[Literal["off", "offline", "online"], BeforeValidator(_yaml_off)] = "off"
     """Weights & Biases. `offline` needs no network: files stay in RUN/wandb until `wandb sync`."""
-    wandb_project: str = "moba-megatron"
+    wandb_project: str = Field(default="moba-megatron", min_length=1)
     """Project name for Weights & Biases."""
     profile_steps: list[int] = []
     """First and last step (counted from 1) to record with the PyTorch profiler; the trace goes to RUN/profile."""

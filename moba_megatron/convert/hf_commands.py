@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moba_megatron.errors import one_door
+
 _VERIFY = "Hold the logits of both models against each other in fp32, and fail if they differ."
 
 
+@one_door()
 def import_command(
     source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face folder: config.json, safetensors.")],
     out: Annotated[Path, typer.Argument(help="Run folder to make; it must not exist.")],
@@ -29,26 +32,23 @@ def import_command(
 
     A model that does not fit into the memory of one process needs no import: set model.init_from=HF_DIR in training.
     """
-    from moba_megatron.checkpoint import CheckpointError
     from moba_megatron.convert.exported import open_exported
     from moba_megatron.convert.import_hf import import_huggingface
     from moba_megatron.convert.verify import verify_conversion
     from moba_megatron.platform import stop_process_groups
 
     console = Console(highlight=False, soft_wrap=True)
-    try:
-        with _progress(console, "parameters") as bar:
-            _, notes = import_huggingface(source, out, verify=not unread, advance=bar.at)
-        for line in notes:
-            console.print(f"note: {line}", markup=False)
-        console.print(str(out), markup=False)
-        if check:
-            stop_process_groups()
-            verify_conversion(console, open_exported(out), source)
-    except (CheckpointError, ValueError) as error:
-        _fail(error)
+    with _progress(console, "parameters") as bar:
+        _, notes = import_huggingface(source, out, verify=not unread, advance=bar.at)
+    for line in notes:
+        console.print(f"note: {line}", markup=False)
+    console.print(str(out), markup=False)
+    if check:
+        stop_process_groups()
+        verify_conversion(console, open_exported(out), source)
 
 
+@one_door()
 def import_megatron_command(
     source: Annotated[
         Path,
@@ -76,28 +76,25 @@ def import_megatron_command(
     Only the weights are read. With a schedule of several stages, MOBA_STAGE says which one it was trained in. OUT is
     what import-hf makes: evaluate, generate, export-hf and model.init_from take it.
     """
-    from moba_megatron.checkpoint import CheckpointError
     from moba_megatron.convert.import_megatron import import_megatron
 
     console = Console(highlight=False, soft_wrap=True)
-    try:
-        with _progress(console, "parameters") as bar:
-            _, notes = import_megatron(
-                source,
-                out,
-                model=model,
-                attention=attention,
-                sequence_length=sequence_length,
-                tokenizer=tokenizer,
-                advance=bar.at,
-            )
-        for line in notes:
-            console.print(f"note: {line}", markup=False)
-        console.print(str(out), markup=False)
-    except (CheckpointError, ValueError) as error:
-        _fail(error)
+    with _progress(console, "parameters") as bar:
+        _, notes = import_megatron(
+            source,
+            out,
+            model=model,
+            attention=attention,
+            sequence_length=sequence_length,
+            tokenizer=tokenizer,
+            advance=bar.at,
+        )
+    for line in notes:
+        console.print(f"note: {line}", markup=False)
+    console.print(str(out), markup=False)
 
 
+@one_door()
 def export_command(
     run: Annotated[
         Path, typer.Argument(help="Run folder (its newest checkpoint is used) or a checkpoint folder step_N.")
@@ -139,32 +136,28 @@ def export_command(
     ] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face model. Needs no GPU, whatever the checkpoint was trained on."""
-    from moba_megatron.checkpoint import CheckpointError
     from moba_megatron.convert.export_hf import export_huggingface
     from moba_megatron.convert.exported import open_exported
     from moba_megatron.convert.verify import verify_conversion
 
     console = Console(highlight=False, soft_wrap=True)
-    try:
-        exported = open_exported(run, tokenizer, own_code=self_contained)
-        with _progress(console, "parameters") as bar:
-            reader = export_huggingface(
-                exported,
-                out,
-                decode=decode,
-                self_contained=self_contained,
-                length=length,
-                shard_bytes=int(shard_gigabytes * 1e9),
-                verify=not unread,
-                advance=bar.at,
-            )
-        if reader not in (None, "AutoTokenizer"):
-            console.print(f"note: load the tokenizer by {reader}: AutoTokenizer would give other ids (see README.md)")
-        console.print(str(out), markup=False)
-        if check:
-            verify_conversion(console, exported, out)
-    except (CheckpointError, ValueError) as error:
-        _fail(error)
+    exported = open_exported(run, tokenizer, own_code=self_contained)
+    with _progress(console, "parameters") as bar:
+        reader = export_huggingface(
+            exported,
+            out,
+            decode=decode,
+            self_contained=self_contained,
+            length=length,
+            shard_bytes=int(shard_gigabytes * 1e9),
+            verify=not unread,
+            advance=bar.at,
+        )
+    if reader not in (None, "AutoTokenizer"):
+        console.print(f"note: load the tokenizer by {reader}: AutoTokenizer would give other ids (see README.md)")
+    console.print(str(out), markup=False)
+    if check:
+        verify_conversion(console, exported, out)
 
 
 class _Bar(Progress):
@@ -178,11 +171,3 @@ def _progress(console: Console, what: str) -> _Bar:
     bar = _Bar(TextColumn(what), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), console=console)
     bar.add_task(what, total=None)
     return bar
-
-
-def _fail(error: Exception) -> NoReturn:
-    from moba_megatron.config import ConfigError
-
-    text = "\n  ".join(error.problems) if isinstance(error, ConfigError) else str(error)
-    typer.echo(f"error: {text}", err=True)
-    raise typer.Exit(2) from error

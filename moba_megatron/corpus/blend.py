@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
 from pydantic import Field, ValidationError
 
 from moba_megatron.config import BlendEntry, ConfigError, Section
+from moba_megatron.config.load import explain
+from moba_megatron.config.overrides import refuse_missing
+from moba_megatron.config.reading import read_plain_yaml
 
 BLEND_FILE = "blend.yaml"
 _ENDINGS = (".yaml", ".yml")
@@ -57,11 +59,14 @@ def _scaled(entries: list[BlendEntry], weight: float) -> list[BlendEntry]:
 def _read_blend(path: Path) -> list[BlendEntry]:
     if not path.is_file():
         raise ConfigError([f"no such blend file: {path}; make one with `moba-megatron prepare blend`"])
+    what = f"{path} is no blend file, which holds `entries`, a list of `path` and `weight`"
     try:
-        found = BlendFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValidationError) as error:
-        what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
-        raise ConfigError(
-            [f"{path} is no blend file, which holds `entries`, a list of `path` and `weight`: {what}"]
-        ) from error
+        values = read_plain_yaml(path)
+    except ConfigError as error:
+        raise ConfigError([f"{what}: {error.problems[0]}"]) from error
+    refuse_missing(values)
+    try:
+        found = BlendFile.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError([f"{what}: {explain(error.errors()[0], BlendFile)}"]) from error
     return [BlendEntry(path=str(path.parent / entry.path), weight=entry.weight) for entry in found.entries]

@@ -109,7 +109,7 @@ def read_index(prefix: str | Path) -> IndexSummary:
     else:
         wanted = tokens * itemsize
         fits = size == wanted
-    if not fits:
+    if not fits or tokens < 0:
         raise ValueError(
             f"{data} has {size} bytes, {prefix}.idx speaks of {wanted}: a copy was cut short, or the two do not belong "
             "together"
@@ -121,10 +121,68 @@ def load_index(prefix: str | Path) -> DocumentIndex:
     """Lengths and places of all documents.
 
     Raises:
-        ValueError: as `read_index`.
+        ValueError: as `read_index` and `check_index`.
+    """
+    check_index(prefix)
+    return _load_index(Path(prefix))[0]
+
+
+def check_index(prefix: str | Path) -> None:
+    """Look through all of PREFIX.idx: that lengths are such, that every document lies in PREFIX.bin, and that the
+    documents of a dataset that is no view follow each other without a gap.
+
+    Raises:
+        ValueError: as `read_index`; naming the first document that cannot be as it is said to be.
     """
     read_index(prefix)
-    return _load_index(Path(prefix))[0]
+    index, documents = _load_index(Path(prefix))
+    data, itemsize = Path(f"{prefix}.bin"), index.dtype.itemsize
+    bytes_of = index.lengths.astype(np.int64) * itemsize
+    # Places that are no places must not overflow a sum.
+    wrong = (index.lengths < 0) | (index.offsets < 0) | (index.offsets > data.stat().st_size - bytes_of)
+    wrong |= index.offsets % itemsize != 0
+    if not data.is_symlink():
+        wrong |= index.offsets != np.cumsum(bytes_of) - bytes_of
+    if wrong.any():
+        number = int(wrong.argmax())
+        raise ValueError(
+            f"{prefix}.idx is damaged: document {number} would have {index.lengths[number]} tokens from byte "
+            f"{index.offsets[number]} of {data.name} on; copy it again, or prepare the data again"
+        )
+    starts = _document_starts(Path(f"{prefix}.idx"), index.lengths.size, documents + 1)
+    if starts[0] != 0 or starts[-1] != index.lengths.size or (np.diff(starts) < 0).any():
+        raise ValueError(
+            f"{prefix}.idx is damaged: its table of documents does not rise from 0 to {index.lengths.size}; copy it "
+            "again, or prepare the data again"
+        )
+
+
+def foreign_id(prefix: str | Path, vocab_size: int, tokens: int | None = None) -> str | None:
+    """Look for an id that is none of a vocabulary.
+
+    Args:
+        tokens: how many of PREFIX.bin are looked at, from its start; None: all.
+
+    Returns:
+        Which document holds the first one, in words that go on as `entries of ...`; None if there is none.
+    """
+    index, _ = _load_index(Path(prefix))
+    ids = np.memmap(f"{prefix}.bin", index.dtype, "r") if index.lengths.any() else np.empty(0, index.dtype)
+    for start in range(0, min(ids.size, tokens or ids.size), _CHUNK_ITEMS):
+        piece = ids[start : start + _CHUNK_ITEMS]
+        wrong = (piece >= vocab_size) | (piece < 0)
+        if wrong.any():
+            at = start + int(wrong.argmax())
+            starts = index.offsets // index.dtype.itemsize
+            document = np.flatnonzero((starts <= at) & (at < starts + index.lengths))
+            where = f"document {document[0]}" if document.size else "no document"
+            return f"{prefix}.bin, {where}, token {at}, holds id {ids[at]}, over the {vocab_size} entries"
+    return None
+
+
+def _document_starts(idx: Path, sequences: int, entries: int) -> np.ndarray:
+    place = len(_MAGIC) + _HEADER.size + sequences * (LENGTH.itemsize + _OFFSET.itemsize)
+    return np.fromfile(idx, _OFFSET, entries, offset=place)
 
 
 def _load_index(prefix: Path) -> tuple[DocumentIndex, int]:
@@ -143,18 +201,22 @@ def _load_index(prefix: Path) -> tuple[DocumentIndex, int]:
         names = {number: name for name, number in _DTYPE_CODES.items()}
         if version != 1 or code not in names:
             raise ValueError(f"{idx}: version {version} with dtype code {code} is not known here (1 with 4 or 8)")
+        # Before anything is read: the counts may be anything. What megatron-core appends for several kinds of data may
+        # follow.
+        needed = len(head) + sequences * (LENGTH.itemsize + _OFFSET.itemsize) + documents * _OFFSET.itemsize
+        if needed > (found := idx.stat().st_size) or documents < 1:
+            raise ValueError(
+                f"{idx} is cut short or damaged: it speaks of {sequences} sequences in {documents - 1} documents, "
+                f"which are {needed} bytes, but has {found}: copy it again"
+            )
         lengths = np.fromfile(file, LENGTH, sequences)
         offsets = np.fromfile(file, _OFFSET, sequences)
-        # What megatron-core appends for several kinds of data may follow.
-        whole = file.tell() + documents * _OFFSET.itemsize <= idx.stat().st_size
-    if offsets.size != sequences or not whole:
-        raise ValueError(f"{idx} is cut short: a copy was not finished; copy it again")
     return DocumentIndex(np.dtype(names[code]), lengths, offsets), documents - 1
 
 
 def write(file: BinaryIO, data: Any) -> None:
-    """Write bytes or a buffer. An error, such as that of a full disk, names the file."""
-    with _named(file):
+    """Write bytes or a buffer. An error, such as that of a full disk, names the file and how much was to be written."""
+    with _named(file, memoryview(data).nbytes):
         file.write(data)
 
 
@@ -166,9 +228,10 @@ def sync(file: BinaryIO) -> None:
 
 
 @contextmanager
-def _named(file: BinaryIO) -> Iterator[None]:
+def _named(file: BinaryIO, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         error.filename = error.filename or str(file.name)
+        error.needed = needed  # see errors.describe_os_error
         raise

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from moba_megatron.config.inside import named_file
-from moba_megatron.corpus.indexed import DocumentIndex, load_index
+from moba_megatron.corpus.indexed import DocumentIndex, foreign_id, load_index
 from moba_megatron.corpus.loss_mask import check_loss_mask, loss_mask_path, open_loss_mask
 from moba_megatron.corpus.manifest import MANIFEST_FILE, DatasetManifest, load_manifest
 from moba_megatron.corpus.merge import file_hash
@@ -125,17 +125,15 @@ def _check_split(prefix: Path, manifest: DatasetManifest, split: str) -> None:
         )
     if (stats.target_tokens is not None) != loss_mask_path(prefix).is_file():
         raise ValueError(f"the manifest and {loss_mask_path(prefix)} do not fit: copy the folder again")
-    check_loss_mask(prefix, index.dtype.itemsize)
+    check_loss_mask(prefix, index.dtype.itemsize, wanted=stats.target_tokens is not None)
     ids = np.memmap(f"{prefix}.bin", index.dtype, "r")
     ends = _ends(index)
     for start in range(0, ends.size, _CHECKED_TOKENS):
         wrong = np.flatnonzero(ids[ends[start : start + _CHECKED_TOKENS]] != tokenizer.eod_id)
         if wrong.size:
             raise ValueError(f"document {start + wrong[0]} does not end in the end-of-document id {tokenizer.eod_id}")
-    for start in range(0, ids.size, _CHECKED_TOKENS):
-        largest = int(ids[start : start + _CHECKED_TOKENS].max(initial=0))
-        if largest >= tokenizer.vocab_size:
-            raise ValueError(f"id {largest} is not below the {tokenizer.vocab_size} entries of the tokenizer")
+    if wrong := foreign_id(prefix, tokenizer.vocab_size):
+        raise ValueError(f"{wrong} of the tokenizer")
 
 
 def _ends(index: DocumentIndex) -> np.ndarray:

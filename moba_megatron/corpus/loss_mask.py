@@ -23,17 +23,24 @@ def open_loss_mask(prefix: str | Path) -> np.ndarray | None:
     return np.memmap(path, np.uint8, "r") if path.is_file() else None
 
 
-def check_loss_mask(prefix: str | Path, token_bytes: int) -> None:
+def check_loss_mask(prefix: str | Path, token_bytes: int, wanted: bool = False) -> None:
     """Hold the mask of a dataset, if it has one, against PREFIX.bin.
 
     Args:
         token_bytes: bytes of a token in PREFIX.bin.
+        wanted: the manifest says that there is one.
 
     Raises:
-        ValueError: a mask of the wrong size, with other values than 0 and 1, or under which nothing counts.
+        ValueError: a mask that is missing, of the wrong size, with other values than 0 and 1, or under which nothing
+            counts.
     """
     path = loss_mask_path(prefix)
     if not path.is_file():
+        if wanted:
+            raise ValueError(
+                f"{path} is missing, but the manifest says that not every token counts in the loss: copy it again, or "
+                "prepare the data again"
+            )
         return
     tokens, found = Path(f"{prefix}.bin").stat().st_size // token_bytes, path.stat().st_size
     if found != tokens:

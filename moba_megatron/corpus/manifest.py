@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import platform
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from moba_megatron import __version__
 from moba_megatron.config import Section
@@ -127,9 +129,21 @@ class DatasetManifest(Section):
     """Wall time of the process that finished the dataset."""
     workers: int
     versions: dict[str, str]
+    digest: str | None = None
+    """blake2b of all the rest, against damage; it is no signature. Known in the file alone."""
+
+    @field_validator("files", "splits")
+    @classmethod
+    def _within_the_folder(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if name in ("", ".", "..") or "/" in name or "\0" in name:
+                raise ValueError(f"it names {name!r}, which is no file of its own folder")
+        return value
 
     def save(self, folder: Path) -> None:
-        (folder / MANIFEST_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        values = self.model_dump(mode="json", exclude={"digest"})
+        text = json.dumps({**values, "digest": _digest(values)}, indent=2, ensure_ascii=False)
+        (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
     def summary(self) -> str:
         """A few lines for people."""
@@ -179,11 +193,24 @@ def load_manifest(folder: str | Path) -> DatasetManifest | None:
     if not path.is_file():
         return None
     try:
-        return DatasetManifest.model_validate_json(path.read_bytes())
+        manifest = DatasetManifest.model_validate_json(data := path.read_bytes())
     except ValidationError as error:
         raise ValueError(
             f"{path} is not a manifest of this version ({error.errors()[0]['msg']}): prepare again"
         ) from error
+    # Manifests of earlier versions have none.
+    if manifest.digest is not None:
+        values = json.loads(data)
+        if values.pop("digest") != _digest(values):
+            raise ValueError(
+                f"{path} was changed since it was written, and holds digests: copy it again, or prepare again"
+            )
+    return manifest.model_copy(update={"digest": None})
+
+
+def _digest(values: dict[str, Any]) -> str:
+    canonical = json.dumps(values, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
 
 def length_buckets(lengths: np.ndarray) -> list[LengthBucket]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from moba_megatron.errors import one_door, with_note
 
+
+@one_door(apart=True)
 def prepare_command(
     arguments: Annotated[
         list[str],
@@ -52,7 +53,9 @@ def prepare_command(
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Processes. Default: all cores, if there is enough text. The result does not depend on it."
+            min=1,
+            max=4096,
+            help="Processes. Default: all cores, if there is enough text. The result does not depend on it.",
         ),
     ] = None,
     shard: Annotated[
@@ -86,7 +89,7 @@ def prepare_command(
     from moba_megatron.corpus.prepare import prepare, prepare_share
     from moba_megatron.corpus.recipe import load_recipe, recipe_from_dict
 
-    with errors_reported("finished parts are kept; run the same command again to continue"):
+    with with_note("finished parts are kept; run the same command again to continue"):
         if input or dataset:
             if any("=" not in argument for argument in arguments[1:]):
                 raise ValueError(
@@ -108,6 +111,7 @@ def prepare_command(
         typer.echo(prepare(recipe, Path(output), workers, overwrite).summary())
 
 
+@one_door(apart=True)
 def merge_command(
     out: Annotated[Path, typer.Argument(help="The folder that the shares were prepared for.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another dataset in OUT.")] = False,
@@ -118,10 +122,11 @@ def merge_command(
     """
     from moba_megatron.corpus.prepare import merge_shares
 
-    with errors_reported("nothing is lost; run the same command again"):
+    with with_note("nothing is lost; run the same command again"):
         typer.echo(merge_shares(out, overwrite).summary())
 
 
+@one_door(apart=True)
 def inspect_command(
     out: Annotated[Path, typer.Argument(help="Folder that `prepare` made.")],
     document: Annotated[int | None, typer.Option(help="Show this document of the split, counted from 0.")] = None,
@@ -133,7 +138,7 @@ def inspect_command(
     """Show what a prepared dataset holds, one of its documents, or whether it is whole."""
     from moba_megatron.corpus.inspect import check_dataset, dataset_manifest, describe, read_document
 
-    with errors_reported("run the same command again"):
+    with with_note("run the same command again"):
         if document is not None:
             pieces = read_document(out, split, document)
             counted = sum(piece.tokens for piece in pieces if piece.counts)
@@ -155,6 +160,7 @@ def inspect_command(
                 raise typer.Exit(1)
 
 
+@one_door(apart=True)
 def blend_command(
     recipe: Annotated[Path, typer.Argument(help="Which datasets, in which shares, by which lengths (YAML).")],
     out: Annotated[Path, typer.Argument(help="Folder to make; data.train: OUT/blend.yaml reads it.")],
@@ -172,35 +178,8 @@ def blend_command(
     from moba_megatron.corpus.mix import make_blend
     from moba_megatron.corpus.mix_views import load_mix
 
-    with errors_reported("run the same command again"):
+    with with_note("run the same command again"):
         typer.echo(make_blend(load_mix(recipe, overrides), out, overwrite))
-
-
-@contextmanager
-def errors_reported(after_failure: str) -> Iterator[None]:
-    """Turn errors into a line and an exit code: 2 for what the user can mend, 1 for the system, 130 for Ctrl-C.
-
-    Args:
-        after_failure: what to do after an error of the system.
-    """
-    from concurrent.futures.process import BrokenProcessPool
-
-    from moba_megatron.config import ConfigError
-
-    try:
-        yield
-    except ConfigError as error:
-        typer.echo("\n".join(f"error: {line}" for line in error.problems), err=True)
-        raise typer.Exit(2) from error
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except (OSError, BrokenProcessPool) as error:
-        typer.echo(f"error: {error}\n{after_failure}", err=True)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt as error:
-        typer.echo(f"stopped; {after_failure}", err=True)
-        raise typer.Exit(130) from error
 
 
 def parse_share(text: str) -> tuple[int, int]:

@@ -10,13 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError, model_validator
 
 from moba_megatron.config import ConfigError, Section
+from moba_megatron.config.load import shortened
 from moba_megatron.config.overrides import refuse_missing, resolved, with_override
+from moba_megatron.config.reading import read_tree
 from moba_megatron.corpus.chat_options import Chat
 
 S = TypeVar("S", bound=Section)
@@ -160,7 +159,7 @@ class TrainedTokenizer(Section):
     """A byte-level BPE trained on the training documents of the recipe, with `<|endoftext|>` as id 0."""
 
     kind: Literal["bpe"]
-    vocab_size: int = Field(ge=257)
+    vocab_size: int = Field(ge=257, le=2**24)
     """Entries, the 256 bytes and the end-of-document token included."""
     max_training_bytes: int | None = Field(default=None, ge=1)
     """Train on the first so many bytes of the corpus only, in the order of the sources. None: on all of it, which costs
@@ -311,13 +310,9 @@ def load_section(schema: type[S], path: str | Path, overrides: list[str] | None 
     path = Path(path)
     if not path.is_file():
         raise ConfigError([f"no such recipe: {path}"])
-    try:
-        tree = OmegaConf.load(path)
-        if not isinstance(tree, DictConfig):
-            raise ConfigError([f"{path} must hold a mapping with the keys {', '.join(schema.model_fields)}"])
-        values = OmegaConf.to_container(tree)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError([f"{path}: {str(error).splitlines()[0]}"]) from error
+    values = read_tree(path)
+    if not isinstance(values, dict):
+        raise ConfigError([f"{path} must hold a mapping with the keys {', '.join(schema.model_fields)}"])
     return _overridden(schema, values, overrides or [])
 
 
@@ -349,4 +344,4 @@ def _explain(error: Any) -> str:
         return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}"
     if error["type"] == "value_error":
         return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
-    return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{key} = {shortened(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"

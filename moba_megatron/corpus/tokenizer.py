@@ -65,6 +65,8 @@ class Tokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise ValueError(f"{path} is damaged: its vocabulary is empty; fetch it again")
         self.vocab_size: int = max(vocabulary.values()) + 1
         """One more than the largest id."""
         self.eod_token: str = _end_of_document(self.folder, vocabulary, end_of_document)
@@ -240,6 +242,8 @@ def _end_of_document(folder: Path, vocabulary: dict[str, int], named: str | None
     eos = eos.get("content") if isinstance(eos, dict) else eos
     named = named or config.get(_EOD_KEY)
     token = named or (END_OF_DOCUMENT if END_OF_DOCUMENT in vocabulary else eos)
+    if token is not None and not isinstance(token, str):
+        raise CorpusError(f"{folder} names {token!r} as eos_token, which is no text: fetch {_CONFIG_FILE} again")
     if token is None:
         raise CorpusError(f"{folder} names no eos_token: say which token ends a document (tokenizer.end_of_document)")
     if token not in vocabulary:
@@ -264,7 +268,12 @@ def _fingerprint(folder: Path, eod_id: int) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}; fetch it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no object; fetch it again")
+    return found

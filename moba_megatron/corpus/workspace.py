@@ -280,7 +280,17 @@ def _try_lock(lock: TextIO, shared: bool = False) -> bool:
 def _plan_of(folder: Path) -> dict[str, Any]:
     """Contents of plan.json; empty where there is none."""
     plan = folder / "plan.json"
-    return json.loads(plan.read_text(encoding="utf-8")) if plan.is_file() else {}
+    if not plan.is_file():
+        return {}
+    try:
+        found = json.loads(plan.read_bytes())
+        if not {"identity", "shares"} <= found.keys():
+            raise ValueError("keys are missing")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{plan} is damaged ({error}): what it belongs to cannot be told; remove {folder}, and run again"
+        ) from error
+    return found
 
 
 def _empty(folder: Path) -> None:

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,12 +31,13 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from moba_megatron.config import BlendEntry, Config, ConfigError
 from moba_megatron.config.paths import counted_from
 from moba_megatron.corpus.blend import blend_entries
-from moba_megatron.corpus.indexed import IndexSummary, read_index
+from moba_megatron.corpus.indexed import IndexSummary, foreign_id, read_index
 from moba_megatron.corpus.loss_mask import check_loss_mask, loss_mask_path
 from moba_megatron.corpus.manifest import load_manifest
 from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.data.index_cache import INDEX_CACHE as INDEX_CACHE
 from moba_megatron.data.index_cache import check_index_folder, index_folder
+from moba_megatron.data.order_memory import order_problem
 from moba_megatron.data.packing import PackingRules, usable
 from moba_megatron.data.packing_datasets import (
     ConcatenatedRows,
@@ -45,11 +47,13 @@ from moba_megatron.data.packing_datasets import (
     check_targets,
     document_lengths,
 )
+from moba_megatron.data.trusted import check_once, first_rank, remove_changed
 
 logger = logging.getLogger(__name__)
 
 _VALIDATION_SEED = 0
 _SAMPLED_TOKENS = 2**20
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +153,7 @@ def _build(config: Config, split: int, samples: int, seed: int) -> torch.utils.d
     entries = blend_entries(config.data.train if split == 0 else config.data.validation)
     paths, digest = [entry.path for entry in entries], _data_digest(entries)
     blend = (paths, [entry.weight for entry in entries] if len(entries) > 1 else None)
-    cache = _agreed(index_folder(config, "validation" if split else "train"))
+    cache = Path(_agreed(str(index_folder(config, "validation" if split else "train"))))
     # To cache the order of a blend, megatron-core asks for this process's rank, which there may be none of.
     cached = len(entries) == 1 or torch.distributed.is_initialized()
     rows = ConcatenatedRows if config.data.packing == "concatenate" else PackedRows
@@ -167,18 +171,30 @@ def _build(config: Config, split: int, samples: int, seed: int) -> torch.utils.d
         packing=None if rows is ConcatenatedRows else PackingRules.of(config.data),
     )
     sizes = [samples if number == split else 0 for number in range(3)]
+    key = "validation" if split else "train"
     with _locked(cache):
-        dataset = BlendedMegatronDatasetBuilder(rows, sizes, lambda: True, dataset_config).build()[split]
-    check_targets(dataset, samples, f"data.{'validation' if split else 'train'}")
+        if first_rank():
+            for path in paths:
+                check_once(path, load_manifest(Path(path).parent), cache)
+
+        def build() -> Any:
+            return BlendedMegatronDatasetBuilder(rows, sizes, lambda: True, dataset_config).build()[split]
+
+        dataset = build()
+        if _agreed(remove_changed(dataset, cache) if first_rank() else []):
+            dataset = build()
+            if first_rank():
+                remove_changed(dataset, cache)
+    check_targets(dataset, samples, f"data.{key}")
     return dataset
 
 
-def _agreed(folder: Path) -> Path:
-    """What rank 0 found: rights may differ from machine to machine."""
-    found = [str(folder)]
+def _agreed(found: T) -> T:
+    """What rank 0 found: rights and disks may differ from machine to machine."""
+    values = [found]
     if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(found, src=0)
-    return Path(found[0])
+        torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 @contextmanager
@@ -205,6 +221,7 @@ class _Size:
 
     tokens: int = 0
     samples_per_epoch: float = 0.0
+    documents: int = 0
 
 
 def _check_splits(config: Config, keys: list[str]) -> tuple[Tokenizer, dict[str, _Size]]:
@@ -231,6 +248,10 @@ def _check_splits(config: Config, keys: list[str]) -> tuple[Tokenizer, dict[str,
             else:
                 sizes[key].tokens += found.tokens
                 sizes[key].samples_per_epoch += found.samples_per_epoch
+                sizes[key].documents += found.documents
+    if not problems and "train" in sizes:
+        found = order_problem(config, sizes["train"].documents, sizes["train"].samples_per_epoch)
+        problems += [found] if found else []
     if problems:
         raise ConfigError(problems)
     return tokenizer, sizes
@@ -251,16 +272,15 @@ def _check_entry(key: str, path: str, samples: int, tokenizer: Tokenizer, config
     try:
         index = read_index(path)
         manifest = load_manifest(Path(path).parent)
-        check_loss_mask(path, index.dtype.itemsize)
+        check_once(path, manifest, index_folder(config, key.removeprefix("data.")))
+        split = manifest.splits.get(Path(path).name) if manifest else None
+        check_loss_mask(path, index.dtype.itemsize, wanted=split is not None and split.target_tokens is not None)
     except ValueError as error:
         raise ValueError(f"{key} = {path}: {error}{counted_from(path)}") from error
     if manifest is None:
         logger.warning("%s = %s has no manifest: that data.tokenizer made it cannot be checked", key, path)
-        largest = int(np.fromfile(f"{path}.bin", index.dtype, _SAMPLED_TOKENS).max(initial=0))
-        if largest >= tokenizer.vocab_size:
-            raise ValueError(
-                f"{key} = {path} holds id {largest}, over the {tokenizer.vocab_size} entries of data.tokenizer"
-            )
+        if wrong := foreign_id(path, tokenizer.vocab_size, _SAMPLED_TOKENS):
+            raise ValueError(f"{key} = {path}: {wrong} of data.tokenizer")
     elif manifest.tokenizer.fingerprint != tokenizer.fingerprint:
         raise ValueError(
             f"{key} = {path} was made with another tokenizer (fingerprint {manifest.tokenizer.fingerprint}) than "
@@ -277,7 +297,8 @@ def _check_entry(key: str, path: str, samples: int, tokenizer: Tokenizer, config
         raise ValueError(f"{key} = {path} holds {what}, but {samples} are needed: lower {mend}, or prepare more text")
     # Where documents are concatenated, the rest of an epoch begins the next one.
     concatenated = config.data.packing == "concatenate"
-    return _Size(index.tokens, index.tokens / config.data.sequence_length if concatenated else there)
+    samples_per_epoch = index.tokens / config.data.sequence_length if concatenated else there
+    return _Size(index.tokens, samples_per_epoch, index.documents)
 
 
 def _samples_there(path: str, index: IndexSummary, config: Config) -> tuple[int, str]:

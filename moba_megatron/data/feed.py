@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 
 from moba_megatron.config import Config
 from moba_megatron.data.batches import Batch, microbatches, packed_seq_params
+from moba_megatron.data.packing_datasets import KnownTokens
 
 
 def rank_batches(
@@ -21,10 +22,13 @@ def rank_batches(
 
     Every rank of a model-parallel group reads the same batches itself: nothing is broadcast. Context-parallel ranks
     read the same samples too, and keep their part of each.
+
+    Raises:
+        ConfigError: a sample with an id over the tokenizer's, as damaged files have; it names file and document.
     """
     parallel = config.parallel
     stream = microbatches(
-        dataset,
+        KnownTokens(dataset),
         consumed_samples=consumed_samples,
         num_samples=num_samples,
         micro_batch_size=config.training.micro_batch_size,

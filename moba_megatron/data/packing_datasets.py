@@ -126,6 +126,19 @@ class ConcatenatedRows(GPTDataset):
         pieces = np.stack([documents, starts, ends - starts], axis=1)
         return pieces[pieces[:, 2] > 0]
 
+    def refuse_foreign(self, number: int) -> None:
+        """Raise for a token of a sample that is none of the vocabulary, naming the file and the document."""
+        entries = self.config.tokenizer.vocab_size
+        for document, start, size in self._pieces(number).tolist():
+            ids = self.dataset.get(document, start, size)
+            wrong = np.flatnonzero((ids >= entries) | (ids < 0))
+            if wrong.size:
+                raise ConfigError([
+                    f"{self.dataset_path}.bin: token {start + wrong[0]} of document {document} is id {ids[wrong[0]]}, "
+                    f"but data.tokenizer has {entries} entries: the file is damaged or of another tokenizer; copy it "
+                    "again, or prepare the data again"
+                ])  # fmt: skip
+
     def _counts(self, document: int, start: int, size: int) -> np.ndarray | float:
         if self.targets is None:
             return 1.0
@@ -183,6 +196,28 @@ class PackedRows(ConcatenatedRows):
         if not rows:
             raise ValueError(f"{self.dataset_path}: no document is long enough for {self.config.packing}")
         return packing.pieces, packing.rows, row_order(rows, self.num_samples or rows, seed)
+
+
+class KnownTokens:
+    """A dataset of the classes here, or a blend of them, that refuses a sample with an id that is none of the
+    vocabulary: such an id would read beyond the embedding, or nothing of it."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+        self.entries = getattr(dataset, "datasets", [dataset])[0].config.tokenizer.vocab_size
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        sample = self.dataset[number]
+        for name in ("tokens", "labels"):
+            if int(sample[name].max()) >= self.entries or int(sample[name].min()) < 0:
+                part, own = self.dataset, number
+                if hasattr(part, "datasets"):
+                    part, own = part.datasets[part.dataset_index[number]], int(part.dataset_sample_index[number])
+                part.refuse_foreign(own)
+        return sample
 
 
 def check_targets(dataset: torch.utils.data.Dataset, samples: int, key: str) -> None:

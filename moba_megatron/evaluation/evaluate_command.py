@@ -8,9 +8,12 @@ from typing import Annotated
 
 import typer
 
+from moba_megatron.errors import one_door
+
 DEPTHS = "0,0.25,0.5,0.75,1"
 
 
+@one_door()
 def evaluate_command(
     target: Annotated[
         Path, typer.Argument(help="Run folder (its newest checkpoint is used) or a checkpoint folder step_N.")
@@ -117,75 +120,71 @@ def evaluate_command(
     from moba_megatron.runs.records import EvaluationRecords
 
     console = Console(highlight=False, soft_wrap=True)
-    try:
-        choice = parse_choice("--routing-choice", routing_choice) if routing_choice else None
-        choices = [parse_losses_choice(text) for text in losses_choice or []]
-        losses = True if choices else losses
-        routing = routing or choice is not None
-        options = None
-        if tasks is not None:
-            options = task_options(tasks, lengths=lengths, depths=depths, samples=task_samples, haystack=haystack)
-        elif lengths is not None:
-            raise ValueError(f"--lengths {lengths} without --tasks: name the tasks to run")
-        elif haystack is not None and ruler is None:
-            raise ValueError(f"--haystack {haystack} without --tasks or --ruler: name what it goes around")
-        asked = (lm_eval, ruler, lm_eval_tasks, lm_eval_limit, lm_eval_system)
-        harness = lm_eval_chat or any(option is not None for option in asked)
-        wants_losses = losses or (losses is None and not routing and not options and not harness)
-        of_losses = {"--samples": samples, "--trailing": trailing, "--validation": None if routing else validation}
-        if sequence_length is not None and not wants_losses and not routing:
-            raise ValueError(f"--sequence-length {sequence_length} without the losses or --routing: add --losses")
-        unused = [name for name, value in of_losses.items() if value is not None]
-        if unused and not wants_losses:
-            raise ValueError(f"{', '.join(unused)} without the losses: add --losses")
-        if harness:
-            from moba_megatron.evaluation.lm_eval.run import evaluate_with_harness, harness_settings
+    choice = parse_choice("--routing-choice", routing_choice) if routing_choice else None
+    choices = [parse_losses_choice(text) for text in losses_choice or []]
+    losses = True if choices else losses
+    routing = routing or choice is not None
+    options = None
+    if tasks is not None:
+        options = task_options(tasks, lengths=lengths, depths=depths, samples=task_samples, haystack=haystack)
+    elif lengths is not None:
+        raise ValueError(f"--lengths {lengths} without --tasks: name the tasks to run")
+    elif haystack is not None and ruler is None:
+        raise ValueError(f"--haystack {haystack} without --tasks or --ruler: name what it goes around")
+    asked = (lm_eval, ruler, lm_eval_tasks, lm_eval_limit, lm_eval_system)
+    harness = lm_eval_chat or any(option is not None for option in asked)
+    wants_losses = losses or (losses is None and not routing and not options and not harness)
+    of_losses = {"--samples": samples, "--trailing": trailing, "--validation": None if routing else validation}
+    if sequence_length is not None and not wants_losses and not routing:
+        raise ValueError(f"--sequence-length {sequence_length} without the losses or --routing: add --losses")
+    unused = [name for name, value in of_losses.items() if value is not None]
+    if unused and not wants_losses:
+        raise ValueError(f"{', '.join(unused)} without the losses: add --losses")
+    if harness:
+        from moba_megatron.evaluation.lm_eval.run import evaluate_with_harness, harness_settings
 
-            settings = harness_settings(
-                lm_eval,
-                lm_eval_tasks,
-                limit=lm_eval_limit,
-                batch_size=lm_eval_batch,
-                ruler=ruler,
-                samples=ruler_samples,
-                haystack=haystack,
-                chat=lm_eval_chat,
-                system=lm_eval_system,
-            )
-            evaluate_with_harness(target, settings, console, attention=attention, output=output, verify=verify)
-            if not wants_losses and not routing and not options:
-                return
-        if options and not wants_losses and not routing and (target / "config.json").is_file():
-            from moba_megatron.evaluation.tasks.evaluate_tasks import evaluate_folder_tasks
-
-            evaluate_folder_tasks(target, options, console, attention, output, verify=verify)
-            return
-        subject = open_subject(
-            target,
-            attention=attention,
-            validation=validation,
-            samples=samples,
-            trailing_tokens=trailing,
-            sequence_length=parse_length("--sequence-length", sequence_length) if sequence_length else None,
-            on_validation=wants_losses or routing,
-            output=output,
-            verify=verify,
+        settings = harness_settings(
+            lm_eval,
+            lm_eval_tasks,
+            limit=lm_eval_limit,
+            batch_size=lm_eval_batch,
+            ruler=ruler,
+            samples=ruler_samples,
+            haystack=haystack,
+            chat=lm_eval_chat,
+            system=lm_eval_system,
         )
-        with EvaluationRecords(subject.folder, subject.config) as records:
-            if wants_losses:
-                from moba_megatron.evaluation.losses.evaluate_losses import evaluate_losses
+        evaluate_with_harness(target, settings, console, attention=attention, output=output, verify=verify)
+        if not wants_losses and not routing and not options:
+            return
+    if options and not wants_losses and not routing and (target / "config.json").is_file():
+        from moba_megatron.evaluation.tasks.evaluate_tasks import evaluate_folder_tasks
 
-                evaluate_losses(subject, records, console, choices)
-            if routing:
-                from moba_megatron.evaluation.routing.evaluate_routing import evaluate_routing
+        evaluate_folder_tasks(target, options, console, attention, output, verify=verify)
+        return
+    subject = open_subject(
+        target,
+        attention=attention,
+        validation=validation,
+        samples=samples,
+        trailing_tokens=trailing,
+        sequence_length=parse_length("--sequence-length", sequence_length) if sequence_length else None,
+        on_validation=wants_losses or routing,
+        output=output,
+        verify=verify,
+    )
+    with EvaluationRecords(subject.folder, subject.config) as records:
+        if wants_losses:
+            from moba_megatron.evaluation.losses.evaluate_losses import evaluate_losses
 
-                evaluate_routing(subject, records, console, samples=routing_samples, choice=choice)
-            if options:
-                from moba_megatron.evaluation.tasks.asked import from_subject
-                from moba_megatron.evaluation.tasks.evaluate_tasks import evaluate_tasks
+            evaluate_losses(subject, records, console, choices)
+        if routing:
+            from moba_megatron.evaluation.routing.evaluate_routing import evaluate_routing
 
-                evaluate_tasks(from_subject(subject), options, records, console)
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+            evaluate_routing(subject, records, console, samples=routing_samples, choice=choice)
+        if options:
+            from moba_megatron.evaluation.tasks.asked import from_subject
+            from moba_megatron.evaluation.tasks.evaluate_tasks import evaluate_tasks
+
+            evaluate_tasks(from_subject(subject), options, records, console)
     console.print(f"  {subject.folder}")

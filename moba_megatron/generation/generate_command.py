@@ -9,12 +9,15 @@ from typing import Annotated
 
 import typer
 
+from moba_megatron.errors import one_door
+
 
 class Decode(StrEnum):
     full = "full"
     moba = "moba"
 
 
+@one_door()
 def generate_command(
     source: Annotated[
         Path,
@@ -48,42 +51,41 @@ def generate_command(
     ] = True,
 ) -> None:
     """Continue a prompt. The text goes to standard output as it comes, how the model attends to standard error."""
-    from moba_megatron.checkpoint.manifest import CheckpointError
-    from moba_megatron.config import ConfigError
     from moba_megatron.generation.engine import continue_prompt
     from moba_megatron.generation.loading import load_generator
     from moba_megatron.generation.streaming import TextStream
 
-    try:
-        text = _prompt(prompt, prompt_file)
-        generator = load_generator(source, decode and decode.value, verify=verify)
-        typer.echo(f"attention: {generator.attention}", err=True)
-        ids = generator.encode(text)
-        stream = TextStream(generator.decode, _write)
-        stream.put(ids)
-        new = continue_prompt(
-            generator.model,
-            ids,
-            max_new_tokens=tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop_ids=generator.stop_ids,
-            prefill_tokens=prefill_tokens,
-        )
-        for token in new:
-            stream.put([token])
-        stream.end()
-    except (CheckpointError, ConfigError, ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    text = _prompt(prompt, prompt_file)
+    generator = load_generator(source, decode and decode.value, verify=verify)
+    typer.echo(f"attention: {generator.attention}", err=True)
+    ids = generator.encode(text)
+    stream = TextStream(generator.decode, _write)
+    stream.put(ids)
+    new = continue_prompt(
+        generator.model,
+        ids,
+        max_new_tokens=tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop_ids=generator.stop_ids,
+        prefill_tokens=prefill_tokens,
+    )
+    for token in new:
+        stream.put([token])
+    stream.end()
     typer.echo()
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
         raise ValueError("give --prompt or --prompt-file, one of the two")
-    return prompt if file is None else file.read_text(encoding="utf-8")
+    if file is None:
+        return prompt
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file {file} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
 
 
 def _write(text: str) -> None:

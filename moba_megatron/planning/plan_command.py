@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from moba_megatron.errors import one_door
 
+
+@one_door()
 def plan_command(
     config: Annotated[
         Path,
@@ -44,16 +47,9 @@ def plan_command(
     Nothing is measured and no GPU is needed. Ends with 1 if the configuration's own layout does not fit these GPUs, and
     with 2 for mistakes.
     """
-    from moba_megatron.config import ConfigError
     from moba_megatron.planning.plan_cluster import plan_on
     from moba_megatron.planning.plan_target import planned
 
-    try:
-        target = planned(config, overrides, length, gpu=gpu, count=gpus, per_node=per_node)
-        fits = plan_on(target, layouts, price_per_hour, output)
-    except ValueError as error:
-        text = str(error) if isinstance(error, ConfigError) else f"the plan cannot be made:\n  - {error}"
-        typer.echo(f"error: {text}", err=True)
-        raise typer.Exit(2) from error
-    if not fits:
+    target = planned(config, overrides, length, gpu=gpu, count=gpus, per_node=per_node)
+    if not plan_on(target, layouts, price_per_hour, output):
         raise typer.Exit(1)

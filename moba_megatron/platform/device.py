@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
+
+from moba_megatron.platform.launched import check_launch
 
 
 def current_device() -> torch.device:
@@ -15,7 +15,7 @@ def current_device() -> torch.device:
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = check_launch(alone=True).local_rank
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"LOCAL_RANK = {local_rank}, but this machine has {torch.cuda.device_count()} GPUs: start one process for "

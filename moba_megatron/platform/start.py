@@ -9,7 +9,9 @@ import torch
 from moba_megatron.config import ParallelConfig
 from moba_megatron.platform.device import current_device
 from moba_megatron.platform.differences import apply
+from moba_megatron.platform.launched import check_launch
 from moba_megatron.platform.process_groups import seed_all, start_model_parallel, start_process_group
+from moba_megatron.temporary import keep_temporary_files_together
 
 
 def start_rank(
@@ -21,7 +23,7 @@ def start_rank(
         threads: CPU threads of this process. Default: the cores it may use, divided by the processes on this machine.
         context_levels: as for `start_model_parallel`.
     """
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_ranks = check_launch(alone=True).local_ranks
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
     device = current_device()
     apply(device.type)
@@ -37,10 +39,12 @@ def start_single_rank(seed: int) -> torch.device:
     beside a job, which has a launcher's variables around.
 
     Raises:
-        ValueError: torchrun started several.
+        ValueError: torchrun started several, or a launcher's variable is no number.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"this command is one process, but torchrun started {os.environ['WORLD_SIZE']}: call it alone")
+    keep_temporary_files_together()
+    launch = check_launch(alone=True)
+    if "TORCHELASTIC_RUN_ID" in os.environ and launch.world_size > 1:
+        raise ValueError(f"this command is one process, but torchrun started {launch.world_size}: call it alone")
     if not torch.distributed.is_initialized():
         start_process_group(alone=True)
     return start_rank(ParallelConfig(), seed=seed)

@@ -38,50 +38,79 @@ def write_in_place(path: Path, text: str) -> None:
         stream.truncate()
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object of a JSON file; None if there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def read_json(path: Path, needs: tuple[str, ...] = ()) -> dict[str, Any] | None:
+    """The object of a JSON file; None if there is no file.
 
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file, oldest first; empty if there is no file.
+    Args:
+        needs: keys that it has.
 
     Raises:
-        ValueError: a line is damaged, with its number.
+        ValueError: it holds something else.
     """
-    lines = []
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}; copy it again, or move it away") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no object; copy it again, or move it away")
+    if missing := [key for key in needs if key not in found]:
+        raise ValueError(f"{path} is damaged: it has no {missing[0]}; copy it again, or move it away")
+    return found
+
+
+def read_json_lines(path: Path, needs: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """The complete lines of a file, oldest first; empty if there is no file.
+
+    Args:
+        needs: keys that every line has.
+
+    Raises:
+        ValueError: a line that is no JSON object, by its number.
+    """
+    found = []
     for number, line in enumerate(_complete_lines(path), start=1):
         try:
-            lines.append(json.loads(line))
+            values = _line_values(line, needs)
         except ValueError as error:
             raise ValueError(
-                f"{path}, line {number} is damaged ({error}): take it out, or let the run go on, which does so"
+                f"{path}, line {number} is damaged: {error}; take that line out, or let the run go on, which does so"
             ) from error
-    return lines
+        found.append(values)
+    return found
 
 
 def readable_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """As `read_json_lines`, without the damaged lines, and how many they are."""
+    """As `read_json_lines`, without the damaged lines and those without a step, and how many these are."""
     lines, damaged = [], 0
     for line in _complete_lines(path):
         try:
-            values = json.loads(line)
+            lines.append(_line_values(line, ("step",)))
         except ValueError:
-            values = None
-        if isinstance(values, dict) and "step" in values:
-            lines.append(values)
-        else:
             damaged += 1
     return lines, damaged
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """All lines but one that a kill cut short. Bytes that are no text, as zeros after the power failed, stay visible as
-    such."""
+def _line_values(line: bytes, needs: tuple[str, ...]) -> dict[str, Any]:
+    """Raises ValueError for a line that is no JSON object, or has not all keys that it needs."""
+    try:
+        values = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(values, dict):
+        raise ValueError("it holds no object")
+    if missing := [key for key in needs if key not in values]:
+        raise ValueError(f"it has no {missing[0]}")
+    return values
+
+
+def _complete_lines(path: Path) -> list[bytes]:
+    """All lines but one that a kill cut short."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return text[: text.rfind("\n") + 1].split("\n")[:-1]
+    data = path.read_bytes()
+    return data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
 
 
 def append_json_line(path: Path, values: dict[str, Any]) -> None:

@@ -7,9 +7,9 @@ import re
 from typing import Any
 
 import torch
-import yaml
 
 from moba_megatron.config import Config
+from moba_megatron.config.reading import read_plain_yaml
 from moba_megatron.runs.files import read_json_lines, write_whole
 from moba_megatron.runs.folder import RunFolder
 
@@ -49,7 +49,7 @@ def _from_configurations(folder: RunFolder) -> list[dict[str, Any]]:
     kept = {int(re.sub(r"\D", "", path.stem)): path for path in folder.path.glob("config.until_step_*.yaml")}
     steps, files = [0, *sorted(kept)], [kept[step] for step in sorted(kept)]
     files += [folder.config] if folder.config.is_file() else []
-    values = [yaml.safe_load(path.read_text(encoding="utf-8")) or {} for path in files]
+    values = [read_plain_yaml(path) or {} for path in files]
     return [{"step": step, "parallel": part.get("parallel", {})} for step, part in zip(steps, values, strict=False)]
 
 

@@ -8,11 +8,16 @@ run of the same group.
 from __future__ import annotations
 
 import importlib.util
+import netrc
+import os
 import secrets
+import urllib.parse
+from pathlib import Path
 from typing import Any
 
 from moba_megatron.config import LoggingConfig
 from moba_megatron.runs.folder import RunFolder
+from moba_megatron.temporary import let_wandb_in
 
 # What the tools take as the axis, not as a curve.
 AXES = ("step", "stage")
@@ -67,12 +72,35 @@ class Trackers:
 
 
 def check_trackers(logging: LoggingConfig) -> None:
-    """Raise ValueError where Weights & Biases is on and not installed, before any work is lost to that."""
+    """Raise ValueError where Weights & Biases is on and not installed, or has no key to go online with, before any work
+    is lost to that."""
+    if logging.wandb != "off":
+        let_wandb_in()
     if logging.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"logging.wandb = {logging.wandb}: wandb is not installed (pip install wandb)")
+    if logging.wandb == "online" and not _has_wandb_key():
+        raise ValueError(
+            "logging.wandb = online, but there is no API key: run `wandb login`, set WANDB_API_KEY, or take offline"
+        )
+
+
+def _has_wandb_key() -> bool:
+    """Whether wandb finds a key without asking: in the environment, or where `wandb login` has put it."""
+    if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return True
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    named = os.environ.get("NETRC")
+    for path in [Path(named)] if named else [Path.home() / name for name in (".netrc", "_netrc")]:
+        try:
+            if path.is_file() and netrc.netrc(path).authenticators(host):
+                return True
+        except (netrc.NetrcParseError, OSError):
+            continue
+    return False
 
 
 def _open_wandb(folder: RunFolder, logging: LoggingConfig, settings: dict[str, Any], suffix: str) -> Any:
+    let_wandb_in()
     import wandb
 
     identity = folder.wandb_id

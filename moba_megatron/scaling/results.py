@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import socket
@@ -89,12 +90,12 @@ def read_results(sweep: Sweep) -> list[Result]:
 
 def read_result(point: Point) -> Result:
     """One run. See `read_results`."""
-    status = read_json(point.run.status)
+    status = read_json(point.run.status, needs=("state", "step"))
     if status is None:
         return _before_first_step(point)
     _check_settings(point)
-    steps = read_json_lines(point.run.metrics)
-    evaluations = read_json_lines(point.run.evaluations)
+    steps = read_json_lines(point.run.metrics, needs=("step", "step_seconds"))
+    evaluations = read_json_lines(point.run.evaluations, needs=("step",))
     state, step = _state(point, status), int(steps[-1]["step"]) if steps else 0
     seconds = sum(line["step_seconds"] for line in steps)
     if state != "finished":
@@ -106,11 +107,29 @@ def read_result(point: Point) -> Result:
     if not losses:
         return Result(point, "failed", step, "finished without an evaluation: set data.validation", seconds=seconds)
     last = losses[-1]
+    if wrong := _not_a_result(last):
+        return Result(point, "failed", step, f"finished, but {wrong}: train it anew", seconds=seconds)
     # Lines with a choice of blocks that is not the model's own ("choice") say nothing of the run.
     tasks = [line for line in at_end if line.get("kind", "losses") != "losses" and "choice" not in line]
     return Result(
         point, "finished", step, "", last["loss"], last["trailing_loss"], last["by_position"], seconds, tasks
     )  # fmt: skip
+
+
+def _not_a_result(record: dict[str, Any]) -> str | None:
+    """What keeps an evaluation from being a result, in words: a fit or a table would take a NaN for a number."""
+    for name in ("loss", "trailing_loss", "by_position"):
+        if name not in record:
+            return f"its evaluation has no {name}"
+    for name in ("loss", "trailing_loss"):
+        value = record[name]
+        if (value is not None or name == "loss") and not _finite(value):
+            return f"its {name} is {value}"
+    return None
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def best(results: list[Result], axes: list[str], metric: str = "loss") -> list[Result]:

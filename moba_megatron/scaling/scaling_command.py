@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from moba_megatron.errors import one_door
 
 scaling_app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -21,15 +21,16 @@ def scaling() -> None:
 
 
 @scaling_app.command("plan")
+@one_door(apart=True)
 def plan_command(sweep: SweepArgument) -> None:
     """List the runs with parameters, tokens, learning rate, operations, and how each stands."""
     from moba_megatron.scaling.actions import show_plan
 
-    with _errors():
-        show_plan(sweep)
+    show_plan(sweep)
 
 
 @scaling_app.command("run")
+@one_door(apart=True)
 def run_command(
     sweep: SweepArgument,
     only: Annotated[
@@ -37,9 +38,11 @@ def run_command(
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Trainings at once. Default: as many as the GPUs, else the cores, suffice for."),
+        typer.Option(
+            min=1, max=4096, help="Trainings at once. Default: as many as the GPUs, else the cores, suffice for."
+        ),
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Ranks of each training, on this machine.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, max=4096, help="Ranks of each training, on this machine.")] = 1,
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Save and stop after so long; the same command goes on.")
     ] = None,
@@ -52,46 +55,33 @@ def run_command(
     time was up before all had finished."""
     from moba_megatron.scaling.actions import train_runs
 
-    with _errors():
-        code = train_runs(sweep, only, jobs, processes, minutes, slurm)
+    code = train_runs(sweep, only, jobs, processes, minutes, slurm)
     if code:
         raise typer.Exit(code)
 
 
 @scaling_app.command("fit")
+@one_door(apart=True)
 def fit_command(sweep: SweepArgument, output: OutputOption = None) -> None:
     """Fit L(C) = a C^b and L(N, D) = E + A/N^alpha + B/D^beta for each attention, and write laws.json."""
     from moba_megatron.scaling.actions import fit_laws
 
-    with _errors():
-        fit_laws(sweep, output)
+    fit_laws(sweep, output)
 
 
 @scaling_app.command("plot")
+@one_door(apart=True)
 def plot_command(sweep: SweepArgument, output: OutputOption = None) -> None:
     """Draw the sweep's figures as PNG: loss against compute with its laws and the gap below, and what else it names."""
     from moba_megatron.scaling.actions import draw_figures
 
-    with _errors():
-        draw_figures(sweep, output)
+    draw_figures(sweep, output)
 
 
 @scaling_app.command("table")
+@one_door(apart=True)
 def table_command(sweep: SweepArgument, output: OutputOption = None) -> None:
     """Print results, gaps, laws and what the runs were made on as Markdown; with --output also into FOLDER/table.md."""
     from moba_megatron.scaling.actions import print_tables
 
-    with _errors():
-        print_tables(sweep, output)
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """A problem of the user's ends with 2 and one line for each."""
-    from moba_megatron.config import ConfigError
-
-    try:
-        yield
-    except ConfigError as error:
-        typer.echo("\n".join(f"error: {line}" for line in error.problems), err=True)
-        raise typer.Exit(2) from error
+    print_tables(sweep, output)

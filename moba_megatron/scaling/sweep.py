@@ -20,23 +20,23 @@ another run of the sweep, by its name, once that has finished; or with those of 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 
 from moba_megatron.config import Config, ConfigError, load_config
-from moba_megatron.config.overrides import as_override
+from moba_megatron.config.overrides import as_override, missing_keys, refuse_missing
+from moba_megatron.config.reading import read_tree
 from moba_megatron.config.section import Section
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.planning.flops import matrix_parameters, training_flops_per_token
 from moba_megatron.runs.folder import RunFolder
 
+_MOST_RUNS = 10_000
 PFLOP_S_DAY = 1e15 * 86400
 """Operations that a machine of 1 PFLOP/s does in a day: the unit of the report's figure 3."""
 
@@ -231,9 +231,9 @@ def _read(path: Path) -> SweepFile:
         raise ConfigError([f"no such sweep: {path}"])
     try:
         # References (`${...}`) stay as they are: those in options are to keys of the training configuration.
-        return SweepFile.model_validate(OmegaConf.to_container(OmegaConf.load(path)))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError([f"{path} is not valid YAML: {error}"]) from error
+        values = read_tree(path)
+        refuse_missing(values, tuple(key for key in missing_keys(values) if key.endswith("model.init_from")))
+        return SweepFile.model_validate(values)
     except ValidationError as error:
         raise ConfigError([f"{path}: {line}" for line in _explain(error)]) from error
 
@@ -244,6 +244,10 @@ def _explain(error: ValidationError) -> list[str]:
 
 def _axis_problems(file: SweepFile) -> list[str]:
     problems = [f"axes.{axis} has no options" for axis, options in file.axes.items() if not options]
+    runs = math.prod(map(len, file.axes.values()))
+    if runs > _MOST_RUNS:
+        # Before they are made one by one.
+        raise ConfigError([f"axes: their options make {runs:,} runs, over {_MOST_RUNS:,}: leave some out"])
     problems += [f"best_of names {axis!r}, which is no axis" for axis in file.best_of if axis not in file.axes]
     for rule in file.skip:
         problems += [

@@ -41,6 +41,7 @@ _ADVICE = {
     "loss": "Lower optimizer.lr, or look at this step's data",
     "gradient norm": "Lower optimizer.lr, lengthen optimizer.warmup_steps, or look at this step's data",
     "spike": "Look at this step's data, or raise training.spike_threshold",
+    "weights": "Lower optimizer.lr, lengthen optimizer.warmup_steps, or look at the data of the last steps",
 }
 
 
@@ -48,12 +49,12 @@ class StepDiverged(Exception):
     """A step that must not change the weights, and has not. Raised on every rank.
 
     Args:
-        kind: `loss` or `gradient norm`, the first of them that is not finite, or `spike`.
+        kind: `loss` or `gradient norm`, the first of them that is not finite, or `spike`; `weights`, after an update.
         why: the same in words.
         grad_norm: before clipping.
     """
 
-    def __init__(self, kind: str, why: str, loss: float, grad_norm: float):
+    def __init__(self, kind: str, why: str, loss: float | None, grad_norm: float | None):
         self.kind, self.why, self.loss, self.grad_norm = kind, why, loss, grad_norm
         super().__init__(why)
 
@@ -162,9 +163,10 @@ class DivergencePolicy:
         self.count += 1
         action, blamed, ends = training.on_divergence, step, ""
         spoilt = any(entry["weights"] for entry in facts)
-        if spoilt:
-            # The batch before made them so; one that was left out has made nothing.
-            blamed = next(number for number in range(step - 1, -1, -1) if skipped.why(number) is None)
+        if spoilt or diverged.kind == "weights":
+            # The batch before a step made them so, after a step its own; one that was left out has made nothing.
+            newest = step if diverged.kind == "weights" else step - 1
+            blamed = next(number for number in range(newest, -1, -1) if skipped.why(number) is None)
         if action == "stop":
             ends = f". {_ADVICE[diverged.kind]}"
         elif self.count > training.max_divergences:

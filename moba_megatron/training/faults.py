@@ -14,8 +14,8 @@ from typing import NoReturn
 
 import torch
 
-from moba_megatron.checkpoint import CheckpointError
 from moba_megatron.config import ConfigError
+from moba_megatron.errors import explained
 from moba_megatron.platform.processes import end_job, failure_report
 from moba_megatron.runs.claim import RunFolderInUse
 from moba_megatron.runs.disk import disk_error_line
@@ -65,10 +65,10 @@ def leave_after_failure(error: BaseException, run_dir: str) -> NoReturn:
     line. The exit code is 1, after Ctrl-C 130, and 2 for a configuration that cannot be used.
     """
     rank = int(os.environ.get("RANK", "0"))
-    full = disk_error_line(error, RunFolder(run_dir).path)
-    words = full or f"{type(error).__name__}: {error}"
+    full, known = disk_error_line(error, RunFolder(run_dir).path), explained(error)
+    words = full or f"{type(error).__name__}: {error if known is None else known}"
     # These explain themselves; where they were raised helps nobody.
-    short = full or isinstance(error, CheckpointError | ConfigError | TrainingDiverged | KeyboardInterrupt)
+    short = full is not None or known is not None or isinstance(error, KeyboardInterrupt)
     report = f"[rank {rank}] failed: {words}" if short else failure_report(error)
 
     def record() -> None:

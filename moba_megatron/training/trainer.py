@@ -20,7 +20,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.timers import Timers
 
-from moba_megatron.checkpoint import SaveError, TrainingState, load_training
+from moba_megatron.checkpoint import NotFinite, SaveError, TrainingState, load_training
 from moba_megatron.checkpoint.finite import list_of_names, weights_not_finite
 from moba_megatron.config import Config
 from moba_megatron.data.feed import rank_batches
@@ -134,21 +134,35 @@ class Trainer:
                     continue
                 profiler.step()
                 signal = stop.agreed(self.device)
-                if signal is not None or number == last_step:
-                    self.check_weights(number)
-                evaluation = self.validation_data is not None and evaluation_is_due(config, number)
-                if evaluation and signal is None:
-                    self.evaluate(number)
-                last = signal is not None or number == last_step
-                if last or _due(config.checkpoint.every, number):
-                    # The state first, where a signal came: whoever sent it may not wait for long.
-                    self.save(number, last=last)
-                else:
-                    self.saver.poll()
-                if evaluation and signal is not None:
-                    self.evaluate(number)
+                stopping = signal is not None
+                try:
+                    self._after_step(number, stopping=stopping, last=stopping or number == last_step)
+                except NotFinite as error:
+                    number = self._answer_weights(number, error)
             self.saver.wait()
         return LoopEnd(number, signal)
+
+    def _after_step(self, number: int, *, stopping: bool, last: bool) -> None:
+        """Evaluate and save, where they are due.
+
+        Args:
+            stopping: whether a signal came: then the state first, whoever sent it may not wait for long.
+            last: whether no step follows.
+
+        Raises:
+            NotFinite: on every rank, of the weights, or of a state that was written.
+        """
+        if last:
+            self.check_weights(number)
+        evaluation = self.validation_data is not None and evaluation_is_due(self.config, number)
+        if evaluation and not stopping:
+            self.evaluate(number)
+        if last or _due(self.config.checkpoint.every, number):
+            self.save(number, last=last)
+        else:
+            self.saver.poll()
+        if evaluation and stopping:
+            self.evaluate(number)
 
     def take(self, number: int, last_step: int) -> int | None:
         """Take the next step, or leave its batch out, and record it.
@@ -273,15 +287,27 @@ class Trainer:
             answer = self.policy.answer(number, diverged, facts, self.skipped, position)
         except TrainingDiverged:
             # What is being written is from before.
-            with suppress(SaveError):
+            with suppress(SaveError, NotFinite):
                 self.saver.wait()
             raise
         self.skipped.add(answer.blamed, f"in step {number} {diverged.why}", self.config, position)
         return self._go_back(answer.blamed) if answer.action == "rollback" else None
 
+    def _answer_weights(self, number: int, error: NotFinite) -> int:
+        """As `_answer`, where an update left weights, or the optimizer's state, not finite: going back alone mends it.
+        Returns the step that the run has gone back to."""
+        policy = self.config.training.on_divergence
+        if policy != "rollback":
+            more = "; leaving out a batch mends no weights: use training.on_divergence=rollback" * (policy == "skip")
+            raise TrainingDiverged(f"{error}{more}") from error
+        back_to = self._answer(number, StepDiverged("weights", str(error), None, None))
+        assert back_to is not None, "rollback goes back or raises"
+        return back_to
+
     def _go_back(self, before: int) -> int:
         """Load the newest checkpoint, which must be from before a step, and return its step."""
-        self.saver.wait()
+        with suppress(NotFinite):
+            self.saver.wait()
         checkpoint, step = checkpoint_before(before, self.folder, self.ready.resume)
         self.progress.say(f"going back to {checkpoint}, and on without the batch of step {before}")
         # Loading adds the steps of the checkpoint to those that were counted.
@@ -340,9 +366,9 @@ class Trainer:
         self.progress.say(f"validation after step {number}  loss {result['loss']:.4f}{trailing}")
 
     def check_weights(self, number: int) -> None:
-        """Raise TrainingDiverged on every rank if the update of a step left weights that are not finite."""
+        """Raise NotFinite on every rank if the update of a step left weights that are not finite."""
         if names := weights_not_finite(self.state.model):
-            raise TrainingDiverged(
+            raise NotFinite(
                 f"step {number}: the update left weights that are not finite: {list_of_names(names)}. Lower "
                 "optimizer.lr, lengthen optimizer.warmup_steps, or look at this step's data"
             )

@@ -29,6 +29,7 @@ from moba_megatron.evaluation.tasks.options import parse_lengths
 from moba_megatron.generation.loading import load_huggingface, load_tokenizer
 from moba_megatron.hf import NAME, MoBASettings, check_attends
 from moba_megatron.hf.probe import has_moba_layers
+from moba_megatron.runs.files import read_json
 from moba_megatron.runs.folder import RunFolder
 from moba_megatron.runs.records import EvaluationRecords
 
@@ -271,7 +272,7 @@ def _record(
     """Write the results; those of other tasks that the file holds stay in it."""
     name = f"{KIND}_{'' if target.step is None else f'step_{target.step}_'}{attention}"
     path = target.folder.evaluation / f"{name}.json"
-    before = json.loads(path.read_text(encoding="utf-8"))["tasks"] if path.is_file() else {}
+    before = (read_json(path, needs=("tasks",)) or {"tasks": {}})["tasks"]
     numbers = {f"{task}/{key}": value for task, entry in results.items() for key, value in entry["metrics"].items()}
     return records.write(
         KIND,

@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from moba_megatron.errors import one_door
 
+
+@one_door()
 def report_command(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],
     output: Annotated[
@@ -24,14 +27,10 @@ def report_command(
     from moba_megatron.evaluation.report.run_page import distinct, report_page
     from moba_megatron.evaluation.report.run_view import view_run
 
-    try:
-        views = distinct([view_run(folder) for folder in runs])
-        path = output or runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
-        _refuse_foreign(path)
-        page = report_page(views)
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    views = distinct([view_run(folder) for folder in runs])
+    path = output or runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
+    _refuse_foreign(path)
+    page = report_page(views)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     typer.echo(f"  {path}")

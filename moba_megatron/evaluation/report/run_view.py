@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moba_megatron.checkpoint.manifest import CheckpointError, Manifest, find_latest
+from moba_megatron.config.reading import read_plain_yaml, text_of
 from moba_megatron.runs.files import read_json, read_json_lines
 from moba_megatron.runs.folder import RunFolder, trained_steps, training_records
 from moba_megatron.runs.starts import layout_changes
@@ -140,15 +139,18 @@ def view_run(folder: Path) -> RunView:
     run = RunFolder(folder)
     if not run.config.is_file() and not run.metrics.is_file():
         raise ValueError(f"{folder} is not a run folder: it has no {run.config.name} and no {run.metrics.name}")
-    text = run.config.read_text(encoding="utf-8") if run.config.is_file() else ""
+    text = text_of(run.config) if run.config.is_file() else ""
+    config = read_plain_yaml(run.config) if run.config.is_file() else None
+    if not isinstance(config, dict | None):
+        raise ValueError(f"{run.config} must hold a mapping of sections: copy it again")
     return RunView(
         name=folder.resolve().name,
         folder=run,
         status=read_json(run.status) or {},
         config_text=text,
-        config=yaml.safe_load(text) or {},
-        steps=trained_steps(read_json_lines(run.metrics)),
-        evaluations=read_json_lines(run.evaluations),
+        config=config or {},
+        steps=trained_steps(read_json_lines(run.metrics, needs=("step", "tokens"))),
+        evaluations=read_json_lines(run.evaluations, needs=("step",)),
         environment=_environment(run),
         layouts=layout_changes(run),
     )

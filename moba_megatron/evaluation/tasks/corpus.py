@@ -21,6 +21,7 @@ from rich.progress import track
 from tokenizers import models, pre_tokenizers
 
 from moba_megatron.corpus.tokenizer import END_OF_DOCUMENT, Tokenizer
+from moba_megatron.errors import one_door
 from moba_megatron.evaluation.tasks.compose import make_samples
 from moba_megatron.evaluation.tasks.options import parse_lengths, parse_tasks
 from moba_megatron.evaluation.tasks.puzzles import TASKS
@@ -88,6 +89,7 @@ def _reserve(name: str, length: int, tokenizer: Tokenizer) -> int:
     return len(prompt) + len(answer) + 1 - probe.length
 
 
+@one_door()
 def main(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     tasks: Annotated[str, typer.Option(help="Tasks, by commas; all: every one of them.")] = "needle",
@@ -99,14 +101,10 @@ def main(
 
     Then: moba-megatron prepare OUT/recipe.yaml DATA
     """
-    try:
-        names, sizes = parse_tasks(tasks), parse_lengths(lengths)
-        if out.exists():
-            raise ValueError(f"{out} is there already: name another folder, or remove it")
-        write_corpus(out, names, sizes, tokens, seed)
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    names, sizes = parse_tasks(tasks), parse_lengths(lengths)
+    if out.exists():
+        raise ValueError(f"{out} is there already: name another folder, or remove it")
+    write_corpus(out, names, sizes, tokens, seed)
 
 
 def write_corpus(out: Path, names: list[str], lengths: list[int], tokens: int, seed: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from moba_megatron.evaluation.tasks.options import TaskOptions
 from moba_megatron.evaluation.tasks.puzzles import TASKS
 from moba_megatron.evaluation.tasks.sample import Sample
 from moba_megatron.evaluation.tasks.scoring import SampleScore, score_sample
+from moba_megatron.runs.files import read_json
 from moba_megatron.runs.records import EvaluationRecords
 
 
@@ -68,7 +68,7 @@ def evaluate_tasks(asked: Asked, options: TaskOptions, records: EvaluationRecord
 def _other_cells(records: EvaluationRecords, asked: Asked, attention: str, names: list[str]) -> list[dict[str, Any]]:
     """Cells of tasks with other names that this model's record holds."""
     path = records.path_of("tasks", asked.step, attention)
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
+    cells = (read_json(path, needs=("cells",)) or {"cells": []})["cells"]
     return [cell for cell in cells if cell["task"] not in names]
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Protocol
 
 import typer
 
+from moba_megatron.errors import one_door
 from moba_megatron.evaluation.plots import plain
 
 
@@ -81,7 +82,7 @@ def read_places(record: Path, task: str) -> list[StoredPlace]:
     """
     try:
         cells = json.loads(record.read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{record} is not a record of evaluate --tasks: {type(error).__name__}: {error}") from error
     places = [
         StoredPlace(cell["length"], cell["depth"], cell["greedy_match"])
@@ -93,24 +94,21 @@ def read_places(record: Path, task: str) -> list[StoredPlace]:
     return places
 
 
+@one_door()
 def main(
     out: Annotated[Path, typer.Argument(help="Picture to write.")],
     records: Annotated[list[str], typer.Argument(help="NAME=RECORD.json, one for each map.")],
     task: Annotated[str, typer.Option(help="Task with depths.")] = "needle",
 ) -> None:
     """Draw the heat maps of several runs side by side."""
-    try:
-        named = [text.partition("=") for text in records]
-        if not all(name and path for name, _, path in named):
-            raise ValueError(f"records must be NAME=RECORD.json, not {' '.join(records)}")
-        maps = {name: read_places(Path(path), task) for name, _, path in named}
-        squares = {name: {(place.length, place.depth) for place in places} for name, places in maps.items()}
-        if len({frozenset(found) for found in squares.values()}) > 1:
-            raise ValueError(f"the records of {', '.join(maps)} have other lengths or depths: evaluate them alike")
-        plot_heat_maps(task, maps, out)
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    named = [text.partition("=") for text in records]
+    if not all(name and path for name, _, path in named):
+        raise ValueError(f"records must be NAME=RECORD.json, not {' '.join(records)}")
+    maps = {name: read_places(Path(path), task) for name, _, path in named}
+    squares = {name: {(place.length, place.depth) for place in places} for name, places in maps.items()}
+    if len({frozenset(found) for found in squares.values()}) > 1:
+        raise ValueError(f"the records of {', '.join(maps)} have other lengths or depths: evaluate them alike")
+    plot_heat_maps(task, maps, out)
     typer.echo(out)
 
 
