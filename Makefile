@@ -75,6 +75,7 @@ test-slow: setup
 KILLS ?= 200
 SEED ?= 0
 test-faults: setup
+	MOBA_FUZZ_SECONDS=20 $(BIN)/pytest tests/faults/test_readers.py
 	$(BIN)/python tests/faults/kill_loop.py --kills $(KILLS) --seed $(SEED)
 
 # Compiles all GPU kernels for A100, H100 and B200, without a GPU; fails where one spills or does not fit.
