@@ -39,7 +39,10 @@ def bench_command(
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     preset: Annotated[
-        str | None, typer.Option(help="targets (CPU, with floor and goal), gpu (8K to 1M), gpu-128k.")
+        str | None,
+        typer.Option(
+            help="targets (CPU, with floor and goal), real (a layer of SmolLM2-135M), gpu (8K to 1M), gpu-128k."
+        ),
     ] = None,
     model: Annotated[
         bool, typer.Option("--model", help="Print what a model expects of GPUs instead; nothing is measured.")

@@ -1,7 +1,8 @@
 """Named sets of benchmark settings.
 
 `targets` are single cases on two CPU threads with the speed-up that each must reach and the one it aims at: dtype,
-length, block size, top-k, mode, floor, goal. Others are changes to the settings, one after the other.
+length, block size, top-k, mode, floor, goal. Others are changes to the settings, one after the other. `real` is a layer
+of SmolLM2-135M, a model that people do train on a CPU.
 """
 
 from __future__ import annotations
@@ -40,6 +41,17 @@ PRESETS = {
         ("fp32", 32 * K, 128, 8, "fwd+bwd", 3.5, 7.0),
         ("fp32", 4 * K, 512, 3, "fwd+bwd", 1.0, 1.4),
         ("fp32", 128 * K, 512, 3, "fwd", 14.0, 25.0),
+    ),
+    "real": tuple(
+        {
+            "lengths": lengths,
+            "blocks": blocks,
+            "modes": ("fwd+bwd",),
+            "num_heads": 9,
+            "num_kv_heads": 3,
+            "head_size": 64,
+        }
+        for lengths, blocks in (((2 * K, 8 * K), ((64, 8),)), ((8 * K,), ((256, 8), (128, 16))))
     ),
     "gpu": _gpu_grid(GPU_LENGTHS),
     "gpu-128k": _gpu_grid(tuple(length for length in GPU_LENGTHS if length <= 128 * K)),
