@@ -20,13 +20,13 @@ minutes_left() {
 }
 
 untrained() { # LENGTH SAMPLES CHOICE ...: losses of the weights as they are, under full attention and under each choice
-    local length=$1 samples=$2 choices=()
+    local length=$1 samples=$2 out=runs/smollm2/before/$1 choices=()
     shift 2
     for choice in "$@"; do choices+=(--losses-choice "$choice"); done
-    if [ ! -f "runs/smollm2/before/plots/loss_by_position_step_0_L$length.png" ]; then
+    if ! compgen -G "$out/plots/*.png" >/dev/null; then    # written last
         minutes_left >/dev/null
         moba-megatron evaluate $import --validation $data/validation --sequence-length "$length" --samples "$samples" \
-            --output runs/smollm2/before "${choices[@]}"
+            --output "$out" "${choices[@]}"
     fi
 }
 
