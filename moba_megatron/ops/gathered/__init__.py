@@ -3,9 +3,10 @@
 | module | what |
 |---|---|
 | `summaries`, `routing` | summaries of blocks, and the past blocks that each query attends |
-| `index` | entries sorted by kv block |
-| `kv_heads` | the work of a call, cut into single kv heads |
+| `index` | entries sorted by kv block, padded to whole batches |
+| `kv_heads` | the work of a call, cut into groups of kv heads |
 | `causal`, `past` | own blocks and past blocks, forward and backward, on `tiles` |
+| `row_sums` | sums of rows in one pass |
 | `combine` | partial results of past blocks combined into those of rows |
 | `attention` | all of it put together; autograd |
 | `decode` | the newest tokens of a text against all of its keys |

@@ -1,7 +1,8 @@
 """Attention with given block ids in portable PyTorch, sparse in time and memory, on any device.
 
-Queries come to the keys. All work is done for one kv head and some of its query heads at a time (`kv_heads`), and past
-blocks for a range of tokens at a time, so that keys and values are never repeated and buffers stay small:
+Queries come to the keys. All work is done for a few kv heads with their query heads at a time, or some query heads of
+one (`kv_heads`), and past blocks for a range of tokens at a time, so that keys and values are never repeated and
+buffers stay small:
 
 1. `causal`: causal spans, in batched tiles.
 2. `past`: entries sorted by kv block (`index`); the rows of each kv block are gathered and attend it whole.
