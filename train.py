@@ -61,7 +61,7 @@ def main(
     try:
         train(loaded, ready)
     except BaseException as error:  # a rank that fails must not leave the others waiting
-        leave_after_failure(error, loaded.run.dir)
+        leave_after_failure(error, loaded.run.dir, keeps=loaded.training.replay is None)
     leave(0)
 
 

@@ -86,19 +86,14 @@ def _check_data(console: Console, folders: list[Path]) -> None:
 
 def _print_damage(console: Console, run: Path) -> None:
     """What is damaged in a run folder. Ends with 1 if anything is."""
-    from moba_megatron.checkpoint import CheckpointError
     from moba_megatron.convert.run_damage import run_findings
 
     table, problems = Table(str(run), "what it is", "state"), []
-    try:
-        with console.status("reading") as status:
-            for finding in run_findings(run, lambda what: status.update(f"reading {what}")):
-                name = str(finding.path.relative_to(run))
-                _add_row(table, name, finding.words, "damaged" if finding.problems else "as it should be")
-                problems += [f"{finding.path}: {line}" for line in finding.problems]
-    except (CheckpointError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    with console.status("reading") as status:
+        for finding in run_findings(run, lambda what: status.update(f"reading {what}")):
+            name = str(finding.path.relative_to(run))
+            _add_row(table, name, finding.words, "damaged" if finding.problems else "as it should be")
+            problems += [f"{finding.path}: {line}" for line in finding.problems]
     console.print(table)
     for line in problems:
         console.print(f"  {line}", markup=False)

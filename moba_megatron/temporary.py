@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import multiprocessing.process
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -20,7 +21,10 @@ from pathlib import Path
 from typing import TextIO
 
 PREFIX = "moba-"
+# What is ours, exactly: a run folder may begin with the same word, and has a file called lock.
+_OURS = re.compile(r"moba-\d+-\w{8}")
 _TORCHRUN = "torchelastic_"
+LOCK = ".moba_temporary"
 _LONGEST = 80
 """Characters of a folder in which the name of a socket (at most 107) still has room."""
 _held: list[TextIO] = []
@@ -41,7 +45,7 @@ def keep_temporary_files_together() -> None:
             return
         # Under another name until it is locked, so that no other process takes it for an abandoned one.
         unlocked = Path(tempfile.mkdtemp(prefix=f".{PREFIX}{os.getpid()}-"))
-        lock = open(unlocked / "lock", "w", encoding="utf-8")
+        lock = open(unlocked / LOCK, "w", encoding="utf-8")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         folder = unlocked.with_name(unlocked.name.removeprefix("."))
         unlocked.rename(folder)
@@ -56,7 +60,7 @@ def _hold_folder_of_torchrun(base: Path) -> None:
     there even at a regular end."""
     for folder in Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parents:
         if folder.name.startswith(_TORCHRUN) and folder.parent == base:
-            lock = open(folder / "lock", "a", encoding="utf-8")
+            lock = open(folder / LOCK, "a", encoding="utf-8")
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             _held.append(lock)
 
@@ -70,14 +74,15 @@ def remove_temporary_files() -> None:
 
 
 def remove_abandoned(base: Path) -> None:
-    """Remove the folders below `base` of processes of this user that are gone: those with a lock that nobody holds."""
+    """Remove the folders below `base` of processes of this user that are gone: those with our lock that nobody
+    holds."""
     for entry in os.scandir(base):
-        if not entry.name.startswith((PREFIX, _TORCHRUN)):
+        if not _OURS.fullmatch(entry.name) and not entry.name.startswith(_TORCHRUN):
             continue
         with contextlib.suppress(OSError):  # another process was faster, or it is another user's
             if entry.stat(follow_symlinks=False).st_uid != os.getuid():
                 continue
-            with open(Path(entry.path) / "lock", encoding="utf-8") as lock:
+            with open(Path(entry.path) / LOCK, encoding="utf-8") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(entry.path)
 

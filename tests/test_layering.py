@@ -18,7 +18,7 @@ ALLOWED = {
     "ops": set(),
     "hf": {"ops"},
     "platform": {"config", "temporary"},
-    "runs": {"config", "temporary"},
+    "runs": {"config", "temporary", "errors"},
     "parallel": {"ops"},
     "corpus": {"config", "errors"},
     "data": {"corpus", "parallel", "config"},
@@ -38,7 +38,7 @@ ALLOWED = {
     },
     "scaling": {"planning", "model", "runs", "platform", "config", "errors"},
     "checkpoint_command": {"convert", "checkpoint", "runs", "errors"},
-    "doctor": {"training", "convert", "checkpoint", "model", "ops", "corpus", "platform", "config", "errors"},
+    "doctor": {"training", "convert", "model", "ops", "corpus", "platform", "config", "errors"},
     "cli": {
         *(
             "doctor",

@@ -91,6 +91,15 @@ def test_the_folder_of_torchrun_goes_when_its_ranks_are_gone(short: Path):
     assert not mine.is_dir() and foreign.is_dir(), "one without our lock is somebody else's"
 
 
+def test_other_folders_of_such_names_stay(short: Path):
+    """A run folder has a file called lock, which another kind of lock holds."""
+    for name in ("moba-8k", "moba-12-abc", "moba-1234-abcd_fg8"):
+        (short / name).mkdir()
+        (short / name / "lock").write_text("")
+    remove_abandoned(short)
+    assert len(list(short.iterdir())) == 3
+
+
 def test_a_long_name_is_left_to_multiprocessing(tmp_path: Path):
     folder = tmp_path / ("x" * 60)
     folder.mkdir()

@@ -138,7 +138,8 @@ def _larger(size: float, tensor: torch.Tensor) -> float:
 
 
 def _compared(manifest: Manifest) -> dict[str, Any]:
-    names = ("step", "consumed_samples", "consumed_tokens", "config", "schedule", "data", "data_changes", "versions")
+    names = ("step", "consumed_samples", "consumed_tokens", "config", "schedule", "data", "data_changes")
+    names += ("skipped_batches", "versions")
     return {name: getattr(manifest, name) for name in names}
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic wants this one below Python 3.12
 
 from moba_megatron.config.inside import named_file
 
@@ -32,11 +34,26 @@ class CheckpointError(ValueError):
 
 
 class NotFinite(CheckpointError):
-    """Weights or optimizer state that hold infinities or NaN, with the names of the tensors."""
+    """Weights or optimizer state that hold infinities or NaN, with the names of the tensors.
+
+    Attributes:
+        step: of the training that they are the state after, where they are.
+    """
+
+    def __init__(self, words: str, step: int | None = None):
+        super().__init__(words)
+        self.step = step
 
 
 class SaveError(CheckpointError):
     """A checkpoint that could not be written. Raised on all ranks alike; those before it are untouched."""
+
+
+class FileRecord(TypedDict):
+    """Size in bytes and BLAKE2b digest of a file."""
+
+    bytes: int
+    blake2b: str
 
 
 @dataclass
@@ -56,7 +73,7 @@ class Manifest:
     schedule: dict[str, Any]
     data: dict[str, str]
     versions: dict[str, str]
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, FileRecord] = field(default_factory=dict)
     consumed_tokens: int | None = None
     data_changes: list[dict[str, Any]] = field(default_factory=list)
     skipped_batches: list[dict[str, Any]] = field(default_factory=list)
@@ -117,6 +134,8 @@ def _contradictions(manifest: Manifest) -> list[str]:
     except (KeyError, TypeError) as error:
         return [f"its configuration lacks {error}"]
     lines = []
+    if type(length) is not int or type(steps) is not int:
+        return [f"data.sequence_length = {length!r} and training.steps = {steps!r} of its configuration are no numbers"]
     if not 0 <= step <= steps:
         lines.append(f"step = {step}, but the run has training.steps = {steps}")
     if samples < step or (samples > 0) != (step > 0):
@@ -142,11 +161,11 @@ def digest_values(values: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def digest_file(path: Path) -> dict[str, Any]:
-    """Size in bytes and BLAKE2b digest of a file."""
+def digest_file(path: Path) -> FileRecord:
+    """The record of a file as it is now."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16))
-    return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
+    return FileRecord(bytes=path.stat().st_size, blake2b=digest.hexdigest())
 
 
 def verify(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> list[str]:
@@ -159,7 +178,7 @@ def verify(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> l
     return problems
 
 
-def differs(listed_in: Path, name: str, recorded: dict[str, Any], *, digest: bool = True) -> str | None:
+def differs(listed_in: Path, name: str, recorded: Mapping[str, Any], *, digest: bool = True) -> str | None:
     """How a file differs from its record `{"bytes": int, "blake2b": str}`, in a line; None if it does not.
 
     Args:

@@ -114,13 +114,15 @@ def sharded_model(model: list[torch.nn.Module]) -> dict[str, Any]:
 
 
 def load_weights(model: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
-    """Fill model chunks from what `dist_checkpointing.load` returned.
+    """Fill model chunks from what `dist_checkpointing.load` returned. Extra states stay out: Transformer Engine may
+    unpickle its own, and they hold nothing but scales of fp8, in which nothing here is trained.
 
     Raises:
         CheckpointError: parameters that one of the two lacks.
     """
     for i, chunk in enumerate(model):
-        found = chunk.load_state_dict(loaded[_chunk_name(model, i)], strict=False)
+        weights = {key: part for key, part in loaded[_chunk_name(model, i)].items() if not is_extra_state(key)}
+        found = chunk.load_state_dict(weights, strict=False)
         wrong = [key for key in (*found.missing_keys, *found.unexpected_keys) if not is_extra_state(key)]
         if wrong:
             raise CheckpointError(f"the checkpoint does not fit this model: {', '.join(sorted(wrong))}")

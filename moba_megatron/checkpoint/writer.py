@@ -162,7 +162,8 @@ class CheckpointWriter:
             raise NotFinite(
                 f"step {manifest.step} is not saved, for what is not finite (infinite, NaN, or weights over 1.8e19): "
                 f"{list_of_names(sorted(names))}. The checkpoints before it are untouched. Lower optimizer.lr, "
-                "lengthen optimizer.warmup_steps, or look at the data of the last steps"
+                "lengthen optimizer.warmup_steps, or look at the data of the last steps",
+                step=manifest.step,
             )
 
 

@@ -32,7 +32,7 @@ class RunConfig(Section):
     draw different ones."""
     threads: int | None = Field(default=None, ge=1, le=4096)
     """CPU threads per process. Default: the cores of this machine divided by the processes on it."""
-    stall_seconds: float | None = Field(default=300.0, gt=0)
+    stall_seconds: float | None = Field(default=300.0, ge=1, le=10**6)
     """After so many seconds without a step, an evaluation or a checkpoint, say which rank is silent or slow and what
     it waits in; the run goes on waiting. None: never."""
 

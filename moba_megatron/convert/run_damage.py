@@ -10,6 +10,7 @@ from typing import Any
 
 from moba_megatron.checkpoint import CheckpointError, Manifest, list_checkpoints
 from moba_megatron.checkpoint.damage import damages
+from moba_megatron.checkpoint.find import find_checkpoint
 from moba_megatron.config import ConfigError, load_config
 from moba_megatron.convert.export_digests import SOURCE, check_export
 from moba_megatron.corpus.tokenizer import Tokenizer
@@ -26,14 +27,21 @@ class Finding:
 
 
 def checkpoint_findings(path: Path, advance: Callable[[str], None] = lambda what: None) -> Iterator[Finding]:
-    """Look at a checkpoint, at an export, or at all of both in a run folder."""
+    """Look at a checkpoint, at an export, or at all of both in a run folder.
+
+    Raises:
+        CheckpointError: it is none of them.
+    """
     if (path / SOURCE).is_file():
         yield _export(path)
         return
     run = RunFolder(path)
     numbered = sorted(run.checkpoints.glob("step_*")) if run.checkpoints.is_dir() else []
     # A folder that lost its manifest has the name of a complete one as well.
-    folders = [folder for folder in numbered if folder.is_dir()] or [path]
+    folders = [folder for folder in numbered if folder.is_dir()]
+    if not folders:
+        find_checkpoint(path)
+        folders = [path]
     for folder in sorted(folders, key=lambda folder: (len(folder.name), folder.name)):
         problems = tuple(damages(folder, advance))
         yield Finding(folder, _words(folder, problems), problems)
@@ -54,7 +62,7 @@ def run_findings(path: Path, advance: Callable[[str], None] = lambda what: None)
         raise CheckpointError(f"{path} is no run folder: it has neither config.yaml nor checkpoints/")
     yield _status(run)
     yield _config(run)
-    for file in (run.metrics, run.evaluations, run.starts):
+    for file in (run.metrics, run.evaluations, run.starts, run.divergences):
         if file.is_file():
             yield _lines(file, steps=file == run.metrics)
     if list_checkpoints(run.checkpoints):
@@ -69,7 +77,7 @@ def _words(folder: Path, problems: tuple[str, ...]) -> str:
         manifest = Manifest.read(folder)
     except CheckpointError:
         return "no manifest that can be read"
-    size = sum(entry.get("bytes", 0) for entry in manifest.files.values())
+    size = sum(entry["bytes"] for entry in manifest.files.values())
     return f"{manifest.consumed_samples:,} samples, {len(manifest.files)} files, {size / 1e6:,.1f} MB"
 
 

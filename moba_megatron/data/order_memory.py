@@ -12,6 +12,7 @@ from moba_megatron.config import Config
 # starts (document and token), and its place in the shuffled order, and a copy of that.
 _DOCUMENT, _SAMPLE = 4, 2 * 8 + 2 * 8
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
+_COUNTS = Path("/sys/fs/cgroup/memory.stat")
 
 
 def order_problem(config: Config, documents: int, samples_per_epoch: float) -> str | None:
@@ -38,7 +39,10 @@ def free_memory() -> int:
     """Bytes that this process can still take, of the machine and of its container."""
     free = psutil.virtual_memory().available
     try:
-        limit, used = (path.read_text(encoding="ascii").strip() for path in _LIMITS)
-        return min(free, max(int(limit) - int(used), 0))
-    except (OSError, ValueError):  # no limit
+        limit, used = (int(path.read_text(encoding="ascii")) for path in _LIMITS)
+        # Files that were read stay in memory as long as nobody wants it.
+        counts = dict(line.split() for line in _COUNTS.read_text(encoding="ascii").splitlines())
+        cached = int(counts["active_file"]) + int(counts["inactive_file"])
+        return min(free, max(limit - used + cached, 0))
+    except (OSError, ValueError, KeyError):  # no limit
         return free

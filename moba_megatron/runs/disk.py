@@ -1,21 +1,12 @@
-"""What a full or forbidden disk means, in one line: which file, how much was needed, how much is there."""
+"""What a full or forbidden disk means where a run writes: the file that the system did not name, and how much was
+needed (`errors.describe_os_error` has the words)."""
 
 from __future__ import annotations
 
-import errno
 import shutil
 from pathlib import Path
 
-# No space, over a quota, over the largest size of a file, read-only, not allowed, the disk itself.
-_DISK = {
-    errno.ENOSPC: "no space left",
-    errno.EDQUOT: "over the quota",
-    errno.EFBIG: "over the largest size of a file that is allowed",
-    errno.EROFS: "read-only file system",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "not permitted",
-    errno.EIO: "the disk reports an error",
-}
+from moba_megatron.errors import describe_os_error
 
 
 def size_text(size: float) -> str:
@@ -40,12 +31,11 @@ def disk_error_line(error: BaseException, folder: Path) -> str | None:
     """
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _DISK:
-            path = Path(seen.filename) if isinstance(seen.filename, str) else folder
-            needed = getattr(seen, "needed", None)
-            wants = "" if needed is None else f" needs {size_text(needed)};"
-            return f"{path}:{wants} {_DISK[seen.errno]}; {free_text(path)}"
-        seen = seen.__cause__ or seen.__context__
+        if isinstance(seen, OSError) and seen.errno is not None:
+            if seen.filename is None:
+                seen.filename = str(folder)
+            return describe_os_error(seen)
+        seen = seen.__cause__
     return None
 
 

@@ -21,7 +21,11 @@ def write_whole(path: Path, text: str) -> None:
     # Several processes may write at once, such as all ranks when all of them fail.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        with open(unfinished, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            # On some disks a rename survives a power failure that the text does not.
+            os.fsync(stream.fileno())
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         name_file(error, path, len(text))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moba_megatron.config import Config
-from moba_megatron.runs.files import read_json_lines, readable_json_lines, write_in_place, write_whole
+from moba_megatron.runs.files import readable_json_lines, write_in_place, write_whole
 
 State = Literal["running", "paused", "stopped", "finished", "failed"]
 
@@ -64,7 +64,7 @@ class RunFolder:
 
     def evaluated(self, step: int) -> bool:
         """Whether training has evaluated itself after this step."""
-        lines = read_json_lines(self.evaluations)
+        lines, _ = readable_json_lines(self.evaluations)
         return any(line["step"] == step for line in training_records(lines))
 
     def write_config(self, config: Config, resumed_step: int, choices: list[str]) -> None:

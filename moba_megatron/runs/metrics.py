@@ -14,7 +14,6 @@ from typing import Any
 from moba_megatron.config import Config
 from moba_megatron.runs.disk import name_file
 from moba_megatron.runs.environment import write_environment
-from moba_megatron.runs.files import read_json_lines as read_json_lines
 from moba_megatron.runs.files import readable_json_lines, write_whole
 from moba_megatron.runs.folder import RunFolder
 from moba_megatron.runs.starts import record_start
@@ -26,6 +25,7 @@ class JsonLines:
 
     Attributes:
         damaged: lines that were no JSON when it was opened, as after the power failed; they are left out.
+        kept: steps of the lines that were there and stay.
     """
 
     def __init__(self, path: Path, keep_steps: int):
@@ -33,9 +33,10 @@ class JsonLines:
         kill. A line whose step is null, of weights without a known history, stays."""
         self.path = path
         lines, self.damaged = readable_json_lines(path)
-        self.kept = [line for line in lines if (line["step"] or 0) <= keep_steps]
+        lines = [line for line in lines if (line["step"] or 0) <= keep_steps]
+        self.kept = {line["step"] for line in lines}
         if path.is_file():
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in self.kept))
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
         self.stream = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
@@ -78,7 +79,7 @@ class MetricsWriter:
         self.folder, self.logging = folder, config.logging
         self.settings = config.model_dump(mode="json")
         self._open(resumed_step)
-        starts = read_json_lines(folder.starts)
+        starts, _ = readable_json_lines(folder.starts)
         self.gaps = _gaps(self.steps, starts[0]["step"] + 1, resumed_step)
 
     def step(self, values: dict[str, Any]) -> None:
@@ -112,7 +113,7 @@ class MetricsWriter:
 
 def _gaps(steps: JsonLines, first: int, last: int) -> list[str]:
     """Which steps from `first` to `last` have no line, in words."""
-    missing = sorted(set(range(first, last + 1)) - {line["step"] for line in steps.kept})
+    missing = sorted(set(range(first, last + 1)) - steps.kept)
     lines = [f"{steps.path}: {steps.damaged} lines were damaged, and are left out"] if steps.damaged else []
     if missing:
         runs: list[list[int]] = []

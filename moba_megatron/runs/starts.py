@@ -10,7 +10,7 @@ import torch
 
 from moba_megatron.config import Config
 from moba_megatron.config.reading import read_plain_yaml
-from moba_megatron.runs.files import read_json_lines, write_whole
+from moba_megatron.runs.files import readable_json_lines, write_whole
 from moba_megatron.runs.folder import RunFolder
 
 
@@ -27,7 +27,7 @@ def record_start(folder: RunFolder, config: Config, step: int) -> None:
         "GPU": gpus,
         "parallel": config.parallel.model_dump(mode="json"),
     }
-    kept = [line for line in read_json_lines(folder.starts) if line["step"] < step]
+    kept = [line for line in readable_json_lines(folder.starts)[0] if line["step"] < step]
     write_whole(folder.starts, "".join(json.dumps(line) + "\n" for line in [*kept, start]))
 
 
@@ -35,7 +35,7 @@ def layout_changes(folder: RunFolder) -> list[tuple[int, dict[str, tuple[Any, An
     """For each start at another layout than the one before: the step that it went on from, and what changed, by key,
     from what to what. Runs without `starts.jsonl` have their kept configurations for it, which know no number of
     processes."""
-    starts = read_json_lines(folder.starts) or _from_configurations(folder)
+    starts = readable_json_lines(folder.starts)[0] or _from_configurations(folder)
     changes = []
     for before, now in zip(starts, starts[1:], strict=False):
         old, new = _flat(before), _flat(now)

@@ -92,7 +92,7 @@ class Spikes:
             return None
         median = statistics.median(self.losses)
         deviation = statistics.median(abs(before - median) for before in self.losses)
-        spread = max(_DEVIATION * deviation, _LEAST_SPREAD * abs(median))
+        spread = max(_DEVIATION * deviation, _LEAST_SPREAD * abs(median), 1e-12)
         far = (loss - median) / spread
         if far <= self.threshold:
             return None

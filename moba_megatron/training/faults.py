@@ -18,7 +18,6 @@ from moba_megatron.config import ConfigError
 from moba_megatron.errors import explained
 from moba_megatron.platform.processes import end_job, failure_report
 from moba_megatron.runs.claim import RunFolderInUse
-from moba_megatron.runs.disk import disk_error_line
 from moba_megatron.runs.folder import RunFolder
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -58,23 +57,26 @@ class StopRequest:
         return signal.Signals(number).name if number else None
 
 
-def leave_after_failure(error: BaseException, run_dir: str) -> NoReturn:
+def leave_after_failure(error: BaseException, run_dir: str, *, keeps: bool = True) -> NoReturn:
     """End the job because of an exception on this rank, without any clean-up that waits for other ranks.
 
     The first rank to fail prints its traceback and records the failure in the run folder; the others name it in one
     line. The exit code is 1, after Ctrl-C 130, and 2 for a configuration that cannot be used.
+
+    Args:
+        keeps: false where it is not the folder's run that failed: the folder stays as it is.
     """
     rank = int(os.environ.get("RANK", "0"))
-    full, known = disk_error_line(error, RunFolder(run_dir).path), explained(error)
-    words = full or f"{type(error).__name__}: {error if known is None else known}"
+    known = explained(error)
+    words = f"{type(error).__name__}: {error if known is None else known}"
     # These explain themselves; where they were raised helps nobody.
-    short = full is not None or known is not None or isinstance(error, KeyboardInterrupt)
+    short = known is not None or isinstance(error, KeyboardInterrupt)
     report = f"[rank {rank}] failed: {words}" if short else failure_report(error)
 
     def record() -> None:
         folder = RunFolder(run_dir)
         # A folder in use is another process's to write to.
-        if folder.path.is_dir() and not isinstance(error, RunFolderInUse):
+        if keeps and folder.path.is_dir() and not isinstance(error, RunFolderInUse):
             folder.write_status("failed", None, rank=rank, error=words)
 
     code = 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ConfigError) else 1

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moba_megatron.data.origins import documents_of
-from moba_megatron.runs.files import read_json_lines, write_whole
+from moba_megatron.runs.files import readable_json_lines, write_whole
 from moba_megatron.runs.folder import RunFolder
 from moba_megatron.training.divergence import StepDiverged
 from moba_megatron.training.finite import first_sample, gathered, is_finite, number_for_json, readable_names
@@ -70,9 +70,10 @@ def replay(trainer: Trainer, step: int) -> dict[str, Any]:
 
 def _take_those_before(trainer: Trainer, step: int) -> None:
     """Take the steps from the checkpoint on as the run took them."""
-    left_out = {line["blamed_step"] for line in read_json_lines(RunFolder(trainer.config.run.dir).divergences)}
+    lines, _ = readable_json_lines(RunFolder(trainer.config.run.dir).metrics)
+    left_out = {line["step"] for line in lines if "skipped" in line}
     for number in range(trainer.ready.position.step + 1, step):
-        why = trainer.skipped.why(number) or ("divergences.jsonl names it" if number in left_out else None)
+        why = trainer.skipped.why(number) or ("metrics.jsonl says so" if number in left_out else None)
         try:
             metrics = trainer.step(number) if why is None else trainer.pass_over(number, why)
         except StepDiverged as diverged:

@@ -7,6 +7,7 @@ from pathlib import Path
 from moba_megatron.checkpoint import Manifest, list_checkpoints
 from moba_megatron.config import Config, ConfigError
 from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.runs.files import readable_json_lines
 from moba_megatron.runs.folder import RunFolder
 from moba_megatron.training.resume import differences
 
@@ -23,6 +24,12 @@ def replay_checkpoint(config: Config, schedule: AttentionSchedule, data: dict[st
         raise ConfigError([f"training.replay = {step}: run.dir = {folder} holds no run; give the run's own command"])
     before = [path for path in list_checkpoints(folder.checkpoints) if Manifest.read(path).step < step]
     if not before:
+        starts, _ = readable_json_lines(folder.starts)
+        if starts and starts[0]["step"] > 0:
+            raise ConfigError([
+                f"training.replay = {step}: {folder.checkpoints} has no checkpoint before it, and the run began after "
+                f"step {starts[0]['step']} of another: replay a later step, or keep more checkpoints (checkpoint.keep)"
+            ])  # fmt: skip
         return None
     problems = differences(Manifest.read(before[-1]), config, schedule, data)
     if problems:

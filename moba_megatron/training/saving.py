@@ -47,7 +47,6 @@ class Saver:
         self.writer = CheckpointWriter(
             folder.checkpoints, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
         )
-        self._needed = 0
 
     def save(self, state: TrainingState, position: DataPosition, *, last: bool) -> None:
         """Start a checkpoint of the state at a position, after the one before it is written.
@@ -90,16 +89,16 @@ class Saver:
     def _check_space(self, step: int) -> None:
         """Raise on every rank where the disk has less room than the checkpoint before took, or than weights and
         optimizer state take."""
-        self._needed = self._needed or self._expected_bytes()
+        needed = self._expected_bytes()
         free = [0]
         if torch.distributed.get_rank() == 0:
             # They may be a link to another disk.
             where = self.folder.checkpoints if self.folder.checkpoints.exists() else self.folder.path
             free = [shutil.disk_usage(where).free]
         torch.distributed.broadcast_object_list(free, src=0)
-        if free[0] < self._needed:
+        if free[0] < needed:
             raise SaveError(
-                f"{self.folder.checkpoints / f'step_{step}'} needs about {size_text(self._needed)}, and its disk has "
+                f"{self.folder.checkpoints / f'step_{step}'} needs about {size_text(needed)}, and its disk has "
                 f"{size_text(free[0])} left: make room, or give run.dir another disk"
             )
 

@@ -123,23 +123,29 @@ class Trainer:
             self.progress,
             step_profiler(config, self.folder, self.device, first_step) as profiler,
         ):
-            if evaluate_first:
-                self.attend_as_at(number)
-                self.evaluate(number)
-            while number < last_step and signal is None:
-                number += 1
-                back_to = self.take(number, last_step)
-                if back_to is not None:
-                    number = back_to
-                    continue
-                profiler.step()
-                signal = stop.agreed(self.device)
-                stopping = signal is not None
-                try:
-                    self._after_step(number, stopping=stopping, last=stopping or number == last_step)
-                except NotFinite as error:
-                    number = self._answer_weights(number, error)
-            self.saver.wait()
+            try:
+                if evaluate_first:
+                    self.attend_as_at(number)
+                    self.evaluate(number)
+                while number < last_step and signal is None:
+                    number += 1
+                    back_to = self.take(number, last_step)
+                    if back_to is not None:
+                        number = back_to
+                        continue
+                    profiler.step()
+                    signal = stop.agreed(self.device)
+                    stopping = signal is not None
+                    try:
+                        self._after_step(number, stopping=stopping, last=stopping or number == last_step)
+                    except NotFinite as error:
+                        number = self._answer_weights(error.step or number, error)
+                self.saver.wait()
+            except TrainingDiverged:
+                # What is being written is from before.
+                with suppress(SaveError, NotFinite):
+                    self.saver.wait()
+                raise
         return LoopEnd(number, signal)
 
     def _after_step(self, number: int, *, stopping: bool, last: bool) -> None:
@@ -283,24 +289,19 @@ class Trainer:
     def _answer(self, number: int, diverged: StepDiverged) -> int | None:
         """Do what `training.on_divergence` says. Returns the step that the run has gone back to, None if it goes on."""
         position, facts = self.ready.position, gathered(self.facts(number))
-        try:
-            answer = self.policy.answer(number, diverged, facts, self.skipped, position)
-        except TrainingDiverged:
-            # What is being written is from before.
-            with suppress(SaveError, NotFinite):
-                self.saver.wait()
-            raise
+        answer = self.policy.answer(number, diverged, facts, self.skipped, position)
         self.skipped.add(answer.blamed, f"in step {number} {diverged.why}", self.config, position)
         return self._go_back(answer.blamed) if answer.action == "rollback" else None
 
     def _answer_weights(self, number: int, error: NotFinite) -> int:
         """As `_answer`, where an update left weights, or the optimizer's state, not finite: going back alone mends it.
         Returns the step that the run has gone back to."""
-        policy = self.config.training.on_divergence
+        policy, diverged = self.config.training.on_divergence, StepDiverged("weights", str(error), None, None)
         if policy != "rollback":
+            self.policy.record(number, diverged, "stop", self.ready.position, gathered(self.facts(number)))
             more = "; leaving out a batch mends no weights: use training.on_divergence=rollback" * (policy == "skip")
             raise TrainingDiverged(f"{error}{more}") from error
-        back_to = self._answer(number, StepDiverged("weights", str(error), None, None))
+        back_to = self._answer(number, diverged)
         assert back_to is not None, "rollback goes back or raises"
         return back_to
 
@@ -370,7 +371,8 @@ class Trainer:
         if names := weights_not_finite(self.state.model):
             raise NotFinite(
                 f"step {number}: the update left weights that are not finite: {list_of_names(names)}. Lower "
-                "optimizer.lr, lengthen optimizer.warmup_steps, or look at this step's data"
+                "optimizer.lr, lengthen optimizer.warmup_steps, or look at this step's data",
+                step=number,
             )
 
     def save(self, number: int, *, last: bool) -> None:

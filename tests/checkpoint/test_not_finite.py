@@ -20,6 +20,7 @@ from moba_megatron.convert.exported import open_exported
 from moba_megatron.convert.import_hf import import_huggingface
 from moba_megatron.convert.safetensors_folder import SafetensorsFolder
 from moba_megatron.generation.loading import load_generator, open_model
+from moba_megatron.runs.files import read_json_lines
 
 NAME = "decoder.layers.1.mlp.linear_fc2.weight"
 SOURCE_NAME = "model.layers.1.mlp.down_proj.weight"
@@ -50,13 +51,16 @@ def poison(model: list[torch.nn.Module], name: str = "linear_fc2.weight", value:
     return key
 
 
-def train_and_poison(config, step: int, rank: int, world_size: int) -> None:
-    """Train; what a rank saves of a step is infinite, what it trains on is not."""
+def train_and_poison(config, step: int, rank: int, world_size: int, times: int = 100) -> tuple[str, int]:
+    """Train; what a rank saves of a step is infinite, the first `times` times, what it trains on is not."""
     before = writing.CheckpointWriter.save
+    left = times
 
     def save(writer, state, manifest):
-        if manifest.step != step or torch.distributed.get_rank() != rank:
+        nonlocal left
+        if manifest.step != step or torch.distributed.get_rank() != rank or not left:
             return before(writer, state, manifest)
+        left -= 1
         parameter = state.model[0].get_parameter(poison(state.model))
         path = before(writer, state, manifest)
         with torch.no_grad():
@@ -64,7 +68,7 @@ def train_and_poison(config, step: int, rank: int, world_size: int) -> None:
         return path
 
     writing.CheckpointWriter.save = save
-    train_here(config, world_size)
+    return train_here(config, world_size)
 
 
 @pytest.mark.parametrize(("asynchronous", "parallel", "rank"), [(False, {}, 0), (True, {"pipeline": 2}, 1)])
@@ -91,6 +95,22 @@ def test_what_is_not_finite_on_any_rank_is_not_published(tmp_path, asynchronous,
     assert [path.name for path in list_checkpoints(folder)] == ["step_4"]
 
 
+def test_a_rollback_leaves_out_the_step_whose_state_was_bad(tmp_path):
+    """Written in the background: what the writer finds comes while later steps are trained."""
+    config = small_config(
+        tmp_path,
+        checkpoint__every=2,
+        checkpoint__asynchronous=True,
+        training__steps=6,
+        training__on_divergence="rollback",
+    )
+    assert run_ranks(1, train_and_poison, config, 4, 0, 1, 1) == [("finished", 6)]
+    manifest = Manifest.read(tmp_path / "run/checkpoints/step_6")
+    assert [entry["step"] for entry in manifest.skipped_batches] == [4]
+    (record,) = read_json_lines(tmp_path / "run/divergences.jsonl")
+    assert (record["kind"], record["step"], record["action"], record["blamed_step"]) == ("weights", 4, "rollback", 4)
+
+
 @pytest.mark.parametrize("lr", [1e38, 1e25])
 def test_an_update_that_ruins_the_weights_ends_the_run_and_leaves_no_checkpoint(tmp_path, lr):
     config = small_config(
@@ -107,6 +127,7 @@ def test_an_update_that_ruins_the_weights_ends_the_run_and_leaves_no_checkpoint(
         run_ranks(1, train_here, config)
     assert list_checkpoints(tmp_path / "run/checkpoints") == []
     last = config.model_copy(update={"training": config.training.model_copy(update={"stop_after": 1})})
+    assert [line["action"] for line in read_json_lines(tmp_path / "run/divergences.jsonl")] == ["stop"]
     with pytest.raises(AssertionError, match="TrainingDiverged: step 1: the update left weights that are not finite"):
         run_ranks(1, train_here, last)
 

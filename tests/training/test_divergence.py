@@ -83,7 +83,7 @@ def test_a_batch_that_diverges_is_left_out_as_if_the_configuration_had_said_so(t
     assert all(torch.equal(one[name], two[name]) for name in one)
     (record,) = divergences(found)
     assert (record["step"], record["action"], record["samples"]) == (STEP, policy, [12, 15])
-    assert {number for entry in record["ranks"] for number in entry["loss"]} <= set(range(12, 16))
+    assert POISONED in {number for entry in record["ranks"] for number in entry["loss"]}
     assert POISONED in {sample["sample"] for sample in record["documents"]}
     for config in (told, found):
         manifest = Manifest.read(Path(config.run.dir) / "checkpoints/step_6")

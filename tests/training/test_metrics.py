@@ -10,8 +10,9 @@ import pytest
 from distributed import run_ranks
 from small_run import small_config, train_here
 
+from moba_megatron.runs.files import read_json_lines
 from moba_megatron.runs.folder import RunFolder
-from moba_megatron.runs.metrics import JsonLines, read_json_lines
+from moba_megatron.runs.metrics import JsonLines
 
 
 def write(path, steps):
@@ -59,6 +60,18 @@ def test_what_a_crash_took_from_the_records_is_said_when_the_run_goes_on(tmp_pat
     assert f"{path}: 1 lines were damaged, and are left out" in said
     assert f"{path} lacks steps 2 to 3 of the 3 before: they were trained, and their numbers are lost" in said
     assert [line["step"] for line in read_json_lines(path)] == [1, 4]
+
+
+def test_damaged_lines_of_other_records_stop_no_run(tmp_path):
+    config = small_config(tmp_path, training__steps=4, training__stop_after=2, evaluation__every=2)
+    run_ranks(1, train_here, config)
+    folder = RunFolder(config.run.dir)
+    for path in (folder.evaluations, folder.starts):
+        path.write_bytes(b"\0\0\0\n" + path.read_bytes())
+    assert folder.evaluated(2)
+    config = config.model_copy(update={"training": config.training.model_copy(update={"stop_after": None})})
+    assert run_ranks(1, train_here, config) == [("finished", 4)]
+    assert len(read_json_lines(folder.starts)) == 2 and folder.evaluated(4)
 
 
 def test_records_are_on_disk_before_the_checkpoint_that_they_belong_to(tmp_path):
