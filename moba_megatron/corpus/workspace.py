@@ -284,7 +284,9 @@ def _plan_of(folder: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(plan.read_bytes())
-        if not {"identity", "shares"} <= found.keys():
+        # Other versions have other keys besides.
+        needed = {"identity", "shares"} if found.get("layout") == _LAYOUT else {"identity"}
+        if not needed <= found.keys():
             raise ValueError("keys are missing")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(

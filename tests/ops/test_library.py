@@ -99,7 +99,7 @@ def test_counters_listen_to_kernels_that_pytorch_does_not_see():
 
 def test_counted_pairs_bound_what_an_eager_call_computes(monkeypatch):
     """Forward in fp32: masked scores of own blocks come on top, nothing else but room in batches of rows."""
-    monkeypatch.setattr("moba_megatron.ops.gathered.past.ROWS_OF_BATCH", 1)
+    monkeypatch.setattr("moba_megatron.ops.gathered.index.ROWS_OF_BATCH", 1)
     leaves = [x.detach() for x in qkv(tokens=96)]
     with FlopCounterMode(display=False) as counter:
         moba(*leaves)

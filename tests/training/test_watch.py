@@ -88,7 +88,12 @@ def test_ranks_that_are_stuck_or_stopped_are_named(tmp_path):
 
 def test_a_process_alone_says_that_it_was_stopped(tmp_path):
     config = small_config(tmp_path, training__steps=4000, run__stall_seconds=1.0)
-    process = start(config)
+    # Under nohup these tests, and what they start, would ignore SIGHUP.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        process = start(config)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     wait_for_step(config, 3, process)
     process.send_signal(signal.SIGSTOP)
     time.sleep(3)
