@@ -9,16 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moba_megatron.checkpoint.finite import is_finite
 from moba_megatron.config import Config
 from moba_megatron.data.batches import rank_samples
 from moba_megatron.training.data_position import DataPosition
 
 # Names in a record; a step that diverged late has all of them.
 MOST_NAMES = 12
-
-
-def is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
 
 
 def readable_names(model: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:

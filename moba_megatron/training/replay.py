@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moba_megatron.checkpoint.finite import is_finite
 from moba_megatron.data.origins import documents_of
 from moba_megatron.runs.files import readable_json_lines, write_whole
 from moba_megatron.runs.folder import RunFolder
 from moba_megatron.training.divergence import StepDiverged
-from moba_megatron.training.finite import first_sample, gathered, is_finite, number_for_json, readable_names
+from moba_megatron.training.finite import first_sample, gathered, number_for_json, readable_names
 from moba_megatron.training.optimizer import UpdateRefused, update
 from moba_megatron.training.trainer import Trainer
 
