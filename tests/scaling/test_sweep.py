@@ -136,7 +136,7 @@ def test_what_is_wrong_is_named(tmp_path, changes, words):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_shipped_sweep_loads(path):
     sweep = load_sweep(path)
-    assert len({point.folder for point in sweep.points}) == len(sweep.points) > 1
+    assert len({point.folder for point in sweep.points}) == len(sweep.points) > 0
     assert len({point.config.model_dump_json() for point in sweep.points}) == len(sweep.points)
 
 
