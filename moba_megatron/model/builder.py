@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_megatron.config import Config, ParallelConfig
 from moba_megatron.model.exchange_choice import resolve_exchange
-from moba_megatron.model.experts import expert_settings, with_routers
+from moba_megatron.model.experts import expert_settings, mark_experts, with_routers
 from moba_megatron.model.first_weights import Place, replay_draws
 from moba_megatron.model.gpt import ChunkedLossGPTModel
 from moba_megatron.model.rotary import cosine_factor, rotary_frequencies, set_cosine_factor, softmax_scale
@@ -182,6 +182,7 @@ def build_model(
                 pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
             )
         )
+    mark_experts(chunks, config.parallel)
     # megatron-core draws experts from a stream of their own, which depends on the rank, also where there is one.
     has_experts = config.model.num_moe_experts is not None
     if transformer.perform_initialization and (has_experts or config.parallel.tensor * config.parallel.pipeline > 1):

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, compute_routing_scores_for_aux_loss
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -82,6 +83,22 @@ def _with_router(layer: ModuleSpec) -> ModuleSpec:
         layer.submodules.mlp = copy.copy(mlp)
         layer.submodules.mlp.submodules = submodules
     return layer
+
+
+def mark_experts(chunks: list[torch.nn.Module], parallel: ParallelConfig) -> None:
+    """Let the gradients of experts be added up over the ranks that hold the same experts. Before data parallelism wraps
+    the chunks.
+
+    megatron-core does so where `expert` is above 1. Otherwise it takes experts for dense layers, which is wrong where
+    they are split over another number of ranks than those: gradients stay apart, or parts of different rows are added.
+    """
+    if parallel.expert_tensor == parallel.tensor:
+        return
+    for chunk in chunks:
+        for layer in chunk.modules():
+            if isinstance(layer, MoELayer):
+                for parameter in layer.experts.parameters():
+                    parameter.allreduce = False
 
 
 @dataclass
