@@ -38,24 +38,31 @@ def fit_parts(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> dict[Any,
     parts = parts_of(optimizer)
     numbered = {key: value for key, value in loaded.items() if isinstance(key, int)}
     single = {key: value for key, value in loaded.items() if not isinstance(key, int)}
-    if not single:
-        # A part without parameters on this rank had nothing to load.
-        for part, state in zip(parts, numbered.values(), strict=True):
-            _holder(part, state).setdefault("state", {})
-    if not (numbered and single):
+    states = [single] if len(parts) == 1 else [numbered.get(number, {}) for number in range(len(parts))]
+    if len(parts) == 1 and not numbered:
         return loaded
+    if len(parts) > 1 and not single:
+        for part, state in zip(parts, states, strict=True):
+            _fill_empty(part, state)
+        return dict(enumerate(states))
     saved = [group for state in (single, *numbered.values()) for group in _groups(state) if _SPLIT_ONLY in group]
     kind = next((state[_KIND] for state in (single, *numbered.values()) if _KIND in state), None)
-    states = [single] if len(parts) == 1 else [numbered[number] for number in range(len(parts))]
     for part, state in zip(parts, states, strict=True):
-        if part.optimizer is None:  # it has no parameters on this rank
-            continue
-        holder = _holder(part, state)
-        holder["param_groups"] = [_filled(own, saved) for own in part.optimizer.state_dict()["param_groups"]]
-        holder.setdefault("state", {})
+        _fill_empty(part, state)
+        own_groups = part.optimizer.state_dict()["param_groups"]
+        _holder(part, state)["param_groups"] = [_filled(own, saved) for own in own_groups]
         if kind is not None:
             state[_KIND] = kind
     return single if len(parts) == 1 else dict(enumerate(states))
+
+
+def _fill_empty(part: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Add what a part asks for and loading leaves out because there is nothing in it: where all layers of a rank are
+    dense, the state of its experts."""
+    if not part.get_parameters():
+        for key, value in part.state_dict().items():
+            state.setdefault(key, value)
+    _holder(part, state).setdefault("state", {})
 
 
 def _holder(part: MegatronOptimizer, state: dict[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,11 @@ def run(folder: Path, name: str, layout: dict, **changes) -> list[dict]:
     return read_metrics(folder / name)
 
 
-@pytest.fixture(scope="module", params=[("fp32", True), ("bf16", False)], ids=["fp32-distributed", "bf16-plain"])
+@pytest.fixture(
+    scope="module",
+    params=[("fp32", True), pytest.param(("bf16", False), marks=pytest.mark.slow)],
+    ids=["fp32-distributed", "bf16-plain"],
+)
 def runs(request, tmp_path_factory):
     """(folder, settings, metrics by name) of a run on one rank and one on two."""
     folder = tmp_path_factory.mktemp("experts")
@@ -75,4 +79,16 @@ def test_two_ranks_train_as_one(runs):
     _, changes, metrics = runs
     exact = changes["training__precision"] == "fp32"
     for ours, theirs in zip(metrics["two"], metrics["one"], strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6 if exact else 1e-3)
+        for name in ("loss", "aux_loss", "balance_loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-6 if exact else 1e-3)
+
+
+def test_what_a_step_says_of_its_experts(runs):
+    folder, _, metrics = runs
+    for line in [*metrics["one"], *read_metrics(folder / "one", "evaluations.jsonl")]:
+        (layer,) = line["experts"]
+        assert layer["layer"] == 2 and 1 <= layer["load"] <= 4 and 0 < layer["entropy"] <= 1
+        assert layer["dead"] == 0 and layer["dropped"] == pytest.approx(0.0)
+        # Even load is 1; the loss of the language model is apart.
+        assert 0.9 < line["balance_loss"] < 4 and "z_loss" not in line
+        assert line["aux_loss"] == pytest.approx(0.01 * line["balance_loss"])
