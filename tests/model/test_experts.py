@@ -58,6 +58,26 @@ def agrees(found: dict, expected: dict, layout: str) -> None:
         assert all(map(torch.equal, found["biases"], expected["biases"])), layout
 
 
+def test_what_is_computed_twice_counts_once(one_rank):
+    shape, expected = one_rank
+    config = mixture(shape)
+    again = config.model_copy(update={"training": config.training.model_copy(update={"recompute": "full"})})
+    agrees(run_ranks(1, course_of_each, [again], STEPS, expected["gradients"])[0][0], expected, "recomputation")
+
+
+@pytest.mark.slow
+def test_chunks_of_unequal_layers_agree():
+    """Also where a rank has no layer with experts."""
+    layers = {"num_layers": 4, "moe_layer_freq": [0, 0, 1, 1]}
+    expected = run_ranks(1, course_of_each, [mixture(SOFTMAX, **layers)], STEPS)[0][0]
+    stages = {"pipeline": 2, "pipeline_layers": [1, 3]}
+    layouts = [{"pipeline": 2, "virtual_pipeline": 2}, {"pipeline": 2}, stages, {**stages, "expert": 2}]
+    for parallel in layouts:
+        config = mixture(SOFTMAX, parallel, **layers)
+        for (found,) in run_ranks(4, course_of_each, [config], STEPS, expected["gradients"]):
+            agrees(found, expected, str(parallel))
+
+
 def test_the_losses_are_in_the_gradients(one_rank):
     """Without their weights the gradient of the router is another, by far more than layouts may differ."""
     shape, expected = one_rank
