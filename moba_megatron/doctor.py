@@ -114,7 +114,7 @@ def _print_run(console: Console, path: Path, overrides: list[str] | None) -> Non
     config = load_config(path, overrides)
     lines = run_choices(config, checked_schedule(config))
     console.print("\n".join([f"a run of {path} would use", *(f"  {line}" for line in lines)]), markup=False)
-    ready = preflight(config, config.parallel.model_ranks)
+    ready = preflight(config, config.parallel.fewest_ranks)
     for line in ready.choices[len(lines) :]:
         console.print(f"  {line}", markup=False)
     console.print(

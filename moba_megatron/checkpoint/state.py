@@ -22,9 +22,11 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from moba_megatron.checkpoint.manifest import CheckpointError
+from moba_megatron.checkpoint.optimizer_parts import fit_parts, parts_of
 
-# The default type of the distributed optimizer's checkpoint cannot be resumed in megatron-core 0.16.
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+# The default type of the distributed optimizer's checkpoint cannot be resumed in megatron-core 0.16. Without the second
+# key an optimizer of experts would store its state under names that only one like it finds.
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 @dataclass
@@ -51,7 +53,7 @@ class TrainingState:
         """Take over what `dist_checkpointing.load` returned for `sharded(loading=True)`."""
         load_weights(self.model, loaded)
         with torch.no_grad():
-            self.optimizer.load_state_dict(loaded["optimizer"])
+            self.optimizer.load_state_dict(fit_parts(self.optimizer, loaded["optimizer"]))
         self.scheduler.load_state_dict(loaded["scheduler"])
         if "random" in loaded:
             _set_random_state(loaded["random"])
@@ -67,7 +69,7 @@ def _places_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
     There are several buckets where the reduction of gradients overlaps, and on the first and last pipeline stage with
     tied embeddings; padding, where a bucket is no multiple of 128 and of the ranks that share it.
     """
-    buffers = [buffer for part in _parts(optimizer) for buffer in getattr(part, "buffers", [])]
+    buffers = [buffer for part in parts_of(optimizer) for buffer in getattr(part, "buffers", [])]
     before = [buffer.param_index_map for buffer in buffers]
     try:
         for buffer in buffers:
@@ -82,17 +84,13 @@ def _places_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
             buffer.param_index_map = places
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
-
-
 def _refuse_misplaced_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Hold the ends of the optimizer's own copy of each parameter, as it would be saved, against the parameter.
 
     Raises:
         CheckpointError: they differ, so what would be saved belongs to other parameters.
     """
-    parts = _parts(optimizer)
+    parts = parts_of(optimizer)
     for number, part in enumerate(parts):
         saved = (state if len(parts) == 1 else state[number]).get("param_state") or {}
         parameters = [p for buffer in getattr(part, "buffers", []) for p in buffer.param_index_map]

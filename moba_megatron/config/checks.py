@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+from moba_megatron.config.experts import expert_checks
 from moba_megatron.config.families import family_checks
 from moba_megatron.config.model import ModelConfig
 from moba_megatron.config.rotary import rotary_checks
 from moba_megatron.config.schema import AttentionConfig, Config, ParallelConfig
+from moba_megatron.config.words import divisors, nearest_multiples, one_of
 
 
 class ConfigError(ValueError):
@@ -35,7 +37,13 @@ def check_world(config: Config, world_size: int) -> int:
         sizes = f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
         raise ConfigError([
             f"{sizes} = {model_ranks} does not divide the {world_size} processes: "
-            f"start {nearest_multiples(world_size, model_ranks)}"
+            f"start {nearest_multiples(world_size, parallel.fewest_ranks)}"
+        ])  # fmt: skip
+    if world_size % parallel.expert_ranks:
+        sizes = f"parallel.expert {parallel.expert} x expert_tensor {parallel.expert_tensor} x pipeline"
+        raise ConfigError([
+            f"{sizes} {parallel.pipeline} = {parallel.expert_ranks} does not divide the {world_size} processes: "
+            f"start {nearest_multiples(world_size, parallel.fewest_ranks)}"
         ])  # fmt: skip
     data_ranks = world_size // model_ranks
     per_pass = training.micro_batch_size * data_ranks
@@ -58,35 +66,6 @@ def check_world(config: Config, world_size: int) -> int:
     return data_ranks
 
 
-def nearest_multiples(value: int, unit: int) -> str:
-    """The multiples of `unit` on both sides of `value`, in words.
-
-    >>> nearest_multiples(100, 8), nearest_multiples(3, 8)
-    ('96 or 104', '8')
-    """
-    below = value // unit * unit
-    return " or ".join(str(number) for number in (below, below + unit) if number)
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors of a number, rising.
-
-    >>> divisors(12)
-    [1, 2, 3, 4, 6, 12]
-    """
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def one_of(choices: list[int] | list[list[int]]) -> str:
-    """Choices in words.
-
-    >>> one_of([1, 2, 4])
-    '1, 2 or 4'
-    """
-    *first, last = [str(choice) for choice in choices]
-    return f"{', '.join(first)} or {last}" if first else last
-
-
 def combination_problems(config: Config) -> list[str]:
     """What no single field can know: one line for each combination that cannot work."""
     return [
@@ -94,6 +73,7 @@ def combination_problems(config: Config) -> list[str]:
         for wrong, text in [
             *_model_checks(config.model, config.parallel),
             *_parallel_checks(config),
+            *expert_checks(config),
             *_data_checks(config),
             _packing_check(config),
             *attention_checks(config.attention, config.model.num_layers, config.data.sequence_length),

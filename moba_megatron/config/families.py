@@ -22,7 +22,13 @@ MOBA_IN_TRANSFORMERS = (
 )
 """The way to go on with a model that our layers do not compute."""
 # What tells families apart, and its value in a model that has nothing of it.
-MARKS: dict[str, Any] = {"add_qkv_bias": False, "qk_layernorm": False, "rotary_percent": 1.0, "no_rope_freq": None}
+MARKS: dict[str, Any] = {
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "rotary_percent": 1.0,
+    "no_rope_freq": None,
+    "num_moe_experts": None,
+}
 SCALINGS = ("none", "linear", "llama3", "yarn", "longrope")
 
 

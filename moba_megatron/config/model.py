@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from moba_megatron.config.section import MOST_LAYERS, Section
+
+Balancing = Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"]
+LayerHasExperts = Annotated[int, Field(ge=0, le=1)]
 
 
 class ModelConfig(Section):
@@ -92,6 +95,74 @@ class ModelConfig(Section):
     rotary_interpolation: float = Field(default=1.0, ge=1.0)
     """Position interpolation on top of `llama3`, `yarn` or `longrope`: positions divided by this (the MoBA report's way
     from 128K to 1M). For `none` use `linear`."""
+    num_moe_experts: int | None = Field(default=None, ge=2, le=2**16)
+    """Experts of a layer, each a SwiGLU layer of its own (mixture of experts). All other `moe_` keys need it. Default:
+    none, the layers are dense."""
+    moe_router_topk: int = Field(default=2, ge=1, le=2**16)
+    """Experts that a token is sent to."""
+    moe_ffn_hidden_size: int | None = Field(default=None, ge=1, le=2**22)
+    """Width of one expert. Default: `ffn_hidden_size`, which dense layers keep."""
+    moe_layer_freq: Annotated[int, Field(ge=1, le=MOST_LAYERS)] | list[LayerHasExperts] = 1
+    """Which layers have experts: every n-th, from the first on; or a list of 1 (experts) and 0 (dense), one for each
+    layer."""
+    moe_shared_expert_intermediate_size: int | None = Field(default=None, ge=1, le=2**22)
+    """Width of the expert that every token passes besides, of several together: their sum. Default: none."""
+    moe_shared_expert_gate: bool = False
+    """Multiply what the shared expert gives by a sigmoid of the token (Qwen 2 MoE)."""
+    moe_router_load_balancing_type: Balancing = "aux_loss"
+    """What keeps the load of experts even. `aux_loss`: the loss of the Switch Transformer (arXiv 2101.03961) over the
+    tokens of a microbatch. `seq_aux_loss`: the same over each sequence; a pack of documents counts as one sequence.
+    `global_aux_loss`: over the microbatches of all data-parallel ranks, and those before it in the step (arXiv
+    2501.11873). These need `moe_aux_loss_coeff`. `sinkhorn`: the assignment itself is balanced, in training only.
+    `none`: nothing, or `moe_router_enable_expert_bias`."""
+    moe_aux_loss_coeff: float = Field(default=0.0, ge=0)
+    """Weight of the balancing loss beside the loss of the language model; 1e-2 is usual. Padding has no part in it. 0:
+    it is not computed."""
+    moe_z_loss_coeff: float | None = Field(default=None, gt=0)
+    """Weight of the z-loss (arXiv 2202.08906), the mean over tokens of the squared log-sum-exp of the router's scores,
+    which keeps them small; 1e-3 is usual. Default: none."""
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """From the router's logits to the scores that weigh experts. `sigmoid` divides them by the sum of the chosen ones
+    (DeepSeek-V3)."""
+    moe_router_pre_softmax: bool = False
+    """Take the softmax over all experts before choosing, so that the weights of a token add up to less than 1. False:
+    over the chosen ones. Hugging Face's `norm_topk_prob` is the reverse of it."""
+    moe_router_enable_expert_bias: bool = False
+    """A bias of each expert that decides which are chosen, not what they weigh: raised after each step for experts with
+    fewer tokens than the mean, lowered for those with more (arXiv 2408.15664). Saved in checkpoints. It needs
+    `moe_router_score_function: sigmoid`."""
+    moe_router_bias_update_rate: float = Field(default=1e-3, gt=0)
+    """How far this bias moves in a step."""
+    moe_router_topk_scaling_factor: float | None = Field(default=None, gt=0)
+    """What the weights of the chosen experts are multiplied by (DeepSeek-V3: 2.5). Default: 1."""
+    moe_router_num_groups: int | None = Field(default=None, ge=2, le=2**16)
+    """Equal groups of neighbouring experts, of which a token chooses `moe_router_group_topk` first (DeepSeek-V3).
+    Default: one group."""
+    moe_router_group_topk: int | None = Field(default=None, ge=1, le=2**16)
+    """Groups that a token may choose experts of. Default: all."""
+    moe_router_dtype: Literal["fp32", "fp64"] | None = None
+    """Precision of the router's product and scores. Default: that of the training; with many experts in bf16 take
+    `fp32`."""
+    moe_expert_capacity_factor: float | None = Field(default=None, gt=0)
+    """Most tokens of a microbatch that one expert takes from a rank, over the mean of all experts; those beyond it pass
+    the layer by. What is dropped depends on the layout. Default: no token is dropped."""
+    moe_token_drop_policy: Literal["probs", "position"] = "probs"
+    """Which tokens are kept: those that weigh the expert most (`probs`), or the first ones (`position`)."""
+    moe_pad_expert_input_to_capacity: bool = False
+    """Fill every expert's tokens up to its capacity, so that all sizes are fixed."""
+
+    @property
+    def expert_layers(self) -> list[bool]:
+        """Which layers are mixtures of experts."""
+        if self.num_moe_experts is None:
+            return [False] * self.num_layers
+        if isinstance(self.moe_layer_freq, int):
+            return [number % self.moe_layer_freq == 0 for number in range(self.num_layers)]
+        return [bool(entry) for entry in self.moe_layer_freq]
+
+    @property
+    def expert_ffn_size(self) -> int:
+        return self.moe_ffn_hidden_size or self.ffn_size
 
     @property
     def query_groups(self) -> int:

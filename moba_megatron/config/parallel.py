@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -60,6 +61,15 @@ class ParallelConfig(Section):
     ) = None
     """Only for `a2a+p2p`: ranks of the a2a level, which are neighbours (in one node), and of the p2p level between
     them; their product is `context`. Default: as many on the first level as the heads allow."""
+    expert: int = Field(default=1, ge=1, le=MOST_RANKS)
+    """Expert-parallel size: the experts of each layer over this many ranks, out of those that share a pipeline stage
+    (tensor x context x data-parallel). Needs `model.num_moe_experts`."""
+    expert_tensor: int = Field(default=1, ge=1, le=MOST_RANKS)
+    """Tensor-parallel size within an expert, whatever `tensor` is. megatron-core's default is `tensor`; small experts
+    are faster whole."""
+    expert_dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    """How tokens reach the ranks of their experts. `alltoall`: each goes where it is needed. `allgather`: all go to all
+    ranks of `expert`, for few ranks and many chosen experts. `flex`: DeepEP's kernels, on GPUs that have it."""
     distributed_optimizer: bool = False
     """Split optimizer state over the data-parallel and context-parallel ranks. A checkpoint is bound to this choice."""
     overlap_grad_reduce: bool = False
@@ -67,5 +77,15 @@ class ParallelConfig(Section):
 
     @property
     def model_ranks(self) -> int:
-        """Processes that hold one copy of the model and one microbatch: the fewest that can train."""
+        """Processes that hold one copy of the dense layers and one microbatch."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def expert_ranks(self) -> int:
+        """Processes that hold one copy of all experts."""
+        return self.expert * self.expert_tensor * self.pipeline
+
+    @property
+    def fewest_ranks(self) -> int:
+        """The fewest processes that can train."""
+        return math.lcm(self.model_ranks, self.expert_ranks)

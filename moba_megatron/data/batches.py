@@ -31,9 +31,10 @@ from moba_megatron.parallel.layout import padded_boundaries, shard_positions
 Batch = dict[str, Any]
 """`tokens`, `labels`, `position_ids` [b, s] int64 and `loss_mask` [b, s] fp32; packed: [1, b * s], and `cu_seqlens`
 [documents + 1] int32, `max_seqlen` int. The part of a context-parallel rank of a pack besides has `cu_seqlens_padded`
-[documents + 1] int32."""
+[documents + 1] int32. Where there may be padding `padding_mask` [b, s] bool is True for it."""
 
 _ROWS = ("tokens", "labels", "loss_mask", "position_ids")
+_PADDING = "padding_mask"
 
 
 def microbatches(
@@ -78,6 +79,8 @@ def microbatches(
         # A filler is the first sample again, for its shape only.
         samples = [dataset[0 if row is None else row] for row in rows]
         batch: Batch = {name: torch.stack([sample[name] for sample in samples]) for name in _ROWS}
+        if _PADDING in samples[0]:
+            batch[_PADDING] = torch.stack([sample[_PADDING] for sample in samples])
         batch["loss_mask"][[number for number, row in enumerate(rows) if row is None]] = 0.0
         if eod_id is not None:
             batch = pack(batch, eod_id, [sample.get("cu_seqlens") for sample in samples])
@@ -166,6 +169,9 @@ def context_part(
             padding = pad_id if name == "tokens" else 0
             part[name] = batch[name].index_select(1, source).masked_fill(is_padding, padding)
     part["position_ids"] = position.unsqueeze(0)
+    if _PADDING in batch:
+        is_padding = is_padding | batch[_PADDING].flatten()[source]
+    part[_PADDING] = is_padding.unsqueeze(0)
     return {**part, "cu_seqlens_padded": padded, "max_seqlen": int(padded.diff().max())}
 
 

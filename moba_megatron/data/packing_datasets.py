@@ -80,10 +80,11 @@ class ConcatenatedRows(GPTDataset):
 
     Sample i is a dict of `tokens`, `labels`, `position_ids` [s] int64 and `loss_mask` [s] fp32; where documents do not
     see each other positions start anew at each, and `cu_seqlens` [documents + 1] int32 holds their boundaries. Padding
-    at the end of a row is a document of its own.
+    at the end of a row is a document of its own; `padding_mask` [s] bool is True there, where rows may have any.
     """
 
     config: RowsConfig
+    may_pad = False
 
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -102,6 +103,8 @@ class ConcatenatedRows(GPTDataset):
                 counts[at] = 0.0
             at += size
         sample = {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": counts[1:]}
+        if self.may_pad:
+            sample["padding_mask"] = np.arange(length) >= at
         positions = np.arange(length)
         if not self.config.cross_document_attention:
             ends = np.cumsum(pieces[:, 2])
@@ -150,6 +153,8 @@ class ConcatenatedRows(GPTDataset):
 class PackedRows(ConcatenatedRows):
     """Whole documents in rows, as `config.packing` says. Samples as those of `ConcatenatedRows`; rows may end in
     padding."""
+
+    may_pad = True
 
     @staticmethod
     def _key_config_attributes() -> list[str]:

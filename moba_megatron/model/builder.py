@@ -18,7 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_megatron.config import Config, ParallelConfig
 from moba_megatron.model.exchange_choice import resolve_exchange
-from moba_megatron.model.first_weights import replay_draws
+from moba_megatron.model.experts import expert_settings, mark_experts, with_routers
+from moba_megatron.model.first_weights import Place, replay_draws
 from moba_megatron.model.gpt import ChunkedLossGPTModel
 from moba_megatron.model.rotary import cosine_factor, rotary_frequencies, set_cosine_factor, softmax_scale
 from moba_megatron.model.schedule import AttentionSchedule
@@ -76,6 +77,7 @@ def transformer_config(config: Config, *, device_type: str | None = None) -> Tra
         # The loss is a sum over tokens, divided by their number over all micro-batches and ranks once, in the end;
         # otherwise it is a mean of means, which weighs tokens unequally when masks differ.
         calculate_per_token_loss=True,
+        **expert_settings(model, config.parallel, grouped=choose_implementation(device_type) == "transformer_engine"),
         **_parallel_settings(config, dtype),
         **_recompute_settings(config.training.recompute),
         **_machine_settings(device_type, fused_rotary=cosine_factor(model) == 1.0),
@@ -97,10 +99,8 @@ def _parallel_settings(config: Config, dtype: torch.dtype) -> dict:
         # For attention of Transformer Engine; ours has the exchange from its spec. One word: a list with one for each
         # layer is off by one in megatron-core 0.16. Its other exchanges are not sure to take packs.
         "cp_comm_type": "p2p" if config.packed else resolve_exchange(config).full or "p2p",
-        # Documents are padded for context parallelism, so packs differ in length. The dispatcher is for mixtures of
-        # experts, of which there are none here, but megatron-core refuses its default together with such packs.
+        # Documents are padded for context parallelism, so packs differ in length.
         "variable_seq_lengths": parallel.context > 1 and parallel.pipeline > 1 and config.packed,
-        "moe_token_dispatcher_type": "alltoall",
         "pipeline_dtype": dtype,
         "autocast_dtype": dtype,
         # The interleaved schedule of two stages computes wrong gradients with any other pair.
@@ -182,15 +182,24 @@ def build_model(
                 pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
             )
         )
-    if transformer.perform_initialization and config.parallel.tensor * config.parallel.pipeline > 1:
+    mark_experts(chunks, config.parallel)
+    # megatron-core draws experts from a stream of their own, which depends on the rank, also where there is one.
+    has_experts = config.model.num_moe_experts is not None
+    if transformer.perform_initialization and (has_experts or config.parallel.tensor * config.parallel.pipeline > 1):
         replay_draws(
             chunks,
             config.model,
             transformer,
             vocab_size=vocab_size,
             seed=config.run.seed,
-            rank=parallel_state.get_tensor_model_parallel_rank(),
-            ranks=config.parallel.tensor,
+            place=Place(
+                tensor=parallel_state.get_tensor_model_parallel_rank(),
+                tensors=config.parallel.tensor,
+                expert=parallel_state.get_expert_model_parallel_rank(),
+                experts=config.parallel.expert,
+                expert_tensor=parallel_state.get_expert_tensor_parallel_rank(),
+                expert_tensors=config.parallel.expert_tensor,
+            ),
         )
     return chunks
 
@@ -223,7 +232,7 @@ def _build_chunk(
     )
     return ChunkedLossGPTModel(
         config=transformer,
-        transformer_layer_spec=layers,
+        transformer_layer_spec=with_routers(layers),
         vocab_size=padded_vocab_size(vocab_size, config.parallel.tensor),
         unpadded_vocab_size=vocab_size,
         loss_chunk_size=config.training.loss_chunk_size,
@@ -258,7 +267,14 @@ def build_meta_model(config: Config, vocab_size: int) -> ChunkedLossGPTModel:
     """The whole model, unsharded, on the meta device: shapes without memory. Needs no process group and no platform."""
     whole = config.model_copy(update={"parallel": ParallelConfig()})
     transformer = dataclasses.replace(
-        transformer_config(whole, device_type="cpu"), use_cpu_initialization=True, perform_initialization=False
+        transformer_config(whole, device_type="cpu"),
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        # Routers and their dispatcher would ask for a device. None of it is parameters.
+        moe_token_dispatcher_type="allgather",
+        moe_router_enable_expert_bias=False,
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
     )
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
     with torch.device("meta"):

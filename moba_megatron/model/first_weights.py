@@ -6,15 +6,21 @@ goes through all parameters of the whole model in the order in which one rank dr
 device that holds its own, and copies its part of those that it has. One parameter is in memory at a time. What is not
 drawn (norms, biases, filters of keys) is constant, and megatron-core has set it.
 
+Of a mixture of experts megatron-core draws the experts from another stream, by rank, and the router from one of the
+CPU. Here they come from the one stream as well: the router, every expert in turn, the shared expert and its gate.
+
 The random streams of the process are left as they are. A CPU and a GPU draw different numbers from the same seed, and
 so do GPUs of different kinds.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -26,9 +32,26 @@ _OF_A_LAYER = (
     *("self_attention.linear_proj.weight", "self_attention.linear_qkv.weight"),
     *("mlp.linear_fc1.weight", "mlp.linear_fc2.weight"),
 )
+_ROUTER, _GATE, _SHARED = "mlp.router.weight", "mlp.shared_experts.gate_weight", "mlp.shared_experts."
+# How the layers name expert N of a rank: one after the other, and as one product of Transformer Engine.
+_ONE_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(?P<number>\d+)\.(?P<part>linear_fc[12])\.weight")
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(?P<part>linear_fc[12])\.weight(?P<number>\d+)")
 _NOT_DRAWN = "key_convolution.weight"
 # From the seed of a run to that of megatron-core's stream for weights, on the first tensor-parallel rank.
 _STREAM = 2718
+
+
+@dataclass(frozen=True)
+class Place:
+    """This rank among those that share a layer (`tensor` of `tensors`), its experts (`expert` of `experts`), and one
+    expert (`expert_tensor` of `expert_tensors`)."""
+
+    tensor: int
+    tensors: int
+    expert: int
+    experts: int
+    expert_tensor: int
+    expert_tensors: int
 
 
 @torch.no_grad()
@@ -39,8 +62,7 @@ def replay_draws(
     *,
     vocab_size: int,
     seed: int,
-    rank: int,
-    ranks: int,
+    place: Place,
 ) -> None:
     """Give the model chunks of this rank the weights that one rank would draw. Not collective.
 
@@ -49,12 +71,13 @@ def replay_draws(
         transformer: what they were built with.
         vocab_size: entries of the vocabulary, without padding, whose rows become 0.
         seed: of the run.
-        rank, ranks: tensor-parallel.
+        place: of this rank.
 
     Raises:
         ValueError: a parameter of which it is not known here how one rank draws it.
     """
-    mine = _own_parameters(chunks)
+    local_experts = (model.num_moe_experts or 0) // place.experts
+    mine = _own_parameters(chunks, first_expert=place.expert * local_experts)
     if not mine:  # a stage in the middle of the pipeline may have no layer at all
         return
     some = next(iter(next(iter(mine.values()))))
@@ -63,15 +86,22 @@ def replay_draws(
         whole = torch.empty(shape, dtype=some.dtype, device=some.device)
         init(whole, generator=generator)
         for parameter in mine.pop(name, ()):
-            part = cut(whole, rank, ranks)
+            if ".experts." in name:
+                part = cut(whole, place.expert_tensor, place.expert_tensors)
+            else:
+                part = cut(whole, place.tensor, place.tensors)
             parameter.zero_()
             parameter[: len(part)] = part
     if mine:
         raise ValueError(f"how one rank draws {', '.join(mine)} is not known: start from weights (model.init_from)")
 
 
-def _own_parameters(chunks: list[torch.nn.Module]) -> dict[str, list[torch.nn.Parameter]]:
-    """The parameters of this rank that are drawn, by their names in the whole model."""
+def _own_parameters(chunks: list[torch.nn.Module], *, first_expert: int) -> dict[str, list[torch.nn.Parameter]]:
+    """The parameters of this rank that are drawn, by their names in the whole model.
+
+    Args:
+        first_expert: number of this rank's first one in the whole layer.
+    """
     found: dict[str, list[torch.nn.Parameter]] = {}
     for chunk in chunks:
         numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
@@ -81,10 +111,24 @@ def _own_parameters(chunks: list[torch.nn.Module]) -> dict[str, list[torch.nn.Pa
                 continue
             if name.startswith(_LAYER):
                 local, rest = name.removeprefix(_LAYER).split(".", 1)
-                name = f"{_LAYER}{numbers[int(local)]}.{rest}"
+                name = f"{_LAYER}{numbers[int(local)]}.{_in_whole_layer(rest, first_expert)}"
             # The last pipeline stage has a copy of a tied embedding.
             found.setdefault(_EMBEDDING if tied and name == _OUTPUT else name, []).append(parameter)
     return found
+
+
+def _in_whole_layer(name: str, first_expert: int) -> str:
+    """The name of a parameter of a layer where all its experts are on one rank, one after the other.
+
+    >>> _in_whole_layer("mlp.experts.linear_fc1.weight1", 4)
+    'mlp.experts.local_experts.5.linear_fc1.weight'
+    """
+    found = _ONE_EXPERT.fullmatch(name) or _GROUPED_EXPERT.fullmatch(name)
+    return _expert(first_expert + int(found["number"]), found["part"]) if found else name
+
+
+def _expert(number: int, part: str) -> str:
+    return f"mlp.experts.local_experts.{number}.{part}.weight"
 
 
 _Draw = tuple[str, tuple[int, int], Callable[..., Tensor], Callable[[Tensor, int, int], Tensor]]
@@ -104,19 +148,43 @@ def _draws(
         "mlp.linear_fc2.weight": ((hidden, ffn), out, _columns),
     }
     yield _EMBEDDING, (vocab_size, hidden), transformer.embedding_init_method, _rows
-    for number in range(model.num_layers):
+    for number, has_experts in enumerate(model.expert_layers):
         for name in _order(chunks):
-            yield f"{_LAYER}{number}.{name}", *of_a_layer[name]
+            if not (has_experts and name.startswith("mlp.")):
+                yield f"{_LAYER}{number}.{name}", *of_a_layer[name]
+        if has_experts:
+            for name, *draw in _draws_of_experts(model, transformer):
+                yield f"{_LAYER}{number}.{name}", *draw
     if not model.share_embeddings_and_output_weights:
         yield _OUTPUT, (vocab_size, hidden), init, _rows
 
 
+def _draws_of_experts(model: ModelConfig, transformer: TransformerConfig) -> Iterator[_Draw]:
+    """As `_draws`, of what a mixture of experts has in place of a feed-forward layer."""
+    hidden, experts, shared = model.hidden_size, model.num_moe_experts or 0, model.moe_shared_expert_intermediate_size
+    init, out = transformer.init_method, transformer.output_layer_init_method
+    yield _ROUTER, (experts, hidden), init, _whole
+    for number in range(experts):
+        yield _expert(number, "linear_fc1"), (2 * model.expert_ffn_size, hidden), init, _rows_of_both_halves
+        yield _expert(number, "linear_fc2"), (hidden, model.expert_ffn_size), out, _columns
+    if shared is not None:
+        yield f"{_SHARED}linear_fc1.weight", (2 * shared, hidden), init, _rows_of_both_halves
+        yield f"{_SHARED}linear_fc2.weight", (hidden, shared), out, _columns
+        if model.moe_shared_expert_gate:
+            yield _GATE, (1, hidden), init, _whole
+
+
 def _order(chunks: list[torch.nn.Module]) -> list[str]:
     """Drawn parameters of a layer in the order in which it was built, which is that of its modules."""
-    layer = next((layer for chunk in chunks for layer in chunk.decoder.layers), None)
+    layers = (layer for chunk in chunks for layer in chunk.decoder.layers if isinstance(layer.mlp, MLP))
+    layer = next(layers, None)
     if layer is None:
         return list(_OF_A_LAYER)
     return [name for name, _ in layer.named_parameters() if name in _OF_A_LAYER]
+
+
+def _whole(whole: Tensor, rank: int, ranks: int) -> Tensor:
+    return whole
 
 
 def _rows(whole: Tensor, rank: int, ranks: int) -> Tensor:

@@ -1,7 +1,8 @@
 """One microbatch through the model, in the form that megatron-core's pipeline schedules call.
 
 A batch is a dict of tensors `tokens`, `labels`, `position_ids` (int64 `[b, s]`) and `loss_mask` (fp32 `[b, s]`); a
-packed batch has b = 1 and a `packed_seq_params` entry with its document boundaries. Under context parallelism s counts
+packed batch has b = 1 and a `packed_seq_params` entry with its document boundaries; `padding_mask` (bool `[b, s]`) is
+True where a token is padding, and may be missing where none is. Under context parallelism s counts
 this rank's tokens; sums are over data-parallel and context-parallel ranks alike.
 """
 
@@ -43,12 +44,15 @@ def forward_step(
         reduces it, as `get_forward_backward_func` wants them.
     """
     batch = next(batches)
+    # Routers leave padding out of what they count; dense layers have no use for it.
+    padding = {"padding_mask": batch.get("padding_mask")} if model.config.num_moe_experts else {}
     output = model(
         batch["tokens"],
         batch["position_ids"],
         attention_mask=None,
         labels=batch["labels"],
         packed_seq_params=batch.get("packed_seq_params"),
+        **padding,
     )
     return output, partial(_reduce, reduction, batch)
 

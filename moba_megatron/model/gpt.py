@@ -90,7 +90,14 @@ class ChunkedLossGPTModel(GPTModel):
         positions = inputs["position_ids"]
         if self.pre_process and positions is not None and positions.device.type == "cpu":
             check_layout(positions, inputs["packed_seq_params"], self.pg_collection.cp)
-        return super()._preprocess(**inputs)
+        found = super()._preprocess(**inputs)
+        padding_mask = inputs.get("padding_mask")
+        # megatron-core cuts the mask for sequence parallelism on the first pipeline stage alone.
+        if padding_mask is None or not self.config.sequence_parallel or found[5] is not padding_mask:
+            return found
+        rows = padding_mask.transpose(0, 1).contiguous()
+        mine = tensor_parallel.scatter_to_sequence_parallel_region(rows, group=self.pg_collection.tp)
+        return (*found[:5], mine.transpose(0, 1).contiguous(), *found[6:])
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         if labels is None or not self.post_process:

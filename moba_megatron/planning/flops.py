@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moba_megatron.config import ConfigError
 from moba_megatron.ops.pairs import attended_pairs
 
 if TYPE_CHECKING:
@@ -20,11 +21,25 @@ PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
 def matrix_parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Parameters that multiply every token: projections and feed-forward of all layers, and the output layer."""
+    """Parameters that multiply every token: projections and feed-forward of all layers, and the output layer.
+
+    Raises:
+        ConfigError: for a mixture of experts.
+    """
+    refuse_experts(model)
     hidden, size = model.hidden_size, model.head_size
     heads, kv_heads = model.num_attention_heads, model.query_groups
     attention = hidden * size * (heads + 2 * kv_heads) + heads * size * hidden
     return model.num_layers * (attention + 3 * hidden * model.ffn_size) + hidden * vocab_size
+
+
+def refuse_experts(model: ModelConfig) -> None:
+    """Raise ConfigError for a mixture of experts, of which nothing is estimated yet."""
+    if model.num_moe_experts is not None:
+        raise ConfigError([
+            f"model.num_moe_experts = {model.num_moe_experts}: work, memory and time of mixtures of experts are not "
+            "estimated yet; plan the dense model of as many active parameters"
+        ])  # fmt: skip
 
 
 def training_flops_per_token(config: Config, vocab_size: int, layers: list[tuple[int, int] | None]) -> float:

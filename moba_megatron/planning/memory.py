@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from moba_megatron.config import Config
 from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
+from moba_megatron.planning.flops import refuse_experts
 from moba_megatron.planning.memory_layer import (
     LayerBytes,
     Shape,
@@ -73,8 +74,9 @@ def estimate_memory(
         device_type: "cuda" (layers of Transformer Engine) or "cpu": they keep different tensors.
 
     Raises:
-        ConfigError: an exchange that cannot run with these sizes.
+        ConfigError: an exchange that cannot run with these sizes, or a mixture of experts.
     """
+    refuse_experts(config.model)
     training = config.training
     microbatches = training.global_batch_size // (training.micro_batch_size * data_parallel)
     return [

@@ -26,6 +26,10 @@ Replacement = tuple[Any, str, Any]
 DeviceType = Literal["cpu", "cuda"]
 
 
+_MISSING = object()
+"""What was there before where nothing was."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """One row: `name`, `reason` (what happens without it), and `replacements`, which imports only when it is called."""
@@ -38,9 +42,9 @@ class Difference:
     def apply(self) -> list[Replacement]:
         """Put the replacements in place; return what was there before, in the same form."""
         new = self.replacements()
-        before = [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _ in new]
+        before = [(owner, attribute, getattr(owner, attribute, _MISSING)) for owner, attribute, _ in new]
         for owner, attribute, value in new:
-            setattr(owner, attribute, value)
+            _set(owner, attribute, value)
         return before
 
 
@@ -59,14 +63,41 @@ class _OneStream:
 
     def wait_event(self, event) -> None: ...
 
-    def record_event(self, event=None) -> None: ...
+    def record_event(self, event=None) -> _OneStream:
+        return self
 
     def synchronize(self) -> None: ...
 
 
+_STREAM = _OneStream()
+
+
 def _current_stream() -> list[Replacement]:
-    stream = _OneStream()
-    return [(torch.cuda, "current_stream", lambda device=None: stream)]
+    return [(torch.cuda, "current_stream", lambda device=None: _STREAM)]
+
+
+def _product_of_routers() -> list[Replacement]:
+    from megatron.core.transformer.moe import moe_utils
+
+    return [(moe_utils, "te_general_gemm", None)]
+
+
+def _lacks_product_of_routers(device_type: DeviceType) -> bool:
+    from megatron.core.transformer.moe import moe_utils
+
+    return not hasattr(moe_utils, "te_general_gemm")
+
+
+def _sizes_of_dispatch() -> list[Replacement]:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def on_the_host(tensor, as_numpy=False, record_stream=False):
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    return [
+        (token_dispatcher.MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", _STREAM),
+        (token_dispatcher, "maybe_move_tensor_to_cpu", on_the_host),
+    ]
 
 
 def _tensor_cuda() -> list[Replacement]:
@@ -251,12 +282,31 @@ DIFFERENCES: tuple[Difference, ...] = (
         needed=lambda device_type: True,
     ),
     Difference(
+        "product of routers",
+        "megatron-core 0.16 looks for Transformer Engine's product under a name that is not there without it",
+        _product_of_routers,
+        needed=_lacks_product_of_routers,
+    ),
+    Difference(
+        "sizes of dispatch",
+        "tokens for experts are counted on a stream of the GPU, and brought to the host only from there",
+        _sizes_of_dispatch,
+    ),
+    Difference(
         "Adam",
         "PyTorch's Adam in the distributed optimizer cannot resume; this one has the state layout of FusedAdam",
         _adam,
         needed=_lacks_fused_adam,
     ),
 )
+
+
+def _set(owner: Any, attribute: str, value: Any) -> None:
+    if value is _MISSING:
+        delattr(owner, attribute)
+    else:
+        setattr(owner, attribute, value)
+
 
 _before: dict[str, list[Replacement]] = {}
 
@@ -289,4 +339,4 @@ def restore() -> None:
     while _before:
         _, before = _before.popitem()
         for owner, attribute, value in before:
-            setattr(owner, attribute, value)
+            _set(owner, attribute, value)

@@ -74,6 +74,8 @@ def start_model_parallel(parallel: ParallelConfig, context_levels: tuple[int, in
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         hierarchical_context_parallel_sizes=list(levels) if levels else None,
     )
 

@@ -26,7 +26,7 @@ def print_dry_run(config: Config, world_size: int) -> None:
     Without a launcher (`world_size` 1) the smallest number of processes that the parallel sizes allow is assumed; the
     variable WORLD_SIZE, which launchers set, stands for any other.
     """
-    world_size = max(world_size, config.parallel.model_ranks)
+    world_size = max(world_size, config.parallel.fewest_ranks)
     data_parallel = check_world(config, world_size)
     vocab_size = vocabulary_size(config)
     schedule = checked_schedule(config)
@@ -39,6 +39,9 @@ def print_dry_run(config: Config, world_size: int) -> None:
     console.print(f"tokens per step      {config.tokens_per_step:,}")
     console.print(f"tokens in all        {config.tokens_per_step * config.training.steps:,}")
     console.print("\n".join([_weights(config), *choices, schedule.table(config.training.steps)]), markup=False)
+    if config.model.num_moe_experts is not None:
+        console.print("FLOPs, memory and hours of mixtures of experts are not estimated yet")
+        return
     _print_flops(console, config, schedule, vocab_size)
     _print_memory(console, config, schedule, vocab_size, data_parallel)
     _print_hours(console, config, schedule, vocab_size, world_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,6 +129,7 @@ def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:
     except ValueError as error:
         raise ConfigError([f"attention.backend = {config.attention.backend}: {error}"]) from error
     full = _full_attention(config, schedule, device)
+    _check_dispatcher(config, device)
     libraries = optional_libraries()
     fused_adam = [
         name for name in ("transformer_engine", "apex") if device.type == "cuda" and libraries[name].available
@@ -137,6 +139,7 @@ def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:
         f"attention.full_backend = {config.attention.full_backend}: {full}",
         f"layers: {choose_implementation(device.type)}; Adam: {fused_adam[0] if fused_adam else 'PyTorch'}",
         *resolve_exchange(config).lines,
+        *_expert_lines(config),
     ]
     length = config.data.sequence_length
     covered = sum(
@@ -150,6 +153,41 @@ def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:
             "MoBA is full attention there"
         )
     return lines
+
+
+def _check_dispatcher(config: Config, device: torch.device) -> None:
+    """Raise ConfigError where this machine cannot bring tokens to their experts as the configuration says."""
+    parallel = config.parallel
+    if config.model.num_moe_experts is None:
+        return
+    if parallel.expert_dispatcher == "flex" and (device.type != "cuda" or importlib.util.find_spec("deep_ep") is None):
+        lacks = "this machine has no GPU" if device.type != "cuda" else "deep_ep is not installed"
+        raise ConfigError([f"parallel.expert_dispatcher = flex: {lacks}; use alltoall"])
+    if parallel.expert_dispatcher == "alltoall" and parallel.expert_tensor > 1 and device.type == "cpu":
+        raise ConfigError([
+            f"parallel.expert_tensor = {parallel.expert_tensor} with parallel.expert_dispatcher = alltoall: the CPU's "
+            "collectives (gloo) gather no unequal numbers of tokens; use expert_tensor 1, or allgather"
+        ])  # fmt: skip
+
+
+def _expert_lines(config: Config) -> list[str]:
+    """What a mixture of experts is, and what keeps its load even."""
+    model, parallel = config.model, config.parallel
+    if model.num_moe_experts is None:
+        return []
+    balance = []
+    if model.moe_router_load_balancing_type == "sinkhorn":
+        balance.append("sinkhorn")
+    elif model.moe_aux_loss_coeff:
+        balance.append(f"{model.moe_router_load_balancing_type} of weight {model.moe_aux_loss_coeff}")
+    if model.moe_router_enable_expert_bias:
+        balance.append("a bias of each expert")
+    kept = " and ".join(balance) or "nothing (model.moe_aux_loss_coeff = 0)"
+    return [
+        f"experts: {model.moe_router_topk} of {model.num_moe_experts} for each token in {sum(model.expert_layers)} of "
+        f"{model.num_layers} layers, {model.num_moe_experts // parallel.expert} on a rank, "
+        f"parallel.expert_dispatcher = {parallel.expert_dispatcher}; their load is kept even by {kept}"
+    ]
 
 
 def _full_attention(config: Config, schedule: AttentionSchedule, device: torch.device) -> str:

@@ -26,6 +26,7 @@ from moba_megatron.config import Config
 from moba_megatron.data.feed import rank_batches
 from moba_megatron.evaluation.losses.positions import evaluate
 from moba_megatron.model.core_attention import set_attention_stage
+from moba_megatron.model.experts import expert_biases, read_tallies
 from moba_megatron.model.forward import Batch, forward_step, microbatch_shape, reduce_over_ranks
 from moba_megatron.parallel.wire import observe
 from moba_megatron.runs.folder import RunFolder
@@ -45,7 +46,7 @@ from moba_megatron.training.preflight import Preflight
 from moba_megatron.training.profiling import step_profiler
 from moba_megatron.training.progress import ProgressView
 from moba_megatron.training.saving import Saver
-from moba_megatron.training.step_metrics import context_metrics, gpu_metrics
+from moba_megatron.training.step_metrics import context_metrics, expert_metrics, gpu_metrics
 from moba_megatron.training.watch import Watch
 
 # Steps whose median says how long the rest will take.
@@ -208,6 +209,7 @@ class Trainer:
                 treated alike. The weights have not changed.
         """
         started = time.perf_counter()
+        biases = [(bias, bias.clone()) for bias in expert_biases(self.state.model)]
         self.timers("forward-backward", log_level=0).start()
         with observe() as seen:
             loss = self.compute(number)
@@ -223,6 +225,8 @@ class Trainer:
                 lambda norm: not (math.isfinite(loss) and math.isfinite(norm)) or harmful is not None,
             )
         except UpdateRefused as refused:
+            for bias, before in biases:
+                bias.copy_(before)
             self.timers("optimizer").stop()
             self.timers("optimizer").reset()
             self.timers("forward-backward").reset()
@@ -246,6 +250,7 @@ class Trainer:
             "optimizer_seconds": self.timers("optimizer").elapsed(reset=True),
             "tokens_per_second": self.config.tokens_per_step / self.seconds[-1],
             "stage": self.stage,
+            **(expert_metrics(self.tallies, self.config.model) if self.tallies is not None else {}),
             **(context_metrics(seen) if self.config.parallel.context > 1 else {}),
             **(gpu_metrics(self.config, self.ready, self.stage, self.seconds[-1]) if on_gpu else {}),
         }
@@ -266,8 +271,15 @@ class Trainer:
             forward_only=False,
         )
         self.sums = [item["sums"] for item in reductions]
+        self.tallies = self._read_tallies()
         total, count = reduce_over_ranks(self.sums, (2,)).tolist()
         return total / max(count, 1)
+
+    def _read_tallies(self) -> torch.Tensor | None:
+        """What the routers counted since this was called last; None of a dense model."""
+        if self.config.model.num_moe_experts is None:
+            return None
+        return read_tallies(self.state.model, self.config.model, self.device).cpu()
 
     def pass_over(self, number: int, why: str) -> dict[str, Any]:
         """Leave the next global batch out: data and learning rate go on, nothing else does. Returns the line of
@@ -356,6 +368,9 @@ class Trainer:
         samples = self.config.evaluation.samples
         batches = self._feed(self.validation_data, 0, samples)
         result = evaluate(self.chunks, batches, self.config, math.ceil(samples / self.samples_at_once)).to_dict()
+        tallies = self._read_tallies()
+        if tallies is not None:
+            result |= expert_metrics(tallies, self.config.model)
         if not math.isfinite(result["loss"]):
             raise TrainingDiverged(
                 f"validation after step {number}: the loss is {result['loss']}. The state after this step is of no "

@@ -149,9 +149,10 @@ def test_current_stream():
         stream.wait_event(None)
         stream.wait_stream(stream)
         stream.synchronize()
-        return stream.record_event(), stream is torch.cuda.current_stream()
+        stream.record_event().synchronize()
+        return stream is torch.cuda.current_stream()
 
-    assert run_ranks(1, fails_then_works, "current stream", action, prepare=False) == [(None, True)]
+    assert run_ranks(1, fails_then_works, "current stream", action, prepare=False) == [True]
 
 
 def test_tensor_type():
@@ -191,6 +192,21 @@ def test_adam_is_the_one_that_megatron_builds():
     assert run_ranks(1, action, prepare=False)[0] == ("moba_megatron.platform.adam",) * 2 + (False,)
 
 
+def test_product_of_routers_is_there_and_can_be_taken_back():
+    def action():
+        from megatron.core.transformer.moe import moe_utils
+
+        difference, before = row("product of routers"), vars(moe_utils).get("te_general_gemm", "missing")
+        platform.apply("cpu")
+        during = moe_utils.te_general_gemm
+        platform.restore()
+        return before, during, vars(moe_utils).get("te_general_gemm", "missing"), difference.needed("cpu")
+
+    before, during, after, needed = run_ranks(1, action, prepare=False)[0]
+    assert during is None and after == before
+    assert needed == (before == "missing")
+
+
 def test_apply_is_complete_repeatable_and_can_be_taken_back():
     def action():
         original = torch.zeros, torch.Tensor.type, torch.cuda.current_device
@@ -203,7 +219,7 @@ def test_apply_is_complete_repeatable_and_can_be_taken_back():
         return names, once, [a is b for a, b in zip(original, now, strict=True)], platform.applied()
 
     names, once, same, after = run_ranks(1, action, prepare=False)[0]
-    assert names == tuple(difference.name for difference in DIFFERENCES)
+    assert names == tuple(difference.name for difference in DIFFERENCES if difference.needed("cpu"))
     assert once and all(same) and after == ()
 
 
@@ -214,7 +230,8 @@ def test_on_cuda_little_is_replaced():
 
     libraries = platform.optional_libraries()
     fused = libraries["transformer_engine"].available or libraries["apex"].available
-    expected = ("rotation of packs", "checkpoint results queue", *([] if fused else ["Adam"]))
+    product = ["product of routers"] * row("product of routers").needed("cuda")
+    expected = ("rotation of packs", "checkpoint results queue", *product, *([] if fused else ["Adam"]))
     assert run_ranks(1, action, prepare=False) == [expected]
 
 

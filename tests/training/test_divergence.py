@@ -29,7 +29,14 @@ LAYOUTS = {
     "dp2": (2, {"parallel__distributed_optimizer": True, "training__precision": "bf16"}),
     "tp2": (2, {"parallel__tensor": 2, "parallel__distributed_optimizer": True}),
     "pp2": (2, {"parallel__pipeline": 2, "training__micro_batch_size": 1}),
-}
+    # The biases of experts change with the gradients.
+    "ep2": (2, {"parallel__expert": 2, "parallel__distributed_optimizer": True, **{
+        "model__num_moe_experts": 4,
+        "model__moe_ffn_hidden_size": 16,
+        "model__moe_router_score_function": "sigmoid",
+        "model__moe_router_enable_expert_bias": True,
+    }}),
+}  # fmt: skip
 
 
 def poisoned_sample(self: ConcatenatedRows, number: int, *, get: Any = ConcatenatedRows.__getitem__) -> dict[str, Any]:
@@ -64,6 +71,7 @@ def divergences(config: Config) -> list[dict[str, Any]]:
     [
         ("one", "rollback"),
         ("dp2", "rollback"),
+        ("ep2", "skip"),
         pytest.param("tp2", "skip", marks=pytest.mark.slow),
         pytest.param("pp2", "rollback", marks=pytest.mark.slow),
     ],
