@@ -310,6 +310,7 @@ def _training_checks(config: Config) -> list[tuple[bool, str]]:
             training.stop_after is not None and training.stop_after > training.steps,
             f"training.stop_after = {training.stop_after} is over training.steps = {training.steps}",
         ),
+        *_recompute_checks(config),
         *_divergence_checks(config),
         (
             trailing is not None and trailing > length,
@@ -327,6 +328,30 @@ def _training_checks(config: Config) -> list[tuple[bool, str]]:
         (
             bool(profile) and (len(profile) != 2 or not 1 <= profile[0] <= profile[1] <= training.steps),
             f"logging.profile_steps = {profile}: give the first and the last step, within 1 to {training.steps}",
+        ),
+    ]
+
+
+def _recompute_checks(config: Config) -> list[tuple[bool, str]]:
+    model, training = config.model, config.training
+    modules, key = training.recompute_modules, f"training.recompute_modules = {training.recompute_modules}"
+    used, default = training.recompute == "selective", type(training).model_fields["recompute_modules"].default
+    return [
+        (
+            not used and modules != default,
+            f"{key} has no effect with training.recompute = {training.recompute}: set it to selective",
+        ),
+        (used and not modules, f"{key} repeats nothing: name some, or set training.recompute: none"),
+        (len(set(modules)) < len(modules), f"{key} names one twice"),
+        ("mlp" in modules and all(model.expert_layers), f"{key}: no layer is a dense one (mlp): use moe"),
+        ("moe" in modules and not any(model.expert_layers), f"{key}: no layer has experts (moe): use mlp"),
+        (
+            "shared_experts" in modules and model.moe_shared_expert_intermediate_size is None,
+            f"{key}: there are no shared_experts without model.moe_shared_expert_intermediate_size",
+        ),
+        (
+            {"moe", "shared_experts"} <= set(modules),
+            f"{key}: moe repeats the shared experts too: take shared_experts out",
         ),
     ]
 

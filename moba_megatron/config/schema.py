@@ -171,7 +171,10 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     """`bf16`: weights and activations in bf16 with fp32 main weights, gradients and optimizer state."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation in the backward: `selective` repeats the core attention, `full` whole layers."""
+    """Activation recomputation in the backward: `selective` repeats `recompute_modules`, `full` whole layers."""
+    recompute_modules: list[Literal["core_attn", "mlp", "moe", "shared_experts"]] = ["core_attn"]
+    """What `selective` repeats: the core attention, dense feed-forward layers, whole layers of experts, or of those the
+    shared experts alone. `moe` sends the tokens to their experts once more."""
     loss_chunk_size: int = Field(default=512, ge=1, le=LONGEST)
     """Tokens per chunk of the loss: at most chunk x vocabulary logits are in memory at once."""
     on_divergence: Literal["stop", "skip", "rollback"] = "stop"

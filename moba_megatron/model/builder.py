@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moba_megatron.config import Config, ParallelConfig
+from moba_megatron.config import Config, ParallelConfig, TrainingConfig
 from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.model.experts import expert_settings, mark_experts, with_routers
 from moba_megatron.model.first_weights import Place, replay_draws
@@ -79,7 +79,7 @@ def transformer_config(config: Config, *, device_type: str | None = None) -> Tra
         calculate_per_token_loss=True,
         **expert_settings(model, config.parallel, grouped=choose_implementation(device_type) == "transformer_engine"),
         **_parallel_settings(config, dtype),
-        **_recompute_settings(config.training.recompute),
+        **_recompute_settings(config.training),
         **_machine_settings(device_type, fused_rotary=cosine_factor(model) == 1.0),
     )
     set_cosine_factor(transformer, cosine_factor(model))
@@ -119,11 +119,11 @@ def _pipeline_layout(config: Config) -> list[list[str]]:
     return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
 
 
-def _recompute_settings(recompute: str) -> dict:
-    if recompute == "full":
+def _recompute_settings(training: TrainingConfig) -> dict:
+    if training.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    if training.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(training.recompute_modules)}
     return {}
 
 

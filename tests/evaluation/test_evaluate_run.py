@@ -237,6 +237,17 @@ def test_runs_side_by_side_and_runs_that_are_not_done(run, tmp_path):
     assert "No step has been taken yet" in alone and "No evaluation yet" in alone
 
 
+def test_the_page_of_a_mixture_shows_the_load_of_its_experts(run, tmp_path):
+    experts = {"model__num_moe_experts": 4, "model__moe_ffn_hidden_size": 16, "model__moe_layer_freq": [0, 1, 1, 0]}
+    config = small_config(tmp_path, **experts, training__steps=3, model__moe_aux_loss_coeff=0.01)
+    run_ranks(1, train_here, config)
+    view = view_run(Path(config.run.dir))
+    assert [[layer["layer"] for layer in step["experts"]] for step in view.steps] == [[2, 3]] * 3
+    view.name = "mixture"
+    page = report_page([view, view_run(run)])
+    assert page.count('alt="load of the experts of mixture"') == page.count("load of the experts") == 1
+
+
 def test_the_page_shows_a_models_own_routing_and_the_newest_of_every_task(tmp_path):
     """Looking at other sizes or tasks later takes nothing off the page. A name is no formula, whatever is in it."""
     folder = tmp_path / "a$x_$b"

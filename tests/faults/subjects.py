@@ -35,6 +35,7 @@ class Subject:
     result: Callable[[Path], Result]
 
 
+EXPERTS = {"model__num_moe_experts": 4, "model__moe_ffn_hidden_size": 24, "model__moe_aux_loss_coeff": 0.01}
 TRAININGS: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank, asynchronous": (1, {}),
     "one rank, synchronous": (1, {"checkpoint__asynchronous": False}),
@@ -43,6 +44,7 @@ TRAININGS: dict[str, tuple[int, dict[str, Any]]] = {
     "CP 2": (2, {"parallel__context": 2, "parallel__distributed_optimizer": True}),
     "PP 2": (2, {"parallel__pipeline": 2, "parallel__distributed_optimizer": True}),
     "TP 2": (2, {"parallel__tensor": 2, "parallel__distributed_optimizer": True}),
+    "EP 2": (2, {**EXPERTS, "parallel__expert": 2, "parallel__distributed_optimizer": True}),
     "TP 2, synchronous": (
         2,
         {"parallel__tensor": 2, "parallel__distributed_optimizer": True, "checkpoint__asynchronous": False},

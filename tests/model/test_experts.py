@@ -61,8 +61,11 @@ def agrees(found: dict, expected: dict, layout: str) -> None:
 def test_what_is_computed_twice_counts_once(one_rank):
     shape, expected = one_rank
     config = mixture(shape)
-    again = config.model_copy(update={"training": config.training.model_copy(update={"recompute": "full"})})
-    agrees(run_ranks(1, course_of_each, [again], STEPS, expected["gradients"])[0][0], expected, "recomputation")
+    parts = ["shared_experts", "mlp"] if shape is SOFTMAX else ["core_attn", "moe"]
+    ways = [{"recompute": "full"}, {"recompute": "selective", "recompute_modules": parts}]
+    again = [config.model_copy(update={"training": config.training.model_copy(update=way)}) for way in ways]
+    for found, way in zip(run_ranks(1, course_of_each, again, STEPS, expected["gradients"])[0], ways, strict=True):
+        agrees(found, expected, str(way))
 
 
 @pytest.mark.slow

@@ -32,6 +32,9 @@ pre { background: #f6f6f6; padding: 1em; overflow-x: auto; } .quiet { color: #77
 <h2>Loss by position</h2>
 {% if positions %}<img src="{{ positions }}" alt="loss by position">
 {% else %}<p>No evaluation yet: <code>moba-megatron evaluate RUN</code>.</p>{% endif %}
+{% if experts %}<h2>Experts</h2>
+{% for name, picture in experts %}<h3>{{ name }}</h3><img src="{{ picture }}" alt="load of the experts of {{ name }}">
+{% endfor %}{% endif %}
 <h2>Routing</h2>
 {% for part in routing %}<h3>{{ part.name }}, step {{ part.step }}{{ part.sizes }}</h3>
 {% for line in part.advice %}<p>{{ line }}</p>{% endfor %}

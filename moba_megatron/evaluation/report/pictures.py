@@ -10,6 +10,7 @@ from typing import Any
 
 from moba_megatron.evaluation.losses.curves import draw_curve, draw_losses
 from moba_megatron.evaluation.plots import plain, plot_positions
+from moba_megatron.evaluation.report.expert_picture import plot_experts, recorded_steps
 from moba_megatron.evaluation.report.run_view import RunView
 from moba_megatron.evaluation.routing.plots import plot_layer
 from moba_megatron.evaluation.routing.routing_report import routed
@@ -49,6 +50,12 @@ def positions_picture(views: list[RunView]) -> str | None:
         if not lines and view.validation:
             results[f"{prefix}validation"] = view.validation[-1]
     return _picture(lambda file: plot_positions(results, file)) if results else None
+
+
+def experts_picture(view: RunView) -> str | None:
+    """The load of the experts of a run over its tokens; None for a dense model, and before the first step."""
+    steps = recorded_steps(view.thinned_steps())
+    return _picture(lambda file: plot_experts(steps, file)) if steps else None
 
 
 def routing_pictures(layers: list[dict[str, Any]]) -> list[str]:

@@ -9,6 +9,7 @@ from moba_megatron import __version__
 from moba_megatron.evaluation.report.page import render_page
 from moba_megatron.evaluation.report.pictures import (
     curves_picture,
+    experts_picture,
     pictures_of,
     positions_picture,
     routing_pictures,
@@ -29,6 +30,7 @@ def report_page(views: list[RunView]) -> str:
         differences=_side_by_side([_flat(view.config) for view in views], different=True) if len(views) > 1 else [],
         curves=curves_picture(views),
         positions=positions_picture(views),
+        experts=[(view.name, picture) for view in views if (picture := experts_picture(view))],
         routing=[_routing(view) for view in views if view.latest("routing")],
         evaluations=[table for view in views for table in _other_evaluations(view)],
         environment=_side_by_side([list(view.environment.items()) for view in views]),

@@ -97,6 +97,10 @@ class RunView:
                 ("tokens", f"{last['tokens']:,}"),
                 (f"training loss (last {len(recent)} steps)", f"{statistics.fmean(s['loss'] for s in recent):.4f}"),
             ]
+            for key in ("balance_loss", "z_loss"):
+                if key in last:
+                    mean = statistics.fmean(step[key] for step in recent if key in step)
+                    rows.append((f"{key.replace('_', ' ')} of the experts (last {len(recent)} steps)", f"{mean:.4f}"))
         if self.validation:
             line = self.validation[-1]
             rows.append((f"validation loss (step {line['step']})", f"{line['loss']:.4f}"))

@@ -97,3 +97,30 @@ def test_experts_and_processes():
         check_world(mixture(parallel__expert=4), 6)
     with pytest.raises(ConfigError, match=r"= 3 does not divide the 8 processes: start 6 or 12"):
         check_world(mixture(model__num_moe_experts=6, parallel__expert=2, parallel__context=3), 8)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "modules", "model", "said"),
+    [
+        ("full", ["moe"], {}, "has no effect with training.recompute = full: set it to selective"),
+        ("selective", [], {}, "repeats nothing"),
+        ("selective", ["moe", "moe"], {}, "names one twice"),
+        ("selective", ["mlp"], {}, "no layer is a dense one"),
+        (
+            "selective",
+            ["moe"],
+            {"model__num_moe_experts": None, "model__moe_aux_loss_coeff": 0.0},
+            "no layer has experts",
+        ),
+        ("selective", ["shared_experts"], {}, "without model.moe_shared_expert_intermediate_size"),
+        (
+            "selective",
+            ["moe", "shared_experts"],
+            {"model__moe_shared_expert_intermediate_size": 8},
+            "moe repeats the shared experts too",
+        ),
+    ],
+)
+def test_what_cannot_be_recomputed_is_refused(recompute, modules, model, said):
+    found = problems(training__recompute=recompute, training__recompute_modules=modules, **model)
+    assert len(found) == 1 and said in found[0]
