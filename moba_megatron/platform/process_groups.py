@@ -16,6 +16,9 @@ from moba_megatron.config import ParallelConfig
 from moba_megatron.platform.device import current_device
 
 
+_timeout = datetime.timedelta(minutes=30)
+
+
 def start_process_group(
     *,
     init_method: str | None = None,
@@ -30,7 +33,8 @@ def start_process_group(
         init_method: rendezvous, for instance `file:///path` (a file that does not exist yet). Default: torchrun's
             environment if `RANK` is set, otherwise a world of one process.
         rank, world_size: needed with `init_method`.
-        timeout_seconds: after this long without progress a collective fails.
+        timeout_seconds: after this long without progress a collective fails, also one of the groups that
+            `start_model_parallel` makes, and the making of them.
         alone: a world of one process, whatever the environment says.
 
     Raises:
@@ -38,8 +42,9 @@ def start_process_group(
     """
     device = current_device()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = datetime.timedelta(seconds=timeout_seconds)
-    settings: dict = {"timeout": timeout}
+    global _timeout
+    _timeout = datetime.timedelta(seconds=timeout_seconds)
+    settings: dict = {"timeout": _timeout}
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # NCCL connects all ranks now, with this GPU, and not at the first collective with one that it guesses.
@@ -77,6 +82,8 @@ def start_model_parallel(parallel: ParallelConfig, context_levels: tuple[int, in
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         hierarchical_context_parallel_sizes=list(levels) if levels else None,
+        # Its own default would hold for all groups but the first. A fraction of a minute serves as well.
+        distributed_timeout_minutes=_timeout.total_seconds() / 60,  # type: ignore[arg-type]
     )
 
 

@@ -199,3 +199,20 @@ def test_a_rank_whose_launcher_was_killed_while_it_started_ends(tmp_path):
     command = f"{sys.executable} {tmp_path / 'rank.py'} 2>&1 &"
     done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout == "[rank 0] the launcher is gone\n"
+
+
+def _timeouts(folder: Path) -> list[float]:
+    from megatron.core import parallel_state
+
+    platform.start_process_group(init_method=f"file://{folder}/store", rank=0, world_size=1, timeout_seconds=77.0)
+    platform.start_model_parallel(ParallelConfig())
+    groups = [
+        dist.group.WORLD,
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_data_parallel_group(),
+    ]
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+def test_every_group_has_the_timeout_that_was_asked_for(tmp_path):
+    assert run_ranks(1, _timeouts, tmp_path, prepare=False) == [[77.0] * 3]
