@@ -15,7 +15,6 @@ import torch.distributed as dist
 from moba_megatron.config import ParallelConfig
 from moba_megatron.platform.device import current_device
 
-
 _timeout = datetime.timedelta(minutes=30)
 
 
