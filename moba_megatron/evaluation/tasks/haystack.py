@@ -6,12 +6,12 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from moba_megatron.corpus.indexed import load_index
-from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.evaluation.tasks.words import NOISE
+
+if TYPE_CHECKING:
+    from moba_megatron.corpus.tokenizer import Tokenizer
 
 NOISE_NAME = "noise"
 # Long words in pieces: a line of hexadecimal digits shall not decide how well a length is met.
@@ -82,6 +82,10 @@ def _read(path: Path) -> str:
 
 def _decode(prefix: str, tokenizer: Tokenizer) -> str:
     """Text of the first documents of a dataset, which may be a view; they are joined by an empty line."""
+    import numpy as np
+
+    from moba_megatron.corpus.indexed import load_index
+
     index = load_index(prefix)
     stored = np.memmap(f"{prefix}.bin", index.dtype, "r") if index.lengths.any() else np.empty(0, index.dtype)
     before = np.cumsum(index.lengths, dtype=np.int64) - index.lengths

@@ -33,7 +33,7 @@ class TaskOptions:
     seed: int = 0
 
     def lengths_for(self, window: int, set_by: str, usual: int) -> list[int]:
-        """The lengths, held against the tokens that a model can take, and the setting that says so.
+        """The lengths, compared with the tokens that a model can take, and the setting that says so.
 
         Args:
             usual: tokens that the model was trained on, or its window where that is not known.
