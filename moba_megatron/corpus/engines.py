@@ -1,6 +1,6 @@
 """Documents to ids: gigatoken where it can, `tokenizers` elsewhere.
 
-Plain texts go through gigatoken, which is one to two orders of magnitude faster than `tokenizers` and is held against
+Plain texts go through gigatoken, which is one to two orders of magnitude faster than `tokenizers` and is compared with
 it on samples. Documents in segments (a prompt and its answer, the turns of a conversation) are encoded by `tokenizers`,
 each as one text: it tells which characters a token covers, and a token belongs to the segment of its first character.
 

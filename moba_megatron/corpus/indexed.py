@@ -95,7 +95,7 @@ class DocumentIndex:
 
 
 def read_index(prefix: str | Path) -> IndexSummary:
-    """Sizes from PREFIX.idx, held against the size of PREFIX.bin.
+    """Sizes from PREFIX.idx, compared with the size of PREFIX.bin.
 
     Raises:
         ValueError: a file is missing, is not of this format, or is shorter than the index says.

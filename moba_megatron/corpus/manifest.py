@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from moba_megatron import __version__
 from moba_megatron.config import Section
+from moba_megatron.corpus.length_table import length_table
 from moba_megatron.corpus.merge import Merged
 
 MANIFEST_FILE = "manifest.json"
@@ -215,10 +216,7 @@ def _digest(values: dict[str, Any]) -> str:
 
 def length_buckets(lengths: np.ndarray) -> list[LengthBucket]:
     """Documents and tokens by length, of lengths [documents] or of a table [32, 2] of both for each power of two."""
-    table = lengths
-    if lengths.ndim == 1:
-        powers = np.log2(lengths).astype(np.int64)
-        table = np.stack([np.bincount(powers, minlength=32), np.bincount(powers, lengths, minlength=32)], axis=1)
+    table = length_table(lengths) if lengths.ndim == 1 else lengths
     return [
         LengthBucket(at_least=2**power, documents=int(documents), tokens=int(tokens))
         for power, (documents, tokens) in enumerate(table)

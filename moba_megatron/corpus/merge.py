@@ -12,6 +12,7 @@ import numpy as np
 
 from moba_megatron.corpus.duplicates import Duplicates
 from moba_megatron.corpus.indexed import LENGTH, sync, write, write_index
+from moba_megatron.corpus.length_table import length_table
 from moba_megatron.corpus.loss_mask import loss_mask_path
 from moba_megatron.corpus.shards import RECORD, SPLITS, read_chunks
 
@@ -175,9 +176,7 @@ def _runs(lengths: np.ndarray, stays: np.ndarray) -> Runs:
 
 
 def _add_lengths(merged: Merged, lengths: np.ndarray) -> None:
-    buckets = np.log2(lengths).astype(np.int64)
-    merged.length_buckets[:, 0] += np.bincount(buckets, minlength=32)
-    merged.length_buckets[:, 1] += np.bincount(buckets, lengths, minlength=32).astype(np.int64)
+    merged.length_buckets += length_table(lengths)
     merged.documents += lengths.size
     merged.tokens += int(lengths.sum(dtype=np.int64))
     merged.longest = max(merged.longest, int(lengths.max(initial=0)))

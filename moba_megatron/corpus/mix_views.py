@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from moba_megatron.config import Section
+from moba_megatron.corpus.length_table import length_table
 from moba_megatron.corpus.recipe import load_section
 
 
@@ -133,10 +134,7 @@ def make_views(mix: Mix, lengths: list[np.ndarray]) -> list[View]:
 def length_shares(views: Sequence[View]) -> tuple[np.ndarray, np.ndarray]:
     """Shares of the tokens by document length [32] float64, as they occur in the views together and as they are read;
     item i is for documents of 2**i to 2**(i+1) - 1 tokens."""
-    tables = [
-        np.bincount(np.log2(view.lengths).astype(np.int64), view.lengths.astype(np.float64), minlength=32)
-        for view in views
-    ]
+    tables = [length_table(view.lengths)[:, 1].astype(np.float64) for view in views]
     natural = np.sum(tables, axis=0)
     read = np.sum([view.weight * table / table.sum() for view, table in zip(views, tables, strict=True)], axis=0)
     return natural / natural.sum(), read / read.sum()

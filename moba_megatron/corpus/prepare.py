@@ -8,7 +8,7 @@ finished shards that the next run keeps, or the whole dataset. Errors of the fil
 that asks for another recipe or other files discards it. Shards are numbered by part and merged in that order: the bytes
 are the same for any number of workers and any number of kills.
 
-Encoding by gigatoken is held against `tokenizers` on a sample of every shard. One difference anywhere changes the
+Encoding by gigatoken is compared with `tokenizers` on a sample of every shard. One difference anywhere changes the
 engine in plan.json; shards by the other engine do not count from then on and are made again.
 
 Several processes, on one machine or many that see the same folder, may each do a share: every n-th part, from part i on

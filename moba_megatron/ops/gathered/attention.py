@@ -28,8 +28,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moba_megatron.ops.attend_function import with_gradients
 from moba_megatron.ops.fragments import Fragment, Keys, whole_pack
 from moba_megatron.ops.gathered.causal import causal_backward, causal_forward
 from moba_megatron.ops.gathered.combine import combine_backward, combine_forward, output_delta
@@ -182,31 +182,5 @@ def attend_backward(
     return dq_TND.to(q_TND.dtype), dk_TGD, dv_TGD
 
 
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, ids, *settings):
-        out, lse = attend_forward(q, k, v, ids, *settings)
-        ctx.save_for_backward(q, k, v, out, lse, ids)
-        ctx.settings = settings
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, do, _):
-        q, k, v, out, lse, ids = ctx.saved_tensors
-        gradients = attend_backward(do, q, k, v, out, lse, ids, *ctx.settings)
-        return *gradients, None, *[None] * len(ctx.settings)
-
-
-def attend(
-    q_TND: Tensor,
-    k_TGD: Tensor,
-    v_TGD: Tensor,
-    ids_TNK: Tensor,
-    layout: BlockLayout,
-    softmax_scale: float,
-    workspace_bytes: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`attend_forward` with gradients to q, k and v; the returned lse carries none."""
-    return _Attend.apply(q_TND, k_TGD, v_TGD, ids_TNK, layout, softmax_scale, workspace_bytes)
+attend = with_gradients(attend_forward, attend_backward)
+"""`attend_forward` with gradients to q, k and v; the returned lse carries none."""

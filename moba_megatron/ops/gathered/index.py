@@ -45,7 +45,7 @@ class Index:
         tokens, heads: whose entries these are, as slices of T and N.
         row_P: int64 [P], query row (of T x N) of each sorted entry.
         place_tHK: int64 [t, H, K], where each row's entries lie in sorted order; P for a slot without a kv block.
-        padding: int64, the entries that are none.
+        padding: int64, the padding entries.
         rows: query rows of a batch; every kv block has whole batches.
         kv_blocks: (first key row, one past the last, first entry, one past the last) of each kv block that is attended
             at all; key rows count through all kv heads.

@@ -1,12 +1,12 @@
 """Attention with given block ids by the kernels of this folder: the twin of `gathered.attention`, with the same
 contracts.
 
-The work of a call is cut into passes. Of a pass the index is built (`index`), its entries attend their kv blocks
-(`past`), and causal spans and combining finish its rows (`causal`, `combine`). Backward likewise, with delta, dk and dv
-(`backward_dkdv`) and dq (`backward_dq`). No sum depends on the order in which programs run: two runs give the same
+A call is cut into passes. Each pass builds its index (`index`), lets its entries attend their kv blocks (`past`), and
+finishes its rows with causal spans and combining (`causal`, `combine`). The backward does the same with delta, dk and
+dv (`backward_dkdv`) and dq (`backward_dq`). No sum depends on the order in which programs run: two runs give the same
 bits.
 
-Memory beside inputs, outputs and gradients is the workspace of one pass, in bytes
+Inputs, outputs and gradients aside, memory is the workspace of one pass, in bytes
 
     forward     E (D e + 12)        + 8 L C
     backward    E (D (e + 2) + 8)   + 8 L C + 16 D S g
@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moba_megatron.ops.attend_function import with_gradients
 from moba_megatron.ops.fragments import Fragment, Keys
 from moba_megatron.ops.layout import BlockLayout
 from moba_megatron.ops.triton import config
@@ -43,7 +43,7 @@ from moba_megatron.ops.triton.past import past_forward
 
 
 def _readable(keys: Keys) -> Keys:
-    """Keys and values with equal strides and a contiguous last dimension; copied only where they are not so."""
+    """Keys and values with equal strides and a contiguous last dimension; copied only if they differ."""
     k, v = config.checked(keys.k), config.checked(keys.v)
     if k.stride() != v.stride():
         k, v = k.contiguous(), v.contiguous()
@@ -79,7 +79,7 @@ def accumulate(
     lse_TN: Tensor,
     workspace_bytes: int | None = None,
 ) -> None:
-    """Attend a fragment of the keys on top of what the rows have attended already; no gradient.
+    """Attend a fragment of the keys and combine with what the rows have attended already; no gradient.
 
     Args:
         q_TND, keys, ids_TNK, softmax_scale, out_TND, lse_TN: as for `ops.gathered.accumulate`; bf16, fp16 or fp32,
@@ -114,7 +114,7 @@ def accumulate_backward(
     dv_SGD: Tensor,
     workspace_bytes: int | None = None,
 ) -> None:
-    """Gradients of one `accumulate`, as its part of those of the whole attention.
+    """Gradients of one `accumulate`: its part of the gradients of the whole attention.
 
     Args:
         do_TND, q_TND, keys, ids_TNK, softmax_scale, lse_TN, delta_TN: as for `ops.gathered.accumulate_backward`.
@@ -170,7 +170,7 @@ def _past_backward(
     softmax_scale: float,
     dkv: Tensor,
 ) -> tuple[Tensor, Tensor] | None:
-    """Add what a pass's kv blocks get to dk and dv; returns partial dq [E, D] and kv blocks [E], None for none."""
+    """Add dk and dv of a pass's kv blocks; returns partial dq [E, D] and kv blocks [E], None for none."""
     if not _has_entries(work, fragment):
         return None
     index = build_index(work, ids_TNK, fragment)
@@ -236,32 +236,5 @@ def attend_backward(
     return dq_TND, dk_TGD, dv_TGD
 
 
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, ids, layout, softmax_scale, workspace_bytes):
-        out, lse = attend_forward(q, k, v, ids, layout, softmax_scale, workspace_bytes)
-        ctx.save_for_backward(q, k, v, out, lse, ids)
-        ctx.settings = (layout, softmax_scale, workspace_bytes)
-        ctx.mark_non_differentiable(lse)
-        # No zeros for the log-sum-exp's gradient that there is not.
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, do, _):
-        q, k, v, out, lse, ids = ctx.saved_tensors
-        return *attend_backward(do, q, k, v, out, lse, ids, *ctx.settings), None, None, None, None
-
-
-def attend(
-    q_TND: Tensor,
-    k_TGD: Tensor,
-    v_TGD: Tensor,
-    ids_TNK: Tensor,
-    layout: BlockLayout,
-    softmax_scale: float,
-    workspace_bytes: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`attend_forward` with gradients to q, k and v; the returned lse carries none."""
-    return _Attend.apply(q_TND, k_TGD, v_TGD, ids_TNK, layout, softmax_scale, workspace_bytes)
+attend = with_gradients(attend_forward, attend_backward)
+"""`attend_forward` with gradients to q, k and v; the returned lse carries none."""

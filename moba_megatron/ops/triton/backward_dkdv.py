@@ -2,9 +2,8 @@
 
 A program holds a tile of keys and values in fp32 sums and walks query rows: those of a split of a kv block's entries,
 or the rows of a causal span from the tile's first token on. With the *global* lse and delta exp(s - lse) is the true
-probability, so that what each program sums simply adds up. Where a kv block fits one key tile the partial dq of each
-entry comes out of the same scores and is written at the entry's place (`WRITE_DQ`); longer ones leave dq to
-`backward_dq`.
+probability, so the sums of all programs add up. If a kv block fits one key tile, the same scores give the partial dq of
+each entry, which is written at the entry's place (`WRITE_DQ`); longer blocks leave dq to `backward_dq`.
 
 A split's sums are written to memory, and `combine_dkdv` adds those of a key tile in the order of splits: no sum depends
 on what ran first.
@@ -48,9 +47,9 @@ def dkdv_step(k, v, q, do, lse, delta, softmax_scale, mask, dk, dv):
     """Add one query tile to dk (not yet scaled) and dv of a key tile.
 
     Args:
-        lse: infinite for rows outside the tile, which so get probability 0.
-        mask: bool, broadcastable to [keys, rows], which rows see which keys; None: all, what else may come of keys that
-            are none being left unused.
+        lse: infinite for rows outside the tile, so that their probability is 0.
+        mask: bool, broadcastable to [keys, rows], which rows see which keys; None: all. Results for padded keys are
+            then ignored.
 
     Returns:
         dk, dv, and ds [keys, rows], not yet scaled.
@@ -103,8 +102,8 @@ def past_dkdv(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program per (key tile of a kv block, split of its entries). Those of a split run side by side: its rows are
-    read from memory once and then from cache."""
+    """One program per (key tile of a kv block, split of its entries). The programs of a split run together, so that
+    its rows are read from memory once and then from cache."""
     key_tile, split = tl.program_id(0), second_id()
     if split >= num_splits:
         return
@@ -134,7 +133,7 @@ def past_dkdv(
         do = load_rows(do_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
         lse = tl.load(lse_ptr + row, mask=mask_m, other=float("inf"))
         delta = tl.load(delta_ptr + row, mask=mask_m, other=0.0)
-        # Without dq nothing but the sums of keys that are none, never stored, would come of them.
+        # Masked keys only affect sums that are never stored, so the mask is needed only when writing dq.
         mask = (offs_n < length)[:, None] if WRITE_DQ else None
         dk, dv, ds = dkdv_step(k, v, q, do, lse, delta, softmax_scale, mask, dk, dv)
         if WRITE_DQ:

@@ -1,7 +1,7 @@
 """Backward, delta and dq: of causal spans and of long past blocks.
 
 `causal_dq` holds a tile of query rows, walks the keys of its span, adds the row's partial dq of past blocks in slot
-order, and writes the whole: in a whole pack nothing of dq but these is ever in memory twice.
+order, and writes the total: in a whole pack only these partial results are in memory twice.
 
 Traffic per query row: q, do and dq once, D elements of a partial dq per slot. Products: 3 B D multiply-adds per entry
 of a long kv block.

@@ -2,7 +2,7 @@
 
 A row's partial outputs and its partial dq are those of its slots. In a whole pack `causal_fwd` and `causal_dq` combine
 them as they finish a row (`combine_partials`, `add_partials`); for fragments `combine_out` and `combine_dq` do it
-alone, into results that are there already. A kv block's partial dk and dv are those of the splits of its entries: each
+by themselves, into existing results. A kv block's partial dk and dv are those of the splits of its entries: each
 split writes its sums for all keys, and `combine_dkdv` adds them one after the other, those of kv blocks that start at
 the same row together.
 

@@ -3,7 +3,7 @@
 Conventions of every kernel here, beside the words of `ops`:
 
 - `q_ptr` is an address, `q` the tile loaded from it; `offs_m`, `offs_n` and `offs_d` are offsets of query rows, of keys
-  within their kv block or causal span, and of channels; `mask_m` and `mask_n` say which of them there are.
+  within their kv block or causal span, and of channels; `mask_m` and `mask_n` say which of them exist.
 - Tensors are contiguous but for keys and values, which have the strides `stride_kn` of a row and `stride_kh` of a head.
 - `HEAD_DIM` is D and `BLOCK_D` the power of two that holds it; channels beyond D are read as zero. `BLOCK_M` and
   `BLOCK_N` are the query rows and keys of a tile.

@@ -5,7 +5,7 @@ slot. The number says which row to gather and where its partial result goes, so 
 together. Entries are cut into chunks of equal size; each chunk counts its entries of each head block, a prefix
 sum over these and the chunks tells every chunk where its entries begin, and a second walk puts them there: in rising
 order within each kv block, whatever ran first. Counting uses integer atomics, whose sum does not depend on their order.
-Nothing waits for the host: launches are as large as the worst case, and surplus programs return at once.
+Nothing waits for the host: launches are sized for the worst case, and surplus programs return at once.
 
 Traffic per entry: 4 bytes of ids, 8 of kv blocks, 4 of order; the counts take L x chunks x 8 bytes.
 
@@ -191,8 +191,8 @@ def build_index(work: Pass, ids_TNK: Tensor, fragment: DeviceFragment) -> Index:
 
 @dataclass(frozen=True)
 class Splits:
-    """The entries of L head blocks, or the rows of L spans, cut in order: split i takes of the one it is part of,
-    `split_of[i]`, those from (i - cu_splits[split_of[i]]) * size on.
+    """The entries of L head blocks, or the rows of L spans, cut in order: split i belongs to `split_of[i]`
+    and begins at its entry or row (i - cu_splits[split_of[i]]) * size.
 
     Attributes:
         split_of: int32 [splits], head block or span of each split; L for surplus splits.

@@ -1,12 +1,12 @@
 """Routing: scores and the best blocks in one pass over the summaries; no score ever reaches memory.
 
 A program holds 64 query rows of one kv head and their best blocks so far, and walks the summaries from the most recent
-block back to the document's first: recent blocks are often the best, and then few later ones displace anything. Of a
-tile of scores the best of each row is taken out and put in the place of the row's worst kept block, as long as any row
-gains by it. "Better" is a total order, higher score first and then lower number, so that the result does not depend on
-the order of the walk. NaN is never chosen.
+block back to the document's first: recent blocks are often the best, and then few others displace them. The best score
+of each row in a tile replaces the worst kept block of that row, again and again while any row gains. "Better" is a
+total order, higher score first and then lower number, so the result does not depend on the order of the walk. NaN is
+never chosen.
 
-Traffic: each program reads the summaries of its documents, which live in cache; the cost is the choosing, about
+Traffic: each program reads the summaries of its documents, which stay in cache; the choosing costs most, about
 K (1 + ln(M / K)) rounds per row.
 
 Legend: T tokens, N query heads, G kv heads, D head size, M blocks, K past blocks per query.

@@ -1,10 +1,10 @@
 """Tile shapes per architecture, kernel, element size and head size: data of `config`, which explains it.
 
-A tile is (query rows, keys, warps, stages). Of a list the first tile with enough keys is taken, or else the last. Each
-was tried in order of preference until the compiled kernel neither spilled registers nor needed more shared memory than
-the chip has (sm_80: than the smallest chip of its kind, 99 KiB), nor more tensor memory (sm_100); no GPU has timed them
-yet. fp32 has the same tiles on all chips, because its products do not use the matrix units, but for those that spill on
-one chip: they stand there, with element size 4.
+A tile is (query rows, keys, warps, stages). The first tile of a list with enough keys is taken, otherwise the last. The
+tiles were tried in order of preference until the compiled kernel neither spilled registers nor needed more shared
+memory than the chip has (sm_80: than the smallest chip of its kind, 99 KiB), nor more tensor memory (sm_100); no GPU
+has timed them yet. fp32 has the same tiles on all chips, because its products do not use the matrix units, except where
+a tile spills on one chip: those are listed for that chip, with element size 4.
 """
 
 # fmt: off
