@@ -17,7 +17,10 @@ from moba_megatron.temporary import keep_temporary_files_together, leave_wandb_o
 
 
 def main(
-    config: Annotated[Path, typer.Argument(help="YAML configuration; docs/configuration.md lists every key.")],
+    config: Annotated[
+        Path,
+        typer.Argument(help="FILE.yaml, FILE.yaml:VARIANT or SWEEP.yaml:RUN; docs/configuration.md lists every key."),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key.path=value, for instance training.steps=100.")
     ] = None,

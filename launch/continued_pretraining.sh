@@ -14,12 +14,13 @@ if [ $# -lt 3 ]; then
 fi
 model=$1 gpus=$2 weights=$3
 shift 3
-suffix=
-[ "$gpus" = 64 ] || suffix=_${gpus}gpus
+variant=
+[ "$gpus" = 64 ] || variant=:${gpus}gpus
 stages=(128k 256k 512k 1m 1m_moba)
 for stage in "${stages[@]}"; do
-    if [ ! -f "configs/continued_pretraining/$model/$stage$suffix.yaml" ]; then
-        echo "error: no configs/continued_pretraining/$model/$stage$suffix.yaml for MODEL = $model and GPUS = $gpus" >&2
+    file=configs/continued_pretraining/$model/$stage.yaml
+    if [ ! -f "$file" ] || { [ -n "$variant" ] && ! grep -q "^  ${gpus}gpus:" "$file"; }; then
+        echo "error: no $file$variant for MODEL = $model and GPUS = $gpus" >&2
         exit 2
     fi
 done
@@ -34,14 +35,14 @@ common=(data.tokenizer="$weights" data.train="$data/train" data.validation="$dat
 # What the last job would trip over days from now is found here: settings, enough data of this tokenizer, weights of this shape.
 # The weights of later stages are not there yet: all from the first, also where a stage has begun with others.
 for stage in "${stages[@]}"; do
-    config=configs/continued_pretraining/$model/$stage$suffix.yaml
+    config=configs/continued_pretraining/$model/$stage.yaml$variant
     "${VENV:-.venv}"/bin/moba-megatron doctor "$config" model.init_from="$weights" "${common[@]}" \
         'checkpoint.allow_changed=["model.init_from"]' >/dev/null
     echo "checked $config"
 done
 after=()
 for stage in "${stages[@]}"; do
-    config=configs/continued_pretraining/$model/$stage$suffix.yaml
+    config=configs/continued_pretraining/$model/$stage.yaml$variant
     job=$(sbatch --parsable --nodes=$((gpus / 8)) --job-name="$model-$stage" "${after[@]}" "$@" \
         launch/slurm.sbatch "$config" model.init_from="$weights" "${common[@]}")
     echo "job $job: $config from $weights"

@@ -1,15 +1,17 @@
 """Reading a configuration: defaults, then the file named by `base:`, then the file itself, then `key.path=value`
 overrides.
 
-`base:` is a path relative to the file that names it, or a list of them, later ones winning. What the text of an
-override means follows from the type of its key (`overrides`). Unknown keys, wrong types
-and combinations that cannot work end as one `ConfigError` that lists every problem with its key, its value and the
-mend.
+`base:` is a path relative to the file that names it, or a list of them, later ones winning. `variants:` holds changes
+of the file by name, and `FILE.yaml:NAME` is the file with those of one; only the file itself has them, not the files
+that it is a base of. What the text of an override means follows from the type of its key (`overrides`). Unknown keys,
+wrong types and combinations that cannot work end as one `ConfigError` that lists every problem with its key, its value
+and the fix.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,36 @@ NEEDED_BY_TRAINING = ("model.init_from",)
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file with its bases, apply `key.path=value` overrides, check everything that needs no process group.
 
+    Args:
+        path: `FILE.yaml`, `FILE.yaml:VARIANT`, or `SWEEP.yaml:RUN`.
+
     Raises:
         ConfigError: with one line for each unknown key, wrong type or impossible combination.
     """
+    file, name = split_name(path)
+    if is_sweep(file):
+        from moba_megatron.config.sweep import run_of
+
+        if name is None:
+            raise ConfigError([f"{file} is a sweep: name one of its runs, {file}:RUN"])
+        return run_of(file, name).with_overrides(overrides or [])
     return config_from_tree(read_yaml(Path(path)), overrides)
+
+
+def names_in(path: Path) -> list[str]:
+    """The runs of a sweep, or the variants of another file: `FILE:NAME` is a configuration for each."""
+    if is_sweep(path):
+        from moba_megatron.config.sweep import choices_of, read_sweep, run_name
+
+        return [run_name(options) for options, _ in choices_of(read_sweep(path))]
+    tree = read_tree(path)
+    return list(tree.get("variants") or {}) if isinstance(tree, dict) else []
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a file holds a sweep (`config.sweep`)."""
+    tree = read_tree(path) if path.is_file() else None
+    return isinstance(tree, dict) and "axes" in tree
 
 
 def config_from_tree(tree: dict[str, Any], overrides: list[str] | None = None) -> Config:
@@ -63,9 +91,22 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     return config
 
 
+def split_name(path: str | Path) -> tuple[Path, str | None]:
+    """A file and the name of a part of it; None where the whole file is meant.
+
+    >>> split_name("a/b.yaml:256gpus"), split_name("a/b.yaml")
+    ((PosixPath('a/b.yaml'), '256gpus'), (PosixPath('a/b.yaml'), None))
+    """
+    path = Path(path).expanduser()
+    found = re.fullmatch(r"(?P<file>.+\.ya?ml):(?P<name>[^/]+)", str(path))
+    return (Path(found["file"]), found["name"]) if found and not path.exists() else (path, None)
+
+
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """What a file and the files that its `base:` names say, unchecked, references (`${...}`) as they stand."""
-    path = path.expanduser().resolve()
+    """What a file (`FILE.yaml` or `FILE.yaml:VARIANT`) and the files that its `base:` names say, unchecked, references
+    (`${...}`) as they stand."""
+    path, variant = split_name(path)
+    path = path.resolve()
     if path in seen:
         raise ConfigError([f"base: {path} includes itself"])
     if not path.is_file():
@@ -73,14 +114,31 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     tree = read_tree(path)
     if not isinstance(tree, dict):
         raise ConfigError([f"{path} must hold a mapping of sections"])
-    bases = tree.pop("base", [])
+    variants = tree.pop("variants", {})
+    chosen = {} if variant is None else _variant(path, variants, variant)
+    values = read_bases(path, tree.pop("base", []), seen)
+    return merged(merged(values, _with_both_exchanges(tree)), _with_both_exchanges(chosen))
+
+
+def read_bases(path: Path, bases: Any, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What the files say that the `base:` of a file names, each laid over those before it."""
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, Sequence) or not all(isinstance(base, str) and "\0" not in base for base in bases):
         raise ConfigError([f"{path}: base = {bases!r} must be a path or a list of paths"])
     values: dict[str, Any] = {}
     for base in bases:
         values = merged(values, read_yaml(path.parent / Path(base).expanduser(), (*seen, path)))
-    return merged(values, _with_both_exchanges(tree))
+    return values
+
+
+def _variant(path: Path, variants: Any, name: str) -> dict[str, Any]:
+    """The changes that a file calls by a name."""
+    if not isinstance(variants, dict) or not all(isinstance(changes, dict) for changes in variants.values()):
+        raise ConfigError([f"{path}: variants must hold a mapping of sections for each name"])
+    if name not in variants:
+        there = ", ".join(map(str, variants)) or "none"
+        raise ConfigError([f"{path} has no variant {name!r}; its variants: {there}"])
+    return variants[name]
 
 
 def _unknown_names(config: Config) -> list[str]:

@@ -23,6 +23,9 @@ text as it stands (`run.dir=runs/exp #2`, `007`, `true`); `key=null` means none 
 (`data.train.0.weight=2`). `${other.key}` in a file is the value of that key, `???` one that is still to be given. A
 base is relative to the file it stands in, all other paths to the working directory; a leading `~` is the home folder.
 Sizes are in tokens unless said otherwise.
+
+A name after a file is a part of it: `FILE.yaml:NAME` takes one of the file's `variants:` (sections laid over the
+file), and `SWEEP.yaml:RUN` one run of a sweep ([scaling.md](scaling.md)).
 """
 
 

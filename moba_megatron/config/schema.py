@@ -189,7 +189,7 @@ class TrainingConfig(Section):
     """A loss over the median of the last `spike_window` losses by more than so many of their spreads (1.4826 x median
     absolute deviation, which a normal distribution has as its deviation) is recorded as a spike. None: never."""
     spike_window: int = Field(default=100, ge=20)
-    """Losses that a spike is held against; at least 20 have to be there."""
+    """Losses that a spike is compared with; at least 20 have to be there."""
     on_spike: Literal["record", "as_divergence"] = "record"
     """`record`: a spike is written down only. `as_divergence`: it is treated as `on_divergence` says."""
     replay: int | None = Field(default=None, ge=1)

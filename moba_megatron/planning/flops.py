@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moba_megatron.config import ConfigError
+from moba_megatron.config import ConfigError, sizes
 from moba_megatron.ops.pairs import attended_pairs
 
 if TYPE_CHECKING:
@@ -27,10 +27,7 @@ def matrix_parameters(model: ModelConfig, vocab_size: int) -> int:
         ConfigError: for a mixture of experts.
     """
     refuse_experts(model)
-    hidden, size = model.hidden_size, model.head_size
-    heads, kv_heads = model.num_attention_heads, model.query_groups
-    attention = hidden * size * (heads + 2 * kv_heads) + heads * size * hidden
-    return model.num_layers * (attention + 3 * hidden * model.ffn_size) + hidden * vocab_size
+    return sizes.matrix_parameters(model, vocab_size)
 
 
 def refuse_experts(model: ModelConfig) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from moba_megatron.config.sweep import Figure
 from moba_megatron.runs.files import read_json_lines
 from moba_megatron.runs.folder import trained_steps
 from moba_megatron.scaling.laws import fit_sweep, gaps_to_first, left_out
 from moba_megatron.scaling.results import Result, best
-from moba_megatron.scaling.sweep import PFLOP_S_DAY, Figure, Point, Sweep
+from moba_megatron.scaling.sweep import PFLOP_S_DAY, Point, Sweep
 
 _COLOURS = [f"C{number}" for number in range(10)]
 _MARKERS = "osD^v"

@@ -120,23 +120,25 @@ def run_sweep(
     if len(todo) < len(points):
         console.print(f"{len(points) - len(todo)} of {len(points)} runs are finished already")
     threads = max(1, len(os.sched_getaffinity(0)) // (max(1, min(jobs, len(todo))) * processes))
-    start = _Starter(sweep.base.resolve(), threads, processes, gpus, minutes)
+    start = _Starter(sweep, threads, processes, gpus, minutes)
     _run_all(todo, start, jobs, console)
-    finished = [point for point in points if read_result(point).state == "finished"]
-    left = [point.name for point in finished if _evaluations_left(sweep, point)]
+    results = {point.name: read_result(point) for point in points}
+    finished = [point for point in points if results[point.name].state == "finished"]
+    left = [point for point in finished if _evaluations_left(sweep, point)]
     if left and start.late:
-        console.print(f"not evaluated yet: {', '.join(left)}; the same command does it", markup=False)
+        names = ", ".join(point.name for point in left)
+        console.print(f"not evaluated yet: {names}; the same command does it", markup=False)
     problems = [line for point in finished if not start.late for line in _evaluate(sweep, point, console)]
     if problems:
         raise ConfigError(problems)
-    return [read_result(point) for point in points]
+    return list((results | {point.name: read_result(point) for point in left}).values())
 
 
 class _Starter:
     """Starts trainings until the time is up, and says when they must stop."""
 
-    def __init__(self, base: Path, threads: int, processes: int, gpus: list[str], minutes: float | None):
-        self.base, self.threads, self.processes, self.gpus = base, threads, processes, gpus
+    def __init__(self, sweep: Sweep, threads: int, processes: int, gpus: list[str], minutes: float | None):
+        self.sweep, self.threads, self.processes, self.gpus = sweep, threads, processes, gpus
         self._asked: set[Job] = set()
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
 
@@ -160,7 +162,7 @@ class _Starter:
         if self.processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
         threads = min(self.threads, point.config.run.threads or self.threads)
-        command = [*launcher, str(train_script()), str(self.base), *point.overrides, f"run.threads={threads}"]
+        command = [*launcher, str(train_script()), self.sweep.words_of(point), f"run.threads={threads}"]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus_of(slot, self.processes, self.gpus))

@@ -1,4 +1,4 @@
-"""Configuration: inheritance, overrides, and an error with key, value and mend for everything that cannot work."""
+"""Configuration: inheritance, overrides, and an error with key, value and fix for everything that cannot work."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from moba_megatron.config import Config, ConfigError, check_world, config_from_dict, load_config
+from moba_megatron.config.load import names_in
 from moba_megatron.config.overrides import as_override
 from moba_megatron.config.reference import reference
 
@@ -343,3 +344,27 @@ SWEEPS = [path for path in SHIPPED if "\naxes:" in path.read_text()]
 def test_every_shipped_configuration_loads(path):
     config = load_config(path)
     assert load_config(path, [f"run.seed={config.run.seed}"]) == config
+
+
+def test_variants_of_a_file(tmp_path):
+    """`FILE.yaml:NAME` is the file with the changes of one variant; a file that it is a base of has none."""
+    (tmp_path / "small.yaml").write_text(config_from_dict(SMALL).to_yaml())
+    text = "base: small.yaml\nvariants:\n  two: {run: {seed: 2}}\n  three: {run: {seed: 3}, training: {steps: 3}}\n"
+    path = tmp_path / "file.yaml"
+    path.write_text(text)
+    (tmp_path / "below.yaml").write_text("base: file.yaml:three\nvariants: {four: {run: {seed: 4}}}\n")
+    steps = load_config(path).training.steps
+    found = {
+        name: load_config(f"{tmp_path}/{name}") for name in ("file.yaml:two", "file.yaml:three", "below.yaml:four")
+    }
+    seeds_and_steps = [(config.run.seed, config.training.steps) for config in found.values()]
+    assert seeds_and_steps == [(2, steps), (3, 3), (4, 3)] and names_in(path) == ["two", "three"]
+    assert load_config(f"{path}:two", ["run.seed=5"]).run.seed == 5
+    for name in ("file.yaml:four", "below.yaml:two"):
+        with pytest.raises(ConfigError, match=f"has no variant '{name.partition(':')[2]}'; its variants: "):
+            load_config(f"{tmp_path}/{name}")
+    with pytest.raises(ConfigError, match="no such configuration file: .*missing.yaml"):
+        load_config(tmp_path / "missing.yaml:two")
+    path.write_text("base: small.yaml\nvariants: [two]\n")
+    with pytest.raises(ConfigError, match="variants must hold a mapping of sections for each name"):
+        load_config(f"{path}:two")

@@ -1,4 +1,4 @@
-"""Mixtures of experts in a configuration: what goes together, and an error with key, value and mend for what does
+"""Mixtures of experts in a configuration: what goes together, and an error with key, value and fix for what does
 not."""
 
 from __future__ import annotations

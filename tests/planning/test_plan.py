@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from moba_megatron.cli import app
 from moba_megatron.config import ConfigError, check_world, load_config
 from moba_megatron.config.checks import combination_problems
+from moba_megatron.config.load import names_in
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.planning.plan_layouts import _cut, suggest_layouts
 from moba_megatron.planning.plan_machines import GPUS, LINK_SHARE, Cluster
@@ -23,15 +24,11 @@ from moba_megatron.planning.run_plan import plan_run
 from moba_megatron.training.dry_run import print_dry_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-FOLDERS = (
-    *("paper", "scaling_8k", "scaling_32k", "granularity", "sparse_then_full", "layer_hybrid"),
-    "continued_pretraining",
-)
+SWEEPS = ("scaling_8k", "scaling_32k", "granularity", "sparse_then_full", "layer_hybrid")
+STAGES = [path for path in sorted((CONFIGS / "continued_pretraining").glob("*/*.yaml")) if path.stem != "base"]
 FULL_SIZE = [
-    path
-    for folder in FOLDERS
-    for path in sorted((CONFIGS / folder).rglob("*.yaml"))
-    if path.stem not in ("base", "sweep")
+    *(f"paper/{sweep}.yaml:{name}" for sweep in SWEEPS for name in names_in(CONFIGS / f"paper/{sweep}.yaml")),
+    *(f"{path.relative_to(CONFIGS)}{name and ':'}{name}" for path in STAGES for name in ("", *names_in(path))),
 ]
 MOBA_1M = CONFIGS / "continued_pretraining/llama3.1_8b/1m_moba.yaml"
 
@@ -47,59 +44,56 @@ def call(*arguments: object, code: int = 0) -> str:
     return result.output
 
 
-def gpus_of(path: Path) -> int:
+def gpus_of(name: str) -> int:
     """How many GPUs a configuration is meant for."""
-    if "continued_pretraining" not in path.parts:
+    if not name.startswith("continued_pretraining"):
         return 32
-    return next((count for count in (256, 1024) if f"{count}gpus" in path.stem), 64)
+    return next((count for count in (256, 1024) if f":{count}gpus" in name), 64)
 
 
-def test_the_experiments_of_the_report_are_all_there():
-    counts = {folder: sum(path.is_relative_to(CONFIGS / folder) for path in FULL_SIZE) for folder in FOLDERS}
-    assert counts == {
-        "paper": 5, "scaling_8k": 10, "scaling_32k": 10, "granularity": 6, "sparse_then_full": 3, "layer_hybrid": 6,
-        "continued_pretraining": 42,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("path", FULL_SIZE, ids=lambda path: str(path.relative_to(CONFIGS).with_suffix("")))
-def test_every_full_size_configuration_fits_its_gpus(path):
-    config = load_config(path)
-    plan = plan_run(config, schedule_of(config), config.model.vocab_size, Cluster(GPUS["h100"], gpus_of(path)))
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_every_full_size_configuration_fits_its_gpus(name):
+    config = load_config(CONFIGS / name)
+    plan = plan_run(config, schedule_of(config), config.model.vocab_size, Cluster(GPUS["h100"], gpus_of(name)))
     assert plan.fits and 0.05 < plan.mfu < 0.6, (plan.peak, plan.mfu)
 
 
 @pytest.mark.parametrize(
-    "name", ["scaling_32k/2.1b_full", "sparse_then_full/moba_then_full", "continued_pretraining/qwen2.5_7b/1m_moba"]
+    "name",
+    [
+        "paper/scaling_32k.yaml:2.1b_full",
+        "paper/sparse_then_full.yaml:moba_then_full",
+        "continued_pretraining/qwen2.5_7b/1m_moba.yaml",
+    ],
 )
 def test_a_dry_run_of_a_full_size_configuration(capsys, name):
-    print_dry_run(load_config(CONFIGS / f"{name}.yaml"), 1)
+    print_dry_run(load_config(CONFIGS / name), 1)
     output = capsys.readouterr().out
     for words in ("parameters", "tokens in all", "memory per rank", "GPU hours", "activations"):
         assert words in output
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", FULL_SIZE, ids=lambda path: str(path.relative_to(CONFIGS).with_suffix("")))
-def test_a_dry_run_of_every_full_size_configuration(capsys, path):
-    print_dry_run(load_config(path), 1)
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_a_dry_run_of_every_full_size_configuration(capsys, name):
+    print_dry_run(load_config(CONFIGS / name), 1)
     assert "GPU hours" in capsys.readouterr().out
 
 
 def test_the_settings_of_the_report():
     for blocks in (8, 16, 32, 64, 128):
-        config = load_config(CONFIGS / f"granularity/{blocks // 4}_of_{blocks}.yaml")
+        config = load_config(CONFIGS / f"paper/granularity.yaml:{blocks // 4}_of_{blocks}")
         assert config.attention.block_size * blocks == config.data.sequence_length == 32768
         assert config.attention.top_k * 4 == blocks
-    hybrid = schedule_of(load_config(CONFIGS / "sparse_then_full/moba_then_full.yaml"))
+    hybrid = schedule_of(load_config(CONFIGS / "paper/sparse_then_full.yaml:moba_then_full"))
     assert hybrid.until == (0.9, 1.0) and {layer.kind for layer in hybrid.stages[1]} == {"full"}
     assert (hybrid.stages[0][0].block_size, hybrid.stages[0][0].top_k) == (2048, 3)
     for size, tokens in (("545m", 10.8), ("822m", 15.3), ("1.1b", 20.6), ("1.5b", 27.4), ("2.1b", 36.9)):
-        moba, full = (load_config(CONFIGS / f"scaling_32k/{size}_{kind}.yaml") for kind in ("moba", "full"))
+        moba, full = (load_config(CONFIGS / f"paper/scaling_32k.yaml:{size}_{kind}") for kind in ("moba", "full"))
         assert moba.tokens_per_step * moba.training.steps == pytest.approx(tokens * 1e9, rel=1e-3)
         assert (moba.optimizer, moba.training, moba.model) == (full.optimizer, full.training, full.model)
     for count in (0, 1, 3, 5, 10):
-        layers = schedule_of(load_config(CONFIGS / f"layer_hybrid/last_{count}_full.yaml")).stages[0]
+        layers = schedule_of(load_config(CONFIGS / f"paper/layer_hybrid.yaml:last_{count}_full")).stages[0]
         assert [layer.kind for layer in layers] == ["moba"] * (20 - count) + ["full"] * count
     for model, interpolated in (("llama3.1_8b", "rotary_interpolation"), ("qwen2.5_7b", "rotary_scaling_factor")):
         folder = CONFIGS / "continued_pretraining" / model
@@ -139,15 +133,15 @@ def test_the_command_prints_a_plan_and_writes_it(tmp_path):
 @pytest.mark.parametrize(
     ("name", "overrides", "count"),
     [
-        ("continued_pretraining/llama3.1_8b/128k", [], 64),
-        ("continued_pretraining/llama3.1_8b/1m_256gpus", [], 256),
-        ("paper/545m", [], 8),
-        ("paper/545m", ["training.global_batch_size=6"], 6),
-        ("continued_pretraining/llama3.1_8b/128k", ["parallel.context=1"], 8),  # which does not fit any
+        ("continued_pretraining/llama3.1_8b/128k.yaml", [], 64),
+        ("continued_pretraining/llama3.1_8b/1m.yaml:256gpus", [], 256),
+        ("paper/scaling_8k.yaml:545m_moba", [], 8),
+        ("paper/scaling_8k.yaml:545m_moba", ["training.global_batch_size=6"], 6),
+        ("continued_pretraining/llama3.1_8b/128k.yaml", ["parallel.context=1"], 8),  # which does not fit any
     ],
 )
 def test_without_a_number_of_gpus_the_layout_says_it(name, overrides, count):
-    config = load_config(CONFIGS / f"{name}.yaml", overrides)
+    config = load_config(CONFIGS / name, overrides)
     assert own_cluster(config, Cluster(GPUS["h100"], 1)).count == count
 
 

@@ -10,12 +10,14 @@ import torch
 from scaling.sweep_examples import write_sweep
 
 from moba_megatron.config import ConfigError, load_config
+from moba_megatron.config.load import names_in
+from moba_megatron.config.sweep import Figure, run_of
 from moba_megatron.ops.pairs import attended_pairs
 from moba_megatron.scaling.laws import left_out
 from moba_megatron.scaling.plots import draw
 from moba_megatron.scaling.results import Result, read_result
 from moba_megatron.scaling.runner import default_jobs, gpus_of, run_sweep, visible_gpus
-from moba_megatron.scaling.sweep import Figure, load_sweep
+from moba_megatron.scaling.sweep import load_sweep
 from moba_megatron.scaling.tables import gap_rows, provenance, result_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -140,16 +142,23 @@ def test_every_shipped_sweep_loads(path):
     assert len({point.config.model_dump_json() for point in sweep.points}) == len(sweep.points)
 
 
-@pytest.mark.parametrize("folder", ["scaling_8k", "scaling_32k", "granularity", "sparse_then_full", "layer_hybrid"])
-def test_full_size_sweeps_are_the_single_configurations(folder):
-    points = load_sweep(CONFIGS / folder / "sweep.yaml").points
-    single = {path.stem: load_config(path) for path in (CONFIGS / folder).glob("*.yaml")
-              if path.stem not in ("base", "sweep")}  # fmt: skip
-    if folder == "layer_hybrid":
-        start = {"init_from": "runs/sparse_then_full/moba_then_full"}
-        single = {name: config.model_copy(update={"model": config.model.model_copy(update=start)})
-                  for name, config in single.items()}  # fmt: skip
-    assert {point.name: point.config for point in points} == single
+@pytest.mark.parametrize("path", [path for path in SHIPPED if path.parent.name == "paper"], ids=lambda p: p.stem)
+def test_a_run_of_a_sweep_is_a_configuration(path):
+    points = load_sweep(path).points
+    assert names_in(path) == [point.name for point in points]
+    for number in {0, len(points) - 1}:
+        point = points[number]
+        assert load_config(f"{path}:{point.name}") == load_config(f"{path}:{number}") == point.config
+        changed = load_config(f"{path}:{point.name}", ["run.seed=7"])
+        assert changed == point.config.model_copy(update={"run": changed.run}) and changed.run.seed == 7
+
+
+def test_a_sweep_is_no_configuration_without_a_run(tmp_path):
+    path = write_sweep(tmp_path)
+    with pytest.raises(ConfigError, match=r"is a sweep: name one of its runs, .*sweep.yaml:RUN"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="has no run 'tiny': give a number below 4 or one of small_moba"):
+        load_config(f"{path}:tiny")
 
 
 def test_an_unknown_run(tmp_path):
@@ -160,7 +169,7 @@ def test_an_unknown_run(tmp_path):
 def test_weights_to_start_from_need_not_be_there_yet(tmp_path):
     axes = {"stage": {"short": {"start_from": "models/tiny"}, "long": {"start_from": "short"}}}
     short, long = load_sweep(write_sweep(tmp_path, axes=axes, figures=[])).points
-    assert short.start_from is None and short.overrides[-1] == "model.init_from=models/tiny"
+    assert short.start_from is None and short.config.model.init_from == "models/tiny"
     assert long.start_from is short and long.config.model.init_from == str(short.folder)
 
 
@@ -266,8 +275,9 @@ def test_what_a_sweep_leaves_open_is_as_in_the_weights_it_starts_from(tmp_path):
     model = point.config.model.model_copy(update={"num_query_groups": 2, "kv_channels": 8})
     (point.folder / "config.yaml").write_text(point.config.model_copy(update={"model": model}).to_yaml())
     assert read_result(point).state == "cut"
-    # What the base does not say is not taken from the weights either: it stands in the command.
-    assert "model.layernorm_epsilon=1e-05" in point.overrides and "model.num_layers=4" not in point.overrides
+    # What the base does not say is not taken from the weights either.
+    overrides = run_of(tmp_path / "sweep.yaml", "short").overrides
+    assert "model.layernorm_epsilon=1e-05" in overrides and "model.num_layers=4" not in overrides
     other = model.model_copy(update={"num_layers": 7})
     (point.folder / "config.yaml").write_text(point.config.model_copy(update={"model": other}).to_yaml())
     with pytest.raises(ConfigError, match=r"model.num_layers = 4 \(the run has 7\)"):

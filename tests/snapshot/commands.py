@@ -46,22 +46,22 @@ DRY_RUNS = (
     "quickstart/moba.yaml",
     "quickstart/full.yaml",
     "twins/base.yaml",
-    "paper/545m.yaml",
-    "paper/2.1b.yaml",
+    "paper/scaling_8k.yaml:545m_moba",
+    "paper/scaling_8k.yaml:2.1b_moba",
     "needle/moba.yaml",
-    "layer_hybrid/last_3_full.yaml",
-    "sparse_then_full/moba_then_full.yaml",
-    "granularity/32_of_128.yaml",
-    "scaling_32k/1.5b_moba.yaml",
+    "paper/layer_hybrid.yaml:last_3_full",
+    "paper/sparse_then_full.yaml:moba_then_full",
+    "paper/granularity.yaml:32_of_128",
+    "paper/scaling_32k.yaml:1.5b_moba",
     "continued_pretraining/llama3.1_8b/1m.yaml",
 )
 PLANS = (
-    ("scaling_32k/1.5b_moba.yaml", "--gpus", "32", "--gpu", "h100"),
-    ("scaling_32k/1.5b_full.yaml", "--gpus", "32", "--gpu", "h100", "--price-per-hour", "2.5"),
-    ("scaling_32k/2.1b_moba.yaml", "--gpus", "64", "--gpu", "b200", "--layouts", "10"),
-    ("scaling_8k/545m_moba.yaml", "--gpus", "8", "--gpu", "a100"),
-    ("sparse_then_full/moba_then_full.yaml", "--gpus", "16", "--gpu", "h200"),
-    ("paper/1.1b.yaml", "parallel.context=4", "parallel.exchange=dispatch", "--gpus", "16"),
+    ("paper/scaling_32k.yaml:1.5b_moba", "--gpus", "32", "--gpu", "h100"),
+    ("paper/scaling_32k.yaml:1.5b_full", "--gpus", "32", "--gpu", "h100", "--price-per-hour", "2.5"),
+    ("paper/scaling_32k.yaml:2.1b_moba", "--gpus", "64", "--gpu", "b200", "--layouts", "10"),
+    ("paper/scaling_8k.yaml:545m_moba", "--gpus", "8", "--gpu", "a100"),
+    ("paper/sparse_then_full.yaml:moba_then_full", "--gpus", "16", "--gpu", "h200"),
+    ("paper/scaling_8k.yaml:1.1b_moba", "parallel.context=4", "parallel.exchange=dispatch", "--gpus", "16"),
     ("quickstart/moba.yaml", "training.precision=bf16", "model.vocab_size=4096", "--gpus", "2"),
 )
 
@@ -104,7 +104,12 @@ def take_dry_runs(out: Path) -> None:
         for name in DRY_RUNS:
             for more in ((), ("model.vocab_size=32000",), ("model.vocab_size=32000", "training.precision=bf16")):
                 text = run_training(CONFIGS / name, "--dry-run", *more)
-                label = "_".join([name.removesuffix(".yaml").replace("/", "_"), *[m.partition("=")[2] for m in more]])
+                label = "_".join(
+                    [
+                        name.removesuffix(".yaml").replace(".yaml:", "_").replace("/", "_"),
+                        *[m.partition("=")[2] for m in more],
+                    ]
+                )
                 write_lines(out, f"dry_runs/{label}.txt", [f"{name} {' '.join(more)}", text])
 
 

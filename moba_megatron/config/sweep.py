@@ -1,0 +1,346 @@
+"""A sweep: one training configuration, and axes along which it varies.
+
+    base: ../quickstart/moba.yaml
+    dir: runs/scaling
+    tokens_per_parameter: 20
+    axes:
+      size:
+        small: {model.num_layers: 2, model.hidden_size: 64}
+        large: {model.num_layers: 4, model.hidden_size: 128}
+      attention:
+        moba: {attention.kind: moba}
+        full: {attention.kind: full}
+
+stands for four runs, `small_moba` to `large_full`, in `runs/scaling/small_moba` and so on: one point for every choice
+of one option from each axis. An option is a mapping of overrides, `key.path: value`; `tokens_per_parameter`, `tokens`
+and `learning_rate` are keys of the sweep that an option may set too. `start_from` makes a run begin with the weights of
+another run of the sweep, by its name, once that has finished; or with those of a folder, by its path.
+
+The runs of a sweep are configurations: `SWEEP.yaml:RUN` is one wherever a configuration is read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from moba_megatron.config.checks import ConfigError
+from moba_megatron.config.load import config_from_tree, read_bases
+from moba_megatron.config.overrides import as_override, missing_keys, refuse_missing
+from moba_megatron.config.reading import read_tree
+from moba_megatron.config.schema import MOST_STEPS, Config
+from moba_megatron.config.section import Section
+from moba_megatron.config.sizes import matrix_parameters
+
+_MOST_RUNS = 10_000
+_WEIGHTS = "model.init_from="
+
+
+class LearningRateRule(Section):
+    """The learning rate of a model by its size: value x (N / parameters) ^ exponent, whatever its attention."""
+
+    value: float = Field(gt=0)
+    """Peak learning rate of a model of `parameters`."""
+    parameters: float = Field(default=1.0, gt=0)
+    """Size (without embeddings) at which `value` holds."""
+    exponent: float = 0.0
+    """How it changes with size; 0: the same for all."""
+    final_share: float = Field(default=0.1, ge=0, le=1)
+    """`optimizer.min_lr` over `optimizer.lr`."""
+
+
+class OptionKeys(Section):
+    """Keys of the sweep that an option may set for its runs."""
+
+    tokens_per_parameter: float | None = Field(default=None, gt=0)
+    tokens: float | None = Field(default=None, gt=0)
+    learning_rate: LearningRateRule | float | None = None
+    start_from: str | None = None
+    """Weights to begin with: an earlier run of the sweep, by its name, or a folder, by its path."""
+
+
+class Figure(Section):
+    """One picture of the sweep."""
+
+    kind: Literal["scaling", "options", "positions", "curves"]
+    """`scaling`: loss against compute with power laws, and the gap below it (the report's figure 3). `options`: loss
+    for each option of an axis. `positions`: loss by position of every run. `curves`: training loss by tokens."""
+    metric: str = "loss"
+    """`loss` on validation, `trailing_loss`, or a number that `evaluate` adds, such as `needle_512_greedy_match`."""
+    axis: str | None = None
+    """`options`: the axis along the bottom. `scaling`: the axis whose options are compared (default `attention`)."""
+    title: str = ""
+
+    @property
+    def compared_axis(self) -> str | None:
+        """`axis`, or its default."""
+        return self.axis or ("attention" if self.kind == "scaling" else None)
+
+
+class SweepFile(Section):
+    """What a sweep's YAML may hold."""
+
+    base: str | list[str]
+    """Training configuration, relative to this file; or several, later ones winning."""
+    dir: str
+    """Folder of the runs."""
+    overrides: dict[str, Any] = {}
+    """What all runs change of the base; an option may change it again."""
+    axes: dict[str, dict[str, dict[str, Any]]] = Field(min_length=1)
+    """For each axis its options, and for each option its overrides."""
+    skip: list[dict[str, str]] = []
+    """Combinations left out: a run is skipped where all the named axes have the named options."""
+    tokens_per_parameter: float | None = Field(default=None, gt=0)
+    """Training tokens for each parameter without embeddings; sets `training.steps` (Chinchilla: 20)."""
+    tokens: float | None = Field(default=None, gt=0)
+    """Training tokens of every run instead. Neither: `training.steps` of the base."""
+    learning_rate: LearningRateRule | None = None
+    """None: `optimizer.lr` of the base."""
+    warmup_share: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the steps that warm up; None: `optimizer.warmup_steps` of the base."""
+    best_of: list[str] = []
+    """Axes, such as learning rates, of which fits and figures take only the best option of each combination of the
+    others."""
+    evaluate: list[str] = []
+    """Arguments of `moba-megatron evaluate RUN ...` to run after each training, one string a call."""
+    columns: list[str] = ["*"]
+    """Which of the numbers that these add `table` shows, by names with `*` and `?`."""
+    figures: list[Figure] = [Figure(kind="scaling")]
+    """What `plot` draws."""
+
+
+@dataclass(frozen=True)
+class SweptRun:
+    """One run of a sweep.
+
+    Attributes:
+        name: also that of its folder.
+        options: the option of each axis.
+        tree, overrides: the base, and what the run changes of it.
+        config: the whole, as `train.py` would take it.
+        parameters: without embeddings and norms.
+        start_from: the run of the sweep, by its name, or the folder whose weights it begins with; None for none.
+    """
+
+    name: str
+    options: dict[str, str]
+    tree: dict[str, Any]
+    overrides: list[str]
+    config: Config
+    parameters: int
+    start_from: str | None = None
+
+    def with_overrides(self, overrides: list[str]) -> Config:
+        """The configuration for a training, with overrides on top of those of the run.
+
+        Raises:
+            ConfigError: as `load_config`.
+        """
+        source = self.config.model.init_from
+        if self.start_from is None or source is None or Path(source).exists():
+            return config_from_tree(self.tree, [*self.overrides, *overrides])
+        # A plan needs no weights, and those of another run may come later.
+        if not overrides:
+            return self.config
+        own = [override for override in self.overrides if not override.startswith(_WEIGHTS)]
+        config = config_from_tree(self.tree, [*own, *overrides])
+        if any(override.startswith(_WEIGHTS) for override in overrides):
+            return config
+        return config.model_copy(update={"model": config.model.model_copy(update={"init_from": source})})
+
+
+def read_sweep(path: Path) -> SweepFile:
+    if not path.is_file():
+        raise ConfigError([f"no such sweep: {path}"])
+    try:
+        # References (`${...}`) stay as they are: those in options are to keys of the training configuration.
+        values = read_tree(path)
+        refuse_missing(values, tuple(key for key in missing_keys(values) if key.endswith("model.init_from")))
+        return SweepFile.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError([f"{path}: {line}" for line in _explain(error)]) from error
+
+
+def _explain(error: ValidationError) -> list[str]:
+    return [": ".join(filter(None, [".".join(map(str, item["loc"])), item["msg"]])) for item in error.errors()]
+
+
+def axis_problems(file: SweepFile) -> list[str]:
+    problems = [f"axes.{axis} has no options" for axis, options in file.axes.items() if not options]
+    runs = math.prod(map(len, file.axes.values()))
+    if runs > _MOST_RUNS:
+        # Before they are made one by one.
+        raise ConfigError([f"axes: their options make {runs:,} runs, over {_MOST_RUNS:,}: leave some out"])
+    problems += [f"best_of names {axis!r}, which is no axis" for axis in file.best_of if axis not in file.axes]
+    for rule in file.skip:
+        problems += [
+            f"skip names {axis}: {option}, which is no option of an axis"
+            for axis, option in rule.items()
+            if option not in file.axes.get(axis, {})
+        ]
+    for figure in file.figures:
+        axis = figure.compared_axis
+        if figure.kind in ("scaling", "options") and axis not in file.axes:
+            problems.append(f"a figure of kind {figure.kind} needs axis, one of {', '.join(file.axes)}, not {axis!r}")
+        if figure.kind == "scaling" and figure.metric not in ("loss", "trailing_loss"):
+            problems.append(f"a figure of kind scaling shows loss or trailing_loss, not {figure.metric!r}")
+    if file.tokens is not None and file.tokens_per_parameter is not None:
+        problems.append("give tokens or tokens_per_parameter, not both")
+    return problems
+
+
+def choices_of(file: SweepFile) -> Iterator[tuple[dict[str, str], tuple[tuple[str, dict[str, Any]], ...]]]:
+    """The option of each axis, and these options with their overrides, for each run, in the order of the axes."""
+    for choice in itertools.product(*(options.items() for options in file.axes.values())):
+        options = dict(zip(file.axes, (name for name, _ in choice), strict=True))
+        if not any(all(options.get(axis) == option for axis, option in rule.items()) for rule in file.skip):
+            yield options, choice
+
+
+def run_name(options: dict[str, str]) -> str:
+    """The name of a run, which is that of its folder.
+
+    >>> run_name({"size": "55K", "attention": "2 of 8"})
+    '55K_2-of-8'
+    """
+    return re.sub(r"[^\w.+-]+", "-", "_".join(options.values()))
+
+
+def joined(choice: tuple[tuple[str, dict[str, Any]], ...]) -> dict[str, Any]:
+    """The overrides of the chosen options; those of two axes must not meet."""
+    joined: dict[str, Any] = {}
+    for option, values in choice:
+        twice = sorted(joined.keys() & values.keys())
+        if twice:
+            raise ConfigError([f"{', '.join(twice)}: set by {option} and by an option of another axis"])
+        joined |= values
+    return joined
+
+
+def swept_run(
+    path: Path, file: SweepFile, options: dict[str, str], values: dict[str, Any], before: Sequence[str]
+) -> SweptRun:
+    """One run of a sweep.
+
+    Args:
+        path: of the sweep.
+        options: of the run.
+        values: what these say.
+        before: names of the runs before it, which it may start from.
+
+    Raises:
+        ConfigError: with one line for each problem.
+    """
+    try:
+        own = OptionKeys.model_validate({key: value for key, value in values.items() if "." not in key})
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+    values = {key: value for key, value in values.items() if "." in key}
+    if "run.dir" in values:
+        raise ConfigError(["run.dir: the folder of a run is the sweep's dir and the run's name"])
+    file = file.model_copy(update=_own_values(own))
+    name = run_name(options)
+    overrides = [as_override("run.dir", str(Path(file.dir) / name), Config)]
+    overrides += [as_override(key, value, Config) for key, value in values.items()]
+    base = read_bases(path, file.base)
+    first = config_from_tree(base, [*overrides, *_to_be_derived(file)])
+    parameters = matrix_parameters(first.model, vocab_size=0)
+    derived = _derived(file, first, parameters)
+    twice = sorted(derived.keys() & values.keys())
+    if twice:
+        raise ConfigError([f"{', '.join(twice)}: set by an option and by the sweep's tokens, learning_rate or "
+                           "warmup_share: let options set those"])  # fmt: skip
+    overrides += [f"{key}={value}" for key, value in derived.items()]
+    config = config_from_tree(base, overrides)
+    if own.start_from is not None:
+        if own.start_from not in before and "/" not in own.start_from:
+            names = ", ".join(before) or "none"
+            raise ConfigError(
+                [f"start_from = {own.start_from}: give a run before it ({names}) or the path of a folder"]
+            )
+        # What is there may come later, so that its model cannot complete this one's. What the base leaves out is said
+        # here, or it would be taken from there.
+        model = config.model
+        unsaid = {key: value for key, value in model.model_dump().items() if key not in model.model_fields_set}
+        overrides += [as_override(f"model.{key}", value, Config) for key, value in unsaid.items() if value is not None]
+        init_from = str(Path(file.dir) / own.start_from) if own.start_from in before else own.start_from
+        overrides.append(as_override("model.init_from", init_from, Config))
+        config = config.model_copy(update={"model": config.model.model_copy(update={"init_from": init_from})})
+    return SweptRun(name, options, base, overrides, config, parameters, own.start_from)
+
+
+def run_of(path: Path, name: str) -> SweptRun:
+    """A run of a sweep by its name, or its number in the order of the axes (from 0).
+
+    Raises:
+        ConfigError: there is none, or its configuration is wrong.
+    """
+    file = read_sweep(path)
+    choices = list(choices_of(file))
+    names = [run_name(options) for options, _ in choices]
+    number = number_of(path, names, name)
+    options, choice = choices[number]
+    try:
+        return swept_run(path, file, options, file.overrides | joined(choice), names[:number])
+    except ConfigError as error:
+        raise ConfigError([f"run {names[number]}: {line}" for line in error.problems]) from error
+
+
+def number_of(path: Path, names: list[str], name: str) -> int:
+    """The number of a run by its name or its number; digits alone are a number.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name.isdecimal() and int(name) < len(names):
+        return int(name)
+    if name in names and name.isdecimal():
+        raise ConfigError([f"digits are the number of a run, from 0: {name} has number {names.index(name)}"])
+    if name in names:
+        return names.index(name)
+    words = ", ".join(other for other in names if not other.isdecimal())
+    raise ConfigError([
+        f"{path} has no run {name!r}: give " + " or one of ".join(
+            filter(None, [f"a number below {len(names)}", words]))
+    ])  # fmt: skip
+
+
+def _own_values(own: OptionKeys) -> dict[str, Any]:
+    """Settings of the sweep that an option sets; one way of giving the tokens replaces the other."""
+    values: dict[str, Any] = {}
+    if own.learning_rate is not None:
+        rate = own.learning_rate
+        values["learning_rate"] = rate if isinstance(rate, LearningRateRule) else LearningRateRule(value=rate)
+    if own.tokens is not None:
+        values |= {"tokens_per_parameter": None, "tokens": own.tokens}
+    if own.tokens_per_parameter is not None:
+        values |= {"tokens": None, "tokens_per_parameter": own.tokens_per_parameter}
+    return values
+
+
+def _to_be_derived(file: SweepFile) -> list[str]:
+    """Stand-ins for what follows from the size of the model, which a base may leave out."""
+    tokens = file.tokens or file.tokens_per_parameter
+    steps = [f"training.steps={MOST_STEPS}"] if tokens else []
+    return steps + (["optimizer.lr=1", "optimizer.min_lr=0"] if file.learning_rate else [])
+
+
+def _derived(file: SweepFile, config: Config, parameters: int) -> dict[str, Any]:
+    """The overrides that follow from the size of the model."""
+    tokens = file.tokens or (file.tokens_per_parameter or 0) * parameters
+    steps = max(1, round(tokens / config.tokens_per_step)) if tokens else config.training.steps
+    found: dict[str, Any] = {"training.steps": steps} if tokens else {}
+    if file.learning_rate:
+        rule = file.learning_rate
+        lr = rule.value * (parameters / rule.parameters) ** rule.exponent
+        found |= {"optimizer.lr": f"{lr:.4g}", "optimizer.min_lr": f"{lr * rule.final_share:.4g}"}
+    if file.warmup_share is not None:
+        found["optimizer.warmup_steps"] = round(steps * file.warmup_share)
+    return found
