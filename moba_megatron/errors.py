@@ -1,4 +1,4 @@
-"""The one door through which `train.py` and all commands end: what a user can mend becomes a message, and ends with 2.
+"""The one door through which `train.py` and all commands end: what a user can fix becomes a message, and ends with 2.
 
 Known are our own exceptions and the `ValueError`s that our code raises by `raise`; errors of the system (a full disk, a
 missing or forbidden file, a folder in the place of a file); and what the libraries that read files say of files that
@@ -32,8 +32,8 @@ _READERS = (
 # Libraries whose `ValueError`s speak of what they were given to read.
 _OF_READERS = ("transformers", "tokenizers", "huggingface_hub", "datasets", "lm_eval", "pathlib", "json", "omegaconf")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# What the system says, and the mend.
-_MENDS = {
+# What the system says, and the fix.
+_FIXES = {
     errno.ENOENT: "no such file or folder: correct the path",
     errno.EACCES: "not permitted: give this user the right to it, or name another place",
     errno.EPERM: "not permitted: give this user the right to it, or name another place",
@@ -71,23 +71,23 @@ def explained(error: BaseException) -> str | None:
 
 
 def describe_os_error(error: BaseException) -> str:
-    """An error of the system: which file, what is wrong, and the mend. Of a full disk also how much was needed
+    """An error of the system: which file, what is wrong, and the fix. Of a full disk also how much was needed
     (`error.needed`, bytes, where the writer knows it) and how much is there."""
     path, number = _path_of(error), getattr(error, "errno", None)
     if number in _FULL or _no_space(str(error)):
         return _full_disk(path, error)
-    mend = _MENDS.get(number or 0)
+    fix = _FIXES.get(number or 0)
     second = getattr(error, "filename2", None)
     where = f"{path} or {_text(second)}" if path and second else path
-    if mend:
-        return f"{where}: {mend}" if where else _short(error)
+    if fix:
+        return f"{where}: {fix}" if where else _short(error)
     said = (getattr(error, "strerror", None) or "") if number else ""
     return f"{where}: {said}" if where and said else _short(error)
 
 
 @contextmanager
 def one_door(apart: bool = False) -> Iterator[None]:
-    """The end of a command, also as a decorator of one: a message and exit code 2 for what a user can mend, 130 for
+    """The end of a command, also as a decorator of one: a message and exit code 2 for what a user can fix, 130 for
     Ctrl-C; a bug of ours goes on as it is. Notes of an exception (`add_note`) are told behind its message.
 
     Args:

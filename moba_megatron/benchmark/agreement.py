@@ -1,7 +1,7 @@
 """Whether an operator computes MoBA: the gate that a setting passes before its speed is reported.
 
-The operator's output and gradients are held against the definition in fp64, with the ids that `select_blocks` gives,
-which are themselves held against the definition's. Tolerance: for output and each gradient, in the largest error and
+The operator's output and gradients are compared with the definition in fp64, with the ids that `select_blocks` gives,
+which are themselves compared with the definition's. Tolerance: for output and each gradient, in the largest error and
 in the root mean square, at most twice the error of plain PyTorch in the same dtype, plus rounding. The mean sees a
 small factor on everything, the maximum a few wrong rows.
 

@@ -8,7 +8,7 @@ What is timed, on a random model of transformers in fp32 on the CPU:
 - the prefill: one forward pass over the whole prompt under MoBA, and under transformers' `sdpa`.
 
 Modes take turns, and the smallest of several times is reported, because other work on the machine only adds. Before
-anything is timed, steps of a short text are held against one pass over it.
+anything is timed, steps of a short text are compared with one pass over it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 For every length, (block size, top-k), dtype and direction both are timed, routing included, and medians are compared:
 on a CPU in turn, MoBA, full, MoBA, full, so that a busy neighbour slows both; on a GPU full attention once for all
 (block size, top-k). Full attention is the fastest of the backends asked for, in its grouped-query mode on tensors laid
-out as it likes them. Before anything is timed, a backend is held against the reference on a short document with the
+out as it likes them. Before anything is timed, a backend is compared with the reference on a short document with the
 same settings; one that disagrees gets no speed.
 
 Reported beside the times: the pair ratio, full over attended pairs with M = L / B >= K, M^2 / ((2K - 1) M - K (K - 1)),

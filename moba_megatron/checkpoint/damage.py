@@ -15,7 +15,7 @@ from moba_megatron.checkpoint.tensors import StoredTensors
 def damages(folder: Path, advance: Callable[[str], None] = lambda what: None) -> list[str]:
     """What is wrong with a checkpoint, one line each; empty for one that is as it was written.
 
-    Files are held against the manifest's digests, objects are read by what knows only the classes of the format, and
+    Files are compared with the manifest's digests, objects are read by what knows only the classes of the format, and
     every number of every tensor is looked at.
 
     Args:

@@ -63,7 +63,7 @@ class TrainingState:
 def _places_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
     """The distributed optimizer packs its state bucket by bucket without the padding at their ends, and then looks
     parameters up at places that count it: from the second bucket on, what it saves belongs to others. In here the
-    places are right. (megatron-core mends it in 0.20, pull request 5077; `_refuse_misplaced_state` finds both mends
+    places are right. (megatron-core fixes it in 0.20, pull request 5077; `_refuse_misplaced_state` finds both fixes
     together as well as none.)
 
     There are several buckets where the reduction of gradients overlaps, and on the first and last pipeline stage with

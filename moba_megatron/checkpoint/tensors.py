@@ -1,7 +1,7 @@
 """Tensors and objects of a checkpoint folder one by one, without process groups or a model.
 
 megatron-core's distributed checkpoints are read with PyTorch's own reader, and pickles by what knows only the classes
-of the format (`pickles`). What the list of tensors says is held against what is stored before memory is taken for it.
+of the format (`pickles`). What the list of tensors says is compared with what is stored before memory is taken for it.
 """
 
 from __future__ import annotations

@@ -289,12 +289,12 @@ def _check_entry(key: str, path: str, samples: int, tokenizer: Tokenizer, config
         )
     there, what = _samples_there(path, index, config)
     if there < samples:
-        mend = "data.sequence_length"
+        fix = "data.sequence_length"
         if config.data.packing == "document":
-            mend = "data.min_document_length"
+            fix = "data.min_document_length"
         if key.endswith("validation") and there:
-            mend = "evaluation.samples"
-        raise ValueError(f"{key} = {path} holds {what}, but {samples} are needed: lower {mend}, or prepare more text")
+            fix = "evaluation.samples"
+        raise ValueError(f"{key} = {path} holds {what}, but {samples} are needed: lower {fix}, or prepare more text")
     # Where documents are concatenated, the rest of an epoch begins the next one.
     concatenated = config.data.packing == "concatenate"
     samples_per_epoch = index.tokens / config.data.sequence_length if concatenated else there

@@ -33,17 +33,17 @@ def index_lines(config: Config) -> list[str]:
 
 
 def check_index_folder(config: Config, key: str) -> list[str]:
-    """What keeps indices of a split from being written, as a problem with its mend; empty if nothing does.
+    """What keeps indices of a split from being written, as a problem with its fix; empty if nothing does.
 
     Raises:
         ConfigError: a blend that names nothing.
     """
     if not getattr(config.data, key) or writable(folder := index_folder(config, key)):
         return []
-    mend = "give data.index_cache a folder that can be written to, on a disk that all machines see"
+    fix = "give data.index_cache a folder that can be written to, on a disk that all machines see"
     if config.data.index_cache is not None:
-        return [f"data.index_cache = {folder} cannot be written to: {mend}{counted_from(folder)}"]
-    return [f"data.{key}: neither {_beside(config, key)} nor {folder} can be written to: {mend}"]
+        return [f"data.index_cache = {folder} cannot be written to: {fix}{counted_from(folder)}"]
+    return [f"data.{key}: neither {_beside(config, key)} nor {folder} can be written to: {fix}"]
 
 
 def writable(folder: Path) -> bool:

@@ -100,11 +100,11 @@ def _refuse_what_is_not_moba(dropout: float, causal: bool, kwargs: dict[str, Any
         raise ValueError(f"MoBA has no dropout in attention, got {dropout}: set config.attention_dropout = 0.0")
     if not causal:
         raise ValueError("this layer's attention is not causal, MoBA is: give it another attn_implementation")
-    for name, mend in NOT_MOBA.items():
+    for name, fix in NOT_MOBA.items():
         given = kwargs.get(name)
         if given is not None and given is not False:
             shown = f" of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f" = {given!r}"
-            raise ValueError(f"{name}{shown} is not MoBA: {mend}")
+            raise ValueError(f"{name}{shown} is not MoBA: {fix}")
 
 
 def _whole(

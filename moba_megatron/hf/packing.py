@@ -1,4 +1,4 @@
-"""What collators for packed rows say beside `position_ids`, held against it.
+"""What collators for packed rows say beside `position_ids`, compared with it.
 
 Trainers that pack (TRL's `packing` and `padding_free`, transformers' `DataCollatorWithFlattening`) also pass where the
 documents of a batch begin: `cu_seq_lens_q` and `cu_seq_lens_k`, boundaries in the rows laid end to end, and `seq_idx`,

@@ -7,7 +7,7 @@ CUDA go through the variable-length flash kernel, which takes the boundaries fro
 that kernel refuses, and packs for cuDNN read the boundaries on the host.
 
 Only kernels whose memory is linear in the tokens are allowed. PyTorch would otherwise fall back, without a word, to one
-that holds the matrix of all scores: where the last dimension is not contiguous, which a copy mends here, and where no
+that holds the matrix of all scores: where the last dimension is not contiguous, which a copy fixes here, and where no
 fused kernel takes the inputs (fp64 on CUDA), which raises.
 """
 

@@ -45,7 +45,7 @@ def demanded(plan: ContextPlan, ids_TNK: Tensor) -> Tensor:
     """int64 [M]: choices of this rank's queries, by block, that need keys of another rank."""
     blocks_TNK = ids_TNK + plan.queries.first_block_T.view(-1, 1, 1)
     num_blocks = plan.layout.num_blocks
-    # Choices that are none count for one block more. A count by `bincount` would make the host wait.
+    # Empty choices count for one extra block. A count by `bincount` would make the host wait.
     place = torch.where(ids_TNK >= 0, blocks_TNK, num_blocks).flatten()
     counts = place.new_zeros(num_blocks + 1).scatter_add_(0, place, torch.ones_like(place))
     return counts[:num_blocks] * plan.elsewhere

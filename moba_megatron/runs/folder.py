@@ -73,7 +73,7 @@ class RunFolder:
         self.plots.mkdir(parents=True, exist_ok=True)
         text = "".join(f"# {line}\n" for line in choices) + config.to_yaml()
         before = self.path / f"config.until_step_{resumed_step}.yaml"
-        # Where there is one, the configuration since has left no step that is still there.
+        # A copy for this step exists; no later step survived.
         if self.config.is_file() and self.config.read_text(encoding="utf-8") != text and not before.exists():
             self.config.rename(before)
         write_whole(self.config, text)

@@ -173,7 +173,7 @@ class DivergencePolicy:
             ends = f", after {training.max_divergences} others (training.max_divergences). {_ADVICE[diverged.kind]}"
         elif spoilt and action == "skip":
             ends = (
-                f", and weights are not finite since step {blamed}, which leaving out a batch does not mend: use "
+                f", and weights are not finite since step {blamed}, which leaving out a batch does not fix: use "
                 "training.on_divergence=rollback"
             )
         self.record(step, diverged, "stop" if ends else action, position, facts, blamed)

@@ -306,12 +306,12 @@ class Trainer:
         return self._go_back(answer.blamed) if answer.action == "rollback" else None
 
     def _answer_weights(self, number: int, error: NotFinite) -> int:
-        """As `_answer`, where an update left weights, or the optimizer's state, not finite: going back alone mends it.
+        """As `_answer`, where an update left weights, or the optimizer's state, not finite: going back alone fixes it.
         Returns the step that the run has gone back to."""
         policy, diverged = self.config.training.on_divergence, StepDiverged("weights", str(error), None, None)
         if policy != "rollback":
             self.policy.record(number, diverged, "stop", self.ready.position, gathered(self.facts(number)))
-            more = "; leaving out a batch mends no weights: use training.on_divergence=rollback" * (policy == "skip")
+            more = "; leaving out a batch fixes no weights: use training.on_divergence=rollback" * (policy == "skip")
             raise TrainingDiverged(f"{error}{more}") from error
         back_to = self._answer(number, diverged)
         assert back_to is not None, "rollback goes back or raises"
@@ -333,7 +333,7 @@ class Trainer:
         return step
 
     def _begin_after(self, step: int) -> None:
-        """Take the data, and what spikes are held against, as they are after a step."""
+        """Take the data, and what spikes are compared with, as they are after a step."""
         position = self.ready.position.after(step, self.config)
         self.batches = self._feed(self.train_data, position.in_order, position.order_length(self.config))
         self.sums: list[torch.Tensor] = []

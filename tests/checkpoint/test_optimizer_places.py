@@ -13,19 +13,19 @@ pytestmark = pytest.mark.usefixtures("small_buckets")
 VOCABULARY = 61
 
 
-def saved_state(mend):
+def saved_state(fix):
     """(gradient buckets with padding before another, largest difference between a saved moment and the optimizer's own)
     after one step on two ranks.
 
     Args:
-        mend: stands for the mend of the places.
+        fix: stands for the fix of the places.
     """
     from moba_megatron import platform
     from moba_megatron.model.builder import build_model
     from moba_megatron.model.schedule import AttentionSchedule
     from moba_megatron.training.optimizer import build_optimizer, wrap_data_parallel
 
-    checkpoint_state._places_without_padding = mend
+    checkpoint_state._places_without_padding = fix
     config = tiny(parallel={"distributed_optimizer": True, "overlap_grad_reduce": True})
     platform.start_model_parallel(config.parallel)
     chunks = build_model(config, VOCABULARY, AttentionSchedule.from_config(config.attention, 2))
@@ -62,22 +62,22 @@ class Scheduler:
 
 
 def test_moments_are_saved_under_their_parameter():
-    for padded, difference in run_ranks(2, saved_state, mended):
+    for padded, difference in run_ranks(2, saved_state, fixed):
         assert padded > 1
         assert difference == 0.0
 
 
-mended = checkpoint_state._places_without_padding
+fixed = checkpoint_state._places_without_padding
 
 
 @contextmanager
 def twice(optimizer):
-    """As if megatron-core had mended its places itself, which it does from 0.20 on."""
-    with mended(optimizer), mended(optimizer):
+    """As if megatron-core had fixed its places itself, which it does from 0.20 on."""
+    with fixed(optimizer), fixed(optimizer):
         yield
 
 
-@pytest.mark.parametrize("mend", [lambda optimizer: nullcontext(), twice], ids=["not", "twice"])
-def test_state_of_other_parameters_is_never_saved(mend):
+@pytest.mark.parametrize("fix", [lambda optimizer: nullcontext(), twice], ids=["not", "twice"])
+def test_state_of_other_parameters_is_never_saved(fix):
     with pytest.raises(AssertionError, match="would be saved under the wrong parameter"):
-        run_ranks(2, saved_state, mend)
+        run_ranks(2, saved_state, fix)

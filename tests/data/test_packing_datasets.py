@@ -44,7 +44,7 @@ def epoch(config: Config) -> list[dict[str, torch.Tensor]]:
 
 
 def targets(samples: list[dict[str, torch.Tensor]], cross: bool) -> list[int]:
-    """Places in the stream of all tokens that count, each held against the token before it."""
+    """Places in the stream of all tokens that count, each compared with the token before it."""
     found = []
     for sample in samples:
         tokens, labels, counts = (sample[name].numpy() for name in ("tokens", "labels", "loss_mask"))

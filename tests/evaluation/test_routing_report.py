@@ -1,4 +1,4 @@
-"""The routing report's numbers, held against their definitions on small inputs, and the capture that feeds them."""
+"""The routing report's numbers, compared with their definitions on small inputs, and the capture that feeds them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, and the truth they are held against: MoBA by its definition, one sequence at a
+"""Tiny random models of transformers, and the truth they are compared with: MoBA by its definition, one sequence at a
 time, without padding or cache."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The attention in transformers models: whole texts, padded, packed and in batches, held against the definition."""
+"""The attention in transformers models: whole texts, padded, packed and in batches, compared with the definition."""
 
 from __future__ import annotations
 

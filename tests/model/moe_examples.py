@@ -64,7 +64,7 @@ def course(config: Config, steps: int, whole: dict[str, torch.Tensor] | None = N
     """A few optimizer steps on packs of documents.
 
     Args:
-        whole: gradients of the first step on one rank, which this rank's are held against.
+        whole: gradients of the first step on one rank, which this rank's are compared with.
 
     Returns:
         `losses` and `norms` of each step; `gradients` of the first step by name in the whole model, or, with `whole`,

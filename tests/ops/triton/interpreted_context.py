@@ -1,4 +1,4 @@
-"""Context parallelism through the kernels in Triton's interpreter: every exchange on two ranks, held against the
+"""Context parallelism through the kernels in Triton's interpreter: every exchange on two ranks, compared with the
 portable backend."""
 
 import torch

@@ -1,4 +1,4 @@
-"""Attention over fragments of the keys in Triton's interpreter, held against the portable backend."""
+"""Attention over fragments of the keys in Triton's interpreter, compared with the portable backend."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Attention by the kernels over blocks chosen otherwise than by top-k of means, held against the definition."""
+"""Attention by the kernels over blocks chosen otherwise than by top-k of means, compared with the definition."""
 
 import pytest
 from kernel_examples import cu, inputs, results

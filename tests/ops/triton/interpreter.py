@@ -13,7 +13,7 @@ the addresses that each program loads, stores and adds to, and finds
 
 Programs can run in another order (`order`), and memory that is handed out uninitialised can be poisoned.
 
-Besides, the interpreter cuts fp32 off to bf16 where hardware rounds to nearest; `rounding_to_nearest` mends that.
+Besides, the interpreter cuts fp32 off to bf16 where hardware rounds to nearest; `rounding_to_nearest` fixes that.
 """
 
 from __future__ import annotations
