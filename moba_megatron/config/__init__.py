@@ -2,8 +2,9 @@
 
 from moba_megatron.config.attention_file import AttentionFile, load_attention
 from moba_megatron.config.checks import ConfigError, attention_checks, check_world
-from moba_megatron.config.load import config_from_dict, load_config
+from moba_megatron.config.load import config_from_dict
 from moba_megatron.config.model import ModelConfig
+from moba_megatron.config.named import load_config
 from moba_megatron.config.parallel import Exchange, ExchangeConfig, ParallelConfig
 from moba_megatron.config.schema import (
     AttentionConfig,

@@ -28,43 +28,8 @@ from moba_megatron.config.section import Section
 NEEDED_BY_TRAINING = ("model.init_from",)
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file with its bases, apply `key.path=value` overrides, check everything that needs no process group.
-
-    Args:
-        path: `FILE.yaml`, `FILE.yaml:VARIANT`, or `SWEEP.yaml:RUN`.
-
-    Raises:
-        ConfigError: with one line for each unknown key, wrong type or impossible combination.
-    """
-    file, name = split_name(path)
-    if is_sweep(file):
-        from moba_megatron.config.sweep import run_of
-
-        if name is None:
-            raise ConfigError([f"{file} is a sweep: name one of its runs, {file}:RUN"])
-        return run_of(file, name).with_overrides(overrides or [])
-    return config_from_tree(read_yaml(Path(path)), overrides)
-
-
-def names_in(path: Path) -> list[str]:
-    """The runs of a sweep, or the variants of another file: `FILE:NAME` is a configuration for each."""
-    if is_sweep(path):
-        from moba_megatron.config.sweep import choices_of, read_sweep, run_name
-
-        return [run_name(options) for options, _ in choices_of(read_sweep(path))]
-    tree = read_tree(path)
-    return list(tree.get("variants") or {}) if isinstance(tree, dict) else []
-
-
-def is_sweep(path: Path) -> bool:
-    """Whether a file holds a sweep (`config.sweep`)."""
-    tree = read_tree(path) if path.is_file() else None
-    return isinstance(tree, dict) and "axes" in tree
-
-
 def config_from_tree(tree: dict[str, Any], overrides: list[str] | None = None) -> Config:
-    """As `load_config`, from what `read_yaml` gave or from plain values."""
+    """A checked configuration from what `read_yaml` gave or from plain values."""
     for override in overrides or []:
         tree = _with_both_exchanges(with_override(tree, override, Config))
     return config_from_dict(resolved(tree))

@@ -33,6 +33,8 @@ def with_gradients(forward: Attend, backward: Callable[..., tuple[Tensor, Tensor
         @staticmethod
         @once_differentiable
         def backward(ctx, do, _):
+            if do is None:
+                return None, None, None, None, *[None] * len(ctx.settings)
             q, k, v, out, lse, ids = ctx.saved_tensors
             return *backward(do, q, k, v, out, lse, ids, *ctx.settings), None, *[None] * len(ctx.settings)
 

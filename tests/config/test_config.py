@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from moba_megatron.config import Config, ConfigError, check_world, config_from_dict, load_config
-from moba_megatron.config.load import names_in
+from moba_megatron.config.named import names_in
 from moba_megatron.config.overrides import as_override
 from moba_megatron.config.reference import reference
 

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from small_run import small_config
 
+from moba_megatron.config import load_config
+
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 ENVIRONMENT = LAUNCH / "environment.sh"
@@ -141,7 +143,7 @@ def test_the_manifest_fits_the_operators_schema():
     values = {variable["name"]: variable["value"] for variable in container["env"]}
     assert int(values["RANKS"]) == container["resources"]["limits"]["nvidia.com/gpu"]
     (script,), (config,) = container["command"], container["args"]
-    assert os.access(ROOT / script, os.X_OK) and (ROOT / config).is_file()
+    assert os.access(ROOT / script, os.X_OK) and load_config(ROOT / config).attention.kind == "moba"
 
 
 def change(path: str, value: object) -> dict:

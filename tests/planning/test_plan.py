@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from moba_megatron.cli import app
 from moba_megatron.config import ConfigError, check_world, load_config
 from moba_megatron.config.checks import combination_problems
-from moba_megatron.config.load import names_in
+from moba_megatron.config.named import names_in
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.planning.plan_layouts import _cut, suggest_layouts
 from moba_megatron.planning.plan_machines import GPUS, LINK_SHARE, Cluster

@@ -10,7 +10,7 @@ import torch
 from scaling.sweep_examples import write_sweep
 
 from moba_megatron.config import ConfigError, load_config
-from moba_megatron.config.load import names_in
+from moba_megatron.config.named import names_in
 from moba_megatron.config.sweep import Figure, run_of
 from moba_megatron.ops.pairs import attended_pairs
 from moba_megatron.scaling.laws import left_out
