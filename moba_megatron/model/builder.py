@@ -235,7 +235,7 @@ def _build_chunk(
         transformer_layer_spec=with_routers(layers),
         vocab_size=padded_vocab_size(vocab_size, config.parallel.tensor),
         unpadded_vocab_size=vocab_size,
-        loss_chunk_size=config.training.loss_chunk_size,
+        loss_chunk_size=config.training.tokens_of_loss_chunk(current_device().type),
         max_sequence_length=config.data.sequence_length,
         pre_process=pre_process,
         post_process=post_process,

@@ -22,6 +22,7 @@ part in the loss, and their gradient is zero.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -120,14 +121,33 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             error_CV = _error(logits_CV, target_T[chunk], lse_T[chunk], wide_CV)
             torch.mm(error_CV, rows_VH, out=grad_hidden_TH[chunk])
             scaled_CH = (hidden_TH[chunk] * factor_T1[chunk]).to(hidden_TH.dtype)
-            if error_CV.dtype == grad_weight_VH.dtype:
-                grad_weight_VH[: ctx.rows].addmm_(error_CV.t(), scaled_CH)
-            else:
-                grad_weight_VH[: ctx.rows] += error_CV.t() @ scaled_CH
+            _add_product(grad_weight_VH[: ctx.rows], error_CV.t(), scaled_CH)
         grad_hidden_TH *= factor_T1
         if ctx.group is not None:
             grad_hidden_TH = _sum_over_ranks(grad_hidden_TH, ctx.group, ctx.sequence_parallel)
         return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in place. On a GPU 16-bit operands are summed in fp32 into a wider total by the product itself;
+    otherwise the product exists in their own dtype for a moment, as large as the total."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.device.type in ("cuda", "meta") and _sums_wider():
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+@functools.cache
+def _sums_wider() -> bool:
+    """Whether this PyTorch has products of 16-bit operands with an fp32 result (2.8 and later)."""
+    a, total = (torch.empty(1, 1, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.float32))
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 def _chunks(tokens: int, chunk_size: int) -> Iterator[slice]:

@@ -203,6 +203,32 @@ def test_logits_of_the_sequence_never_exist():
     assert largest.elements == chunk_size * vocabulary
 
 
+class SixteenBitWeights(TorchDispatchMode):
+    """Counts tensors of a shape that are made in bf16."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.shape == self.shape and out.dtype == torch.bfloat16:
+            self.count += not func.is_view
+        return out
+
+
+def test_on_a_gpu_no_chunk_makes_a_copy_of_the_weights_gradient():
+    """Each product is added to the fp32 sum as it is computed. The one copy is what is returned."""
+    length, hidden_size, vocabulary = 64, 8, 48
+    hidden = torch.randn(length, 1, hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weight = torch.randn(vocabulary, hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    labels = torch.zeros(1, length, dtype=torch.long, device="meta")
+    loss = chunked_cross_entropy(hidden, weight, labels, chunk_size=8, vocab_size=vocabulary)
+    with SixteenBitWeights((vocabulary, hidden_size)) as made:
+        torch.autograd.grad(loss, (hidden, weight), torch.ones_like(loss))
+    assert made.count == 1
+
+
 def test_shapes_that_do_not_fit_are_refused():
     hidden, weight, labels, _ = problem()
     with pytest.raises(ValueError, match="do not belong together"):
