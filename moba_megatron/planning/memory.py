@@ -152,5 +152,5 @@ def _loss_bytes(config: Config, shape: Shape, vocab_size: int) -> int:
     hidden = shape.tokens * shape.hidden * shape.width
     norm = shape.tokens * shape.hidden * (shape.width + (shape.width if shape.cuda else 8)) // shape.norm_split
     weight = rows * shape.hidden * (4 + (shape.width if shape.width == 2 else 0))
-    chunk = min(config.training.loss_chunk_size, shape.tokens) * rows * 8
+    chunk = min(config.training.tokens_of_loss_chunk("cuda" if shape.cuda else "cpu"), shape.tokens) * rows * 8
     return norm + hidden * (2 if config.parallel.sequence else 1) + weight + chunk
