@@ -61,7 +61,7 @@ def silence_missing_libraries() -> None:
     for message in (".*Apex (is|are) not installed", ".*dynamic_context", "full scope is deprecated"):
         warnings.filterwarnings("ignore", message=message, module="megatron")
     warnings.filterwarnings("ignore", message=".* is experimental and still under active development")
-    # How megatron-core from 0.19 on reads what is no tensor in a checkpoint.
+    # How megatron-core from 0.19 on reads what is not a tensor in a checkpoint.
     for message in ("torch.distributed is disabled, unavailable", "The argument order of load has been changed"):
         warnings.filterwarnings("ignore", message=message, category=UserWarning)
     for name, beginning in _LOGGED:

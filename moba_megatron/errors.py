@@ -39,7 +39,7 @@ _FIXES = {
     errno.EPERM: "not permitted: give this user the right to it, or name another place",
     errno.EROFS: "lies on a disk that can only be read: name another place",
     errno.EISDIR: "is a folder, and a file is needed: correct the path",
-    errno.ENOTDIR: "leads through something that is no folder: correct the path",
+    errno.ENOTDIR: "leads through something that is not a folder: correct the path",
     errno.EEXIST: "is there already: name another place, or move it away",
     errno.ENOTEMPTY: "is a folder that is not empty: name another place, or move it away",
     errno.ENAMETOOLONG: "is too long a name for this disk: shorten it",
@@ -91,7 +91,7 @@ def one_door(apart: bool = False) -> Iterator[None]:
     Ctrl-C; a bug of ours goes on as it is. Notes of an exception (`add_note`) are told behind its message.
 
     Args:
-        apart: the problems of a file that is no configuration of a training stand by themselves, a line each.
+        apart: the problems of a file that is not a configuration of a training stand by themselves, a line each.
     """
     import typer
 

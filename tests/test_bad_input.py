@@ -316,7 +316,7 @@ CORPUS = [
     tokenizer(
         "configuration latin-1", {"tokenizer.json": TOKENIZER, "tokenizer_config.json": b'{"a": "\xe9"}'}, "tokenizer_c"
     ),
-    Case("inspect nothing", "prepare|inspect|none", "none is no prepared dataset"),
+    Case("inspect nothing", "prepare|inspect|none", "none is not a prepared dataset"),
     Case("inspect a file", "prepare|inspect|file", "file", {"file": "x"}),
     *(Case(f"manifest {name}", "prepare|inspect|set", "set/manifest.json", {"set/manifest.json": data})
       for name, data in {"empty": "", "object": "{}", "list": "[]", "cut": '{"format": 1', "deep": "[" * 99999,

@@ -123,7 +123,7 @@ def test_what_a_worker_raises_is_told_apart_as_well():
 SYSTEM = {
     "missing": (lambda folder: open(folder / "none"), "none: no such file or folder: correct the path"),
     "folder": (lambda folder: open(folder), "is a folder, and a file is needed"),
-    "below a file": (lambda folder: open(folder / "file/x"), "file/x: leads through something that is no folder"),
+    "below a file": (lambda folder: open(folder / "file/x"), "file/x: leads through something that is not a folder"),
     "too long": (lambda folder: open(folder / ("x" * 300)), "is too long a name"),
     "zero": (lambda folder: open(f"{folder}/a\0b"), "null byte"),
     "loop": (lambda folder: open(folder / "loop"), "is a link that leads to itself"),
@@ -267,7 +267,7 @@ def test_train_ends_with_a_line_and_leaves_nothing(tmp_path: Path):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(small_values(tmp_path)))
     before = sorted(tmp_path.rglob("*"))
     for override, environment, said in (
-        ("run.dir=run", {"LOCAL_RANK": "x"}, "error: LOCAL_RANK = 'x' is no number"),
+        ("run.dir=run", {"LOCAL_RANK": "x"}, "error: LOCAL_RANK = 'x' is not a number"),
         (f"data.tokenizer={tmp_path}", {}, "needs a tokenizer.json"),
     ):
         command = [sys.executable, str(ROOT / "train.py"), str(tmp_path / "c.yaml"), override]

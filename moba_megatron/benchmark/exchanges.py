@@ -113,7 +113,7 @@ def _launched(name: str) -> int:
     text = os.environ.get(name, "")
     if not text.isdecimal():
         raise ValueError(
-            f"bench: {name} = {text!r} is no number: start with torchrun, or take RANK out of the environment"
+            f"bench: {name} = {text!r} is not a number: start with torchrun, or take RANK out of the environment"
         )
     return int(text)
 

@@ -23,7 +23,7 @@ Cells = Sequence[Sequence[str]]
 
 
 def wide_enough(console: Console) -> Console:
-    """The console, or one on the same file with room for a table's columns if that file is no terminal."""
+    """The console, or one on the same file with room for a table's columns if that file is not a terminal."""
     narrow = not console.is_terminal and console.width < TABLE_WIDTH
     return Console(file=console.file, width=TABLE_WIDTH) if narrow else console
 

@@ -94,7 +94,7 @@ class Manifest:
 
     @staticmethod
     def read(folder: Path) -> Manifest:
-        """Raises CheckpointError if the folder is no complete checkpoint, was written by a newer version, or has a
+        """Raises CheckpointError if the folder is not a complete checkpoint, was written by a newer version, or has a
         manifest that is damaged, of another step or contradicts itself."""
         path = folder / NAME
         if not path.is_file():

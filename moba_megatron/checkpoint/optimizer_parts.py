@@ -2,8 +2,8 @@
 
 megatron-core has a second optimizer, chained to the first, for parameters that other ranks share than those of dense
 layers: for experts, where they are split over ranks. Their state is stored by the name of each parameter, so it loads
-into either kind. What is no tensor (steps, rates, by group of parameters) is stored as the parts had it, and has to be
-split or joined.
+into either kind. What is not a tensor (steps, rates, by group of parameters) is stored as the parts had it, and has to
+be split or joined.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def fit_parts(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> dict[Any,
     """The loaded state of an optimizer in its own form; as it is where it has that.
 
     Args:
-        loaded: what was stored that is no tensor, in the form in which it was stored, merged with the tensors in the
+        loaded: what was stored that is not a tensor, in the form in which it was stored, merged with the tensors in the
             form of this optimizer.
 
     Raises:

@@ -80,7 +80,7 @@ class SafeReader(FileSystemReader):
 
 
 def read_objects(data: bytes | io.BytesIO) -> Any:
-    """What `torch.save` wrote of an object that is no tensor.
+    """What `torch.save` wrote of an object that is not a tensor.
 
     Raises:
         UnsafePickle: it names something else than plain values, arrays and tensors.
@@ -99,7 +99,7 @@ def only_known_classes() -> Iterator[None]:
             return load(file, *args, **{**kwargs, "weights_only": True})
         except pickle.UnpicklingError as error:
             raise UnsafePickle(
-                "an object in it is no plain value, array or tensor, or is damaged, and could run code: "
+                "an object in it is not a plain value, array or tensor, or is damaged, and could run code: "
                 f"{_reason(error)}"
             ) from error
 
@@ -140,7 +140,7 @@ def _read_metadata(reader: FileSystemReader) -> Metadata:
     except Exception as error:  # damaged pickles raise anything
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
-        raise CheckpointError(f"{path} is damaged: it is no list of tensors")
+        raise CheckpointError(f"{path} is damaged: it is not a list of tensors")
     _check_places(path, metadata)
     if getattr(metadata, "storage_meta", None) is None:
         metadata.storage_meta = StorageMeta()

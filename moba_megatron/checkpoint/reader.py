@@ -94,8 +94,8 @@ def _load(folder: Path, requested: dict[str, Any], *, require_all: bool) -> dict
 def _with_common_state(folder: Path) -> Iterator[Path]:
     """A checkpoint folder as every supported megatron-core reads it.
 
-    What is no tensor (steps, learning rates) lies in the file `common.pt`; from 0.19 on it is one more entry among the
-    tensors, which releases before do not look for. For them it is laid beside links to the other files.
+    What is not a tensor (steps, learning rates) lies in the file `common.pt`; from 0.19 on it is one more entry among
+    the tensors, which releases before do not look for. For them it is laid beside links to the other files.
     """
     if (folder / COMMON_FILE).is_file() or reads_common_state_among_tensors():
         yield folder

@@ -67,7 +67,7 @@ def _places_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
     together as well as none.)
 
     There are several buckets where the reduction of gradients overlaps, and on the first and last pipeline stage with
-    tied embeddings; padding, where a bucket is no multiple of 128 and of the ranks that share it.
+    tied embeddings; padding, where a bucket is not a multiple of 128 and of the ranks that share it.
     """
     buffers = [buffer for part in parts_of(optimizer) for buffer in getattr(part, "buffers", [])]
     before = [buffer.param_index_map for buffer in buffers]
@@ -127,7 +127,7 @@ def load_weights(model: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
 
 
 def is_extra_state(key: str) -> bool:
-    """Whether a key is no parameter but what a module keeps beside them: Transformer Engine's scales of fp8, empty
+    """Whether a key is not a parameter but what a module keeps beside them: Transformer Engine's scales of fp8, empty
     without. Its layers have it where local ones have none."""
     return key.endswith("_extra_state")
 

@@ -34,7 +34,7 @@ class StoredTensors:
 
     Attributes:
         tensors: shape, dtype and chunks of each tensor.
-        objects: keys of what is no tensor.
+        objects: keys of what is not a tensor.
 
     Raises:
         CheckpointError: the folder holds no distributed checkpoint, a damaged one, or one whose list of tensors names

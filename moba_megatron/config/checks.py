@@ -165,7 +165,7 @@ def _context_checks(config: Config) -> list[tuple[bool, str]]:
         (
             levels[0] * levels[1] != parallel.context,
             f"parallel.hierarchical_context = {levels} multiplies to {levels[0] * levels[1]}, not to parallel.context "
-            f"= {parallel.context}: " + (f"use {one_of(pairs)}" if pairs else "leave it out: that is no product"),
+            f"= {parallel.context}: " + (f"use {one_of(pairs)}" if pairs else "leave it out: that is not a product"),
         ),
     ]
 

@@ -176,8 +176,8 @@ class TrainingConfig(Section):
     """What `selective` repeats: the core attention, dense feed-forward layers, whole layers of experts, or of those the
     shared experts alone. `moe` sends the tokens to their experts once more."""
     loss_chunk_size: int | None = Field(default=None, ge=1, le=LONGEST)
-    """Tokens per chunk of the loss: at most chunk x vocabulary logits are in memory at once. None: 512 on a CPU, 4096 on
-    a GPU, where each chunk reads and writes the fp32 gradient of the output weight once."""
+    """Tokens per chunk of the loss: at most chunk x vocabulary logits are in memory at once. None: 512 on a CPU, 4096
+    on a GPU, where each chunk reads and writes the fp32 gradient of the output weight once."""
     on_divergence: Literal["stop", "skip", "rollback"] = "stop"
     """What happens when the loss or the gradient norm is not finite, before the update. `stop`: the run ends. `skip`:
     the step is counted, and changes nothing. `rollback`: the run goes back to its newest checkpoint, and on without
@@ -196,7 +196,6 @@ class TrainingConfig(Section):
     replay: int | None = Field(default=None, ge=1)
     """Run this step of the run in `run.dir` again, from the newest checkpoint before it, and write what was found
     (loss, norm, what is not finite in which layer) into RUN/replay/step_N.json. Nothing else of the run changes."""
-
 
     def tokens_of_loss_chunk(self, device_type: str) -> int:
         """`loss_chunk_size`, or its default on a kind of device ("cuda" or "cpu")."""

@@ -178,10 +178,10 @@ def axis_problems(file: SweepFile) -> list[str]:
     if runs > _MOST_RUNS:
         # Before they are made one by one.
         raise ConfigError([f"axes: their options make {runs:,} runs, over {_MOST_RUNS:,}: leave some out"])
-    problems += [f"best_of names {axis!r}, which is no axis" for axis in file.best_of if axis not in file.axes]
+    problems += [f"best_of names {axis!r}, which is not an axis" for axis in file.best_of if axis not in file.axes]
     for rule in file.skip:
         problems += [
-            f"skip names {axis}: {option}, which is no option of an axis"
+            f"skip names {axis}: {option}, which is not an option of an axis"
             for axis, option in rule.items()
             if option not in file.axes.get(axis, {})
         ]

@@ -27,14 +27,14 @@ def from_gguf(source: Path, out: Path) -> None:
         out: folder to make; nothing is overwritten.
 
     Raises:
-        ConfigError: `source` is no GGUF file or can't be read, `out` exists, or the package `gguf` is missing.
+        ConfigError: `source` is not a GGUF file or can't be read, `out` exists, or the package `gguf` is missing.
     """
     check_unused(out)
     if not source.is_file():
-        raise ConfigError([f"{source} is no file: give the path of a .gguf file"])
+        raise ConfigError([f"{source} is not a file: give the path of a .gguf file"])
     with open(source, "rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:
-            raise ConfigError([f"{source} is no GGUF file: it does not begin with {_MAGIC.decode()}"])
+            raise ConfigError([f"{source} is not a GGUF file: it does not begin with {_MAGIC.decode()}"])
     try:
         import gguf  # noqa: F401
     except ImportError as error:
@@ -54,7 +54,7 @@ def from_gguf(source: Path, out: Path) -> None:
     except Exception as error:  # a damaged file ends anywhere in the reader
         said = f"{type(error).__name__}: {error}"
         raise ConfigError([f"transformers {transformers.__version__} can't read {source}: {said}"]) from error
-    # The name that the file's maker gave it is no path.
+    # The name that the file's maker gave it is not a path.
     vars(model.config).pop("_model_name_or_path", None)
     for config in (model.config, model.generation_config):
         for key, value in vars(config).items():

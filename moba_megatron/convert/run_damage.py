@@ -55,11 +55,11 @@ def run_findings(path: Path, advance: Callable[[str], None] = lambda what: None)
     """Look at all of a run folder that can be damaged.
 
     Raises:
-        CheckpointError: it is no run folder.
+        CheckpointError: it is not a run folder.
     """
     run = RunFolder(path)
     if not (run.config.is_file() or run.checkpoints.is_dir()):
-        raise CheckpointError(f"{path} is no run folder: it has neither config.yaml nor checkpoints/")
+        raise CheckpointError(f"{path} is not a run folder: it has neither config.yaml nor checkpoints/")
     yield _status(run)
     yield _config(run)
     for file in (run.metrics, run.evaluations, run.starts, run.divergences):

@@ -58,7 +58,7 @@ def export_in_run(
 
 def _read_again(folder: Path) -> dict[str, Any]:
     """What an export says of its source, without the digests of its files."""
-    # An export of another checkpoint is no damaged one: digests come after.
+    # An export of another checkpoint is not a damaged one: digests come after.
     found = read_source(folder, digest=False) or {}
     if found and "files" not in found:
         raise CheckpointError(

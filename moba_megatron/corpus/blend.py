@@ -59,7 +59,7 @@ def _scaled(entries: list[BlendEntry], weight: float) -> list[BlendEntry]:
 def _read_blend(path: Path) -> list[BlendEntry]:
     if not path.is_file():
         raise ConfigError([f"no such blend file: {path}; make one with `moba-megatron prepare blend`"])
-    what = f"{path} is no blend file, which holds `entries`, a list of `path` and `weight`"
+    what = f"{path} is not a blend file, which holds `entries`, a list of `path` and `weight`"
     try:
         values = read_plain_yaml(path)
     except ConfigError as error:

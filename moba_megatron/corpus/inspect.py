@@ -26,7 +26,9 @@ def dataset_manifest(folder: Path) -> DatasetManifest:
     """
     manifest = load_manifest(folder)
     if manifest is None:
-        raise ValueError(f"{folder} is no prepared dataset: it has no manifest.json; give the folder that prepare made")
+        raise ValueError(
+            f"{folder} is not a prepared dataset: it has no manifest.json; give the folder that prepare made"
+        )
     return manifest
 
 

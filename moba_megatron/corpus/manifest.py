@@ -26,7 +26,7 @@ class SkippedEntry(Section):
     name: str
     """File and place in it."""
     reason: str
-    """Why it is no document."""
+    """Why it is not a document."""
 
 
 class DuplicateEntry(Section):
@@ -131,14 +131,14 @@ class DatasetManifest(Section):
     workers: int
     versions: dict[str, str]
     digest: str | None = None
-    """blake2b of all the rest, against damage; it is no signature. Known in the file alone."""
+    """blake2b of all the rest, against damage; it is not a signature. Known in the file alone."""
 
     @field_validator("files", "splits")
     @classmethod
     def _within_the_folder(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name in value:
             if name in ("", ".", "..") or "/" in name or "\0" in name:
-                raise ValueError(f"it names {name!r}, which is no file of its own folder")
+                raise ValueError(f"it names {name!r}, which is not a file of its own folder")
         return value
 
     def save(self, folder: Path) -> None:

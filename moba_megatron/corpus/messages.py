@@ -66,7 +66,7 @@ def joined_text(parts: list) -> str:
     """Content in parts as one text.
 
     Raises:
-        ValueError: a part that is no text.
+        ValueError: a part that is not a text.
     """
     texts = []
     for part in parts:

@@ -243,7 +243,7 @@ def _end_of_document(folder: Path, vocabulary: dict[str, int], named: str | None
     named = named or config.get(_EOD_KEY)
     token = named or (END_OF_DOCUMENT if END_OF_DOCUMENT in vocabulary else eos)
     if token is not None and not isinstance(token, str):
-        raise CorpusError(f"{folder} names {token!r} as eos_token, which is no text: fetch {_CONFIG_FILE} again")
+        raise CorpusError(f"{folder} names {token!r} as eos_token, which is not a text: fetch {_CONFIG_FILE} again")
     if token is None:
         raise CorpusError(f"{folder} names no eos_token: say which token ends a document (tokenizer.end_of_document)")
     if token not in vocabulary:

@@ -121,7 +121,7 @@ def existing_dataset(output: Path, identity: Identity, overwrite: bool) -> Datas
         return None
     manifest = load_manifest(output) if output.is_dir() else None
     if manifest is None:
-        raise ValueError(f"{output} exists and is no prepared dataset: choose another output, or move it away")
+        raise ValueError(f"{output} exists and is not a prepared dataset: choose another output, or move it away")
     found = _in_words_of_today(manifest.identity)
     if found == identity:
         return manifest

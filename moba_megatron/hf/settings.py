@@ -73,7 +73,7 @@ class MoBASettings:
         for name, own in (("layer_sizes", self.layer_sizes), ("layer_selections", self.layer_selections)):
             for layer in own:
                 if not 0 <= layer < len(self.layer_types) or self.layer_types[layer] != "moba":
-                    raise ValueError(f"{name} names layer {layer}, which is no moba layer of {self.layer_types}")
+                    raise ValueError(f"{name} names layer {layer}, which is not a moba layer of {self.layer_types}")
         for sizes in self.layer_sizes.values():
             check_settings(*sizes)
         for layer, kind in enumerate(self.layer_types):

@@ -4,8 +4,8 @@ A selector sees, for a tile of queries, the number of past blocks each may choos
 and returns ids. Attention knows only ids, so a sliding window or an attention sink is a selector and not another code
 path. The current block is not the selector's business: it is always attended.
 
-Scores are masked with -inf where a block is no candidate. A selector that asks for scores returns columns of them; one
-that does not returns block numbers within the document. Either way -1 stands where a query has fewer blocks than asked
+Scores are masked with -inf where a block is not a candidate. A selector that asks for scores returns columns of them;
+one that does not returns block numbers within the document. Either way -1 stands where a query has fewer blocks than asked
 for.
 """
 

@@ -44,7 +44,7 @@ def check_launch(*, alone: bool = False, seconds: float = SECONDS_FOR_A_NAME) ->
         if text is None:
             return default
         if not text.strip().isdecimal() or not text.isascii() or int(text) < least:
-            problems.append(f"{name} = {text!r} is no number of {least} or more: {_MEND}")
+            problems.append(f"{name} = {text!r} is not a number of {least} or more: {_MEND}")
             return default
         return int(text)
 
@@ -61,11 +61,11 @@ def check_launch(*, alone: bool = False, seconds: float = SECONDS_FOR_A_NAME) ->
             if of in os.environ and value >= size
         ]
         if port > 65535:
-            problems.append(f"MASTER_PORT = {port} is no port: it is at most 65535; {_MEND}")
+            problems.append(f"MASTER_PORT = {port} is not a port: it is at most 65535; {_MEND}")
         if not alone:
             problems += _incomplete(world_size)
     if not problems and not alone and "RANK" in os.environ and not _known(host := os.environ["MASTER_ADDR"], seconds):
-        problems.append(f"MASTER_ADDR = {host!r} is no host that this machine knows: give rank 0's name or address")
+        problems.append(f"MASTER_ADDR = {host!r} is not a host that this machine knows: give rank 0's name or address")
     if problems:
         raise ConfigError("; ".join(problems))
     return Launch(world_size, rank, local_rank, local_size)

@@ -78,7 +78,7 @@ def save_arguments() -> dict[str, Any]:
 
 
 def reads_common_state_among_tensors() -> bool:
-    """Whether `dist_checkpointing.load` finds what is no tensor without a file `common.pt` (from 0.19 on)."""
+    """Whether `dist_checkpointing.load` finds what is not a tensor without a file `common.pt` (from 0.19 on)."""
     from megatron.core.dist_checkpointing import serialization
 
     return hasattr(serialization, "_legacy_common_state_exists")

@@ -191,7 +191,7 @@ def _watch() -> None:
 
 
 def _orphaned() -> bool:
-    """Whether the first process of this machine or container has adopted this one, and is no launcher itself."""
+    """Whether the first process of this machine or container has adopted this one, and is not a launcher itself."""
     try:
         command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
     except OSError:

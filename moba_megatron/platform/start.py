@@ -39,7 +39,7 @@ def start_single_rank(seed: int) -> torch.device:
     beside a job, which has a launcher's variables around.
 
     Raises:
-        ValueError: torchrun started several, or a launcher's variable is no number.
+        ValueError: torchrun started several, or a launcher's variable is not a number.
     """
     keep_temporary_files_together()
     launch = check_launch(alone=True)

@@ -71,7 +71,7 @@ def read_json_lines(path: Path, needs: tuple[str, ...] = ()) -> list[dict[str, A
         needs: keys that every line has.
 
     Raises:
-        ValueError: a line that is no JSON object, by its number.
+        ValueError: a line that is not a JSON object, by its number.
     """
     found = []
     for number, line in enumerate(_complete_lines(path), start=1):
@@ -97,7 +97,7 @@ def readable_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _line_values(line: bytes, needs: tuple[str, ...]) -> dict[str, Any]:
-    """Raises ValueError for a line that is no JSON object, or has not all keys that it needs."""
+    """Raises ValueError for a line that is not a JSON object, or has not all keys that it needs."""
     try:
         values = json.loads(line)
     except RecursionError as error:

@@ -104,7 +104,7 @@ def test_damage_ends_with_one_and_is_named(copy):
 def test_what_is_nothing_is_said(tmp_path):
     for command, code in (("verify", 2), ("list", 2), ("inspect", 2)):
         call("checkpoint", command, tmp_path, code=code)
-    assert "is no run folder" in call("doctor", tmp_path, code=2)
+    assert "is not a run folder" in call("doctor", tmp_path, code=2)
 
 
 def test_counts_that_contradict_each_other_are_refused(copy):

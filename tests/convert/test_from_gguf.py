@@ -124,7 +124,7 @@ def test_mistakes_are_named_and_nothing_is_left(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there/file").write_text("mine")
     for source, out, says in (
-        ("missing.gguf", "out", "is no file"),
+        ("missing.gguf", "out", "is not a file"),
         ("no.gguf", "out", "does not begin with GGUF"),
         ("cut.gguf", "out", "cut.gguf"),
         ("no.gguf", "there", "nothing is overwritten"),

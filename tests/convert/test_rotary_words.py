@@ -124,7 +124,7 @@ def test_a_configuration_of_an_earlier_version_needs_its_source_no_more(tmp_path
     older = {key: value for key, value in whole.items() if key not in YOUNGER}
     assert with_pretrained_model({"model": older}) == {"model": older}
     ModelConfig.model_validate(older)
-    with pytest.raises(ConfigError, match="is no Hugging Face folder"):
+    with pytest.raises(ConfigError, match="is not a Hugging Face folder"):
         with_pretrained_model({"model": {key: value for key, value in older.items() if key != "hidden_size"}})
 
 

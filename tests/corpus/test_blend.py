@@ -55,10 +55,10 @@ def test_entries_of_prefixes_lists_and_files(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("entries: []", "is no blend file"),
-        ("- {path: a}", "is no blend file"),
-        ("entries: [", "is no blend file"),
-        ("entries: [{path: a, weight: 0}]", "is no blend file"),
+        ("entries: []", "is not a blend file"),
+        ("- {path: a}", "is not a blend file"),
+        ("entries: [", "is not a blend file"),
+        ("entries: [{path: a, weight: 0}]", "is not a blend file"),
     ],
 )
 def test_blends_that_name_nothing(tmp_path: Path, text: str, message: str):

@@ -42,7 +42,7 @@ def test_a_document_by_number(dataset: Path, texts: list[str]):
         result = run(dataset, *arguments)
         assert (result.exit_code, message in result.output) == (2, True), result.output
     result = run(dataset.parent)
-    assert (result.exit_code, "is no prepared dataset" in result.output) == (2, True)
+    assert (result.exit_code, "is not a prepared dataset" in result.output) == (2, True)
 
 
 @pytest.mark.parametrize("damage", ["none", "flipped", "cut", "index", "lost", "tokenizer"])

@@ -120,7 +120,7 @@ def test_a_dataset_is_made_once_and_replaced_only_on_request(recipe: Recipe, tmp
     mine.mkdir()
     (mine / "thesis.txt").write_text("do not touch")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="is no prepared dataset"):
+        with pytest.raises(ValueError, match="is not a prepared dataset"):
             prepare(recipe, mine, workers=1, overwrite=overwrite)
 
 

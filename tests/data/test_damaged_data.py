@@ -120,7 +120,7 @@ def test_doctor_finds_whole_data_in_order(own: Path):
     assert result.exit_code == 0 and "documents of train: ok" in result.output, result.output
     assert all(problem is None for _, problem in check_dataset(own))
     result = CliRunner().invoke(app, ["doctor", "--data", str(own.parent)])
-    assert (result.exit_code, "is no prepared dataset" in result.output) == (2, True)
+    assert (result.exit_code, "is not a prepared dataset" in result.output) == (2, True)
 
 
 def test_a_lost_loss_mask_is_not_training_on_prompts(own: Path):
@@ -135,7 +135,7 @@ def test_a_manifest_names_no_file_outside_of_its_folder(own: Path, name: str):
     values.pop("digest")
     values["files"][name] = {"bytes": 1, "hash": "x"}
     (own / "manifest.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"manifest.json is not a manifest .* which is no file of its own folder"):
+    with pytest.raises(ValueError, match=r"manifest.json is not a manifest .* which is not a file of its own folder"):
         load_manifest(own)
 
 

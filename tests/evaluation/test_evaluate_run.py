@@ -249,7 +249,7 @@ def test_the_page_of_a_mixture_shows_the_load_of_its_experts(run, tmp_path):
 
 
 def test_the_page_shows_a_models_own_routing_and_the_newest_of_every_task(tmp_path):
-    """Looking at other sizes or tasks later takes nothing off the page. A name is no formula, whatever is in it."""
+    """Looking at other sizes or tasks later takes nothing off the page. A name is not a formula, whatever is in it."""
     folder = tmp_path / "a$x_$b"
     folder.mkdir()
     steps = [{"step": n, "tokens": n, "loss": 3.0, "lr": 0.1, "grad_norm": 1.0, "stage": 0} for n in (1, 2)]
@@ -277,5 +277,5 @@ def test_report_refuses_what_is_no_run_or_no_report(run, tmp_path):
     assert "the same run twice" in call("report", run, run / ".", code=2)
     mine = tmp_path / "mine.html"
     mine.write_text("<html>not made here</html>")
-    assert "is no report" in call("report", run, "--output", mine, code=2)
+    assert "is not a report" in call("report", run, "--output", mine, code=2)
     assert mine.read_text() == "<html>not made here</html>"

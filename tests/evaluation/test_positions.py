@@ -50,7 +50,7 @@ def test_trailing_loss_is_of_documents_that_fill_the_window(context_size):
     """Documents of 16, 15 and 16 tokens in rows of 16; a short row of 9 and padding. In parts, too, as context-parallel
     ranks have them."""
     whole = _documents([16, 15, 16, 1, 9], 16)
-    # A document whose end is no target fills the window none the less.
+    # A document whose end is not a target fills the window none the less.
     whole["loss_mask"][0, 12:16] = 0
     sums = 0
     for rank in range(context_size):

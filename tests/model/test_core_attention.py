@@ -112,7 +112,7 @@ def test_padded_boundaries_win_and_padding_is_never_attended_to():
 
 
 def test_the_longest_document_of_a_padded_pack_is_not_known():
-    """megatron-core's max_seqlen_q is then the longest without padding, which is no bound of the padded documents."""
+    """megatron-core's max_seqlen_q is then the longest without padding, which does not bound the padded documents."""
     assert pack_boundaries(pack([0, 6, 13], 7))[1] == 7
     boundaries, longest = pack_boundaries(pack([0, 6, 13], 7, padded=[0, 8, 20]))
     assert boundaries.tolist() == [0, 8, 20] and longest is None

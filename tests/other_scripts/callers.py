@@ -65,7 +65,7 @@ class Provider(TransformerConfig):
 
 
 def called(spec: Any, config: Any, vp_stage: int | None) -> Any:
-    """Both call what is no finished spec, with the model chunk if it asks for it."""
+    """Both call what is not a finished spec, with the model chunk if it asks for it."""
     if isinstance(spec, ModuleSpec):
         return spec
     if "vp_stage" in inspect.signature(spec).parameters:

@@ -40,7 +40,7 @@ LAYOUTS = {
 
 
 def poisoned_sample(self: ConcatenatedRows, number: int, *, get: Any = ConcatenatedRows.__getitem__) -> dict[str, Any]:
-    """A sample of the dataset, of which one has a weight that is no number."""
+    """A sample of the dataset, of which one has a weight that is not a number."""
     sample = get(self, number)
     if number == POISONED:
         sample["loss_mask"][5] = float("nan")

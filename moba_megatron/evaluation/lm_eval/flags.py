@@ -51,7 +51,7 @@ class HarnessFlags:
         """What to run.
 
         Raises:
-            ValueError: options that need others, or what is no length.
+            ValueError: options that need others, or what is not a length.
         """
         from moba_megatron.evaluation.lm_eval.run import harness_settings
 

@@ -42,4 +42,4 @@ def _refuse_foreign(path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"--output {path} is a folder: name a file in it")
     if path.exists() and MARK not in path.read_text(errors="replace", encoding="utf-8")[:200]:
-        raise ValueError(f"--output {path} is there and is no report: name another file")
+        raise ValueError(f"--output {path} is there and is not a report: name another file")

@@ -36,7 +36,7 @@ class TasksFlags:
         """The tasks, None if there are none.
 
         Raises:
-            ValueError: an unknown task, what is no length or depth, or lengths of no task.
+            ValueError: an unknown task, what is not a length or depth, or lengths of no task.
         """
         from moba_megatron.evaluation.tasks.options import task_options
 

@@ -81,7 +81,9 @@ def parse_tasks(text: str) -> list[str]:
     names = list(TASKS) if text == ALL else _parts(text)
     unknown = [name for name in names if name not in TASKS]
     if unknown or not names:
-        raise ValueError(f"--tasks {text}: {', '.join(unknown) or 'no name'} is no task; there are {', '.join(TASKS)}")
+        raise ValueError(
+            f"--tasks {text}: {', '.join(unknown) or 'no name'} is not a task; there are {', '.join(TASKS)}"
+        )
     return names
 
 

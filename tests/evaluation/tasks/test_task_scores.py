@@ -220,7 +220,7 @@ def test_a_corpus_that_fails_leaves_nothing(tmp_path):
         (("--depths", "half"), "'half' is not a number from 0"),
         (("--depths", "1.5"), "'1.5' is not a number from 0"),
         (("--haystack", "nowhere"), "neither a text file nor the prefix of a dataset"),
-        (("--tasks", "needles"), "needles is no task; there are needle, multi_key"),
+        (("--tasks", "needles"), "needles is not a task; there are needle, multi_key"),
         (("--samples", "2", "--trailing", "8"), "--samples, --trailing without the losses: add --losses"),
     ],
 )

@@ -246,7 +246,7 @@ def _run_by(watch: Watch):
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Memory handed out uninitialised holds NaN, or an integer that is no index of anything here."""
+    """Memory handed out uninitialised holds NaN, or an integer that is not an index of anything here."""
 
     def poisoning(factory):
         def make(*args, **kwargs):
