@@ -5,8 +5,8 @@ and returns ids. Attention knows only ids, so a sliding window or an attention s
 path. The current block is not the selector's business: it is always attended.
 
 Scores are masked with -inf where a block is not a candidate. A selector that asks for scores returns columns of them;
-one that does not returns block numbers within the document. Either way -1 stands where a query has fewer blocks than asked
-for.
+one that does not returns block numbers within the document. Either way -1 stands where a query has fewer blocks than
+asked for.
 """
 
 from __future__ import annotations
