@@ -15,6 +15,9 @@ stands for four runs, `small_moba` to `large_full`, in `runs/scaling/small_moba`
 of one option from each axis. An option is a mapping of overrides, `key.path: value`; `tokens_per_parameter`, `tokens`
 and `learning_rate` are keys of the sweep that an option may set too. `start_from` makes a run begin with the weights of
 another run of the sweep, by its name, once that has finished; or with those of a folder, by its path.
+
+The size of a mixture of experts is that of what works for a token: its *active* parameters. Tokens, learning rates,
+6 N D and laws go by them, so that a dense model and a mixture of as many operations stand side by side.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from moba_megatron.config.overrides import as_override, missing_keys, refuse_mis
 from moba_megatron.config.reading import read_tree
 from moba_megatron.config.section import Section
 from moba_megatron.model.schedule import AttentionSchedule
-from moba_megatron.planning.flops import matrix_parameters, training_flops_per_token
+from moba_megatron.planning.flops import idle_parameters, matrix_parameters, training_flops_per_token
 from moba_megatron.runs.folder import RunFolder
 
 _MOST_RUNS = 10_000
@@ -42,7 +45,8 @@ PFLOP_S_DAY = 1e15 * 86400
 
 
 class LearningRateRule(Section):
-    """The learning rate of a model by its size: value x (N / parameters) ^ exponent, whatever its attention."""
+    """The learning rate of a model by its size: value x (N / parameters) ^ exponent, whatever its attention; N counts
+    active parameters."""
 
     value: float = Field(gt=0)
     """Peak learning rate of a model of `parameters`."""
@@ -96,7 +100,7 @@ class SweepFile(Section):
     skip: list[dict[str, str]] = []
     """Combinations left out: a run is skipped where all the named axes have the named options."""
     tokens_per_parameter: float | None = Field(default=None, gt=0)
-    """Training tokens for each parameter without embeddings; sets `training.steps` (Chinchilla: 20)."""
+    """Training tokens for each active parameter without embeddings; sets `training.steps` (Chinchilla: 20)."""
     tokens: float | None = Field(default=None, gt=0)
     """Training tokens of every run instead. Neither: `training.steps` of the base."""
     learning_rate: LearningRateRule | None = None
@@ -122,7 +126,8 @@ class Point:
         options: the option of each axis.
         overrides: what `train.py` is called with after the base.
         start_from: the run of the sweep whose weights it begins with, None for none.
-        parameters: without embeddings and norms.
+        parameters: without embeddings and norms; of a mixture of experts the active ones.
+        total_parameters: with the experts that a token does not pass.
         flops_true: forward and backward operations of the whole training with attention counted by its pairs.
     """
 
@@ -131,6 +136,7 @@ class Point:
     overrides: list[str]
     config: Config
     parameters: int
+    total_parameters: int
     tokens: int
     flops_true: float
     start_from: Point | None = None
@@ -162,6 +168,16 @@ class Sweep:
     @property
     def folder(self) -> Path:
         return Path(self.file.dir)
+
+    @property
+    def has_mixtures(self) -> bool:
+        """Whether parameters of a model and those of a token differ."""
+        return any(point.parameters != point.total_parameters for point in self.points)
+
+    @property
+    def compute(self) -> str:
+        """What `flops_6nd` is called."""
+        return "6 N D, N active" if self.has_mixtures else "6 N D"
 
     def point(self, name: str) -> Point:
         """A point by its number in the order of `plan` (from 0, as in a Slurm array) or by its name; digits alone are
@@ -314,7 +330,8 @@ def _point(file: SweepFile, base: Path, options: dict[str, str], values: dict[st
         overrides.append(as_override("model.init_from", init_from, Config))
         config = config.model_copy(update={"model": config.model.model_copy(update={"init_from": init_from})})
     tokens = config.training.steps * config.tokens_per_step
-    return Point(name, options, overrides, config, parameters, tokens, _true_flops(config), start_from)
+    total = parameters + idle_parameters(config.model)
+    return Point(name, options, overrides, config, parameters, total, tokens, _true_flops(config), start_from)
 
 
 def _own_values(own: OptionKeys) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def test_the_peak_of_a_short_run(tmp_path):
 def test_the_peak_of_a_short_run_with_experts(tmp_path, world_size):
     """A dense layer and a mixture, experts on one rank or on two."""
     changes = {**MIXTURE, **SHARED, "model__moe_layer_freq": [0, 1], **(TWO_RANKS if world_size == 2 else {})}
-    check(tmp_path, world_size, data__sequence_length=1024, model__num_layers=2, **changes)
+    check(tmp_path, world_size, data__sequence_length=2048, model__num_layers=2, **changes)
 
 
 @pytest.mark.slow
