@@ -17,10 +17,11 @@ allocator's slack, checkpoints on their way to disk.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from moba_megatron.config import Config
-from moba_megatron.model.exchange_choice import resolve_exchange
+from moba_megatron.model.exchange_choice import ExchangeChoice, resolve_exchange
 from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
 from moba_megatron.planning.memory_layer import (
     LayerBytes,
@@ -79,8 +80,9 @@ def estimate_memory(
     """
     training = config.training
     microbatches = training.global_batch_size // (training.micro_batch_size * data_parallel)
+    shape, exchanges = Shape.of(config, device_type), resolve_exchange(config)
     return [
-        _stage_memory(config, schedule, stage, vocab_size, data_parallel, Shape.of(config, device_type))
+        _stage_memory(config, schedule, stage, vocab_size, data_parallel, shape, exchanges)
         for stage in stages_of(config, vocab_size, max(1, microbatches))
     ]
 
@@ -91,13 +93,19 @@ def fullest(estimates: list[MemoryEstimate]) -> MemoryEstimate:
 
 
 def _stage_memory(
-    config: Config, schedule: AttentionSchedule, stage: Stage, vocab_size: int, data_parallel: int, shape: Shape
+    config: Config,
+    schedule: AttentionSchedule,
+    stage: Stage,
+    vocab_size: int,
+    data_parallel: int,
+    shape: Shape,
+    exchanges: ExchangeChoice,
 ) -> MemoryEstimate:
     parallel = config.parallel
     state = 12 if config.training.precision == "bf16" else 8
     replicas = (data_parallel * parallel.context, expert_replicas(config, data_parallel))
     dense, experts = replicas if parallel.distributed_optimizer else (1, 1)
-    moments = [_stage_activations(config, layers, stage, shape) for layers in schedule.stages]
+    moments = [_stage_activations(config, layers, stage, shape, exchanges) for layers in schedule.stages]
     activations, moba, backward, exchange, freed = max(moments, key=sum)
     loss = _loss_bytes(config, shape, vocab_size) if stage.last else 0
     return MemoryEstimate(
@@ -115,18 +123,17 @@ def _stage_memory(
 
 
 def _stage_activations(
-    config: Config, layers: tuple[LayerAttention, ...], stage: Stage, shape: Shape
+    config: Config, layers: tuple[LayerAttention, ...], stage: Stage, shape: Shape, exchanges: ExchangeChoice
 ) -> tuple[int, int, int, int, int]:
     """(activations, MoBA's own, backward, exchange, freed by then) of one stage of the training."""
-    exchanges, recompute = resolve_exchange(config), config.training.recompute
+    recompute, has_experts = config.training.recompute, config.model.expert_layers
     activations, moba, moments = 0.0, 0.0, [(0, 0, 0)]
-    for number in stage.layers:
-        layer = layers[number - 1]
+    kinds = Counter((layers[number - 1], has_experts[number - 1]) for number in stage.layers)
+    for (layer, experts), count in kinds.items():
         name = exchanges.full if layer.kind == "full" else exchanges.moba
-        experts = config.model.expert_layers[number - 1]
         bytes_ = layer_bytes(shape, layer, name, experts)
-        activations += stage.in_flight * (bytes_.entry if recompute == "full" else bytes_.kept)
-        moba += stage.in_flight * bytes_.selected if recompute == "none" else 0
+        activations += count * stage.in_flight * (bytes_.entry if recompute == "full" else bytes_.kept)
+        moba += count * stage.in_flight * bytes_.selected if recompute == "none" else 0
         moments.append(_layer_moment(config, shape, layer, name, bytes_, mlp_working_bytes(shape, experts)))
     return int(activations), int(moba), *max(moments, key=lambda moment: moment[0] + moment[1])
 

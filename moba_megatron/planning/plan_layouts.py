@@ -166,9 +166,10 @@ def balanced_layers(config: Config, schedule: AttentionSchedule, vocab_size: int
     tensor = {experts: tensor_moved(config, cluster, stage).seconds for experts, stage in one_of_each.items()}
     seconds = [0.0] * config.model.num_layers
     for share, attention in zip(stage_shares(schedule, config.training.steps), schedule.stages, strict=True):
-        for index, (layer, experts) in enumerate(zip(attention, config.model.expert_layers, strict=True)):
-            time = layer_seconds(config, layer, cluster, exchange, experts)
-            seconds[index] += share * (time.seconds + tensor[experts])
+        kinds = list(zip(attention, config.model.expert_layers, strict=True))
+        each = {kind: layer_seconds(config, kind[0], cluster, exchange, kind[1]).seconds for kind in set(kinds)}
+        for index, kind in enumerate(kinds):
+            seconds[index] += share * (each[kind] + tensor[kind[1]])
     tail = loss_seconds(config, vocab_size, cluster)
     counts = _cut(seconds, stages, tail)
     if len(seconds) % stages == 0:
@@ -197,9 +198,13 @@ def _cut(seconds: list[float], stages: int, tail: float) -> list[int]:
     for stage in range(2, stages + 1):
         row = [impossible] * (layers + 1)
         for n in range(stage, layers + 1):
-            options = ((max(sums[n] - sums[n - k], best[n - k][0]), abs(k - n / stage), k) for k in range(1, n))
-            longest, _, size = min(options)
-            row[n] = (longest, size)
+            chosen = (math.inf, 0.0, 0)
+            for k in range(1, n):
+                first = sums[n] - sums[n - k]
+                if first > chosen[0]:
+                    break  # and longer ones as well
+                chosen = min(chosen, (max(first, best[n - k][0]), abs(k - n / stage), k))
+            row[n] = (chosen[0], chosen[2])
         best = row
         choices.append([size for _, size in row])
     counts, left = [], layers

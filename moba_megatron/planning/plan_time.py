@@ -220,10 +220,11 @@ def _stage_time(
     cluster: Cluster,
     exchange: ExchangeChoice,
 ) -> _StageTime:
-    time = LayerTime()
-    for number in stage.layers:
-        experts = config.model.expert_layers[number - 1]
-        time += layer_seconds(config, layers[number - 1], cluster, exchange, experts)
+    time, has_experts = LayerTime(), config.model.expert_layers
+    kinds = [(layers[number - 1], has_experts[number - 1]) for number in stage.layers]
+    each = {kind: layer_seconds(config, kind[0], cluster, exchange, kind[1]) for kind in set(kinds)}
+    for kind in kinds:
+        time += each[kind]
     return _StageTime(
         layers=time,
         loss=loss_seconds(config, vocab_size, cluster) if stage.last else 0.0,

@@ -83,7 +83,7 @@ def provenance(results: list[Result]) -> list[str]:
 
 
 def _sizes(sweep: Sweep, point: Point | None = None) -> list[str]:
-    """The columns of sizes, headings without a point: of a sweep with mixtures of experts, active and all parameters."""
+    """The columns of sizes, headings without a point: of a sweep with mixtures, active and all parameters."""
     if point is None:
         return ["active parameters", "all parameters"] if sweep.has_mixtures else ["parameters"]
     sizes = [point.parameters, point.total_parameters] if sweep.has_mixtures else [point.parameters]
