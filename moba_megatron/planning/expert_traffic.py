@@ -103,11 +103,14 @@ _PASSES = {"alltoall": _alltoall, "allgather": _allgather, "flex": _flex}
 
 def sorted_bytes(config: Config) -> float:
     """Bytes that the memory of a GPU moves to bring rows into the order of the experts and back, for one layer and
-    microbatch. Rows are copied twice there and twice back, each time read and written, and as often in the backward
-    pass. The second copy is needed by ranks with several experts alone."""
+    microbatch. Each copy of a row is read and written, there and back, and as often in the backward pass. `alltoall`
+    orders rows before it sends them, and again where a rank has several experts; the others once, when they are there.
+    """
     shape = ExpertShape.of(config)
     if shape is None:
         return 0.0
-    copies = 2 * shape.sent + 2 * shape.rows * (shape.local > 1)
+    copies = shape.rows
+    if shape.dispatcher == "alltoall":
+        copies = shape.sent + shape.rows * (shape.local > 1)
     passes = 3 if config.training.recompute == "full" else 2
-    return 2.0 * copies * shape.row_bytes * passes
+    return 4.0 * copies * shape.row_bytes * passes

@@ -12,8 +12,9 @@ router's score. What one layer keeps, its shared expert aside:
 | the router: choices, a map of all scores, scores for each loss | t K (8 + p) + t E (p + 1 + 4) | the same |
 
 On the way to the experts and back rows are copied, and the caller of each copy still holds what it was made from. So
-the forward pass of the last layer needs more than any backward pass: `alltoall` the sorted rows, what all experts gave,
-that together, and with more than one rank what has arrived; `allgather` the tokens of all ranks besides.
+the forward pass of the last layer needs more than any backward pass: with `alltoall` the rows that were sent and those
+that have arrived, what the experts gave, and that in the order of the ranks. `flex` needs no more. With `allgather` the
+tokens of all ranks stand for the former two.
 """
 
 from __future__ import annotations
@@ -29,15 +30,11 @@ def expert_layer_bytes(shape: ExpertShape, cuda: bool) -> int:
     return shape.rows * row + shape.tokens * (shape.top_k * choice + shape.experts * score)
 
 
-def expert_working_bytes(shape: ExpertShape, cuda: bool) -> int:
+def expert_working_bytes(shape: ExpertShape) -> int:
     """What is alive at once on the way through the experts of one layer, beside what is kept."""
-    there, back = shape.rows * shape.row_bytes, 2 * shape.rows * shape.row_bytes
-    if cuda:
-        # One product makes the rows of all experts at once.
-        back = shape.rows * shape.row_bytes + shape.sent * shape.row_bytes * (shape.local > 1)
-    gathered = shape.group * shape.tokens * (shape.row_bytes + shape.experts * shape.score_bytes)
+    # A rank with one expert needs no order of experts: what has arrived is what it keeps.
+    several = shape.local > 1
+    back = shape.rows * shape.row_bytes * (1 + several)
     if shape.dispatcher == "allgather" and shape.group > 1:
-        return back + gathered
-    # The permuted rows, and those that have arrived.
-    there = shape.sent * shape.row_bytes * (1 + (shape.group > 1))
-    return there + back
+        return back + shape.group * shape.tokens * (shape.row_bytes + shape.experts * shape.score_bytes)
+    return back + shape.sent * shape.row_bytes * (1 + (several and shape.group > 1))

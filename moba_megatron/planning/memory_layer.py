@@ -131,7 +131,7 @@ def mlp_working_bytes(shape: Shape, experts: bool = False) -> int:
     """What is alive at once in the feed-forward beside what is kept. Backward: gradients of gate and up, of the stream
     around it (under sequence parallelism with what is gathered), of a weight; `experts` need the most forward."""
     if experts and shape.experts is not None:
-        return max(expert_working_bytes(shape.experts, shape.cuda), _dense_working_bytes(shape, shape.shared))
+        return max(expert_working_bytes(shape.experts), _dense_working_bytes(shape, shape.shared))
     return _dense_working_bytes(shape, shape.ffn)
 
 
