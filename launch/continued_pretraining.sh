@@ -3,9 +3,10 @@
 # its weights.
 #   launch/continued_pretraining.sh MODEL GPUS WEIGHTS [sbatch options ...]
 #   launch/continued_pretraining.sh llama3.1_8b 64 models/Llama-3.1-8B --partition=gpu
-# MODEL: a folder of configs/continued_pretraining. GPUS: 64, 256 or 1024, eight a node. WEIGHTS: a Hugging Face folder,
-# which is the tokenizer of all stages too. From the environment: DATA, the folder that data/long_documents.yaml was prepared
-# into (data/prepared/long_documents). After a stage that failed, run it again: stages that are finished end at once.
+# MODEL: a folder of configs/continued_pretraining with all stages (qwen3_30b_a3b is one job: launch/slurm.sbatch). GPUS: 64,
+# 256 or 1024, eight a node. WEIGHTS: a Hugging Face folder, which is the tokenizer of all stages too. From the environment:
+# DATA, the folder that data/long_documents.yaml was prepared into (data/prepared/long_documents). After a stage that failed,
+# run it again: stages that are finished end at once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -lt 3 ]; then

@@ -16,6 +16,9 @@ of one option from each axis. An option is a mapping of overrides, `key.path: va
 and `learning_rate` are keys of the sweep that an option may set too. `start_from` makes a run begin with the weights of
 another run of the sweep, by its name, once that has finished; or with those of a folder, by its path.
 
+The size of a mixture of experts is that of what works for a token: its *active* parameters. Tokens and learning rates
+go by them, so that a dense model and a mixture of as many operations stand side by side.
+
 The runs of a sweep are configurations: `SWEEP.yaml:RUN` is one wherever a configuration is read.
 """
 
@@ -44,7 +47,8 @@ _WEIGHTS = "model.init_from="
 
 
 class LearningRateRule(Section):
-    """The learning rate of a model by its size: value x (N / parameters) ^ exponent, whatever its attention."""
+    """The learning rate of a model by its size: value x (N / parameters) ^ exponent, whatever its attention; N counts
+    active parameters."""
 
     value: float = Field(gt=0)
     """Peak learning rate of a model of `parameters`."""
@@ -98,7 +102,7 @@ class SweepFile(Section):
     skip: list[dict[str, str]] = []
     """Combinations left out: a run is skipped where all the named axes have the named options."""
     tokens_per_parameter: float | None = Field(default=None, gt=0)
-    """Training tokens for each parameter without embeddings; sets `training.steps` (Chinchilla: 20)."""
+    """Training tokens for each active parameter without embeddings; sets `training.steps` (Chinchilla: 20)."""
     tokens: float | None = Field(default=None, gt=0)
     """Training tokens of every run instead. Neither: `training.steps` of the base."""
     learning_rate: LearningRateRule | None = None
@@ -125,7 +129,7 @@ class SweptRun:
         options: the option of each axis.
         tree, overrides: the base, and what the run changes of it.
         config: the whole, as `train.py` would take it.
-        parameters: without embeddings and norms.
+        parameters: active ones, without embeddings and norms.
         start_from: the run of the sweep, by its name, or the folder whose weights it begins with; None for none.
     """
 

@@ -1,7 +1,8 @@
 """Floating-point operations of training, with attention counted by the pairs that are attended.
 
 Each pair of a query and a key that it attends costs 4 D operations a head forward (two products of size D, two
-operations each) and twice that backward. A matrix of P parameters costs 2 P a token forward and 4 P backward.
+operations each) and twice that backward. A matrix of P parameters costs 2 P a token forward and 4 P backward; of the
+experts of a layer those count that a token is sent to.
 Recomputed activations do not count, so *MFU* (model FLOPs utilisation, arXiv 2204.02311) is useful work over the
 machine's peak.
 """
@@ -10,33 +11,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moba_megatron.config import ConfigError, sizes
+from moba_megatron.config.sizes import matrix_parameters
 from moba_megatron.ops.pairs import attended_pairs
 
 if TYPE_CHECKING:
-    from moba_megatron.config import Config, ModelConfig
+    from moba_megatron.config import Config
 
 # Dense bf16 operations per second, from the makers' data sheets; matched as a part of the device's name.
 PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
-
-
-def matrix_parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Parameters that multiply every token: projections and feed-forward of all layers, and the output layer.
-
-    Raises:
-        ConfigError: for a mixture of experts.
-    """
-    refuse_experts(model)
-    return sizes.matrix_parameters(model, vocab_size)
-
-
-def refuse_experts(model: ModelConfig) -> None:
-    """Raise ConfigError for a mixture of experts, of which nothing is estimated yet."""
-    if model.num_moe_experts is not None:
-        raise ConfigError([
-            f"model.num_moe_experts = {model.num_moe_experts}: work, memory and time of mixtures of experts are not "
-            "estimated yet; plan the dense model of as many active parameters"
-        ])  # fmt: skip
 
 
 def training_flops_per_token(config: Config, vocab_size: int, layers: list[tuple[int, int] | None]) -> float:

@@ -2,13 +2,14 @@
 
 Weights and optimizer (bytes a parameter of this rank): weights 2 in bf16, or 4 in fp32, which are their own main copy;
 gradients 4, in fp32; with bf16 weights main weights 4; Adam's two moments 8. The distributed optimizer splits main
-weights and moments over the data-parallel and context-parallel ranks, which hold the same weights.
+weights and moments over the data-parallel and context-parallel ranks, which hold the same weights; those of experts
+over the ranks that hold the same experts.
 
 Activations are those of `memory_layer`, for all layers of a stage and all microbatches that it holds at once. On top
 comes the largest of three moments that never meet: the loss (the final norm; gradients of hidden states and, in fp32,
 of the output weight; one chunk's logits and their gradient), the backward pass of a feed-forward, and that of
-attention, when the feed-forward's activations of that layer have been freed. With recomputation what one layer makes
-again is there too.
+attention, when the feed-forward's activations of that layer have been freed. A feed-forward of experts needs the most
+in its forward pass. With recomputation what one layer makes again is there too.
 
 Not in it: what the process has before a model is built (a CUDA context, NCCL's buffers, on a CPU the libraries), the
 allocator's slack, checkpoints on their way to disk.
@@ -16,21 +17,21 @@ allocator's slack, checkpoints on their way to disk.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from moba_megatron.config import Config
-from moba_megatron.model.exchange_choice import resolve_exchange
+from moba_megatron.model.exchange_choice import ExchangeChoice, resolve_exchange
 from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
-from moba_megatron.planning.flops import refuse_experts
 from moba_megatron.planning.memory_layer import (
     LayerBytes,
     Shape,
     attention_backward_bytes,
     exchange_bytes,
     layer_bytes,
-    mlp_backward_bytes,
+    mlp_working_bytes,
 )
-from moba_megatron.planning.plan_stages import Stage, stages_of, vocabulary_rows
+from moba_megatron.planning.plan_stages import Stage, expert_replicas, stages_of, vocabulary_rows
 
 # Tokens, labels, positions, mask, targets and per-token numbers of the loss, of each microbatch.
 BYTES_OF_A_TOKEN = 64
@@ -43,8 +44,9 @@ class MemoryEstimate:
     Attributes:
         activations: kept between forward and backward, chosen blocks aside.
         moba: log-sum-exps and chosen blocks, kept as well.
-        loss, backward, exchange: working memory of the loss, of the dearest backward pass of a layer without and with
-            context parallelism's buffers; only the largest of these moments is in the total.
+        loss, backward, exchange: working memory of the loss, of the dearest backward pass of a layer (or of the way of
+            tokens through experts) without and with context parallelism's buffers; only the largest of these moments is
+            in the total.
         working: that largest one.
     """
 
@@ -74,13 +76,13 @@ def estimate_memory(
         device_type: "cuda" (layers of Transformer Engine) or "cpu": they keep different tensors.
 
     Raises:
-        ConfigError: an exchange that cannot run with these sizes, or a mixture of experts.
+        ConfigError: an exchange that cannot run with these sizes.
     """
-    refuse_experts(config.model)
     training = config.training
     microbatches = training.global_batch_size // (training.micro_batch_size * data_parallel)
+    shape, exchanges = Shape.of(config, device_type), resolve_exchange(config)
     return [
-        _stage_memory(config, schedule, stage, vocab_size, data_parallel, Shape.of(config, device_type))
+        _stage_memory(config, schedule, stage, vocab_size, data_parallel, shape, exchanges)
         for stage in stages_of(config, vocab_size, max(1, microbatches))
     ]
 
@@ -91,18 +93,26 @@ def fullest(estimates: list[MemoryEstimate]) -> MemoryEstimate:
 
 
 def _stage_memory(
-    config: Config, schedule: AttentionSchedule, stage: Stage, vocab_size: int, data_parallel: int, shape: Shape
+    config: Config,
+    schedule: AttentionSchedule,
+    stage: Stage,
+    vocab_size: int,
+    data_parallel: int,
+    shape: Shape,
+    exchanges: ExchangeChoice,
 ) -> MemoryEstimate:
-    parallel, bf16 = config.parallel, config.training.precision == "bf16"
-    replicas = data_parallel * parallel.context if parallel.distributed_optimizer else 1
-    moments = [_stage_activations(config, layers, stage, shape) for layers in schedule.stages]
+    parallel = config.parallel
+    state = 12 if config.training.precision == "bf16" else 8
+    replicas = (data_parallel * parallel.context, expert_replicas(config, data_parallel))
+    dense, experts = replicas if parallel.distributed_optimizer else (1, 1)
+    moments = [_stage_activations(config, layers, stage, shape, exchanges) for layers in schedule.stages]
     activations, moba, backward, exchange, freed = max(moments, key=sum)
     loss = _loss_bytes(config, shape, vocab_size) if stage.last else 0
     return MemoryEstimate(
         stage=stage.number,
         weights=stage.parameters * shape.width,
         gradients=stage.parameters * 4,
-        optimizer=stage.parameters * (12 if bf16 else 8) // replicas,
+        optimizer=(stage.parameters - stage.experts) * state // dense + stage.experts * state // experts,
         activations=activations + _edge_bytes(stage, shape),
         moba=moba,
         loss=loss,
@@ -113,27 +123,26 @@ def _stage_memory(
 
 
 def _stage_activations(
-    config: Config, layers: tuple[LayerAttention, ...], stage: Stage, shape: Shape
+    config: Config, layers: tuple[LayerAttention, ...], stage: Stage, shape: Shape, exchanges: ExchangeChoice
 ) -> tuple[int, int, int, int, int]:
     """(activations, MoBA's own, backward, exchange, freed by then) of one stage of the training."""
-    exchanges, recompute = resolve_exchange(config), config.training.recompute
+    recompute, has_experts = config.training.recompute, config.model.expert_layers
     activations, moba, moments = 0.0, 0.0, [(0, 0, 0)]
-    for number in stage.layers:
-        layer = layers[number - 1]
+    kinds = Counter((layers[number - 1], has_experts[number - 1]) for number in stage.layers)
+    for (layer, experts), count in kinds.items():
         name = exchanges.full if layer.kind == "full" else exchanges.moba
-        bytes_ = layer_bytes(shape, layer, name)
-        activations += stage.in_flight * (bytes_.entry if recompute == "full" else bytes_.kept)
-        moba += stage.in_flight * bytes_.selected if recompute == "none" else 0
-        moments.append(_layer_moment(config, shape, layer, name, bytes_))
+        bytes_ = layer_bytes(shape, layer, name, experts)
+        activations += count * stage.in_flight * (bytes_.entry if recompute == "full" else bytes_.kept)
+        moba += count * stage.in_flight * bytes_.selected if recompute == "none" else 0
+        moments.append(_layer_moment(config, shape, layer, name, bytes_, mlp_working_bytes(shape, experts)))
     return int(activations), int(moba), *max(moments, key=lambda moment: moment[0] + moment[1])
 
 
 def _layer_moment(
-    config: Config, shape: Shape, layer: LayerAttention, exchange: str | None, bytes_: LayerBytes
+    config: Config, shape: Shape, layer: LayerAttention, exchange: str | None, bytes_: LayerBytes, mlp: int
 ) -> tuple[int, int, int]:
     """(backward, exchange, what of the former is gone when the exchange begins) of one layer."""
     again = {"none": 0, "selective": bytes_.selected, "full": bytes_.kept + bytes_.selected}[config.training.recompute]
-    mlp = mlp_backward_bytes(shape)
     attention = attention_backward_bytes(shape, layer) - bytes_.mlp
     backward = max(mlp, attention)
     return again + backward, exchange_bytes(config, shape, layer, exchange), backward - attention

@@ -13,7 +13,8 @@ hidden h, feed-forward f, N query and G key heads of size D, e bytes an element.
 | attention's log-sum-exp, and MoBA's chosen blocks | t N (4 + 4 (K - 1)) | the same |
 
 Tensor parallelism divides heads and feed-forward, sequence parallelism the norms. `selective` recomputation drops the
-last row, `full` keeps t h e.
+last row, `full` keeps t h e. In a mixture of experts the feed-forward is that of the shared expert, and the others have
+`memory_experts`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from moba_megatron.ops.gathered.index import ENTRY_BYTES, default_entries
 from moba_megatron.ops.kernel_sizes import default_workspace
 from moba_megatron.parallel.exchange_kind import ExchangeKind, RankSizes
 from moba_megatron.parallel.exchanges import EXCHANGES
+from moba_megatron.planning.expert_shape import ExpertShape
+from moba_megatron.planning.memory_experts import expert_layer_bytes, expert_working_bytes
 from moba_megatron.planning.plan_stages import tokens_of_rank
 
 
@@ -52,7 +55,8 @@ class LayerBytes:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one rank that every formula here needs."""
+    """Sizes of one rank that every formula here needs; `experts` and `shared`, the width of the shared expert, are of
+    layers with experts."""
 
     tokens: int
     hidden: int
@@ -63,6 +67,9 @@ class Shape:
     width: int
     norm_split: int
     cuda: bool
+    experts: ExpertShape | None = None
+    shared: int = 0
+    shared_gate: bool = False
 
     @classmethod
     def of(cls, config: Config, device_type: str) -> Shape:
@@ -78,6 +85,9 @@ class Shape:
             width=2 if config.training.precision == "bf16" else 4,
             norm_split=tensor if config.parallel.sequence else 1,
             cuda=device_type == "cuda",
+            experts=ExpertShape.of(config),
+            shared=(model.moe_shared_expert_intermediate_size or 0) // tensor,
+            shared_gate=model.moe_shared_expert_gate,
         )
 
     @property
@@ -86,11 +96,12 @@ class Shape:
         return self.tokens * self.hidden * self.width // self.norm_split
 
 
-def layer_bytes(shape: Shape, layer: LayerAttention, exchange: str | None) -> LayerBytes:
+def layer_bytes(shape: Shape, layer: LayerAttention, exchange: str | None, experts: bool = False) -> LayerBytes:
     """What one layer keeps.
 
     Args:
         exchange: of this kind of layer under context parallelism, None without.
+        experts: whether its feed-forward is a mixture of experts.
     """
     t, size, width = shape.tokens, shape.head_size, shape.width
     norm = shape.width + (shape.width if shape.cuda else 8)
@@ -101,18 +112,33 @@ def layer_bytes(shape: Shape, layer: LayerAttention, exchange: str | None) -> La
     return LayerBytes(
         norms=2 * norm * t * shape.hidden // shape.norm_split,
         attention=t * size * width * (shards + rotary),
-        mlp=(3 if shape.cuda else 5) * t * shape.ffn * width,
+        mlp=_mlp_bytes(shape, experts),
         selected=t * shape.heads * (4 + 4 * past),
         entry=shape.stream,
     )
 
 
-def mlp_backward_bytes(shape: Shape) -> int:
-    """Gradients alive at once in the feed-forward's backward: of gate and up, of the stream around it (under sequence
-    parallelism with what is gathered), of a weight."""
+def _mlp_bytes(shape: Shape, experts: bool) -> int:
+    parts = 3 if shape.cuda else 5
+    if not experts or shape.experts is None:
+        return parts * shape.tokens * shape.ffn * shape.width
+    # The gate of a shared expert multiplies its output.
+    shared = parts * shape.tokens * shape.shared * shape.width + shape.stream * shape.shared_gate
+    return expert_layer_bytes(shape.experts, shape.cuda) + shared
+
+
+def mlp_working_bytes(shape: Shape, experts: bool = False) -> int:
+    """What is alive at once in the feed-forward beside what is kept. Backward: gradients of gate and up, of the stream
+    around it (under sequence parallelism with what is gathered), of a weight; `experts` need the most forward."""
+    if experts and shape.experts is not None:
+        return max(expert_working_bytes(shape.experts), _dense_working_bytes(shape, shape.shared))
+    return _dense_working_bytes(shape, shape.ffn)
+
+
+def _dense_working_bytes(shape: Shape, ffn: int) -> int:
     streams = 2 if shape.norm_split == 1 else 4
     around = streams * shape.tokens * shape.hidden * shape.width
-    return 2 * shape.tokens * shape.ffn * shape.width + around + 2 * shape.ffn * shape.hidden * shape.width
+    return 2 * shape.tokens * ffn * shape.width + around + 2 * ffn * shape.hidden * shape.width
 
 
 def attention_backward_bytes(shape: Shape, layer: LayerAttention) -> int:

@@ -38,10 +38,12 @@ def plan_on(target: Target, layouts: int, price_per_hour: float | None, output: 
     console = Console(highlight=False, soft_wrap=True)
     for line in target.notes:
         console.print(line, markup=False)
-    _print(console, plan, problem, suggested, layouts > 0, cluster, price_per_hour)
+    mixture = config.model.num_moe_experts is not None
+    _print(console, plan, problem, suggested, layouts > 0, cluster, price_per_hour, mixture)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(to_json(plan, problem, suggested, cluster), indent=2) + "\n", encoding="utf-8")
+        written = to_json(plan, problem, suggested, cluster, mixture)
+        output.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         console.print(f"  {output}")
     return plan is not None and plan.fits
 
@@ -54,6 +56,7 @@ def _print(
     asked: bool,
     cluster: Cluster,
     price: float | None,
+    mixture: bool,
 ) -> None:
     if plan is None:
         console.print(f"the configuration's own layout cannot run on {cluster.count} GPUs: {problem}", markup=False)
@@ -62,7 +65,7 @@ def _print(
         print_cost(console, plan, price)
     if asked:
         print_layouts(console, suggested)
-    console.print("\n".join(["assumptions", *(f"  {line}" for line in assumptions(cluster))]), markup=False)
+    console.print("\n".join(["assumptions", *(f"  {line}" for line in assumptions(cluster, mixture))]), markup=False)
 
 
 def _own_layout(

@@ -1,5 +1,7 @@
 """Layouts that fit: tensor x context x pipeline x data parallel sizes and recomputation, the fastest first.
 
+Of a mixture of experts also expert-parallel sizes: all that divide the experts and the GPUs of a pipeline stage.
+
 Every combination of powers of two that divides the GPUs is held against the configuration's own checks (divisibility
 of heads, feed-forward, layers, sequence and batch; an exchange that can run), then against memory, then timed. For each
 the least recomputation that fits is taken. Pipeline stages are cut so that the slowest is as fast as can be: full
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 
 from moba_megatron.config import Config, ConfigError, ParallelConfig, check_world
 from moba_megatron.config.checks import combination_problems
+from moba_megatron.config.words import divisors
 from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.planning.memory import estimate_memory, fullest
@@ -32,7 +35,7 @@ EQUAL_STAGES_MAY_COST = 1.02
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout that fits, what it takes, and the overrides that ask for it."""
+    """A layout that fits, what it takes, and the overrides that ask for it; `mixture`: of experts."""
 
     parallel: ParallelConfig
     data: int
@@ -40,6 +43,7 @@ class Layout:
     memory: int
     step_seconds: float
     tokens_per_second: float
+    mixture: bool = False
 
     @property
     def overrides(self) -> list[str]:
@@ -57,6 +61,10 @@ class Layout:
             "parallel.overlap_grad_reduce": self.parallel.overlap_grad_reduce,
             "training.recompute": self.recompute,
         }
+        if self.mixture:
+            values["parallel.expert"] = self.parallel.expert
+            values["parallel.expert_tensor"] = self.parallel.expert_tensor
+            values["parallel.expert_dispatcher"] = self.parallel.expert_dispatcher
         # Without blanks, so that a shell takes each as one word.
         words = {key: value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
                  for key, value in values.items()}  # fmt: skip
@@ -84,7 +92,7 @@ def _sizes(config: Config, cluster: Cluster) -> Iterator[ParallelConfig]:
             for pipeline in _powers(min(config.model.num_layers, cluster.count // (tensor * context))):
                 if cluster.count % (tensor * context * pipeline) == 0:
                     shared = cluster.count > tensor * pipeline  # several ranks have the same weights
-                    yield ParallelConfig(
+                    one = ParallelConfig(
                         tensor=tensor,
                         sequence=tensor > 1,
                         context=context,
@@ -92,6 +100,21 @@ def _sizes(config: Config, cluster: Cluster) -> Iterator[ParallelConfig]:
                         distributed_optimizer=shared,
                         overlap_grad_reduce=shared,
                     )
+                    yield from _expert_sizes(config, one, cluster.count // pipeline)
+
+
+def _expert_sizes(config: Config, parallel: ParallelConfig, stage_ranks: int) -> Iterator[ParallelConfig]:
+    """A layout with every number of expert-parallel ranks. How experts are split and what sends tokens to them stays as
+    it is configured."""
+    experts = config.model.num_moe_experts
+    if experts is None:
+        yield parallel
+        return
+    own = config.parallel
+    for ranks in divisors(experts):
+        if stage_ranks % (ranks * own.expert_tensor) == 0:
+            sizes = {"expert": ranks, "expert_tensor": own.expert_tensor, "expert_dispatcher": own.expert_dispatcher}
+            yield parallel.model_copy(update=sizes)
 
 
 def _powers(limit: int) -> Iterator[int]:
@@ -128,20 +151,25 @@ def _fitting(
             shares = stage_shares(schedule, config.training.steps)
             steps = [step_time(trial, attention, vocab_size, data, cluster) for attention in schedule.stages]
             seconds = sum(step.seconds * share for step, share in zip(steps, shares, strict=True))
-            return Layout(trial.parallel, data, recompute, memory, seconds, config.tokens_per_step / seconds)
+            mixture = config.model.num_moe_experts is not None
+            return Layout(trial.parallel, data, recompute, memory, seconds, config.tokens_per_step / seconds, mixture)
     return None
 
 
 def balanced_layers(config: Config, schedule: AttentionSchedule, vocab_size: int, cluster: Cluster) -> list[int] | None:
     """Layers of each pipeline stage that make the slowest stage fastest; None where equal stages are as good."""
     stages, exchange = config.parallel.pipeline, resolve_exchange(config)
-    one_layer = Stage(0, first=False, last=False, layers=(1,), parameters=0, in_flight=1)
-    tensor = tensor_moved(config, cluster, one_layer).seconds
+    one_of_each = {
+        experts: Stage(0, first=False, last=False, layers=(number,), parameters=0, in_flight=1)
+        for number, experts in enumerate(config.model.expert_layers, start=1)
+    }
+    tensor = {experts: tensor_moved(config, cluster, stage).seconds for experts, stage in one_of_each.items()}
     seconds = [0.0] * config.model.num_layers
     for share, attention in zip(stage_shares(schedule, config.training.steps), schedule.stages, strict=True):
-        for index, layer in enumerate(attention):
-            matrices, attended, context = layer_seconds(config, layer, cluster, exchange)
-            seconds[index] += share * (matrices + attended + context.seconds + tensor)
+        kinds = list(zip(attention, config.model.expert_layers, strict=True))
+        each = {kind: layer_seconds(config, kind[0], cluster, exchange, kind[1]).seconds for kind in set(kinds)}
+        for index, kind in enumerate(kinds):
+            seconds[index] += share * (each[kind] + tensor[kind[1]])
     tail = loss_seconds(config, vocab_size, cluster)
     counts = _cut(seconds, stages, tail)
     if len(seconds) % stages == 0:
@@ -170,9 +198,13 @@ def _cut(seconds: list[float], stages: int, tail: float) -> list[int]:
     for stage in range(2, stages + 1):
         row = [impossible] * (layers + 1)
         for n in range(stage, layers + 1):
-            options = ((max(sums[n] - sums[n - k], best[n - k][0]), abs(k - n / stage), k) for k in range(1, n))
-            longest, _, size = min(options)
-            row[n] = (longest, size)
+            chosen = (math.inf, 0.0, 0)
+            for k in range(1, n):
+                first = sums[n] - sums[n - k]
+                if first > chosen[0]:
+                    break  # and longer ones as well
+                chosen = min(chosen, (max(first, best[n - k][0]), abs(k - n / stage), k))
+            row[n] = (chosen[0], chosen[2])
         best = row
         choices.append([size for _, size in row])
     counts, left = [], layers

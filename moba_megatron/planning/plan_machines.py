@@ -9,6 +9,8 @@ from moba_megatron.planning.kernel_model import MACHINES, Machine
 # Matrix products of a layer with what runs between them (norms, SwiGLU, copies), over the bf16 peak. Plain products
 # reach 0.8 on an H200; the rest is an assumption.
 MATRIX_SHARE = 0.6
+# The same of experts: grouped products, and narrow ones. An assumption.
+EXPERT_SHARE = 0.45
 # Of the links' peaks: an assumption for large messages.
 LINK_SHARE = 0.75
 # Of a GPU's memory: the rest is for the CUDA context, NCCL's buffers and the allocator's slack.
@@ -49,7 +51,8 @@ class Cluster:
     """So many GPUs of one kind, `per_node` of them joined by fast links.
 
     Ranks are placed as megatron-core does: tensor-parallel ranks are neighbours, then context-parallel, then
-    data-parallel ones, then pipeline stages.
+    data-parallel ones, then pipeline stages. Within a stage the ranks of experts are counted anew: those of one expert
+    (`parallel.expert_tensor`) are neighbours, then expert-parallel ones.
     """
 
     gpu: Gpu
@@ -66,12 +69,19 @@ class Cluster:
 
     def scatter_seconds(self, bytes_: float, stride: int, ranks: int) -> float:
         """Time of `bytes_` that come in equal parts from all other ranks of a group."""
+        return self.seconds_of(*self.near_and_far(bytes_, stride, ranks))
+
+    def near_and_far(self, bytes_: float, stride: int, ranks: int) -> tuple[float, float]:
+        """How many of such bytes come from ranks of the same node, and from others."""
         if ranks == 1:
-            return 0.0
+            return 0.0, 0.0
         near = max(1, min(ranks, self.per_node // stride))
         far = bytes_ * (ranks - near) / (ranks - 1)
-        inside, outside = LINK_SHARE * self.gpu.node_link, LINK_SHARE * self.gpu.network_link
-        return max((bytes_ - far) / inside, far / outside)
+        return bytes_ - far, far
+
+    def seconds_of(self, near: float, far: float) -> float:
+        """Time of bytes from ranks of the same node and from others, which come at once."""
+        return max(near / (LINK_SHARE * self.gpu.node_link), far / (LINK_SHARE * self.gpu.network_link))
 
     def reduce_seconds(self, bytes_: float, stride: int, ranks: int) -> float:
         """Time of a collective over many ranks of each node: its rings share the adapters of the node."""

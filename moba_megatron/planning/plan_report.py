@@ -11,7 +11,8 @@ from rich.table import Table
 from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.planning.memory import MemoryEstimate
 from moba_megatron.planning.plan_layouts import Layout
-from moba_megatron.planning.plan_machines import LINK_SHARE, MATRIX_SHARE, MEMORY_SHARE, Cluster
+from moba_megatron.planning.plan_machines import EXPERT_SHARE, LINK_SHARE, MATRIX_SHARE, MEMORY_SHARE, Cluster
+from moba_megatron.planning.plan_stages import expert_replicas
 from moba_megatron.planning.run_plan import RunPlan
 
 MEMORY_PARTS = {
@@ -28,9 +29,17 @@ MEMORY_PARTS = {
 }
 
 
-def assumptions(cluster: Cluster) -> list[str]:
-    """What every figure stands on, one line each."""
+def assumptions(cluster: Cluster, mixture: bool = False) -> list[str]:
+    """What every figure stands on, one line each.
+
+    Args:
+        mixture: whether the model is a mixture of experts.
+    """
     gpu = cluster.gpu
+    of_experts = [
+        f"experts: each gets as many tokens, {EXPERT_SHARE:.0%} of the peak in their products; their transfers are "
+        "waited for"
+    ]
     return [
         "estimates: nothing here was measured on a GPU; memory formulas were held against CPU runs (docs/planning.md)",
         f"{gpu.name}: {gpu.machine.peak / 1e12:.0f} TFLOP/s in bf16, {MATRIX_SHARE:.0%} of it in matrix products; "
@@ -41,6 +50,7 @@ def assumptions(cluster: Cluster) -> list[str]:
         "every sample is one document as long as the sequence: packs of short ones are faster",
         "a ring hides behind attention, interleaved pipelines behind all, gradients behind the last backward pass if "
         "parallel.overlap_grad_reduce is set; other transfers are waited for",
+        *(of_experts if mixture else []),
         "checkpoints, evaluation, data and restarts cost nothing",
     ]
 
@@ -50,9 +60,11 @@ def print_plan(console: Console, plan: RunPlan) -> None:
     config, parallel, gpu = plan.config, plan.config.parallel, plan.cluster.gpu
     console.print(
         f"{plan.cluster.count} x {gpu.name}: TP {parallel.tensor}{' + SP' if parallel.sequence else ''} x CP "
-        f"{parallel.context} x PP {parallel.pipeline} x DP {plan.data_parallel}, recompute "
+        f"{parallel.context} x PP {parallel.pipeline} x DP {plan.data_parallel}{_expert_words(plan)}, recompute "
         f"{config.training.recompute}, {config.tokens_per_step:,} tokens a step, {config.training.steps:,} steps"
     )
+    if plan.parameters != plan.active:
+        console.print(f"{plan.parameters:,} parameters, {plan.active:,} of them active for a token")
     if parallel.pipeline_layers:
         console.print(f"layers of each pipeline stage: {parallel.pipeline_layers}", markup=False)
     for line in resolve_exchange(config).lines:
@@ -67,6 +79,15 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         f"{plan.tokens_per_second:,.0f} tokens/s, {plan.mfu:.1%} of the peak in model FLOPs (attended pairs); "
         f"{plan.full.seconds / plan.step_seconds:.2f} x the speed of full attention in all layers"
     )
+
+
+def _expert_words(plan: RunPlan) -> str:
+    parallel = plan.config.parallel
+    if plan.config.model.num_moe_experts is None:
+        return ""
+    within = f" x ETP {parallel.expert_tensor}" if parallel.expert_tensor > 1 else ""
+    replicas = expert_replicas(plan.config, plan.data_parallel)
+    return f"; experts: EP {parallel.expert}{within}, {replicas} copies, {parallel.expert_dispatcher}"
 
 
 def print_cost(console: Console, plan: RunPlan, price: float | None) -> None:
@@ -92,10 +113,23 @@ def print_layouts(console: Console, layouts: list[Layout]) -> None:
         console.print("no layout of these GPUs fits: take more of them or larger ones, a shorter sequence or a smaller "
                       "training.micro_batch_size")  # fmt: skip
         return
-    columns = ("TP", "CP", "PP", "DP", "recompute", "GiB", "s/step", "ktokens/s", "layers")
+    mixture = layouts[0].mixture
+    columns = (
+        "TP",
+        "CP",
+        "PP",
+        "DP",
+        *(["EP"] if mixture else []),
+        "recompute",
+        "GiB",
+        "s/step",
+        "ktokens/s",
+        "layers",
+    )
     table = Table(*columns, title="layouts that fit, the fastest first", title_justify="left")
     for layout in layouts:
-        sizes = (layout.parallel.tensor, layout.parallel.context, layout.parallel.pipeline, layout.data)
+        sizes = [layout.parallel.tensor, layout.parallel.context, layout.parallel.pipeline, layout.data]
+        sizes += [layout.parallel.expert] if mixture else []
         table.add_row(
             *map(str, sizes),
             layout.recompute,
@@ -108,18 +142,20 @@ def print_layouts(console: Console, layouts: list[Layout]) -> None:
     console.print("the first, as overrides: " + " ".join(layouts[0].overrides), markup=False)
 
 
-def to_json(plan: RunPlan | None, problem: str | None, layouts: list[Layout], cluster: Cluster) -> dict[str, Any]:
+def to_json(
+    plan: RunPlan | None, problem: str | None, layouts: list[Layout], cluster: Cluster, mixture: bool = False
+) -> dict[str, Any]:
     """Everything that is printed, in bytes and seconds. `plan` is None where the own layout cannot run: `problem`."""
     return {
         "gpu": cluster.gpu.name,
         "gpus": cluster.count,
         "gpus_per_node": cluster.per_node,
-        "assumptions": assumptions(cluster),
+        "assumptions": assumptions(cluster, mixture),
         "problem": problem,
         "plan": None if plan is None else _plan_values(plan),
         "layouts": [
             {
-                **{key: value for key, value in asdict(layout).items() if key != "parallel"},
+                **{key: value for key, value in asdict(layout).items() if key not in ("parallel", "mixture")},
                 "parallel": layout.parallel.model_dump(mode="json"),
                 "overrides": layout.overrides,
             }
@@ -131,6 +167,8 @@ def to_json(plan: RunPlan | None, problem: str | None, layouts: list[Layout], cl
 def _plan_values(plan: RunPlan) -> dict[str, Any]:
     return {
         "parallel": {**plan.config.parallel.model_dump(mode="json"), "data": plan.data_parallel},
+        "parameters": plan.parameters,
+        "active_parameters": plan.active,
         "fits": plan.fits,
         "memory_bytes": [{**asdict(estimate), "total": estimate.total} for estimate in plan.memory],
         "stages_of_training": [
@@ -151,11 +189,14 @@ def _time_table(plan: RunPlan) -> Table:
     columns = [f"training stage {n}" if len(plan.steps) > 1 else "s a step" for n in range(1, len(plan.steps) + 1)]
     table = Table("time of the slowest pipeline stage", *columns, "GiB received a step")
     forms = {"tensor parallelism": "tensor", "context parallelism": "context", "pipeline transfers": "pipeline",
-             "data parallelism": "data"}  # fmt: skip
+             "data parallelism": "data", "expert parallelism": "experts"}  # fmt: skip
     for name in plan.steps[0].parts:
         form = forms.get(name)
         moved = f"{plan.steps[0].received[form] / 2**30:.3g}" if form else ""
         table.add_row(name, *(f"{step.parts[name]:.3g}" for step in plan.steps), moved)
     table.add_section()
     table.add_row("in all", *(f"{step.seconds:.4g}" for step in plan.steps), "")
+    far = plan.steps[0].received.get("experts_far", 0.0)
+    if far:
+        table.caption = f"of what experts receive, {far / 2**30:.3g} GiB come from other nodes"
     return table

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moba_megatron.config import Config
+from moba_megatron.config import Config, ParallelConfig
+from moba_megatron.config.sizes import expert_parameters, router_parameters
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Stage:
     Attributes:
         number: from 0; `first` has the embedding, `last` the final norm, the output layer and the loss.
         layers: numbers of its layers, counted from 1, over all its model chunks.
-        parameters: of one rank.
+        parameters: of one rank, experts among them; `experts`: those of its experts alone.
         in_flight: microbatches whose activations it holds at once, in units of all its layers: with the interleaved
             schedule a fraction.
     """
@@ -25,6 +26,7 @@ class Stage:
     layers: tuple[int, ...]
     parameters: int
     in_flight: float
+    experts: int = 0
 
 
 def stages_of(config: Config, vocab_size: int, microbatches: int) -> list[Stage]:
@@ -34,21 +36,30 @@ def stages_of(config: Config, vocab_size: int, microbatches: int) -> list[Stage]
         microbatches: of one rank in an optimizer step.
     """
     count = config.parallel.pipeline
-    numbers = _layer_numbers(config)
     stages = []
-    for number in range(count):
+    for number, layers in enumerate(_layer_numbers(config)):
         first, last = number == 0, number == count - 1
+        mixtures = sum(config.model.expert_layers[layer - 1] for layer in layers)
+        experts = mixtures * experts_of_rank(config) * expert_parameters(config.model) // config.parallel.expert_tensor
+        dense = (len(layers) - mixtures) * layer_parameters(config) + mixtures * layer_parameters(config, experts=True)
         stages.append(
             Stage(
                 number=number,
                 first=first,
                 last=last,
-                layers=numbers[number],
-                parameters=_parameters(config, vocab_size, len(numbers[number]), first, last),
+                layers=layers,
+                parameters=dense + experts + _edge_parameters(config, vocab_size, first, last),
                 in_flight=_in_flight(config, number, microbatches),
+                experts=experts,
             )
         )
     return stages
+
+
+def whole_parameters(config: Config, vocab_size: int) -> int:
+    """Parameters of the whole model, as if one rank held it."""
+    (stage,) = stages_of(config.model_copy(update={"parallel": ParallelConfig()}), vocab_size, 1)
+    return stage.parameters
 
 
 def tokens_of_rank(config: Config) -> int:
@@ -56,14 +67,33 @@ def tokens_of_rank(config: Config) -> int:
     return -(-config.data.sequence_length * config.training.micro_batch_size // config.parallel.context)
 
 
-def layer_parameters(config: Config) -> int:
-    """Parameters of one layer on one tensor-parallel rank."""
+def layer_parameters(config: Config, experts: bool = False) -> int:
+    """Parameters of one layer on one tensor-parallel rank.
+
+    Args:
+        experts: whether it is a mixture; its experts, which are split over other ranks, are not counted.
+    """
     model, tensor = config.model, config.parallel.tensor
     hidden, size, heads, kv_heads = model.hidden_size, model.head_size, model.num_attention_heads, model.query_groups
     joint = (heads + 2 * kv_heads) * size
-    split = joint * hidden + heads * size * hidden + 3 * hidden * model.ffn_size + joint * model.add_qkv_bias
+    split = joint * hidden + heads * size * hidden + joint * model.add_qkv_bias
     split += kv_heads * size * (config.attention.key_convolution or 0)
-    return split // tensor + 2 * hidden + 2 * size * model.qk_layernorm
+    split += 3 * hidden * ((model.moe_shared_expert_intermediate_size or 0) if experts else model.ffn_size)
+    # Every rank has a whole router.
+    whole = 2 * hidden + 2 * size * model.qk_layernorm + (router_parameters(model) if experts else 0)
+    return split // tensor + whole
+
+
+def experts_of_rank(config: Config) -> int:
+    """Experts of one layer on one rank."""
+    return (config.model.num_moe_experts or 0) // config.parallel.expert
+
+
+def expert_replicas(config: Config, data_parallel: int) -> int:
+    """Ranks that hold the same part of the same experts: the expert-data-parallel size."""
+    parallel = config.parallel
+    ranks = data_parallel * parallel.context * parallel.tensor
+    return max(1, ranks // (parallel.expert * parallel.expert_tensor))
 
 
 def vocabulary_rows(config: Config, vocab_size: int) -> int:
@@ -71,11 +101,12 @@ def vocabulary_rows(config: Config, vocab_size: int) -> int:
     return -(-vocab_size // config.parallel.tensor)
 
 
-def _parameters(config: Config, vocab_size: int, layers: int, first: bool, last: bool) -> int:
+def _edge_parameters(config: Config, vocab_size: int, first: bool, last: bool) -> int:
+    """Embedding, output layer and final norm on one tensor-parallel rank of a stage."""
     rows = vocabulary_rows(config, vocab_size) * config.model.hidden_size
     tied_here = config.model.share_embeddings_and_output_weights and first
     tables = first + (last and not tied_here)
-    return layers * layer_parameters(config) + tables * rows + last * config.model.hidden_size
+    return tables * rows + last * config.model.hidden_size
 
 
 def _layer_numbers(config: Config) -> list[tuple[int, ...]]:

@@ -1,11 +1,12 @@
 """Seconds of an optimizer step, from operations and bytes.
 
-What a microbatch takes in a pipeline stage: the matrix products of its layers (`MATRIX_SHARE` of the peak; three times
-the forward's, four with full recomputation), attention by `kernel_model` (one document as long as the sequence, split
-evenly over tensor- and context-parallel ranks; its forward part again under any recomputation), and what the exchanges
-make it wait (`plan_traffic`). m microbatches through p stages take m times the slowest stage; filling and draining (the
-*bubble*) take each other stage once, or 1/v of that with v interleaved chunks. Then gradients are reduced, as far as
-that is not overlapped, and the optimizer passes over its state.
+What a microbatch takes in a pipeline stage: the matrix products of its layers (`MATRIX_SHARE` of the peak, of experts
+`EXPERT_SHARE`; three times the forward's, four with full recomputation), sorting tokens by their experts, attention by
+`kernel_model` (one document as long as the sequence, split evenly over tensor- and context-parallel ranks; its forward
+part again under any recomputation), and what the exchanges make it wait (`plan_traffic`, `expert_traffic`). m
+microbatches through p stages take m times the slowest stage; filling and draining (the *bubble*) take each other stage
+once, or 1/v of that with v interleaved chunks. Then gradients are reduced, as far as that is not overlapped, and the
+optimizer passes over its state.
 """
 
 from __future__ import annotations
@@ -14,11 +15,21 @@ import functools
 from dataclasses import dataclass
 
 from moba_megatron.config import Config
+from moba_megatron.config.sizes import router_parameters
 from moba_megatron.model.exchange_choice import ExchangeChoice, resolve_exchange
 from moba_megatron.model.schedule import LayerAttention
+from moba_megatron.planning.expert_shape import ExpertShape
+from moba_megatron.planning.expert_traffic import ExpertTraffic, expert_traffic, sorted_bytes
 from moba_megatron.planning.kernel_model import STREAM_SHARE, AttentionSizes, Machine, dense_seconds, expected_seconds
-from moba_megatron.planning.plan_machines import MATRIX_SHARE, Cluster
-from moba_megatron.planning.plan_stages import Stage, layer_parameters, stages_of, tokens_of_rank, vocabulary_rows
+from moba_megatron.planning.plan_machines import EXPERT_SHARE, MATRIX_SHARE, Cluster
+from moba_megatron.planning.plan_stages import (
+    Stage,
+    expert_replicas,
+    layer_parameters,
+    stages_of,
+    tokens_of_rank,
+    vocabulary_rows,
+)
 from moba_megatron.planning.plan_traffic import Moved, context_moved, data_moved, pipeline_moved, tensor_moved
 
 # Read gradient, main weight and moments, write the last three and the weight; fp32 but for the weight.
@@ -32,7 +43,8 @@ class StepTime:
     Attributes:
         parts: seconds on the slowest stage, by what they are spent on; they add up to `seconds`.
         stages: seconds of one microbatch in each pipeline stage.
-        received: bytes that a rank of the slowest stage receives in a step, by form.
+        received: bytes that a rank of the slowest stage receives in a step, by form; of those for experts
+            `experts_far` come from other nodes.
     """
 
     parts: dict[str, float]
@@ -45,17 +57,52 @@ class StepTime:
 
 
 @dataclass(frozen=True)
-class _StageTime:
-    matrices: float
-    attention: float
-    tensor: Moved
-    context: Moved
-    pipeline: Moved
+class LayerTime:
+    """Seconds of one layer and microbatch, forward and backward, without tensor parallelism; or of several layers.
+
+    Attributes:
+        sorting: bringing tokens into the order of their experts, and back.
+        context, experts: what the layer exchanges.
+    """
+
+    matrices: float = 0.0
+    attention: float = 0.0
+    sorting: float = 0.0
+    context: Moved = Moved()
+    experts: ExpertTraffic = ExpertTraffic()
+
+    def __add__(self, other: LayerTime) -> LayerTime:
+        return LayerTime(
+            self.matrices + other.matrices,
+            self.attention + other.attention,
+            self.sorting + other.sorting,
+            self.context + other.context,
+            self.experts + other.experts,
+        )
+
+    @property
+    def computing(self) -> float:
+        return self.matrices + self.attention + self.sorting
 
     @property
     def seconds(self) -> float:
-        moved = self.tensor.seconds + self.context.seconds + self.pipeline.seconds
-        return self.matrices + self.attention + moved
+        return self.computing + self.context.seconds + self.experts.seconds
+
+
+@dataclass(frozen=True)
+class _StageTime:
+    layers: LayerTime
+    loss: float
+    tensor: Moved
+    pipeline: Moved
+
+    @property
+    def computing(self) -> float:
+        return self.layers.computing + self.loss
+
+    @property
+    def seconds(self) -> float:
+        return self.layers.seconds + self.loss + self.tensor.seconds + self.pipeline.seconds
 
 
 def step_time(
@@ -72,39 +119,53 @@ def step_time(
     times = [_stage_time(config, layers, stage, vocab_size, data_parallel, cluster, exchange) for stage in stages]
     slowest = max(range(len(stages)), key=lambda number: times[number].seconds)
     one, stage = times[slowest], stages[slowest]
-    gradients = data_moved(config, cluster, stage, data_parallel, one.matrices + one.attention)
-    replicas = data_parallel * parallel.context if parallel.distributed_optimizer else 1
-    optimizer = stage.parameters * OPTIMIZER_BYTES / replicas / (cluster.gpu.machine.bandwidth * STREAM_SHARE)
+    gradients = data_moved(config, cluster, stage, data_parallel, one.computing)
     fill = (sum(time.seconds for time in times) - one.seconds) / (parallel.virtual_pipeline or 1)
+    layer, has_experts = one.layers, config.model.num_moe_experts is not None
+    of_experts = {
+        "sorting tokens by expert": microbatches * layer.sorting,
+        "expert parallelism": microbatches * layer.experts.seconds,
+    }
+    for_experts = {"experts": microbatches * layer.experts.bytes, "experts_far": microbatches * layer.experts.far}
     return StepTime(
         parts={
-            "matrix products": microbatches * one.matrices,
-            "attention": microbatches * one.attention,
+            "matrix products": microbatches * (layer.matrices + one.loss),
+            "attention": microbatches * layer.attention,
+            **(of_experts if has_experts else {}),
             "tensor parallelism": microbatches * one.tensor.seconds,
-            "context parallelism": microbatches * one.context.seconds,
+            "context parallelism": microbatches * layer.context.seconds,
             "pipeline transfers": microbatches * one.pipeline.seconds,
             "pipeline bubble": fill,
             "data parallelism": gradients.seconds,
-            "optimizer": optimizer,
+            "optimizer": _optimizer_seconds(config, stage, data_parallel, cluster),
         },
         stages=tuple(time.seconds for time in times),
         received={
             "tensor": microbatches * one.tensor.bytes,
-            "context": microbatches * one.context.bytes,
+            "context": microbatches * layer.context.bytes,
+            **(for_experts if has_experts else {}),
             "pipeline": microbatches * one.pipeline.bytes,
             "data": gradients.bytes,
         },
     )
 
 
+def _optimizer_seconds(config: Config, stage: Stage, data_parallel: int, cluster: Cluster) -> float:
+    replicas = (data_parallel * config.parallel.context, expert_replicas(config, data_parallel))
+    dense, experts = replicas if config.parallel.distributed_optimizer else (1, 1)
+    parameters = (stage.parameters - stage.experts) / dense + stage.experts / experts
+    return parameters * OPTIMIZER_BYTES / (cluster.gpu.machine.bandwidth * STREAM_SHARE)
+
+
 def layer_seconds(
-    config: Config, layer: LayerAttention, cluster: Cluster, exchange: ExchangeChoice
-) -> tuple[float, float, Moved]:
-    """(matrix products, attention, context parallelism) of one layer and microbatch, forward and backward."""
-    training, parallel = config.training, config.parallel
-    passes = 4 if training.recompute == "full" else 3
-    operations = 2 * passes * tokens_of_rank(config) * layer_parameters(config)
-    matrices = operations / (cluster.gpu.machine.peak * MATRIX_SHARE)
+    config: Config, layer: LayerAttention, cluster: Cluster, exchange: ExchangeChoice, experts: bool = False
+) -> LayerTime:
+    """One layer and microbatch, forward and backward.
+
+    Args:
+        experts: whether its feed-forward is a mixture of experts.
+    """
+    training, parallel, machine = config.training, config.parallel, cluster.gpu.machine
     sizes = AttentionSizes(
         tokens=config.data.sequence_length,
         heads=config.model.num_attention_heads // parallel.tensor,
@@ -114,8 +175,27 @@ def layer_seconds(
         top_k=layer.top_k or 0,
     )
     documents = training.micro_batch_size / parallel.context
-    attention = _attention_seconds(sizes, cluster.gpu.machine, training.recompute != "none") * documents
-    return matrices, attention, context_moved(config, cluster, layer, exchange, attention)
+    attention = _attention_seconds(sizes, machine, training.recompute != "none") * documents
+    time = LayerTime(
+        matrices=_matrix_seconds(config, cluster, experts),
+        attention=attention,
+        context=context_moved(config, cluster, layer, exchange, attention),
+    )
+    if not experts:
+        return time
+    sorting = sorted_bytes(config) / (machine.bandwidth * STREAM_SHARE)
+    return time + LayerTime(sorting=sorting, experts=expert_traffic(config, cluster))
+
+
+def _matrix_seconds(config: Config, cluster: Cluster, experts: bool) -> float:
+    """Matrix products of one layer and microbatch."""
+    passes = 4 if config.training.recompute == "full" else 3
+    products, of_experts, shape = tokens_of_rank(config) * layer_parameters(config, experts), 0, ExpertShape.of(config)
+    if experts and shape is not None:
+        # A router sees the tokens that sequence parallelism leaves this rank.
+        products -= (tokens_of_rank(config) - shape.tokens) * router_parameters(config.model)
+        of_experts = shape.rows * 3 * shape.hidden * shape.ffn
+    return 2 * passes * (products / MATRIX_SHARE + of_experts / EXPERT_SHARE) / cluster.gpu.machine.peak
 
 
 @functools.cache
@@ -140,16 +220,14 @@ def _stage_time(
     cluster: Cluster,
     exchange: ExchangeChoice,
 ) -> _StageTime:
-    matrices, attention, context = 0.0, 0.0, Moved()
-    for number in stage.layers:
-        products, attended, moved = layer_seconds(config, layers[number - 1], cluster, exchange)
-        matrices, attention, context = matrices + products, attention + attended, context + moved
-    if stage.last:
-        matrices += loss_seconds(config, vocab_size, cluster)
+    time, has_experts = LayerTime(), config.model.expert_layers
+    kinds = [(layers[number - 1], has_experts[number - 1]) for number in stage.layers]
+    each = {kind: layer_seconds(config, kind[0], cluster, exchange, kind[1]) for kind in set(kinds)}
+    for kind in kinds:
+        time += each[kind]
     return _StageTime(
-        matrices,
-        attention,
-        tensor_moved(config, cluster, stage),
-        context,
-        pipeline_moved(config, cluster, data_parallel),
+        layers=time,
+        loss=loss_seconds(config, vocab_size, cluster) if stage.last else 0.0,
+        tensor=tensor_moved(config, cluster, stage),
+        pipeline=pipeline_moved(config, cluster, data_parallel),
     )

@@ -8,7 +8,12 @@ Received by one rank; s = bytes of a microbatch's hidden states on a context-par
 | TP with SP | layer and microbatch: 10 gathers and scatters, two of them for the weights' gradients | 10 (n - 1)/n s |
 | PP | microbatch and model chunk | 2 s, over the TP ranks with SP |
 | CP | layer and microbatch | `parallel.exchanges`, and the summaries |
+| EP | layer with experts and microbatch | `expert_traffic` |
 | DP | step, P parameters of a rank | 8 P (n - 1)/n; distributed optimizer: (4 + 2) P (n - 1)/n |
+
+The router and the experts work on the tokens that sequence parallelism leaves a rank, so a layer with experts has half
+of TP's transfers, those of attention, and the other half for a shared expert alone. Parameters of experts are reduced
+over the ranks that hold the same experts.
 
 Full recomputation repeats the forward part of TP and CP, selective that of CP. A ring and a gather run beside the
 attention, but for the launches of each hop; interleaved pipelines run beside everything; all else is waited for.
@@ -23,7 +28,7 @@ from moba_megatron.model.exchange_choice import ExchangeChoice, rank_sizes
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.parallel.exchanges import EXCHANGES
 from moba_megatron.planning.plan_machines import Cluster
-from moba_megatron.planning.plan_stages import Stage, tokens_of_rank
+from moba_megatron.planning.plan_stages import Stage, expert_replicas, tokens_of_rank
 
 # Launches and waiting of one hop of a ring, or of one shard of a gather: an assumption.
 HOP_SECONDS = 20e-6
@@ -52,11 +57,13 @@ def stream_bytes(config: Config) -> int:
 
 def tensor_moved(config: Config, cluster: Cluster, stage: Stage) -> Moved:
     """TP of one microbatch in one pipeline stage. Embedding and loss cost an all-reduce each, or its two halves."""
-    ranks = config.parallel.tensor
+    ranks, model = config.parallel.tensor, config.model
     share = (ranks - 1) / ranks * stream_bytes(config)
     again = config.training.recompute == "full"
     layer = (10 + 4 * again) * share if config.parallel.sequence else (8 + 4 * again) * share
-    bytes_ = layer * len(stage.layers) + 2 * share * (stage.first + stage.last)
+    mixtures = sum(model.expert_layers[number - 1] for number in stage.layers)
+    halves = 2 * len(stage.layers) - mixtures * (model.moe_shared_expert_intermediate_size is None)
+    bytes_ = layer * halves / 2 + 2 * share * (stage.first + stage.last)
     return Moved(bytes_, bytes_ / cluster.link(1, ranks))
 
 
@@ -108,10 +115,17 @@ def data_moved(config: Config, cluster: Cluster, stage: Stage, data_parallel: in
     same weights, so they are among the ranks. Overlapped, gradients hide behind the backward pass of the last
     microbatch, two thirds of its `microbatch_seconds`."""
     parallel = config.parallel
-    ranks = data_parallel * parallel.context
+    groups = [(stage.parameters - stage.experts, data_parallel * parallel.context, parallel.tensor)]
+    if stage.experts:
+        stride = parallel.expert * parallel.expert_tensor
+        groups.append((stage.experts, expert_replicas(config, data_parallel), stride))
     width = 2 if config.training.precision == "bf16" else 4
-    others = stage.parameters * (ranks - 1) / ranks
-    gradients, weights = (4 * others, width * others) if parallel.distributed_optimizer else (8 * others, 0.0)
-    reduced, gathered = (cluster.reduce_seconds(bytes_, parallel.tensor, ranks) for bytes_ in (gradients, weights))
+    moved = reduced = gathered = 0.0
+    for parameters, ranks, stride in groups:
+        others = parameters * (ranks - 1) / ranks
+        gradients, weights = (4 * others, width * others) if parallel.distributed_optimizer else (8 * others, 0.0)
+        moved += gradients + weights
+        reduced += cluster.reduce_seconds(gradients, stride, ranks)
+        gathered += cluster.reduce_seconds(weights, stride, ranks)
     hidden = microbatch_seconds * 2 / 3 if parallel.overlap_grad_reduce else 0.0
-    return Moved(gradients + weights, max(0.0, reduced - hidden) + gathered)
+    return Moved(moved, max(0.0, reduced - hidden) + gathered)

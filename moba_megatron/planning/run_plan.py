@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moba_megatron.config import Config, ConfigError, check_world
+from moba_megatron.config.sizes import idle_parameters
 from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.model.schedule import FULL, AttentionSchedule
 from moba_megatron.planning.flops import training_flops_per_token
 from moba_megatron.planning.memory import MemoryEstimate, estimate_memory, fullest
 from moba_megatron.planning.plan_machines import MEMORY_SHARE, Cluster
+from moba_megatron.planning.plan_stages import whole_parameters
 from moba_megatron.planning.plan_time import StepTime, step_time
 
 
@@ -22,6 +24,7 @@ class RunPlan:
         steps: time of a step in each stage of the training; `shares` of the steps that are taken in each.
         full: time of a step if every layer attended fully.
         model_flops: of one step in each stage of the training: nothing recomputed.
+        parameters: of the whole model; `active`: those that a token passes, embedding and output layer included.
     """
 
     config: Config
@@ -32,6 +35,8 @@ class RunPlan:
     shares: tuple[float, ...]
     full: StepTime
     model_flops: tuple[float, ...]
+    parameters: int
+    active: int
 
     @property
     def peak(self) -> MemoryEstimate:
@@ -101,6 +106,7 @@ def plan_run(config: Config, schedule: AttentionSchedule, vocab_size: int, clust
         * length
         for layers in schedule.stages
     ]
+    parameters = whole_parameters(config, vocab_size)
     return RunPlan(
         config=config,
         cluster=cluster,
@@ -110,6 +116,8 @@ def plan_run(config: Config, schedule: AttentionSchedule, vocab_size: int, clust
         shares=stage_shares(schedule, config.training.steps),
         full=step_time(with_full_exchange(config), full, vocab_size, data_parallel, cluster),
         model_flops=tuple(flops),
+        parameters=parameters,
+        active=parameters - idle_parameters(config.model),
     )
 
 

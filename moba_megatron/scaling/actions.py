@@ -57,7 +57,7 @@ def fit_laws(sweep: Path, output: Path | None) -> None:
     if not laws:
         raise ConfigError([f"{sweep} has no figure of kind scaling, so there is nothing to fit"])
     _print(law_rows(laws), "laws")
-    for line in _notes(laws, results):
+    for line in _notes(loaded, laws, results):
         typer.echo(line)
     folder = _folder(loaded, output)
     record = {"laws": [law.to_dict() for law in laws], "left_out": _left_out(laws, results)}
@@ -94,7 +94,7 @@ def print_tables(sweep: Path, output: Path | None) -> None:
     laws = _all_laws(loaded, results)
     if any(law.by_6nd or law.three_terms for law in laws):
         text += "\n" + markdown(law_rows(laws))
-    text += "".join(f"\n- {line}" for line in [*_notes(laws, results), *provenance(results)])
+    text += "".join(f"\n- {line}" for line in [*_notes(loaded, laws, results), *provenance(results)])
     typer.echo(text)
     if output:
         (_folder(loaded, output) / "table.md").write_text(text + "\n", encoding="utf-8")
@@ -120,10 +120,11 @@ def _all_laws(sweep: Sweep, results: list[Result]) -> list[Laws]:
     return [law for f in figures for law in fit_sweep(sweep, results, f.compared_axis, f.metric)]
 
 
-def _notes(laws: list[Laws], results: list[Result]) -> list[str]:
-    """What is missing, and why: runs without a result and fits that cannot be made."""
-    missing = [f"left out: {line}" for line in _left_out(laws, results)]
-    return missing + [f"not fitted: {problem}" for problem in dict.fromkeys(p for law in laws for p in law.problems)]
+def _notes(sweep: Sweep, laws: list[Laws], results: list[Result]) -> list[str]:
+    """What sizes are; what is missing, and why: runs without a result and fits that cannot be made."""
+    notes = ["N: parameters that are active for a token, without embeddings"] if sweep.has_mixtures else []
+    notes += [f"left out: {line}" for line in _left_out(laws, results)]
+    return notes + [f"not fitted: {problem}" for problem in dict.fromkeys(p for law in laws for p in law.problems)]
 
 
 def _left_out(laws: list[Laws], results: list[Result]) -> list[str]:

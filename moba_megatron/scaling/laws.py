@@ -19,7 +19,7 @@ class Laws:
     Attributes:
         by_6nd, by_true_flops: loss against compute in PFLOP/s-days, counted as 6 N D and with attention by its pairs;
             None with the reason in `problems`.
-        three_terms: loss against parameters and tokens; likewise.
+        three_terms: loss against parameters (of a mixture of experts the active ones) and tokens; likewise.
     """
 
     option: str

@@ -77,7 +77,7 @@ def _scaling(drawing: Any, sweep: Sweep, results: list[Result], figure: Figure) 
     above.set(xscale="log", yscale="log", ylabel=_name(figure.metric))
     _plain_ticks(above)
     above.legend(fontsize=8)
-    drawing.axes[-1].set(xlabel="PFLOP/s-days (6 N D)")
+    drawing.axes[-1].set(xlabel=f"PFLOP/s-days ({sweep.compute})")
     for axes in below:
         _gaps(axes, sweep, chosen, axis, figure.metric)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moba_megatron.config import Config, ConfigError
+from moba_megatron.config.sizes import idle_parameters
 from moba_megatron.config.sweep import (
     SweepFile,
     axis_problems,
@@ -32,7 +33,8 @@ class Point:
     Attributes:
         options: the option of each axis.
         start_from: the run of the sweep whose weights it begins with, None for none.
-        parameters: without embeddings and norms.
+        parameters: without embeddings and norms; of a mixture of experts the active ones.
+        total_parameters: with the experts that a token does not pass.
         flops_true: forward and backward operations of the whole training with attention counted by its pairs.
     """
 
@@ -40,6 +42,7 @@ class Point:
     options: dict[str, str]
     config: Config
     parameters: int
+    total_parameters: int
     tokens: int
     flops_true: float
     start_from: Point | None = None
@@ -70,6 +73,16 @@ class Sweep:
     @property
     def folder(self) -> Path:
         return Path(self.file.dir)
+
+    @property
+    def has_mixtures(self) -> bool:
+        """Whether parameters of a model and those of a token differ."""
+        return any(point.parameters != point.total_parameters for point in self.points)
+
+    @property
+    def compute(self) -> str:
+        """What `flops_6nd` is called."""
+        return "6 N D, N active" if self.has_mixtures else "6 N D"
 
     def point(self, name: str) -> Point:
         """A point by its number in the order of `plan` (from 0, as in a Slurm array) or by its name; digits alone are
@@ -121,8 +134,8 @@ def _point(
 ) -> Point:
     run = swept_run(path, file, options, values, list(before))
     tokens = run.config.training.steps * run.config.tokens_per_step
-    start_from = before.get(run.start_from or "")
-    return Point(run.name, options, run.config, run.parameters, tokens, _true_flops(run.config), start_from)
+    start_from, total = before.get(run.start_from or ""), run.parameters + idle_parameters(run.config.model)
+    return Point(run.name, options, run.config, run.parameters, total, tokens, _true_flops(run.config), start_from)
 
 
 def _true_flops(config: Config) -> float:

@@ -9,21 +9,21 @@ from fnmatch import fnmatchcase
 
 from moba_megatron.scaling.laws import Laws, gaps_to_first
 from moba_megatron.scaling.results import Result
-from moba_megatron.scaling.sweep import PFLOP_S_DAY, Sweep
+from moba_megatron.scaling.sweep import PFLOP_S_DAY, Point, Sweep
 
 Rows = tuple[list[str], list[list[str]]]
 
 
 def plan_rows(sweep: Sweep, results: list[Result]) -> Rows:
     """What would run and how it stands."""
-    headings = ["run", "parameters", "tokens", "steps", "lr", "6 N D", "true FLOPs", "state"]
+    headings = ["run", *_sizes(sweep), "tokens", "steps", "lr", sweep.compute, "true FLOPs", "state"]
     rows = []
     for result in results:
         point = result.point
         number = sweep.points.index(point)
         done = f"{result.state} ({result.step} steps)" if result.state == "cut" else result.state
         rows.append([
-            f"{number} {point.name}", f"{point.parameters:,}", f"{point.tokens:,}", f"{point.config.training.steps:,}",
+            f"{number} {point.name}", *_sizes(sweep, point), f"{point.tokens:,}", f"{point.config.training.steps:,}",
             f"{point.config.optimizer.lr:.3g}", f"{point.flops_6nd:.3g}", f"{point.flops_true:.3g}", done,
         ])  # fmt: skip
     return headings, rows
@@ -33,12 +33,12 @@ def result_rows(sweep: Sweep, results: list[Result]) -> Rows:
     """The result of every run; a run without one says why. Figures of further evaluations follow as columns."""
     trailing = any(result.trailing_loss is not None for result in results)
     extra = _extra_columns(sweep, results)
-    headings = [*sweep.file.axes, "parameters", "tokens", "PFLOP/s-days (6 N D)", "validation loss"]
+    headings = [*sweep.file.axes, *_sizes(sweep), "tokens", f"PFLOP/s-days ({sweep.compute})", "validation loss"]
     headings += (["trailing loss"] if trailing else []) + extra + ["minutes"]
     rows = []
     for result in results:
         point = result.point
-        cells = [*point.options.values(), f"{point.parameters:,}", f"{point.tokens / 1e6:.2f}M"]
+        cells = [*point.options.values(), *_sizes(sweep, point), f"{point.tokens / 1e6:.2f}M"]
         cells.append(f"{point.flops_6nd / PFLOP_S_DAY:.2e}")
         if result.loss is None:
             cells.append(f"{result.state}{': ' + result.why if result.why else ''}")
@@ -80,6 +80,14 @@ def provenance(results: list[Result]) -> list[str]:
     """On what the runs were made, one line for each commit and machine."""
     counts = Counter(filter(None, (result.made_on for result in results)))
     return [f"{count} of {len(results)} runs: {made_on}" for made_on, count in counts.items()]
+
+
+def _sizes(sweep: Sweep, point: Point | None = None) -> list[str]:
+    """The columns of sizes, headings without a point: of a sweep with mixtures, active and all parameters."""
+    if point is None:
+        return ["active parameters", "all parameters"] if sweep.has_mixtures else ["parameters"]
+    sizes = [point.parameters, point.total_parameters] if sweep.has_mixtures else [point.parameters]
+    return [f"{size:,}" for size in sizes]
 
 
 def law_rows(laws: list[Laws]) -> Rows:

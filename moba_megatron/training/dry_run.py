@@ -6,6 +6,7 @@ from rich.console import Console
 
 from moba_megatron.checkpoint import CheckpointError
 from moba_megatron.config import Config, ConfigError, check_world
+from moba_megatron.config.sizes import idle_parameters
 from moba_megatron.convert.initial import describe_weights
 from moba_megatron.data.packing_report import expected_packing_lines
 from moba_megatron.model.builder import count_parameters
@@ -36,12 +37,12 @@ def print_dry_run(config: Config, world_size: int) -> None:
     console.print(config.to_yaml(), markup=False)
     console.print(f"processes            {world_size} ({data_parallel} data-parallel)")
     console.print(f"parameters           {counts.total:,} ({counts.layers:,} without embeddings)")
+    idle = idle_parameters(config.model)
+    if idle:
+        console.print(f"active for a token   {counts.total - idle:,} ({counts.layers - idle:,} without embeddings)")
     console.print(f"tokens per step      {config.tokens_per_step:,}")
     console.print(f"tokens in all        {config.tokens_per_step * config.training.steps:,}")
     console.print("\n".join([_weights(config), *choices, schedule.table(config.training.steps)]), markup=False)
-    if config.model.num_moe_experts is not None:
-        console.print("FLOPs, memory and hours of mixtures of experts are not estimated yet")
-        return
     _print_flops(console, config, schedule, vocab_size)
     _print_memory(console, config, schedule, vocab_size, data_parallel)
     _print_hours(console, config, schedule, vocab_size, world_size)

@@ -17,16 +17,13 @@ from moba_megatron.training.preflight import Preflight
 
 
 def gpu_metrics(config: Config, ready: Preflight, stage: int, seconds: float) -> dict[str, float]:
-    """Operations per second of a GPU, their share of its peak where that is known, and memory; of a mixture of experts
-    memory alone.
+    """Operations per second of a GPU, their share of its peak where that is known, and memory. Of the experts of a
+    layer those count that a token is sent to.
 
     Args:
         stage: of the attention schedule.
         seconds: that the step took.
     """
-    memory = {"peak_memory_bytes": torch.cuda.max_memory_allocated()}
-    if config.model.num_moe_experts is not None:
-        return memory
     layers = [None if a.kind == "full" else (a.block_size, a.top_k) for a in ready.schedule.stages[stage]]
     per_token = training_flops_per_token(config, ready.vocab_size, layers)
     flops = per_token * config.tokens_per_step / seconds / ready.world_size
@@ -34,7 +31,7 @@ def gpu_metrics(config: Config, ready: Preflight, stage: int, seconds: float) ->
     peak = peak_flops(torch.cuda.get_device_name()) if config.training.precision == "bf16" else None
     if peak:
         metrics["mfu"] = flops / peak
-    return {**metrics, **memory}
+    return {**metrics, "peak_memory_bytes": torch.cuda.max_memory_allocated()}
 
 
 def context_metrics(seen: Observation) -> dict[str, float]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from moba_megatron.config import config_from_dict
-from moba_megatron.planning.flops import attended_pairs, matrix_parameters, training_flops_per_token
+from moba_megatron.config.sizes import matrix_parameters
+from moba_megatron.planning.flops import attended_pairs, training_flops_per_token
 
 
 @pytest.mark.parametrize(

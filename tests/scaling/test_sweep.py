@@ -13,12 +13,13 @@ from moba_megatron.config import ConfigError, load_config
 from moba_megatron.config.named import names_in
 from moba_megatron.config.sweep import Figure, run_of
 from moba_megatron.ops.pairs import attended_pairs
+from moba_megatron.scaling.actions import print_tables
 from moba_megatron.scaling.laws import left_out
 from moba_megatron.scaling.plots import draw
 from moba_megatron.scaling.results import Result, read_result
 from moba_megatron.scaling.runner import default_jobs, gpus_of, run_sweep, visible_gpus
 from moba_megatron.scaling.sweep import load_sweep
-from moba_megatron.scaling.tables import gap_rows, provenance, result_rows
+from moba_megatron.scaling.tables import gap_rows, plan_rows, provenance, result_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = [path for path in sorted(CONFIGS.rglob("*.yaml")) if "\naxes:" in path.read_text()]
@@ -36,6 +37,35 @@ def test_points_are_the_product_of_the_axes(tmp_path):
     assert small.flops_6nd == 6 * small.parameters * small.tokens
     assert small.config.attention.kind == "moba" and sweep.points[1].config.attention.kind == "full"
     assert sweep.point("2") is large and sweep.point("large_moba") is large
+
+
+def test_sizes_of_mixtures_are_what_works_for_a_token(tmp_path, capsys):
+    mixture = {"model.num_moe_experts": 8, "model.moe_router_topk": 2, "model.moe_ffn_hidden_size": 32}
+    experts = {"dense": {}, "2 of 8": mixture | {"model.moe_layer_freq": [0, 1, 1, 1]}}
+    rule = {"value": 1e-3, "parameters": 1000, "exponent": -0.5}
+    axes = {"size": {"small": {"model.hidden_size": 32}, "large": {"model.hidden_size": 64}}, "experts": experts}
+    figures = [{"kind": "scaling", "axis": "experts"}]
+    path = write_sweep(tmp_path, axes=axes, figures=figures, tokens_per_parameter=4, learning_rate=rule)
+    sweep = load_sweep(path)
+    dense, sparse = sweep.points[:2]
+    # Two experts of 32 channels are as wide as the feed-forward; what is more is a router of 32 x 8 in three layers.
+    assert sparse.parameters == dense.parameters + 3 * 32 * 8
+    assert sparse.total_parameters == sparse.parameters + 3 * 6 * 3 * 32 * 32
+    assert dense.total_parameters == dense.parameters
+    assert sparse.config.training.steps == round(4 * sparse.parameters / (4 * 128))
+    assert sparse.config.optimizer.lr == pytest.approx(1e-3 * (sparse.parameters / 1000) ** -0.5, rel=1e-3)
+    assert sparse.flops_true - dense.flops_true == pytest.approx(
+        6 * 3 * 32 * 8 * sparse.tokens + dense.flops_true * (sparse.tokens / dense.tokens - 1)
+    )
+    results = [Result(point, "finished", loss=3.0 + n) for n, point in enumerate(sweep.points)]
+    headings, rows = result_rows(sweep, results)
+    assert headings[2:6] == ["active parameters", "all parameters", "tokens", "PFLOP/s-days (6 N D, N active)"]
+    assert rows[1][2:4] == [f"{sparse.parameters:,}", f"{sparse.total_parameters:,}"]
+    assert plan_rows(sweep, results)[0][1:3] == headings[2:4]
+    assert draw(sweep, results, sweep.file.figures[0], tmp_path / "sizes.png").is_file()
+    print_tables(path, None)
+    assert "- N: parameters that are active for a token" in capsys.readouterr().out
+    assert not load_sweep(write_sweep(tmp_path)).has_mixtures
 
 
 def test_true_operations_follow_the_stages(tmp_path):
