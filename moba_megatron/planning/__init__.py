@@ -1,5 +1,6 @@
 """Estimates before a run, from sizes alone: operations, bytes, memory and time, and the layouts that fit.
 
-`run_plan` is the plan of one configuration, of `memory` (`memory_layer`) and `plan_time` (`kernel_model`,
-`plan_traffic`); `plan_layouts` suggests others, `plan_cluster` prints it all for the command `plan_command`.
+`run_plan` is the plan of one configuration, of `memory` (`memory_layer`, `memory_experts`) and `plan_time`
+(`kernel_model`, `plan_traffic`, `expert_traffic`); `plan_layouts` suggests others, `plan_cluster` prints it all for the
+command `plan_command`.
 """
