@@ -333,15 +333,12 @@ def _training_checks(config: Config) -> list[tuple[bool, str]]:
 
 
 def _recompute_checks(config: Config) -> list[tuple[bool, str]]:
-    model, training = config.model, config.training
-    modules, key = training.recompute_modules, f"training.recompute_modules = {training.recompute_modules}"
-    used, default = training.recompute == "selective", type(training).model_fields["recompute_modules"].default
+    model, modules = config.model, config.training.recompute
+    if isinstance(modules, str):
+        return []
+    key = f"training.recompute = {modules}"
     return [
-        (
-            not used and modules != default,
-            f"{key} has no effect with training.recompute = {training.recompute}: set it to selective",
-        ),
-        (used and not modules, f"{key} repeats nothing: name some, or set training.recompute: none"),
+        (not modules, f"{key} repeats nothing: name parts of a layer, or set none"),
         (len(set(modules)) < len(modules), f"{key} names one twice"),
         ("mlp" in modules and all(model.expert_layers), f"{key}: no layer is a dense one (mlp): use moe"),
         ("moe" in modules and not any(model.expert_layers), f"{key}: no layer has experts (moe): use mlp"),

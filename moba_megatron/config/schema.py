@@ -7,10 +7,10 @@ working directory. Sizes are in tokens unless the field says otherwise.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from moba_megatron.config.literal import literal
 from moba_megatron.config.model import ModelConfig
@@ -159,6 +159,9 @@ class DataConfig(Section):
     sequences). True: a sample is one sequence."""
 
 
+RecomputedModule = Literal["core_attn", "mlp", "moe", "shared_experts"]
+
+
 class TrainingConfig(Section):
     steps: int = Field(ge=1, le=MOST_STEPS)
     """Optimizer steps of the whole run: the horizon of the schedules and of the data order. A resumed run keeps it."""
@@ -170,11 +173,10 @@ class TrainingConfig(Section):
     """Samples per forward pass of a rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """`bf16`: weights and activations in bf16 with fp32 main weights, gradients and optimizer state."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation in the backward: `selective` repeats `recompute_modules`, `full` whole layers."""
-    recompute_modules: list[Literal["core_attn", "mlp", "moe", "shared_experts"]] = ["core_attn"]
-    """What `selective` repeats: the core attention, dense feed-forward layers, whole layers of experts, or of those the
-    shared experts alone. `moe` sends the tokens to their experts once more."""
+    recompute: Literal["none", "selective", "full"] | list[RecomputedModule] = "none"
+    """What the backward pass computes again: `full` whole layers, `selective` the core attention, or a list of parts:
+    `core_attn`, `mlp` (dense feed-forward layers), `moe` (layers of experts; their tokens are sent once more),
+    `shared_experts`. `[mlp]` keeps attention, the dearest part of long sequences to repeat."""
     loss_chunk_size: int | None = Field(default=None, ge=1, le=LONGEST)
     """Tokens per chunk of the loss: at most chunk x vocabulary logits are in memory at once. None: 512 on a CPU, 4096
     on a GPU, where each chunk reads and writes the fp32 gradient of the output weight once."""
@@ -196,6 +198,21 @@ class TrainingConfig(Section):
     replay: int | None = Field(default=None, ge=1)
     """Run this step of the run in `run.dir` again, from the newest checkpoint before it, and write what was found
     (loss, norm, what is not finite in which layer) into RUN/replay/step_N.json. Nothing else of the run changes."""
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _known_words(cls, value: Any) -> Any:
+        """One error, where a union of types would make two."""
+        words, parts = ("none", "selective", "full"), get_args(RecomputedModule)
+        known = all(part in parts for part in value) if isinstance(value, list) else value in words
+        if not known:
+            raise ValueError(f"use {', '.join(words)} or a list of {', '.join(parts)}")
+        return value
+
+    def repeats(self, module: RecomputedModule) -> bool:
+        """Whether the backward pass computes a part of a layer again."""
+        words = {"none": [], "selective": ["core_attn"], "full": ["core_attn", "mlp", "moe", "shared_experts"]}
+        return module in (words[self.recompute] if isinstance(self.recompute, str) else self.recompute)
 
     def tokens_of_loss_chunk(self, device_type: str) -> int:
         """`loss_chunk_size`, or its default on a kind of device ("cuda" or "cpu")."""

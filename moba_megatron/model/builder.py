@@ -122,9 +122,10 @@ def _pipeline_layout(config: Config) -> list[list[str]]:
 def _recompute_settings(training: TrainingConfig) -> dict:
     if training.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if training.recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": list(training.recompute_modules)}
-    return {}
+    if training.recompute == "none":
+        return {}
+    modules = ["core_attn"] if training.recompute == "selective" else list(training.recompute)
+    return {"recompute_granularity": "selective", "recompute_modules": modules}
 
 
 def _machine_settings(device_type: str, *, fused_rotary: bool = True) -> dict:

@@ -55,7 +55,7 @@ def expert_traffic(config: Config, cluster: Cluster) -> ExpertTraffic:
     if shape is None or shape.group == 1:
         return ExpertTraffic()
     forward, backward = _PASSES[shape.dispatcher](config, cluster, shape)
-    return forward.times(2 if config.training.recompute == "full" else 1) + backward
+    return forward.times(2 if config.training.repeats("moe") else 1) + backward
 
 
 def _alltoall(config: Config, cluster: Cluster, shape: ExpertShape) -> tuple[ExpertTraffic, ExpertTraffic]:
@@ -112,5 +112,5 @@ def sorted_bytes(config: Config) -> float:
     copies = shape.rows
     if shape.dispatcher == "alltoall":
         copies = shape.sent + shape.rows * (shape.local > 1)
-    passes = 3 if config.training.recompute == "full" else 2
+    passes = 3 if config.training.repeats("moe") else 2
     return 4.0 * copies * shape.row_bytes * passes

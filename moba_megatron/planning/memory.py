@@ -30,6 +30,7 @@ from moba_megatron.planning.memory_layer import (
     exchange_bytes,
     layer_bytes,
     mlp_working_bytes,
+    repeated_mlp_bytes,
 )
 from moba_megatron.planning.plan_stages import Stage, expert_replicas, stages_of, vocabulary_rows
 
@@ -126,25 +127,36 @@ def _stage_activations(
     config: Config, layers: tuple[LayerAttention, ...], stage: Stage, shape: Shape, exchanges: ExchangeChoice
 ) -> tuple[int, int, int, int, int]:
     """(activations, MoBA's own, backward, exchange, freed by then) of one stage of the training."""
-    recompute, has_experts = config.training.recompute, config.model.expert_layers
+    training, has_experts = config.training, config.model.expert_layers
     activations, moba, moments = 0.0, 0.0, [(0, 0, 0)]
     kinds = Counter((layers[number - 1], has_experts[number - 1]) for number in stage.layers)
     for (layer, experts), count in kinds.items():
         name = exchanges.full if layer.kind == "full" else exchanges.moba
         bytes_ = layer_bytes(shape, layer, name, experts)
-        activations += count * stage.in_flight * (bytes_.entry if recompute == "full" else bytes_.kept)
-        moba += count * stage.in_flight * bytes_.selected if recompute == "none" else 0
-        moments.append(_layer_moment(config, shape, layer, name, bytes_, mlp_working_bytes(shape, experts)))
+        dropped = repeated_mlp_bytes(training, shape, experts)
+        kept = bytes_.entry if training.recompute == "full" else bytes_.kept - dropped
+        activations += count * stage.in_flight * kept
+        moba += 0 if training.repeats("core_attn") else count * stage.in_flight * bytes_.selected
+        mlp = mlp_working_bytes(shape, experts)
+        moments.append(_layer_moment(config, shape, layer, name, bytes_, mlp, dropped))
     return int(activations), int(moba), *max(moments, key=lambda moment: moment[0] + moment[1])
 
 
 def _layer_moment(
-    config: Config, shape: Shape, layer: LayerAttention, exchange: str | None, bytes_: LayerBytes, mlp: int
+    config: Config,
+    shape: Shape,
+    layer: LayerAttention,
+    exchange: str | None,
+    bytes_: LayerBytes,
+    mlp: int,
+    dropped: int,
 ) -> tuple[int, int, int]:
-    """(backward, exchange, what of the former is gone when the exchange begins) of one layer."""
-    again = {"none": 0, "selective": bytes_.selected, "full": bytes_.kept + bytes_.selected}[config.training.recompute]
-    attention = attention_backward_bytes(shape, layer) - bytes_.mlp
-    backward = max(mlp, attention)
+    """(backward, exchange, what of the former is gone when the exchange begins) of one layer; `dropped` bytes of its
+    feed-forward are made again for that alone."""
+    again = bytes_.selected if config.training.repeats("core_attn") else 0
+    again += bytes_.kept if config.training.recompute == "full" else 0
+    attention = attention_backward_bytes(shape, layer) - (bytes_.mlp - dropped)
+    backward = max(mlp + dropped, attention)
     return again + backward, exchange_bytes(config, shape, layer, exchange), backward - attention
 
 

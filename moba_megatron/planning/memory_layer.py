@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moba_megatron.config import Config
+from moba_megatron.config import Config, TrainingConfig
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.ops.gathered.index import ENTRY_BYTES, default_entries
 from moba_megatron.ops.kernel_sizes import default_workspace
@@ -119,12 +119,28 @@ def layer_bytes(shape: Shape, layer: LayerAttention, exchange: str | None, exper
 
 
 def _mlp_bytes(shape: Shape, experts: bool) -> int:
-    parts = 3 if shape.cuda else 5
     if not experts or shape.experts is None:
-        return parts * shape.tokens * shape.ffn * shape.width
+        return _parts(shape) * shape.tokens * shape.ffn * shape.width
+    return expert_layer_bytes(shape.experts, shape.cuda) + _shared_bytes(shape)
+
+
+def _parts(shape: Shape) -> int:
+    return 3 if shape.cuda else 5
+
+
+def _shared_bytes(shape: Shape) -> int:
     # The gate of a shared expert multiplies its output.
-    shared = parts * shape.tokens * shape.shared * shape.width + shape.stream * shape.shared_gate
-    return expert_layer_bytes(shape.experts, shape.cuda) + shared
+    return _parts(shape) * shape.tokens * shape.shared * shape.width + shape.stream * shape.shared_gate
+
+
+def repeated_mlp_bytes(training: TrainingConfig, shape: Shape, experts: bool) -> int:
+    """What of a layer's feed-forward is not kept but made again, where parts of layers are named; nothing under `full`,
+    which keeps nothing of a layer."""
+    if isinstance(training.recompute, str):
+        return 0
+    if training.repeats("moe" if experts else "mlp"):
+        return _mlp_bytes(shape, experts)
+    return _shared_bytes(shape) if experts and training.repeats("shared_experts") else 0
 
 
 def mlp_working_bytes(shape: Shape, experts: bool = False) -> int:

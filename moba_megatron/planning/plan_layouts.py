@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from moba_megatron.config import Config, ConfigError, ParallelConfig, check_world
 from moba_megatron.config.checks import combination_problems
@@ -28,7 +29,7 @@ from moba_megatron.planning.plan_time import layer_seconds, loss_seconds, step_t
 from moba_megatron.planning.plan_traffic import tensor_moved
 from moba_megatron.planning.run_plan import stage_shares
 
-RECOMPUTATION = ("none", "selective", "full")
+RECOMPUTATION: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 # A stage that is slower than the best cut by less than this keeps equal stages.
 EQUAL_STAGES_MAY_COST = 1.02
 
@@ -39,7 +40,7 @@ class Layout:
 
     parallel: ParallelConfig
     data: int
-    recompute: str
+    recompute: Literal["none", "selective", "full"]
     memory: int
     step_seconds: float
     tokens_per_second: float

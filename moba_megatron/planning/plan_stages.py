@@ -78,10 +78,14 @@ def layer_parameters(config: Config, experts: bool = False) -> int:
     joint = (heads + 2 * kv_heads) * size
     split = joint * hidden + heads * size * hidden + joint * model.add_qkv_bias
     split += kv_heads * size * (config.attention.key_convolution or 0)
-    split += 3 * hidden * ((model.moe_shared_expert_intermediate_size or 0) if experts else model.ffn_size)
-    # Every rank has a whole router.
-    whole = 2 * hidden + 2 * size * model.qk_layernorm + (router_parameters(model) if experts else 0)
-    return split // tensor + whole
+    return split // tensor + 2 * hidden + 2 * size * model.qk_layernorm + feed_forward_parameters(config, experts)
+
+
+def feed_forward_parameters(config: Config, experts: bool = False) -> int:
+    """Those of its feed-forward: of a mixture the shared expert, and the router, which every rank has whole."""
+    model = config.model
+    ffn = (model.moe_shared_expert_intermediate_size or 0) if experts else model.ffn_size
+    return 3 * model.hidden_size * ffn // config.parallel.tensor + (router_parameters(model) if experts else 0)
 
 
 def experts_of_rank(config: Config) -> int:

@@ -25,6 +25,7 @@ from moba_megatron.planning.plan_machines import EXPERT_SHARE, MATRIX_SHARE, Clu
 from moba_megatron.planning.plan_stages import (
     Stage,
     expert_replicas,
+    feed_forward_parameters,
     layer_parameters,
     stages_of,
     tokens_of_rank,
@@ -175,7 +176,7 @@ def layer_seconds(
         top_k=layer.top_k or 0,
     )
     documents = training.micro_batch_size / parallel.context
-    attention = _attention_seconds(sizes, machine, training.recompute != "none") * documents
+    attention = _attention_seconds(sizes, machine, training.repeats("core_attn")) * documents
     time = LayerTime(
         matrices=_matrix_seconds(config, cluster, experts),
         attention=attention,
@@ -189,13 +190,20 @@ def layer_seconds(
 
 def _matrix_seconds(config: Config, cluster: Cluster, experts: bool) -> float:
     """Matrix products of one layer and microbatch."""
-    passes = 4 if config.training.recompute == "full" else 3
-    products, of_experts, shape = tokens_of_rank(config) * layer_parameters(config, experts), 0, ExpertShape.of(config)
-    if experts and shape is not None:
-        # A router sees the tokens that sequence parallelism leaves this rank.
-        products -= (tokens_of_rank(config) - shape.tokens) * router_parameters(config.model)
-        of_experts = shape.rows * 3 * shape.hidden * shape.ffn
-    return 2 * passes * (products / MATRIX_SHARE + of_experts / EXPERT_SHARE) / cluster.gpu.machine.peak
+    training, tokens, shape = config.training, tokens_of_rank(config), ExpertShape.of(config)
+    feed_forward = feed_forward_parameters(config, experts)
+    attention = tokens * (layer_parameters(config, experts) - feed_forward)
+    passes = 4 if training.recompute == "full" else 3
+    if not experts or shape is None:
+        mlp = (4 if training.repeats("mlp") else 3) * tokens * feed_forward
+        return 2 * (passes * attention + mlp) / MATRIX_SHARE / cluster.gpu.machine.peak
+    of_shared, of_experts = (4 if training.repeats(part) else 3 for part in ("shared_experts", "moe"))
+    of_shared = max(of_shared, of_experts)
+    # A router sees the tokens that sequence parallelism leaves this rank.
+    router = router_parameters(config.model)
+    whole = of_shared * tokens * (feed_forward - router) + of_experts * shape.tokens * router
+    rows = of_experts * shape.rows * 3 * shape.hidden * shape.ffn
+    return 2 * ((passes * attention + whole) / MATRIX_SHARE + rows / EXPERT_SHARE) / cluster.gpu.machine.peak
 
 
 @functools.cache

@@ -59,11 +59,16 @@ def tensor_moved(config: Config, cluster: Cluster, stage: Stage) -> Moved:
     """TP of one microbatch in one pipeline stage. Embedding and loss cost an all-reduce each, or its two halves."""
     ranks, model = config.parallel.tensor, config.model
     share = (ranks - 1) / ranks * stream_bytes(config)
-    again = config.training.recompute == "full"
-    layer = (10 + 4 * again) * share if config.parallel.sequence else (8 + 4 * again) * share
+    training, half = config.training, 5 if config.parallel.sequence else 4
     mixtures = sum(model.expert_layers[number - 1] for number in stage.layers)
-    halves = 2 * len(stage.layers) - mixtures * (model.moe_shared_expert_intermediate_size is None)
-    bytes_ = layer * halves / 2 + 2 * share * (stage.first + stage.last)
+    shared = mixtures if model.moe_shared_expert_intermediate_size is not None else 0
+    counts = (
+        (len(stage.layers), training.recompute == "full"),
+        (len(stage.layers) - mixtures, training.repeats("mlp")),
+        (shared, training.repeats("shared_experts") or training.repeats("moe")),
+    )
+    # An attention or a feed-forward is half of a layer.
+    bytes_ = share * sum(count * (half + 2 * again) for count, again in counts) + 2 * share * (stage.first + stage.last)
     return Moved(bytes_, bytes_ / cluster.link(1, ranks))
 
 
@@ -91,7 +96,7 @@ def context_moved(
     name = choice.full if layer.kind == "full" else choice.moba
     if ranks == 1 or name is None:
         return Moved()
-    again = config.training.recompute != "none"
+    again = config.training.repeats("core_attn")
     kind, sizes = EXCHANGES[name], rank_sizes(config, layer)
     summaries = 0
     if layer.kind == "moba" and kind.sends_summaries:

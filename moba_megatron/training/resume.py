@@ -28,7 +28,6 @@ FREE = (
     "training.stop_after",
     "training.micro_batch_size",
     "training.recompute",
-    "training.recompute_modules",
     "training.loss_chunk_size",
     "training.on_divergence",
     "training.max_divergences",

@@ -100,27 +100,22 @@ def test_experts_and_processes():
 
 
 @pytest.mark.parametrize(
-    ("recompute", "modules", "model", "said"),
+    ("recompute", "model", "said"),
     [
-        ("full", ["moe"], {}, "has no effect with training.recompute = full: set it to selective"),
-        ("selective", [], {}, "repeats nothing"),
-        ("selective", ["moe", "moe"], {}, "names one twice"),
-        ("selective", ["mlp"], {}, "no layer is a dense one"),
+        ([], {}, "repeats nothing"),
+        (["moe", "moe"], {}, "names one twice"),
+        (["mlp"], {}, "no layer is a dense one"),
+        (["moe"], {"model__num_moe_experts": None, "model__moe_aux_loss_coeff": 0.0}, "no layer has experts"),
+        (["shared_experts"], {}, "without model.moe_shared_expert_intermediate_size"),
         (
-            "selective",
-            ["moe"],
-            {"model__num_moe_experts": None, "model__moe_aux_loss_coeff": 0.0},
-            "no layer has experts",
-        ),
-        ("selective", ["shared_experts"], {}, "without model.moe_shared_expert_intermediate_size"),
-        (
-            "selective",
             ["moe", "shared_experts"],
             {"model__moe_shared_expert_intermediate_size": 8},
             "moe repeats the shared experts too",
         ),
+        ("half", {}, "training.recompute = 'half': use none, selective, full or a list of core_attn, mlp, moe"),
+        (["layernorm"], {}, "training.recompute = ['layernorm']: use none, selective, full or a list of core_attn"),
     ],
 )
-def test_what_cannot_be_recomputed_is_refused(recompute, modules, model, said):
-    found = problems(training__recompute=recompute, training__recompute_modules=modules, **model)
+def test_what_cannot_be_recomputed_is_refused(recompute, model, said):
+    found = problems(training__recompute=recompute, **model)
     assert len(found) == 1 and said in found[0]

@@ -62,7 +62,7 @@ def test_what_is_computed_twice_counts_once(one_rank):
     shape, expected = one_rank
     config = mixture(shape)
     parts = ["shared_experts", "mlp"] if shape is SOFTMAX else ["core_attn", "moe"]
-    ways = [{"recompute": "full"}, {"recompute": "selective", "recompute_modules": parts}]
+    ways = [{"recompute": "full"}, {"recompute": parts}]
     again = [config.model_copy(update={"training": config.training.model_copy(update=way)}) for way in ways]
     for found, way in zip(run_ranks(1, course_of_each, again, STEPS, expected["gradients"])[0], ways, strict=True):
         agrees(found, expected, str(way))

@@ -112,6 +112,8 @@ def test_the_peak_of_a_short_run_with_experts(tmp_path, world_size):
     [
         (1, {}),
         (1, {"training__recompute": "full"}),
+        (1, {"training__recompute": ["moe"]}),
+        (1, {**SHARED, "training__recompute": ["core_attn", "shared_experts"]}),
         (1, {**SHARED, "training__precision": "bf16", "model__moe_router_dtype": "fp32"}),
         (2, TWO_RANKS),
         (2, {**TWO_RANKS, "training__recompute": "full"}),
@@ -127,17 +129,17 @@ def test_the_peak_of_a_short_run_with_experts(tmp_path, world_size):
             },
         ),
     ],
-    ids=[
-        *("one", "one-full", "one-bf16-shared", "ep", "ep-full", "ep-allgather", "ep-bf16-dist-opt", "ep-tp-sp-shared"),
-        "ep-padded",
-    ],
+    ids=(
+        "one one-full one-moe one-shared one-bf16-shared ep ep-full ep-allgather ep-bf16-dist-opt ep-tp-sp-shared "
+        "ep-padded"
+    ).split(),
 )
 def test_the_peak_with_experts(tmp_path, world_size, changes):
     check(tmp_path, world_size, **MIXTURE, **changes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full", ["mlp"], ["core_attn", "mlp"]], ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_peak_of_one_rank(tmp_path, precision, recompute):
     check(tmp_path, 1, training__precision=precision, training__recompute=recompute)
