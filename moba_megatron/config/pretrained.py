@@ -16,6 +16,7 @@ from moba_megatron.config.reading import read_json_object, read_plain_yaml
 YOUNGER = {
     *("max_position_embeddings", "export_as", "rotary_percent", "no_rope_freq", "rotary_beta_fast"),
     *("rotary_beta_slow", "rotary_truncate", "rotary_mscale", "rotary_mscale_all_dim"),
+    *(name for name in ModelConfig.model_fields if "moe_" in name),
 }
 
 

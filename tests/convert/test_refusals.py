@@ -19,6 +19,7 @@ from moba_megatron.config.huggingface import family_of_folder, model_section, re
 from moba_megatron.convert.families import family_of
 from moba_megatron.convert.initial import check_initial_weights
 from moba_megatron.convert.mapping import huggingface_shapes, parameter_shapes, pieces
+from moba_megatron.convert.piece import Arrangement
 from moba_megatron.convert.weights import open_weights
 
 
@@ -218,13 +219,13 @@ def test_what_no_plain_model_computes_is_not_exported(models):
 def test_every_number_of_every_tensor_has_exactly_one_place(models, ranks):
     """The table alone, without tensors of any size: over all ranks the pieces tile both sides."""
     for saved in models.values():
-        model, fused = model_of(saved.folder), family_of_folder(saved.folder).fused
-        shapes = huggingface_shapes(model, fused=fused)
+        model, arrangement = model_of(saved.folder), Arrangement.of(family_of_folder(saved.folder))
+        shapes = huggingface_shapes(model, arrangement)
         places = {name: torch.zeros(shape, dtype=torch.int) for name, shape in shapes.items()}
         whole = {"norm", "layer_norm", "layernorm"}
         for name in parameter_shapes(model):
             for rank in range(ranks):
-                for piece in pieces(name, model, rank, ranks, fused=fused):
+                for piece in pieces(name, model, rank, ranks, arrangement=arrangement):
                     if rank == 0 or not any(word in name for word in whole):
                         places[piece.source][piece.there] += 1
         assert all((count == 1).all() for count in places.values())
