@@ -35,13 +35,13 @@ def family_of(model: ModelConfig) -> str:
     """
     computing = families_of(model)
     if not computing:
-        raise ConfigError([f"{line}; {_TAKES_ITSELF}" for line in _refusals(model)])
+        raise ConfigError([f"{line}; {_TAKES_ITSELF}" for line in refusals(model)])
     if wrong := [text for refused, text in family_checks(model) if refused]:
         raise ConfigError(wrong)
     return model.export_as or computing[0]
 
 
-def _refusals(model: ModelConfig) -> list[str]:
+def refusals(model: ModelConfig) -> list[str]:
     """Why no plain model of transformers computes this one, one line each."""
     if model.num_moe_experts is None:
         said = [f"model.{key} = {getattr(model, key)}" for key, plain in MARKS.items() if getattr(model, key) != plain]

@@ -63,6 +63,11 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
         for key, (ours, theirs) in differing.items()
         if key in _FIXED or not key.startswith(_FREE)
     ]
+    if model.num_moe_experts and given.num_moe_experts is None:
+        problems = [
+            f"model.num_moe_experts = {model.num_moe_experts}, but {source} is dense: make a mixture of it by "
+            f"moba-megatron import-hf {source} OUT --upcycle-experts {model.num_moe_experts}, and start from that"
+        ]
     if problems:
         raise ConfigError(problems)
     tokenizer = Tokenizer(config.data.tokenizer)

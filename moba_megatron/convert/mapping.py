@@ -24,10 +24,11 @@ translates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from moba_megatron.config import ModelConfig
-from moba_megatron.convert.expert_mapping import expert_pieces, expert_shapes
+from moba_megatron.convert.expert_mapping import expert_pieces, expert_shapes, is_expert
 from moba_megatron.convert.piece import APART, Arrangement, Piece, columns, gate_and_up
 from moba_megatron.model.first_weights import in_whole_layer
 
@@ -112,6 +113,16 @@ def _attention_shapes(model: ModelConfig, key_convolution: int | None) -> dict[s
     if key_convolution:
         layer[KEY_FILTERS] = (groups * size, key_convolution)
     return layer | {"self_attention.linear_proj.weight": (hidden, heads * size)}
+
+
+def parameter_counts(model: ModelConfig) -> tuple[int, int]:
+    """Parameters in all, and those that one token passes: of each layer's experts the chosen ones."""
+    total = routed = 0
+    for name, shape in parameter_shapes(model).items():
+        total += math.prod(shape)
+        routed += math.prod(shape) if is_expert(name) else 0
+    experts = model.num_moe_experts or 1
+    return total, total - routed * (experts - min(model.moe_router_topk, experts)) // experts
 
 
 def huggingface_shapes(model: ModelConfig, arrangement: Arrangement = APART) -> dict[str, tuple[int, ...]]:

@@ -73,18 +73,32 @@ def read_weights(
         model: with `vocab_size` set.
         advance: told parameters done and in all, after each.
     """
-    arrangement = arrangement_of(weights)
     todo = [named for chunk in chunks for named in canonical_parameters(chunk) if not named[0].endswith(_OWN)]
+    arrangement = arrangement_of(weights)
     for number, (name, parameter) in enumerate(todo, start=1):
-        filled = 0
-        for piece in pieces(name, model, *rank_and_ranks(name), arrangement=arrangement):
-            target = parameter[piece.here] if piece.here else parameter
-            target.copy_(weights.read(piece.source, piece.there))
-            filled += target.numel()
-        if filled < parameter.numel():
-            # Only the vocabulary has padding, at its end.
-            parameter[filled // parameter[0].numel() :] = 0
+        copy_parameter(parameter, name, weights, model, arrangement)
         advance(number, len(todo))
+
+
+@torch.no_grad()
+def copy_parameter(
+    parameter: Tensor, name: str, weights: SafetensorsFolder, model: ModelConfig, arrangement: Arrangement
+) -> None:
+    """Fill what this rank has of a parameter.
+
+    Args:
+        name: canonical.
+        weights, model: as in `read_weights`.
+        arrangement: of the weights.
+    """
+    filled = 0
+    for piece in pieces(name, model, *rank_and_ranks(name), arrangement=arrangement):
+        target = parameter[piece.here] if piece.here else parameter
+        target.copy_(weights.read(piece.source, piece.there))
+        filled += target.numel()
+    if filled < parameter.numel():
+        # Only the vocabulary has padding, at its end.
+        parameter[filled // parameter[0].numel() :] = 0
 
 
 def rank_and_ranks(name: str) -> tuple[int, int]:
