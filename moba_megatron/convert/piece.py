@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from moba_megatron.config.family import Family
@@ -48,12 +48,13 @@ class Arrangement:
         told so (`save_original_format=False`). Its module has one name in all families."""
         return replace(self, mixture="mlp", parts=None)
 
-    def found_in(self, names: object) -> Arrangement:
+    def found_in(self, names: Iterable[str]) -> Arrangement:
         """This one, or `stacked` where one of these names of tensors says so."""
-        return self.stacked if any(str(name).endswith(STACKED) for name in names) else self
+        return self.stacked if any(name.endswith(STACKED) for name in names) else self
 
 
 APART = Arrangement()
+"""The arrangement of most families."""
 STACKED = ".experts.gate_up_proj"
 
 
