@@ -42,6 +42,9 @@ def with_pretrained_model(values: dict[str, Any]) -> dict[str, Any]:
         if missing <= YOUNGER:
             return values
         raise
+    if model.get("num_moe_experts") and not source.get("num_moe_experts"):
+        # Not what its exports are called is wrong then: the weights are (`convert.initial`).
+        source.pop("export_as", None)
     if model.get("rotary_scaling") == "yarn" and source.get("rotary_scaling", "none") != "yarn":
         source = _before_yarn(source)
     return {**values, "model": {**source, **model}}
