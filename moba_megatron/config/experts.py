@@ -110,7 +110,7 @@ def _balance_checks(model: ModelConfig) -> list[Check]:
         (
             balancing not in LOSSES and weight > 0,
             f"{key} has no effect with model.moe_router_load_balancing_type = {balancing}: use {one_of(list(LOSSES))}, "
-            "or take it out",
+            "or set it to 0",
         ),
         (
             balancing == "sinkhorn" and model.moe_router_enable_expert_bias,

@@ -2,38 +2,14 @@
 section, which of our models the family computes, how its weights are named, and what an export says of it.
 
 All are decoders of RMSNorm, SwiGLU and rotary embedding. They differ in biases, norms of queries and keys, in which
-layers and channels are rotated, and in whether projections are stored apart.
+layers and channels are rotated, in whether projections are stored apart, and in experts (`expert_families`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
-
+from moba_megatron.config import expert_families as experts
+from moba_megatron.config.family import Family, Values
 from moba_megatron.config.model import ModelConfig
-
-Values = dict[str, Any]
-"""Contents of a `config.json`."""
-
-MOBA_IN_TRANSFORMERS = (
-    "moba_megatron.hf.configure gives MoBA to every model of transformers that takes its attention from "
-    "AttentionInterface, without Megatron (docs/transformers.md)"
-)
-"""The way to go on with a model that our layers do not compute."""
-# What tells families apart, and its value in a model that has nothing of it.
-MARKS: dict[str, Any] = {
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
-    "rotary_percent": 1.0,
-    "no_rope_freq": None,
-    "num_moe_experts": None,
-}
-SCALINGS = ("none", "linear", "llama3", "yarn", "longrope")
-
-
-def _window(values: Values) -> int | None:
-    return values.get("sliding_window")
 
 
 def _window_if_used(values: Values) -> int | None:
@@ -44,55 +20,6 @@ def _window_if_ever_left(values: Values) -> int | None:
     """Phi-4-mini says a window of twice its positions."""
     window = values.get("sliding_window")
     return None if window is None or window >= values["max_position_embeddings"] else window
-
-
-@dataclass(frozen=True)
-class Family:
-    """One kind of model, by its `model_type`.
-
-    Attributes:
-        architecture: its class in transformers.
-        defaults: what is there without being said in `config.json`.
-        rope_theta: base of the rotary embedding that is there without being said.
-        always: what this kind means in our `model` section.
-        may: settings of ours that a model of this kind may have or not, of those that tell families apart.
-        section: these settings from a `config.json`.
-        problems: what of a `config.json` contradicts itself in this kind, one line each.
-        written: what an export says beside what all families say.
-        window: the window of attention that a `config.json` asks for.
-        fused: queries, keys and values are one tensor, gate and up projection another.
-        scalings: kinds of rotary scaling that it knows by name; others are written as `longrope`.
-        short_longrope: `longrope` is said by its short and long factors alone, where the rest follows from lengths.
-        rope_names: other names of kinds of rotary scaling.
-        fits_width: whether its class takes these heads in a stream of this width.
-        own_code: what `auto_map` may name, because transformers has the same under this name.
-    """
-
-    architecture: str
-    defaults: Values
-    rope_theta: float = 10000.0
-    always: dict[str, Any] = field(default_factory=dict)
-    may: tuple[str, ...] = ()
-    section: Callable[[Values], dict[str, Any]] = lambda values: {}
-    problems: Callable[[Values], list[str]] = lambda values: []
-    written: Callable[[ModelConfig], Values] = lambda model: {}
-    window: Callable[[Values], int | None] = _window
-    fused: bool = False
-    scalings: tuple[str, ...] = SCALINGS
-    short_longrope: bool = False
-    rope_names: dict[str, str] = field(default_factory=dict)
-    fits_width: Callable[[ModelConfig], bool] = lambda model: True
-    own_code: tuple[str, ...] = ()
-
-    def refuses(self, model: ModelConfig) -> str | None:
-        """What of a model this kind does not compute, in words; None if it computes it."""
-        for key, nothing in MARKS.items():
-            value = getattr(model, key)
-            if key not in self.may and value != self.always.get(key, nothing):
-                return f"model.{key} = {value}"
-        if not self.fits_width(model):
-            return f"{model.num_attention_heads} heads of {model.head_size} in a width of {model.hidden_size}"
-        return None
 
 
 def _smollm3_problems(values: Values) -> list[str]:
@@ -108,7 +35,7 @@ def _smollm3_problems(values: Values) -> list[str]:
     return []
 
 
-def _smollm3_section(values: Values) -> dict[str, Any]:
+def _smollm3_section(values: Values) -> Values:
     layers, interval = values["num_hidden_layers"], values["no_rope_layer_interval"]
     rotated = values.get("no_rope_layers")
     if rotated is None:
@@ -129,6 +56,13 @@ def _smollm3_written(model: ModelConfig) -> Values:
 
 
 _COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02}
+_EXPERTS = {"router_aux_loss_coef": 0.001}
+_QWEN_EXPERTS = {
+    "max_position_embeddings": 32768,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
 FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
@@ -190,11 +124,72 @@ FAMILIES = {
         written=_smollm3_written,
         window=_window_if_used,
     ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {
+            **_COMMON,
+            **_EXPERTS,
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "num_experts_per_tok": 2,
+            "num_experts": 8,
+        },
+        rope_theta=1000000.0,
+        may=experts.ANY,
+        section=experts.mixtral_section,
+        problems=experts.mixtral_problems,
+        written=experts.mixtral_written,
+        lacks=experts.uniform,
+        mixture="block_sparse_moe",
+        expert_parts=("w1", "w3", "w2"),
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {
+            **_COMMON,
+            **_EXPERTS,
+            **_QWEN_EXPERTS,
+            "num_key_value_heads": 4,
+            "num_experts_per_tok": 8,
+            "num_experts": 128,
+            "moe_intermediate_size": 768,
+        },
+        always={"qk_layernorm": True},
+        may=experts.ANY,
+        section=experts.qwen_section,
+        problems=experts.qwen_problems,
+        written=experts.qwen3_written,
+        window=_window_if_used,
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        {
+            **_COMMON,
+            **_EXPERTS,
+            **_QWEN_EXPERTS,
+            "num_key_value_heads": 16,
+            "num_experts_per_tok": 4,
+            "num_experts": 60,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "max_window_layers": 28,
+            "qkv_bias": True,
+        },
+        may=(*experts.ANY, *experts.SHARED, "add_qkv_bias"),
+        section=experts.qwen2_section,
+        problems=experts.qwen_problems,
+        written=experts.qwen2_written,
+        window=experts.window_of_layers,
+        lacks=experts.without_shared,
+    ),
 }
 
 
 def families_of(model: ModelConfig) -> list[str]:
     """Every `model_type` that computes this model, the one to take without a wish first."""
+    if experts.unwritten(model):
+        return []
     return [name for name, family in FAMILIES.items() if family.refuses(model) is None]
 
 
@@ -203,7 +198,7 @@ def family_checks(model: ModelConfig) -> list[tuple[bool, str]]:
     wish = model.export_as
     refused = FAMILIES[wish].refuses(model) if wish else None
     others = families_of(model)
-    instead = f"use {' or '.join(others)}, or leave it out" if others else "leave it out"
+    instead = f"use {' or '.join(others)}, or set it to null" if others else "set it to null"
     return [
         (
             refused is not None,

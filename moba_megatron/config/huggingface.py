@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moba_megatron.config.checks import ConfigError
-from moba_megatron.config.families import FAMILIES, MOBA_IN_TRANSFORMERS, Family, Values
+from moba_megatron.config.families import FAMILIES
+from moba_megatron.config.family import MOBA_IN_TRANSFORMERS, Family, Values
 from moba_megatron.config.huggingface_rope import rotary_section
 from moba_megatron.config.huggingface_types import wrong_types
 from moba_megatron.config.reading import read_json_object
@@ -19,6 +20,8 @@ DOWNLOAD = "hf download NAME --local-dir"
 """The command that fetches a model, up to the folder."""
 # null says something here that is not the default of the family.
 _MEANINGFUL_NULLS = ("sliding_window", "num_key_value_heads", "head_dim")
+# The number of experts has another name in some families, which transformers 5 saves for others as well.
+_SAME = "num_experts", "num_local_experts"
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -37,6 +40,13 @@ def read_huggingface_config(folder: str | Path) -> Values:
         raise ConfigError([
             f"{path}: model_type = {given.get('model_type')!r} is not one of {', '.join(FAMILIES)}: "
             f"{MOBA_IN_TRANSFORMERS}"
+        ])  # fmt: skip
+    one, other = _SAME
+    if given.get(one) is None:
+        given[one] = given.pop(other, None)
+    elif given.get(other) not in (None, given[one]):
+        raise ConfigError([
+            f"{path}: {one} = {given[one]} and {other} = {given[other]}: keep the one that the weights have"
         ])  # fmt: skip
     values = {**family.defaults, **{key: value for key, value in given.items() if value is not None}}
     for key in _MEANINGFUL_NULLS:

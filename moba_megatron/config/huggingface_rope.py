@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from moba_megatron.config.checks import ConfigError
-from moba_megatron.config.families import MOBA_IN_TRANSFORMERS, Family, Values
+from moba_megatron.config.family import MOBA_IN_TRANSFORMERS, Family, Values
 from moba_megatron.config.model import longrope_attention_factor
 
 

@@ -34,8 +34,18 @@ def _switches(value: Any) -> bool:
     return isinstance(value, list) and all(flag in (0, 1) for flag in value)
 
 
+def _from_zero(value: Any) -> bool:
+    return value == 0 and not isinstance(value, bool | float) or _count(value)
+
+
+def _numbers_of_layers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_from_zero, value))
+
+
 Check = tuple[Callable[[Any], bool], str]
 _COUNT: Check = (_count, f"a whole number from 1 to {_MOST}")
+_FROM_ZERO: Check = (_from_zero, f"a whole number from 0 to {_MOST}")
+_NOT_NEGATIVE: Check = (lambda value: _number(value) and value >= 0, "a finite number from 0")
 _POSITIVE: Check = (_positive, "a finite number above 0")
 _NUMBER: Check = (_number, "a finite number")
 _FLAG: Check = (lambda value: isinstance(value, bool), "true or false")
@@ -45,7 +55,14 @@ _OBJECT: Check = (lambda value: isinstance(value, dict), "an object")
 _TYPES: dict[str, Check] = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), _COUNT),
     **dict.fromkeys(("vocab_size", "num_key_value_heads", "head_dim", "max_position_embeddings"), _COUNT),
-    **dict.fromkeys(("original_max_position_embeddings", "sliding_window"), _COUNT),
+    "original_max_position_embeddings": _COUNT,
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok", "decoder_sparse_step"), _COUNT),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), _COUNT),
+    # Qwen 2 MoE says a window of 0 where it has none.
+    **dict.fromkeys(("sliding_window", "max_window_layers"), _FROM_ZERO),
+    **dict.fromkeys(("router_aux_loss_coef", "router_jitter_noise"), _NOT_NEGATIVE),
+    **dict.fromkeys(("norm_topk_prob", "qkv_bias"), _FLAG),
+    "mlp_only_layers": (_numbers_of_layers, "a list of whole numbers from 0"),
     **dict.fromkeys(("rms_norm_eps", "initializer_range", "rope_theta", "partial_rotary_factor"), _POSITIVE),
     **dict.fromkeys(("tie_word_embeddings", "mlp_bias", "attention_bias", "lm_head_bias"), _FLAG),
     "use_sliding_window": _FLAG,

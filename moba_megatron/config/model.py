@@ -10,6 +10,9 @@ from pydantic import Field
 from moba_megatron.config.section import MOST_LAYERS, Section
 
 Balancing = Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"]
+Exports = Literal[
+    "llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "mixtral", "qwen3_moe", "qwen2_moe"
+]  # fmt: skip
 LayerHasExperts = Annotated[int, Field(ge=0, le=1)]
 
 
@@ -36,7 +39,7 @@ class ModelConfig(Section):
     max_position_embeddings: int | None = Field(default=None, ge=1, le=2**31 - 1)
     """Tokens that the model this run starts from was made for; exports keep the larger of it and what was trained.
     Default: of `init_from`."""
-    export_as: Literal["llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3"] | None = None
+    export_as: Exports | None = None
     """The kind of Hugging Face model that exports are, where several compute this one. Default: that of `init_from`,
     else the first that does."""
     vocab_size: int | None = Field(default=None, ge=2, le=2**24)

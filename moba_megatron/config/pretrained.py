@@ -16,6 +16,7 @@ from moba_megatron.config.reading import read_json_object, read_plain_yaml
 YOUNGER = {
     *("max_position_embeddings", "export_as", "rotary_percent", "no_rope_freq", "rotary_beta_fast"),
     *("rotary_beta_slow", "rotary_truncate", "rotary_mscale", "rotary_mscale_all_dim"),
+    *(name for name in ModelConfig.model_fields if "moe_" in name),
 }
 
 
@@ -41,6 +42,9 @@ def with_pretrained_model(values: dict[str, Any]) -> dict[str, Any]:
         if missing <= YOUNGER:
             return values
         raise
+    if model.get("num_moe_experts") and not source.get("num_moe_experts"):
+        # Not what its exports are called is wrong then: the weights are (`convert.initial`).
+        source.pop("export_as", None)
     if model.get("rotary_scaling") == "yarn" and source.get("rotary_scaling", "none") != "yarn":
         source = _before_yarn(source)
     return {**values, "model": {**source, **model}}

@@ -24,8 +24,9 @@ from moba_megatron.config.families import FAMILIES
 from moba_megatron.convert.export_digests import write_source
 from moba_megatron.convert.exported import Exported
 from moba_megatron.convert.families import family_of, huggingface_config, moba_config
-from moba_megatron.convert.mapping import Piece, parameter_shapes, pieces
+from moba_megatron.convert.mapping import parameter_shapes, pieces
 from moba_megatron.convert.model_card import model_card
+from moba_megatron.convert.piece import Arrangement, Piece
 from moba_megatron.convert.publish import check_unused, new_folder
 from moba_megatron.convert.safetensors_folder import INDEX, SINGLE
 from moba_megatron.convert.self_contained import with_own_code
@@ -114,7 +115,7 @@ def source_of(exported: Exported) -> dict[str, Any]:
 
 
 def _check_parameters(exported: Exported, stored: StoredWeights, shapes: dict[str, Any]) -> None:
-    problems = stored.problems(shapes, exported.model.num_layers)
+    problems = stored.problems(shapes, exported.model)
     if problems:
         raise CheckpointError(f"{exported.checkpoint} does not fit its configuration: {'; '.join(problems)}")
 
@@ -163,7 +164,7 @@ def _write_weights(
 def _huggingface_tensors(name: str, parameter: torch.Tensor, model: ModelConfig) -> dict[str, torch.Tensor]:
     """A whole parameter, cut into the Hugging Face tensors that it is made of."""
     parts: dict[str, list[Piece]] = {}
-    for piece in pieces(name, model, fused=FAMILIES[family_of(model)].fused):
+    for piece in pieces(name, model, arrangement=Arrangement.of(FAMILIES[family_of(model)])):
         parts.setdefault(piece.source, []).append(piece)
     # Only tensors that are not a parameter as it is are copied.
     whole = sum(map(len, parts.values())) == 1

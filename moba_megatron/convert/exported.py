@@ -9,9 +9,9 @@ from moba_megatron.checkpoint import CheckpointError, Manifest
 from moba_megatron.checkpoint.find import find_checkpoint
 from moba_megatron.checkpoint.manifest import damaged, misplaced_files, verify
 from moba_megatron.config import Config, ConfigError, ModelConfig
+from moba_megatron.convert.families import family_of
 from moba_megatron.convert.import_hf import NO_TOKENIZER
 from moba_megatron.convert.initial import sized
-from moba_megatron.convert.mapping import refuse_experts
 from moba_megatron.convert.run_inputs import found_config
 from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
@@ -71,11 +71,11 @@ def open_exported(path: str | Path, tokenizer: str | None = None, *, own_code: b
 
     Raises:
         CheckpointError: no complete checkpoint, or not the tokenizer that it was trained with.
-        ConfigError: it needs code of its own, and may not; or it is a mixture of experts.
+        ConfigError: it needs code of its own, and may not; or no plain model of transformers computes it.
     """
     checkpoint = find_checkpoint(path)
     manifest, config = Manifest.read(checkpoint), found_config(checkpoint)
-    refuse_experts(config.model)
+    family_of(config.model)
     schedule = AttentionSchedule.from_dict(manifest.schedule)
     layers = schedule.stages[schedule.stage_at(max(manifest.step, 1), config.training.steps)]
     folder = Path(tokenizer or config.data.tokenizer)

@@ -3,7 +3,8 @@
 It is the kind that the model came from (`model.export_as`), or the first that computes it: biases on queries, keys and
 values make it a Qwen 2, norms of queries and keys a Qwen 3, channels without rotation a Phi-3, layers without it a
 SmolLM3, nothing of it a Llama (or, where the heads do not divide the width, which transformers refuses for Llama, a
-Mistral without a window: the same computation). What differs between kinds stands in `config.families`.
+Mistral without a window: the same computation). A mixture of experts is a Mixtral, with norms of queries and keys a
+Qwen 3 MoE, with a shared expert a Qwen 2 MoE. What differs between kinds stands in `config.families`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from typing import Any, TypeVar
 import torch
 
 from moba_megatron.config import ConfigError, ModelConfig
-from moba_megatron.config.families import FAMILIES, MARKS, families_of, family_checks
+from moba_megatron.config.expert_families import unwritten
+from moba_megatron.config.families import FAMILIES, families_of, family_checks
+from moba_megatron.config.family import MARKS
 from moba_megatron.convert.written_rope import written_positions, written_rope
 from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.model.schedule import LayerAttention
 
 T = TypeVar("T")
+_TAKES_ITSELF = "exports and generation need one; moba-megatron evaluate takes the checkpoint itself"
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -31,14 +35,26 @@ def family_of(model: ModelConfig) -> str:
     """
     computing = families_of(model)
     if not computing:
-        said = [f"model.{key} = {getattr(model, key)}" for key, plain in MARKS.items() if getattr(model, key) != plain]
-        raise ConfigError([
-            f"no plain model of transformers has {' and '.join(said)}, with heads of {model.head_size} in a width of "
-            f"{model.hidden_size}: exports and generation need one; moba-megatron evaluate takes the checkpoint itself"
-        ])  # fmt: skip
+        raise ConfigError([f"{line}; {_TAKES_ITSELF}" for line in refusals(model)])
     if wrong := [text for refused, text in family_checks(model) if refused]:
         raise ConfigError(wrong)
     return model.export_as or computing[0]
+
+
+def refusals(model: ModelConfig) -> list[str]:
+    """Why no plain model of transformers computes this one, one line each."""
+    if model.num_moe_experts is None:
+        said = [f"model.{key} = {getattr(model, key)}" for key, plain in MARKS.items() if getattr(model, key) != plain]
+        return [
+            f"no plain model of transformers has {' and '.join(said)}, with heads of {model.head_size} in a width of "
+            f"{model.hidden_size}"
+        ]
+    if lines := unwritten(model):
+        return lines
+    refused = [
+        f"{family.architecture} not {family.refuses(model)}" for family in FAMILIES.values() if family.has_experts
+    ]
+    return [f"no mixture of experts in transformers computes this one: {', '.join(refused)}"]
 
 
 def huggingface_config(

@@ -23,6 +23,28 @@ def import_command(
         bool,
         typer.Option("--no-verify", help="Leave the digests alone that an export of ours has, which are read first."),
     ] = False,
+    experts: Annotated[
+        int | None,
+        typer.Option(
+            "--upcycle-experts",
+            metavar="N",
+            help="Make a mixture of N experts of a dense model, each a copy of its feed-forward. Default: import it as "
+            "it is.",
+        ),
+    ] = None,
+    experts_per_token: Annotated[
+        int | None, typer.Option(help="With --upcycle-experts: experts that a token passes. Default: 2.")
+    ] = None,
+    noise: Annotated[
+        float | None,
+        typer.Option(
+            help="With --upcycle-experts: standard deviation of the noise on each expert's weights, in units of the "
+            "standard deviation of the tensor. Default: 0, with which the first logits are those of the dense model."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="With --upcycle-experts: of the routers and the noise. Default: 1234.")
+    ] = None,
 ) -> None:
     """Make a run folder from a Hugging Face model.
 
@@ -31,21 +53,29 @@ def import_command(
     checkpoints/step_0, which evaluate, generate, export-hf and model.init_from take.
 
     A model that does not fit into the memory of one process needs no import: set model.init_from=HF_DIR in training.
+
+    With noise --verify holds the mixture against its own export, since its logits are no longer those of HF_DIR.
     """
     from moba_megatron.convert.exported import open_exported
     from moba_megatron.convert.import_hf import import_huggingface
-    from moba_megatron.convert.verify import verify_conversion
+    from moba_megatron.convert.upcycle import asked_for
+    from moba_megatron.convert.verify import verify_conversion, verify_own_export
     from moba_megatron.platform import stop_process_groups
 
     console = Console(highlight=False, soft_wrap=True)
+    upcycling = asked_for(experts, experts_per_token=experts_per_token, noise=noise, seed=seed)
     with _progress(console, "parameters") as bar:
-        _, notes = import_huggingface(source, out, verify=not unread, advance=bar.at)
+        _, notes = import_huggingface(source, out, verify=not unread, upcycling=upcycling, advance=bar.at)
     for line in notes:
         console.print(f"note: {line}", markup=False)
     console.print(str(out), markup=False)
     if check:
         stop_process_groups()
-        verify_conversion(console, open_exported(out), source)
+        exported = open_exported(out)
+        if upcycling and upcycling.noise:
+            verify_own_export(console, exported)
+        else:
+            verify_conversion(console, exported, source)
 
 
 @one_door()

@@ -20,7 +20,7 @@ import torch
 from moba_megatron import __version__
 from moba_megatron.checkpoint import CheckpointWriter, Manifest
 from moba_megatron.checkpoint.state import sharded_model
-from moba_megatron.config import Config, ConfigError, config_from_dict
+from moba_megatron.config import Config, ConfigError, ModelConfig, config_from_dict
 from moba_megatron.config.huggingface import model_section, read_huggingface_config
 from moba_megatron.convert.export_digests import check_export
 from moba_megatron.convert.half_precision import F16, half_precision_note
@@ -28,6 +28,7 @@ from moba_megatron.convert.origin import keep_origin
 from moba_megatron.convert.publish import check_unused, new_folder
 from moba_megatron.convert.safetensors_folder import SafetensorsFolder
 from moba_megatron.convert.tokenizer_files import copy_tokenizer_files
+from moba_megatron.convert.upcycle import Upcycling, description, mixture_of, read_upcycled
 from moba_megatron.convert.weights import open_weights, read_weights
 from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.hf.settings import MoBASettings
@@ -48,6 +49,7 @@ def import_huggingface(
     out: Path,
     *,
     verify: bool = True,
+    upcycling: Upcycling | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Config, list[str]]:
     """Import a model. Starts this process as a single rank.
@@ -57,31 +59,41 @@ def import_huggingface(
         out: the run folder to make: `config.yaml`, `tokenizer/`, `checkpoints/step_0/`, and `origin.json` where a
             name or a license of the source is known. It appears when it is complete.
         verify: hold an export of ours against its digests.
+        upcycling: make a mixture of experts of a dense model.
         advance: told parameters done and in all, after each.
 
     Returns:
         The configuration that was written, and what is to be said about the import.
 
     Raises:
-        ConfigError: `out` is taken, or a model that is not supported, not whole or not finite, with one line for each
-            reason.
+        ConfigError: `out` is taken, or a model that is not supported, not whole or not finite, or that no mixture is
+            made of, with one line for each reason.
         CheckpointError: an export that is damaged.
     """
     check_unused(out)
     if verify:
         check_export(source)
-    values, files = read_huggingface_config(source), SafetensorsFolder(source)
-    config = config_from_dict(_configuration(source, out, values, files))
-    weights = open_weights(source, config.model)
+    values = read_huggingface_config(source)
+    given = ModelConfig.model_validate(model_section(values))
+    mixture = mixture_of(given, upcycling) if upcycling else None
+    files = SafetensorsFolder(source)
+    section = model_section(values) if mixture is None else mixture.model_dump(mode="json")
+    config = config_from_dict(_configuration(source, out, values, files, section))
+    weights = open_weights(source, given)
 
     def fill(chunks: list[torch.nn.Module]) -> None:
-        read_weights(chunks, weights, config.model, advance=advance)
+        if upcycling is None:
+            read_weights(chunks, weights, config.model, advance=advance)
+        else:
+            read_upcycled(chunks, weights, given, config.model, upcycling, advance=advance)
 
     with new_folder(out) as folder:
         fingerprint, notes = copy_tokenizer(source, folder / "tokenizer", config.model.vocab_size)
         half = F16 in files.dtypes.values()
         goes_on = write_run(folder, out, config, fill, fingerprint, source, precision="bf16" if half else None)
         keep_origin(RunFolder(folder), source)
+    if mixture is not None:
+        notes.append(description(mixture))
     if half:
         notes.append(f"the import holds F16 weights in fp32, as they are. In training, {half_precision_note('bf16')}")
     return goes_on, notes
@@ -185,10 +197,12 @@ def _selection_section(settings: MoBASettings) -> dict[str, Any]:
     return {"selector": settings.selection.selector, "summary": summary, "threshold": threshold}
 
 
-def _configuration(source: Path, out: Path, values: dict[str, Any], weights: SafetensorsFolder) -> dict[str, Any]:
+def _configuration(
+    source: Path, out: Path, values: dict[str, Any], weights: SafetensorsFolder, section: dict[str, Any]
+) -> dict[str, Any]:
     return start_of_training(
         out,
-        model={"init_from": str(source.resolve()), **model_section(values)},
+        model={**section, "init_from": str(source.resolve())},
         attention=attention_section(values),
         sequence_length=values["max_position_embeddings"],
         exact="bf16" if set(weights.dtypes.values()) == {"BF16"} else "fp32",

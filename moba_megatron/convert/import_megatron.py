@@ -68,7 +68,7 @@ def import_megatron(
     section = _model_section(model)
     plan = attention_plan(attention, section.num_layers, sequence_length)
     stored = StoredWeights(folder)
-    problems = stored.problems(parameter_shapes(section), section.num_layers)
+    problems = stored.problems(parameter_shapes(section), section)
     flags = _flags(folder)
     problems += differences(flags, section)
     if problems:

@@ -30,6 +30,11 @@ logger = logging.getLogger(__name__)
 
 # Drawn weights are replaced, other positions are a way to extend the context, and the rest says where it comes from.
 _FREE = ("init_from", "init_method_std", "max_position_embeddings", "export_as", "rotary_")
+# How experts are kept busy in training, and what their router computes in, change no weight.
+_FREE += (
+    *("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_load_balancing_type", "moe_router_bias_update_rate"),
+    *("moe_router_dtype", "moe_expert_capacity_factor", "moe_token_drop_policy", "moe_pad_expert_input_to_capacity"),
+)
 # Which channels are rotated is no such way.
 _FIXED = ("rotary_percent",)
 
@@ -58,6 +63,11 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
         for key, (ours, theirs) in differing.items()
         if key in _FIXED or not key.startswith(_FREE)
     ]
+    if model.num_moe_experts and given.num_moe_experts is None:
+        problems = [
+            f"model.num_moe_experts = {model.num_moe_experts}, but {source} is dense: make a mixture of it by "
+            f"moba-megatron import-hf {source} OUT --upcycle-experts {model.num_moe_experts}, and start from that"
+        ]
     if problems:
         raise ConfigError(problems)
     tokenizer = Tokenizer(config.data.tokenizer)
@@ -155,6 +165,7 @@ def sized(model: ModelConfig, vocab_size: int) -> ModelConfig:
             "num_query_groups": model.query_groups,
             "kv_channels": model.head_size,
             "ffn_hidden_size": model.ffn_size,
+            "moe_ffn_hidden_size": model.expert_ffn_size if model.num_moe_experts else None,
         }
     )
 

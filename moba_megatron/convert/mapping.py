@@ -12,29 +12,35 @@ The arrangements, with N query heads and G key heads of D channels:
   number is rounded up to a multiple of the ranks. Norms are whole on every rank.
 
 Families with fused tensors (`config.families`) have one for queries, keys and values, in this order, and one for gate
-over up.
+over up. How a mixture of experts is arranged stands in `expert_mapping`; an `Arrangement` says which of these it is.
 
 Nothing is permuted for the rotary embedding: both sides rotate channel i with channel i + D / 2.
 
 Parameters have the names of megatron-core's checkpoints, `decoder.layers.N.` with N counted from 0 over the whole
-model. Layers without Transformer Engine name their norms otherwise; `canonical_name` translates.
+model. Layers without Transformer Engine name their norms otherwise, and so do mixtures of experts with it; experts are
+named as layers without it do, `mlp.experts.local_experts.N.`, with N counted over all ranks. `canonical_name`
+translates.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from moba_megatron.config import ConfigError, ModelConfig
+from moba_megatron.config import ModelConfig
+from moba_megatron.convert.expert_mapping import expert_pieces, expert_shapes, is_expert
+from moba_megatron.convert.piece import APART, Arrangement, Piece, columns, gate_and_up
+from moba_megatron.model.first_weights import in_whole_layer
 
 EMBEDDING, OUTPUT, FINAL_NORM = (
     "embedding.word_embeddings.weight",
     "output_layer.weight",
     "decoder.final_layernorm.weight",
 )
-_LOCAL_NORMS = {
+MLP_NORM = "mlp.linear_fc1.layer_norm_weight"
+LOCAL_NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    "pre_mlp_layernorm.weight": MLP_NORM,
 }
 KEY_FILTERS = "self_attention.key_convolution.weight"
 _WHOLE = {
@@ -42,32 +48,18 @@ _WHOLE = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+    MLP_NORM: "post_attention_layernorm.weight",
 }
 _LAYER = "decoder.layers."
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A rectangle that a Hugging Face tensor and a Megatron parameter share.
-
-    Attributes:
-        source: name of the Hugging Face tensor.
-        there: slices of that tensor, for its first dimensions.
-        here: slices of the parameter, for the same dimensions.
-    """
-
-    source: str
-    there: tuple[slice, ...] = ()
-    here: tuple[slice, ...] = ()
-
-
-def canonical_name(name: str, first_layer: int) -> str:
+def canonical_name(name: str, first_layer: int, first_expert: int = 0) -> str:
     """The checkpoint's name of a parameter of a model chunk.
 
     Args:
         name: as `named_parameters` gives it; chunks count their layers from 0.
         first_layer: layers of the model before this chunk.
+        first_expert: number in its layer of the first expert that this rank has.
 
     >>> canonical_name("decoder.layers.1.input_layernorm.weight", first_layer=8)
     'decoder.layers.9.self_attention.linear_qkv.layer_norm_weight'
@@ -75,7 +67,7 @@ def canonical_name(name: str, first_layer: int) -> str:
     if not name.startswith(_LAYER):
         return name
     number, rest = name.removeprefix(_LAYER).split(".", 1)
-    return f"{_LAYER}{int(number) + first_layer}.{_LOCAL_NORMS.get(rest, rest)}"
+    return f"{_LAYER}{int(number) + first_layer}.{in_whole_layer(LOCAL_NORMS.get(rest, rest), first_expert)}"
 
 
 def layer_of(name: str) -> tuple[int | None, str]:
@@ -86,27 +78,29 @@ def layer_of(name: str) -> tuple[int | None, str]:
     return int(number), rest
 
 
-def refuse_experts(model: ModelConfig) -> None:
-    """Raise ConfigError for a mixture of experts, whose weights have no names here yet."""
-    if model.num_moe_experts is not None:
-        raise ConfigError([
-            f"model.num_moe_experts = {model.num_moe_experts}: weights of mixtures of experts are neither imported nor "
-            "exported yet, nor taken by model.init_from; resume the run itself"
-        ])  # fmt: skip
-
-
 def parameter_shapes(model: ModelConfig, key_convolution: int | None = None) -> dict[str, tuple[int, ...]]:
     """Every parameter of the whole model by canonical name, in the order of the model.
 
     Args:
         model: with `vocab_size` set.
         key_convolution: width of the filters of keys.
-
-    Raises:
-        ConfigError: for a mixture of experts.
     """
-    refuse_experts(model)
-    hidden, ffn, size = model.hidden_size, model.ffn_size, model.head_size
+    hidden = model.hidden_size
+    attention = _attention_shapes(model, key_convolution)
+    dense = {"mlp.linear_fc1.weight": (2 * model.ffn_size, hidden), "mlp.linear_fc2.weight": (hidden, model.ffn_size)}
+    experts = expert_shapes(model)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (model.vocab_size, hidden)}
+    for number, has_experts in enumerate(model.expert_layers):
+        layer = {**attention, MLP_NORM: (hidden,), **(experts if has_experts else dense)}
+        shapes |= {f"{_LAYER}{number}.{name}": shape for name, shape in layer.items()}
+    shapes[FINAL_NORM] = (hidden,)
+    if not model.share_embeddings_and_output_weights:
+        shapes[OUTPUT] = (model.vocab_size, hidden)
+    return shapes
+
+
+def _attention_shapes(model: ModelConfig, key_convolution: int | None) -> dict[str, tuple[int, ...]]:
+    hidden, size = model.hidden_size, model.head_size
     heads, groups = model.num_attention_heads, model.query_groups
     layer: dict[str, tuple[int, ...]] = {
         "self_attention.linear_qkv.layer_norm_weight": (hidden,),
@@ -118,35 +112,39 @@ def parameter_shapes(model: ModelConfig, key_convolution: int | None = None) -> 
         layer |= {"self_attention.q_layernorm.weight": (size,), "self_attention.k_layernorm.weight": (size,)}
     if key_convolution:
         layer[KEY_FILTERS] = (groups * size, key_convolution)
-    layer |= {
-        "self_attention.linear_proj.weight": (hidden, heads * size),
-        "mlp.linear_fc1.layer_norm_weight": (hidden,),
-        "mlp.linear_fc1.weight": (2 * ffn, hidden),
-        "mlp.linear_fc2.weight": (hidden, ffn),
-    }
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (model.vocab_size, hidden)}
-    shapes |= {f"{_LAYER}{n}.{name}": shape for n in range(model.num_layers) for name, shape in layer.items()}
-    shapes[FINAL_NORM] = (hidden,)
-    if not model.share_embeddings_and_output_weights:
-        shapes[OUTPUT] = (model.vocab_size, hidden)
-    return shapes
+    return layer | {"self_attention.linear_proj.weight": (hidden, heads * size)}
 
 
-def huggingface_shapes(model: ModelConfig, *, fused: bool = False) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the Hugging Face model of this shape, in the order of the model."""
-    shapes = {}
+def parameter_counts(model: ModelConfig) -> tuple[int, int]:
+    """Parameters in all, and those that one token passes: of each layer's experts the chosen ones."""
+    total = routed = 0
     for name, shape in parameter_shapes(model).items():
-        parts = pieces(name, model, fused=fused)
-        for source in dict.fromkeys(piece.source for piece in parts):
-            rows = {piece.there[0].stop for piece in parts if piece.source == source and piece.there}
-            shapes[source] = (max(rows), *shape[1:]) if rows else shape
+        total += math.prod(shape)
+        routed += math.prod(shape) if is_expert(name) else 0
+    experts = model.num_moe_experts or 1
+    return total, total - routed * (experts - min(model.moe_router_topk, experts)) // experts
+
+
+def huggingface_shapes(model: ModelConfig, arrangement: Arrangement = APART) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the Hugging Face model of this shape, in the order of the model."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in parameter_shapes(model).items():
+        for piece in pieces(name, model, arrangement=arrangement):
+            ends = [part + 1 if isinstance(part, int) else part.stop for part in piece.there]
+            # The parameter has all dimensions of the tensor but those in which it is one of several.
+            own = sum(not isinstance(part, int) for part in piece.there)
+            reaches = (*ends, *shape[own:])
+            shapes[piece.source] = tuple(map(max, reaches, shapes.get(piece.source, reaches)))
     return shapes
 
 
-def pieces(name: str, model: ModelConfig, rank: int = 0, ranks: int = 1, *, fused: bool = False) -> list[Piece]:
-    """What a parameter (by canonical name) shares with Hugging Face tensors, on one of `ranks` tensor-parallel ranks.
+def pieces(
+    name: str, model: ModelConfig, rank: int = 0, ranks: int = 1, *, arrangement: Arrangement = APART
+) -> list[Piece]:
+    """What a parameter (by canonical name) shares with Hugging Face tensors, on one of `ranks` ranks that split it:
+    tensor-parallel ones, or of an expert those that share it.
 
-    Rows of the vocabulary's padding are in no piece. `fused`: for a family with fused tensors.
+    Rows of the vocabulary's padding are in no piece.
 
     Raises:
         ValueError: a parameter that this model does not have.
@@ -167,20 +165,19 @@ def pieces(name: str, model: ModelConfig, rank: int = 0, ranks: int = 1, *, fuse
     if rest in _WHOLE:
         return [Piece(prefix + _WHOLE[rest])]
     if rest in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
-        return list(_by_key_head(prefix + "self_attn.", rest.rsplit(".", 1)[1], model, rank, ranks, fused))
-    if rest == "mlp.linear_fc1.weight":
-        return list(_gate_and_up(prefix + "mlp.", model.ffn_size, rank, ranks, fused))
-    if rest == "mlp.linear_fc2.weight":
-        return [_columns(prefix + "mlp.down_proj.weight", model.hidden_size, model.ffn_size // ranks, rank)]
+        kind = rest.rsplit(".", 1)[1]
+        return list(_by_key_head(prefix + "self_attn.", kind, model, rank, ranks, arrangement.fused))
     if rest == "self_attention.linear_proj.weight":
-        columns = model.num_attention_heads * model.head_size // ranks
-        return [_columns(prefix + "self_attn.o_proj.weight", model.hidden_size, columns, rank)]
-    raise ValueError(f"parameter {name} has no counterpart in Hugging Face models")
-
-
-def _columns(source: str, rows: int, columns: int, rank: int) -> Piece:
-    everything = slice(0, rows)
-    return Piece(source, (everything, slice(rank * columns, (rank + 1) * columns)), (everything, slice(0, columns)))
+        size = model.num_attention_heads * model.head_size // ranks
+        return [columns(prefix + "self_attn.o_proj.weight", model.hidden_size, size, rank)]
+    if rest == "mlp.linear_fc1.weight":
+        return list(gate_and_up(prefix + "mlp.", model.ffn_size, rank, ranks, arrangement.fused))
+    if rest == "mlp.linear_fc2.weight":
+        return [columns(prefix + "mlp.down_proj.weight", model.hidden_size, model.ffn_size // ranks, rank)]
+    found = expert_pieces(prefix, rest, model, rank, ranks, arrangement)
+    if not found:
+        raise ValueError(f"parameter {name} has no counterpart in Hugging Face models")
+    return found
 
 
 def _vocabulary(source: str, entries: int, rank: int, ranks: int) -> Iterator[Piece]:
@@ -188,15 +185,6 @@ def _vocabulary(source: str, entries: int, rank: int, ranks: int) -> Iterator[Pi
     begin, end = rank * rows, min((rank + 1) * rows, entries)
     if begin < end:
         yield Piece(source, (slice(begin, end),), (slice(0, end - begin),))
-
-
-def _gate_and_up(prefix: str, size: int, rank: int, ranks: int, fused: bool) -> Iterator[Piece]:
-    rows = size // ranks
-    for number, part in enumerate(("gate", "up")):
-        first = rank * rows + (number * size if fused else 0)
-        name = "gate_up" if fused else part
-        here = slice(number * rows, (number + 1) * rows)
-        yield Piece(f"{prefix}{name}_proj.weight", (slice(first, first + rows),), (here,))
 
 
 def _by_key_head(prefix: str, kind: str, model: ModelConfig, rank: int, ranks: int, fused: bool) -> Iterator[Piece]:

@@ -61,6 +61,7 @@ def differences(flags: dict[str, Any], model: ModelConfig) -> list[str]:
         for name, value in theirs.items()
         if value is not None and value != ours[name]
     ]
+    found += _of_experts(flags, model)
     scaled = flags.get("use_rope_scaling")
     if scaled is not None and scaled != (model.rotary_scaling == "llama3"):
         found.append(
@@ -75,6 +76,23 @@ def differences(flags: dict[str, Any], model: ModelConfig) -> list[str]:
         f"the checkpoint was trained with {name} = {flags[name]}, our models have {value}"
         for name, value in needed.items()
         if flags.get(name, value) != value
+    ]
+
+
+# What of a mixture of experts its weights do not show; for both sides None is none.
+_ROUTING = (
+    *("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor"),
+    *("moe_router_num_groups", "moe_router_group_topk", "moe_expert_capacity_factor"),
+)
+
+
+def _of_experts(flags: dict[str, Any], model: ModelConfig) -> list[str]:
+    if model.num_moe_experts is None:
+        return []
+    return [
+        f"model.{name} = {getattr(model, name)}, but the checkpoint was trained with {flags[name]}"
+        for name in _ROUTING
+        if name in flags and flags[name] != getattr(model, name)
     ]
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
+from moba_megatron.config import ModelConfig
 from moba_megatron.convert.exported import Exported
+from moba_megatron.convert.mapping import parameter_counts
 from moba_megatron.convert.origin import origin_of
 from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.model.schedule import AttentionSchedule
@@ -150,6 +152,7 @@ def _training(exported: Exported) -> str:
     manifest, config = exported.manifest, exported.config
     schedule = AttentionSchedule.from_dict(manifest.schedule)
     facts = {
+        **_experts(exported.model),
         "optimizer steps": f"{manifest.step:,} of {config.training.steps:,}",
         "tokens": f"{manifest.tokens:,}",
         "tokens per sequence": f"{config.data.sequence_length:,}",
@@ -163,6 +166,20 @@ def _training(exported: Exported) -> str:
     }
     lines = ["## Training", "", "| | |", "|---|---|", *[f"| {key} | {value} |" for key, value in facts.items()]]
     return "\n".join(lines) + "\n"
+
+
+def _experts(model: ModelConfig) -> dict[str, str]:
+    """The size of a mixture of experts, which its shapes do not show at a glance; nothing of a dense model."""
+    if model.num_moe_experts is None:
+        return {}
+    total, active = parameter_counts(model)
+    shared = ", and one that all tokens pass" if model.moe_shared_expert_intermediate_size else ""
+    layers = sum(model.expert_layers)
+    return {
+        "parameters": f"{total:,}, of which a token passes {active:,}",
+        "experts": f"{model.moe_router_topk} of {model.num_moe_experts} for each token{shared}, in {layers} of "
+        f"{model.num_layers} layers",
+    }
 
 
 def evaluation_table(lines: list[dict[str, Any]], step: int) -> str:

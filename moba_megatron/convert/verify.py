@@ -10,6 +10,7 @@ full attention, and a comparison would prove nothing about it.
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from moba_megatron.convert.export_hf import export_huggingface
 from moba_megatron.convert.exported import Exported
 from moba_megatron.convert.stored import StoredWeights
 from moba_megatron.convert.tokenizer_files import TEXT
@@ -26,6 +28,7 @@ from moba_megatron.model.builder import build_model
 from moba_megatron.model.core_attention import set_attention_stage
 from moba_megatron.model.schedule import FULL, AttentionSchedule
 from moba_megatron.platform.start import start_single_rank
+from moba_megatron.runs.folder import RunFolder
 
 TOLERANCE = 1e-5
 _COMPARED = 128
@@ -145,6 +148,14 @@ def _compare(text: Text, ours: Tensor, theirs: Tensor) -> Comparison:
     differences = (ours - theirs).abs().amax(-1)
     difference = differences.median() if text.moba else differences.max()
     return Comparison(text.name, text.ids.shape[1], float(difference), float(theirs.abs().max()))
+
+
+def verify_own_export(console: Console, exported: Exported) -> None:
+    """As `verify_conversion`, with an export of the checkpoint that is removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix=".verify-", dir=RunFolder.of(exported.checkpoint).path.parent) as folder:
+        out = Path(folder) / "export"
+        export_huggingface(exported, out, verify=False)
+        verify_conversion(console, exported, out)
 
 
 def verify_conversion(console: Console, exported: Exported, folder: Path) -> None:

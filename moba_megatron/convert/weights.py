@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
 from moba_megatron.config import ConfigError, ModelConfig
 from moba_megatron.config.huggingface import family_of_folder
+from moba_megatron.convert.expert_mapping import BIAS, is_expert
 from moba_megatron.convert.mapping import KEY_FILTERS, canonical_name, huggingface_shapes, pieces
+from moba_megatron.convert.piece import Arrangement
 from moba_megatron.convert.safetensors_folder import SafetensorsFolder
 
 _TIED = "lm_head.weight", "model.embed_tokens.weight"
@@ -30,10 +33,15 @@ def open_weights(folder: str | Path, model: ModelConfig) -> SafetensorsFolder:
     weights = SafetensorsFolder(folder)
     if model.share_embeddings_and_output_weights and _TIED[0] in weights.shapes:
         _drop_tied_copy(weights)
-    problems = weights.problems(huggingface_shapes(model, fused=family_of_folder(folder).fused))
+    problems = weights.problems(huggingface_shapes(model, arrangement_of(weights)))
     if problems:
         raise ConfigError([f"{weights.folder}: {line}" for line in problems])
     return weights
+
+
+def arrangement_of(weights: SafetensorsFolder) -> Arrangement:
+    """How the tensors of a folder are arranged: as in its family's files, experts stacked or apart."""
+    return Arrangement.of(family_of_folder(weights.folder)).found_in(weights.shapes)
 
 
 def _drop_tied_copy(weights: SafetensorsFolder) -> None:
@@ -65,23 +73,50 @@ def read_weights(
         model: with `vocab_size` set.
         advance: told parameters done and in all, after each.
     """
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    ranks = parallel_state.get_tensor_model_parallel_world_size()
-    fused = family_of_folder(weights.folder).fused
     todo = [named for chunk in chunks for named in canonical_parameters(chunk) if not named[0].endswith(_OWN)]
+    arrangement = arrangement_of(weights)
     for number, (name, parameter) in enumerate(todo, start=1):
-        filled = 0
-        for piece in pieces(name, model, rank, ranks, fused=fused):
-            target = parameter[piece.here] if piece.here else parameter
-            target.copy_(weights.read(piece.source, piece.there))
-            filled += target.numel()
-        if filled < parameter.numel():
-            # Only the vocabulary has padding, at its end.
-            parameter[filled // parameter[0].numel() :] = 0
+        copy_parameter(parameter, name, weights, model, arrangement)
         advance(number, len(todo))
 
 
-def canonical_parameters(chunk: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+@torch.no_grad()
+def copy_parameter(
+    parameter: Tensor, name: str, weights: SafetensorsFolder, model: ModelConfig, arrangement: Arrangement
+) -> None:
+    """Fill what this rank has of a parameter.
+
+    Args:
+        name: canonical.
+        weights, model: as in `read_weights`.
+        arrangement: of the weights.
+    """
+    filled = 0
+    for piece in pieces(name, model, *rank_and_ranks(name), arrangement=arrangement):
+        target = parameter[piece.here] if piece.here else parameter
+        target.copy_(weights.read(piece.source, piece.there))
+        filled += target.numel()
+    if filled < parameter.numel():
+        # Only the vocabulary has padding, at its end.
+        parameter[filled // parameter[0].numel() :] = 0
+
+
+def rank_and_ranks(name: str) -> tuple[int, int]:
+    """This rank among those that split a parameter (by canonical name)."""
+    if is_expert(name):
+        ranks = parallel_state.get_expert_tensor_parallel_world_size()
+        return parallel_state.get_expert_tensor_parallel_rank(), ranks
+    return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+
+
+def canonical_parameters(chunk: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    """What a checkpoint holds of a chunk's weights: parameters, and the biases of balanced routers, by canonical
+    name."""
     # A chunk may hold no layer at all: the embedding or the loss alone.
     first = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
-    return [(canonical_name(name, first), parameter) for name, parameter in chunk.named_parameters()]
+    experts = chunk.config.num_moe_experts or 0
+    if experts:
+        share = experts // parallel_state.get_expert_model_parallel_world_size()
+        experts = parallel_state.get_expert_model_parallel_rank() * share
+    biases = [named for named in chunk.named_buffers() if named[0].endswith(BIAS)]
+    return [(canonical_name(name, first, experts), tensor) for name, tensor in (*chunk.named_parameters(), *biases)]

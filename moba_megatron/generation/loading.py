@@ -37,6 +37,7 @@ from moba_megatron.convert.export_digests import check_export
 from moba_megatron.convert.exported import Exported, open_exported
 from moba_megatron.convert.families import family_of, huggingface_config, moba_config
 from moba_megatron.convert.mapping import parameter_shapes, pieces
+from moba_megatron.convert.piece import Arrangement
 from moba_megatron.convert.run_inputs import found_config
 from moba_megatron.convert.safetensors_folder import SafetensorsFolder
 from moba_megatron.convert.stored import StoredWeights
@@ -241,10 +242,10 @@ def _as_list(ids: int | list[int] | None) -> list[int]:
 def _fill(model: Any, stored: StoredWeights, exported: Exported) -> None:
     """Copy a checkpoint's weights into a model of transformers, one parameter at a time."""
     parameters = dict(model.named_parameters())
-    fused = FAMILIES[family_of(exported.model)].fused
+    arrangement = Arrangement.of(FAMILIES[family_of(exported.model)]).found_in(parameters)
     for name, shape in parameter_shapes(exported.model).items():
         parameter = stored.read(name, shape)
-        for piece in pieces(name, exported.model, fused=fused):
+        for piece in pieces(name, exported.model, arrangement=arrangement):
             target = parameters[piece.source]
             # Without slices the whole of one is the whole of the other.
             target[piece.there or ...] = parameter[piece.here or ...]

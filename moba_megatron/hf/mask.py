@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
+_NO_MASK = -1
+
 
 @torch.compiler.disable
 def moba_mask(
@@ -44,8 +46,11 @@ def moba_mask(
         int32 [batch, 1, queries, 2]: first slot of the query's document, and one past the query's own slot; both 0 for
         padding. Four dimensions, so that transformers passes it on where a mask is made ahead (static caches).
 
+    A mask that is not causal, or has a window, is refused by the first layer that attends with it: some models (Qwen 2
+    MoE) make one for layers of a window in any case, and have no such layer.
+
     Raises:
-        ValueError: a mask that is not causal, has a window or other additions, or padding between real tokens.
+        ValueError: additions to the mask, or padding between real tokens.
     """
     if cache_position is not None:
         q_length, q_offset, device = len(cache_position), cache_position[0], cache_position.device
@@ -72,7 +77,9 @@ def moba_mask(
         begins[:, 1:] |= real[:, 1:] & ~_sees(mask_function, slots[1:], slots[:-1], batch_size)
     first = torch.where(begins, slots, 0).cummax(dim=1).values
     if mask_function is not causal_mask_function:
-        _refuse_other_masks(mask_function, first, real, begins, slots)
+        reason = _not_moba(mask_function, first, real, begins, slots)
+        if reason is not None:
+            return _refused(reason, batch_size, end - offset, slots.device)
     spans = torch.stack([first, (slots + 1).expand_as(first)], dim=-1) * real.unsqueeze(-1)
     return spans[:, None, offset:].to(torch.int32).contiguous()
 
@@ -95,13 +102,22 @@ def _refuse_gaps(real: Tensor) -> None:
         )
 
 
-def _refuse_other_masks(mask_function: Callable, first: Tensor, real: Tensor, begins: Tensor, slots: Tensor) -> None:
+def _not_moba(mask_function: Callable, first: Tensor, real: Tensor, begins: Tensor, slots: Tensor) -> str | None:
+    """What a mask does that MoBA does not, in words."""
     batch_size = first.shape[0]
     if (real & ~_sees(mask_function, slots, first, batch_size)).any():
-        raise ValueError("the mask hides early tokens of a document (a window): MoBA attends its whole past")
+        return "the mask hides early tokens of a document (a window): MoBA attends its whole past"
     inside = real[:, 1:] & ~begins[:, 1:]
     if (inside & _sees(mask_function, slots[:-1], slots[1:], batch_size)).any():
-        raise ValueError("the mask lets tokens see later ones: MoBA is causal")
+        return "the mask lets tokens see later ones: MoBA is causal"
+    return None
+
+
+def _refused(reason: str, batch_size: int, queries: int, device: torch.device) -> Tensor:
+    """A mask that no layer may attend with: its numbers say so, and a note says why."""
+    mask = torch.full((batch_size, 1, queries, 2), _NO_MASK, dtype=torch.int32, device=device)
+    mask.moba_refused = reason
+    return mask
 
 
 @dataclass(frozen=True)
@@ -136,13 +152,15 @@ def segments(mask: Tensor, position_ids: Tensor | None) -> list[Segment]:
             not looked at.
 
     Raises:
-        ValueError: a mask that is not ours, or a packed row that is continued from a cache.
+        ValueError: a mask that is not ours, or not MoBA's, or a packed row that is continued from a cache.
     """
     _check_mask(mask)
     known = getattr(mask, "moba_segments", None)
     if known is not None and known[0] is position_ids:
         return known[1]
     first, stop = mask[:, 0].unbind(-1)
+    if (stop == _NO_MASK).any():
+        raise ValueError(getattr(mask, "moba_refused", "the mask of this layer is not causal, or has a window"))
     real = stop > 0
     begins = real.clone()
     begins[:, 1:] &= ~real[:, :-1] | (first[:, 1:] != first[:, :-1])

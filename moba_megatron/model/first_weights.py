@@ -111,16 +111,16 @@ def _own_parameters(chunks: list[torch.nn.Module], *, first_expert: int) -> dict
                 continue
             if name.startswith(_LAYER):
                 local, rest = name.removeprefix(_LAYER).split(".", 1)
-                name = f"{_LAYER}{numbers[int(local)]}.{_in_whole_layer(rest, first_expert)}"
+                name = f"{_LAYER}{numbers[int(local)]}.{in_whole_layer(rest, first_expert)}"
             # The last pipeline stage has a copy of a tied embedding.
             found.setdefault(_EMBEDDING if tied and name == _OUTPUT else name, []).append(parameter)
     return found
 
 
-def _in_whole_layer(name: str, first_expert: int) -> str:
+def in_whole_layer(name: str, first_expert: int) -> str:
     """The name of a parameter of a layer where all its experts are on one rank, one after the other.
 
-    >>> _in_whole_layer("mlp.experts.linear_fc1.weight1", 4)
+    >>> in_whole_layer("mlp.experts.linear_fc1.weight1", 4)
     'mlp.experts.local_experts.5.linear_fc1.weight'
     """
     found = _ONE_EXPERT.fullmatch(name) or _GROUPED_EXPERT.fullmatch(name)

@@ -11,9 +11,12 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -55,6 +58,21 @@ YARN = {
     "beta_slow": 0.05,
 }
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+MIXTURES: dict[str, tuple[type, dict[str, Any]]] = {
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "intermediate_size": 48}),
+    # Weights of all experts that are chosen, and a dense layer in the middle.
+    "qwen3-moe": (Qwen3MoeConfig, {**EXPERTS, "head_dim": 12, "mlp_only_layers": [1]}),
+    "qwen3-moe-normalised": (
+        Qwen3MoeConfig,
+        {**EXPERTS, "norm_topk_prob": True, "tie_word_embeddings": True, "rope_parameters": YARN},
+    ),
+    # Two layers with experts, one of which is chosen.
+    "qwen2-moe": (
+        Qwen2MoeConfig,
+        {**EXPERTS, "num_experts_per_tok": 1, "decoder_sparse_step": 2, "shared_expert_intermediate_size": 80},
+    ),
+}
 MODELS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "llama-one-key-head-each": (LlamaConfig, {"num_key_value_heads": 8, "tie_word_embeddings": True}),
@@ -94,6 +112,7 @@ MODELS: dict[str, tuple[type, dict[str, Any]]] = {
         SmolLM3Config,
         {**IDS, "no_rope_layers": [1, 0, 0, 1], "rope_parameters": YARN, "tie_word_embeddings": False},
     ),
+    **MIXTURES,
 }
 
 

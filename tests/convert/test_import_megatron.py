@@ -18,6 +18,7 @@ from huggingface_models import VOCABULARY
 from megatron.core.transformer.enums import AttnBackend
 from safetensors.torch import load_file
 from small_run import TOKENS
+from test_round_trip import assert_same_tensors
 
 from moba_megatron.checkpoint import CheckpointError
 from moba_megatron.config import (
@@ -37,9 +38,14 @@ from moba_megatron.model.schedule import AttentionSchedule
 
 ATTENTION = {"block_size": 16, "top_k": 2, "last_n_full": 1}
 NAME = "qwen3"
+FLAGS = dict(
+    num_layers=4, num_attention_heads=8, group_query_attention=True, num_query_groups=4, kv_channels=12,
+    rotary_base=10000, norm_epsilon=1e-6, swiglu=True, normalization="RMSNorm", use_rope_scaling=False,
+    untie_embeddings_and_output_weights=True, attention_backend=AttnBackend.auto, params_dtype=torch.float32,
+)  # fmt: skip
 
 
-def save_as_megatron_lm(source: Path, folder: Path) -> None:
+def save_as_megatron_lm(source: Path, folder: Path, parallel: dict | None = None, **flags: object) -> None:
     """The weights of a Hugging Face folder, on two tensor-parallel ranks, as `--ckpt-format torch_dist` saves them."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedObject
@@ -56,7 +62,7 @@ def save_as_megatron_lm(source: Path, folder: Path) -> None:
         "attention": {"block_size": 16},
         "training": {"steps": 1, "global_batch_size": 1, "precision": "fp32"},
         "optimizer": {"lr": 1e-3},
-        "parallel": {"tensor": 2},
+        "parallel": parallel or {"tensor": 2},
     })  # fmt: skip
     platform.start_model_parallel(config.parallel)
     model = build_model(config, VOCABULARY, AttentionSchedule.from_config(config.attention, config.model.num_layers))
@@ -71,13 +77,20 @@ def save_as_megatron_lm(source: Path, folder: Path) -> None:
         "rng_state": ShardedObject("rng_state", {"any": 1}, (1, 2), (0, rank), replica_id=0),
         "iteration": 3,
         # Among the flags are objects of classes that need not be here.
-        "args": Namespace(
-            num_layers=4, num_attention_heads=8, group_query_attention=True, num_query_groups=4, kv_channels=12,
-            rotary_base=10000, norm_epsilon=1e-6, swiglu=True, normalization="RMSNorm", use_rope_scaling=False,
-            untie_embeddings_and_output_weights=True, attention_backend=AttnBackend.auto, params_dtype=torch.float32,
-        ),
-    }  # fmt: skip
+        "args": Namespace(**{**FLAGS, **flags}),
+    }
+    if config.model.num_moe_experts:
+        name_norms_as_transformer_engine(state["model"])
     dist_checkpointing.save(state, str(folder / "iter_0000003"), **save_arguments())
+
+
+def name_norms_as_transformer_engine(state: dict) -> None:
+    """In its layers with experts the norm before them is a module of its own."""
+    keys = {part.key for part in state.values()}
+    for part in state.values():
+        before, norm, _ = part.key.partition("mlp.linear_fc1.layer_norm_")
+        if norm and f"{before}mlp.router.weight" in keys:
+            part.key = f"{before}pre_mlp_layernorm.weight"
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +118,21 @@ def test_weights_come_back_bit_for_bit(models, saved, tmp_path):
         for folder in (models[NAME].folder, tmp_path / "out")
     )
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_mixture_of_experts_comes_back_bit_for_bit(models, tmp_path):
+    """Saved with its experts on two ranks; what its router computes stands in the flags alone."""
+    source = models["qwen2-moe"].folder
+    routing = {"moe_router_topk": 1, "moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": None}
+    run_ranks(2, lambda: save_as_megatron_lm(source, tmp_path / "saved", {"expert": 2}, kv_channels=8, **routing))
+    imported(tmp_path / "saved", tmp_path / "run", model=source)
+    export_huggingface(open_exported(tmp_path / "run"), tmp_path / "out")
+    assert_same_tensors(source, tmp_path / "out")
+    section = model_section(read_huggingface_config(source)) | {"moe_router_topk": 2}
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": section}))
+    settings = {"attention": ATTENTION, "sequence_length": 64}
+    with pytest.raises(CheckpointError, match="model.moe_router_topk = 2, but the checkpoint was trained with 1"):
+        import_megatron(tmp_path / "saved", tmp_path / "other", model=tmp_path / "model.yaml", **settings)
 
 
 def test_a_file_with_the_model_section_serves_as_well(models, saved, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_models import VOCABULARY
+from huggingface_models import MIXTURES, VOCABULARY
 from safetensors.torch import load_file, save_file
 from small_run import TOKENS
 from test_logits import configuration
@@ -19,6 +19,7 @@ from moba_megatron.config.huggingface import family_of_folder, model_section, re
 from moba_megatron.convert.families import family_of
 from moba_megatron.convert.initial import check_initial_weights
 from moba_megatron.convert.mapping import huggingface_shapes, parameter_shapes, pieces
+from moba_megatron.convert.piece import Arrangement
 from moba_megatron.convert.weights import open_weights
 
 
@@ -38,7 +39,7 @@ def change_config(folder: Path, **changes: Any) -> None:
     ("changes", "expected"),
     [
         ({"model_type": "gpt2"}, "model_type = 'gpt2' is not one of llama, mistral, qwen2, qwen3, phi3, smollm3"),
-        ({"model_type": "qwen3_moe"}, "model_type = 'qwen3_moe'"),
+        ({"model_type": "deepseek_v3"}, "model_type = 'deepseek_v3'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "is not LlamaForCausalLM"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "code of its own, which is never run"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized weights"),
@@ -217,14 +218,15 @@ def test_what_no_plain_model_computes_is_not_exported(models):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_number_of_every_tensor_has_exactly_one_place(models, ranks):
     """The table alone, without tensors of any size: over all ranks the pieces tile both sides."""
-    for saved in models.values():
-        model, fused = model_of(saved.folder), family_of_folder(saved.folder).fused
-        shapes = huggingface_shapes(model, fused=fused)
-        places = {name: torch.zeros(shape, dtype=torch.int) for name, shape in shapes.items()}
-        whole = {"norm", "layer_norm", "layernorm"}
-        for name in parameter_shapes(model):
-            for rank in range(ranks):
-                for piece in pieces(name, model, rank, ranks, fused=fused):
-                    if rank == 0 or not any(word in name for word in whole):
-                        places[piece.source][piece.there] += 1
-        assert all((count == 1).all() for count in places.values())
+    whole = {"norm", "layer_norm", "layernorm", "router", "gate_weight"}
+    for name, saved in models.items():
+        model, files = model_of(saved.folder), Arrangement.of(family_of_folder(saved.folder))
+        for arrangement in (files, files.stacked) if name in MIXTURES else (files,):
+            shapes = huggingface_shapes(model, arrangement)
+            places = {source: torch.zeros(shape, dtype=torch.int) for source, shape in shapes.items()}
+            for parameter in parameter_shapes(model):
+                for rank in range(ranks):
+                    for piece in pieces(parameter, model, rank, ranks, arrangement=arrangement):
+                        if rank == 0 or not any(word in parameter for word in whole):
+                            places[piece.source][piece.there] += 1
+            assert all((count == 1).all() for count in places.values())

@@ -15,15 +15,26 @@ from moba_megatron.config import ConfigError
 from moba_megatron.convert.export_hf import export_huggingface
 from moba_megatron.convert.exported import open_exported
 
+EXPERTS = {"model__num_moe_experts": 4, "model__moe_ffn_hidden_size": 24}
 KINDS = {
     "llama": {},
     "qwen2": {"model__add_qkv_bias": True},
     "phi3": {"model__rotary_percent": 0.75},
     "smollm3": {"model__no_rope_freq": [0, 0, 1, 0]},
+    "mixtral": EXPERTS,
+    "qwen2_moe": {
+        **EXPERTS,
+        "model__moe_router_pre_softmax": True,
+        "model__moe_shared_expert_intermediate_size": 24,
+        "model__moe_shared_expert_gate": True,
+    },
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+QUICK = [kind for kind in KINDS if kind != "mixtral"]
+
+
+@pytest.fixture(scope="module", params=[*QUICK, pytest.param("mixtral", marks=pytest.mark.slow)])
 def folders(request, tmp_path_factory):
     """A trained hybrid model, exported plainly and with its own code."""
     folder = tmp_path_factory.mktemp(request.param)

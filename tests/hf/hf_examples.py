@@ -12,10 +12,16 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import moba_megatron.hf as hf
@@ -30,11 +36,15 @@ SELECTIONS = {
     "threshold of min_max": {"selector": "threshold", "summary": "min_max", "threshold": 0.6},
 }
 """How blocks may be chosen, in the words of `moba_config`."""
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MODELS = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, EXPERTS),
+    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM, {**EXPERTS, "shared_expert_intermediate_size": 24}),
 }
 
 
@@ -55,6 +65,9 @@ def build(family: str = "llama", decode: str = "moba", last_n_full: int = 1, **c
     }
     torch.manual_seed(0)
     model = model_class(config_class(**sizes | extra | changes)).double().eval()
+    if "moe" in family or family == "mixtral":
+        # One expert after the other: the product of all together takes no fp64.
+        model.set_experts_implementation("eager")
     hf.configure(model, block_size=BLOCK_SIZE, top_k=TOP_K, last_n_full=last_n_full, decode=decode)
     return model
 

@@ -301,6 +301,17 @@ def test_dropout_and_windows_raise():
             windowed(tokens(length))
 
 
+def test_a_window_matters_to_the_layers_that_have_it():
+    """Qwen 2 MoE always makes a mask with a window, of 0 tokens where no layer has one."""
+    assert build("qwen2_moe").config.sliding_window == 0
+    # The first layer of three has the window.
+    windowed = build("qwen2_moe", use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    assert windowed.config.layer_types == ["sliding_attention", "full_attention", "full_attention"]
+    windowed(tokens(5))
+    with pytest.raises(ValueError, match="the mask hides early tokens of a document \\(a window\\)"):
+        windowed(tokens(20))
+
+
 def test_16_bit_and_autocast():
     model, ids = build().float(), tokens(45)
     with torch.no_grad():

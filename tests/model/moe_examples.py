@@ -136,7 +136,7 @@ def own_gradients(chunks: list[torch.nn.Module], config: Config):
     """(name in the whole model, gradient, how the whole gradient is cut for this rank) of each parameter."""
     from megatron.core import parallel_state
 
-    from moba_megatron.model.first_weights import _draws, _in_whole_layer
+    from moba_megatron.model.first_weights import _draws, in_whole_layer
 
     model, parallel = config.model, config.parallel
     draws = _draws(chunks, model, chunks[0].config, VOCABULARY)
@@ -149,7 +149,7 @@ def own_gradients(chunks: list[torch.nn.Module], config: Config):
             if name.startswith("decoder.layers."):
                 number, rest = name.removeprefix("decoder.layers.").split(".", 1)
                 layer = chunk.decoder.layers[int(number)].layer_number - 1
-                name = f"decoder.layers.{layer}.{_in_whole_layer(rest, first)}"
+                name = f"decoder.layers.{layer}.{in_whole_layer(rest, first)}"
             place = expert_tensor if ".experts." in name else tensor
             cut = cuts.get(name, lambda whole, rank, ranks: whole)
             yield name, parameter.main_grad.clone(), lambda whole, cut=cut, place=place: cut(whole, *place)

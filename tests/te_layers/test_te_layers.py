@@ -115,7 +115,7 @@ def test_checkpoints_interchange_with_local_layers(tmp_path):
         for source, saved in chunks.items():
             expected = {name: parameter.detach().clone() for name, parameter in parameters(saved).items()}
             stored = StoredWeights(tmp_path / source)
-            if set(stored.names(CONFIG.model.num_layers)) != set(expected):
+            if set(stored.names(CONFIG.model)) != set(expected):
                 wrong.append(f"stored names of {source}")
             for target in chunks:
                 for require_all in (False, True):
