@@ -27,7 +27,7 @@ for stage in "${stages[@]}"; do
 done
 for file in config.json tokenizer.json; do
     if [ ! -f "$weights/$file" ]; then
-        echo "error: WEIGHTS = $weights is no Hugging Face folder: it has no $file" >&2
+        echo "error: WEIGHTS = $weights is not a Hugging Face folder: it has no $file" >&2
         exit 2
     fi
 done

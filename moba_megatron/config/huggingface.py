@@ -99,7 +99,7 @@ def model_section(values: Values) -> dict[str, Any]:
 def _read(path: Path) -> Values:
     if not path.is_file():
         raise ConfigError([
-            f"no config.json in {path.parent}: it is no Hugging Face model; fetch one: {DOWNLOAD} {path.parent}"
+            f"no config.json in {path.parent}: it is not a Hugging Face model; fetch one: {DOWNLOAD} {path.parent}"
         ])  # fmt: skip
     return read_json_object(path, f"fetch it again ({DOWNLOAD} {path.parent})")
 

@@ -85,7 +85,7 @@ _ROPE_TYPES: dict[str, Check] = {
 
 
 def wrong_types(values: dict[str, Any]) -> list[str]:
-    """Entries that are not what they must be, one line each. `null` is no entry."""
+    """Entries that are not what they must be, one line each. `null` is not an entry."""
     problems = list(_wrong(values, _TYPES))
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(values.get(key), dict):

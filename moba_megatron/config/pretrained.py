@@ -76,7 +76,7 @@ def pretrained_model_section(folder: str | Path) -> dict[str, Any]:
         config = read_plain_yaml(path)
     else:
         raise ConfigError([
-            f"model.init_from = {folder} is no Hugging Face folder (config.json), run folder (config.yaml) or "
+            f"model.init_from = {folder} is not a Hugging Face folder (config.json), run folder (config.yaml) or "
             f"checkpoint (checkpoint.json){counted_from(folder)}"
         ])  # fmt: skip
     section = config.get("model") if isinstance(config, dict) else None

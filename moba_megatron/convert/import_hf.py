@@ -221,7 +221,7 @@ def start_of_training(
     """
     name = out.name
     return {
-        # Not the folder itself, whose checkpoint is no state of a training.
+        # Not the folder itself, whose checkpoint is not a state of a training.
         "run": {"dir": f"runs/{name}-trained"},
         "model": model,
         "attention": attention,

@@ -3,7 +3,7 @@
 Only the weights are taken, bit for bit, one parameter at a time. They do not say how heads are split, what the rotary
 embedding's base is or how the layers attended: that comes from a `model` section (or the Hugging Face folder that
 training started from) and from the attention settings. Where the checkpoint keeps Megatron-LM's flags, the section is
-held against them.
+compared with them.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def find_iteration(source: Path) -> Path:
             "(--ckpt-convert-format torch_dist --ckpt-convert-save FOLDER)"
         )
     raise CheckpointError(
-        f"{source} is no checkpoint of the format torch_dist: give a folder iter_N, or the --save folder with {LATEST}"
+        f"{source} is not a checkpoint of format torch_dist: give a folder iter_N, or the --save folder with {LATEST}"
     )
 
 

@@ -122,7 +122,7 @@ def _lines(file: Path, *, steps: bool) -> Finding:
             records.append({**json.loads(line)})
         except (ValueError, TypeError) as error:
             problems.append(f"line {number} cannot be read: {error}")
-    words = f"{len(whole):,} lines" + (", the last one is cut: the next start mends it" if rest else "")
+    words = f"{len(whole):,} lines" + (", the last one is cut: the next start fixes it" if rest else "")
     if steps and not problems:
         numbers = [record.get("step") for record in records]
         holes = [(a, b) for a, b in zip(numbers, numbers[1:], strict=False) if b != (a or 0) + 1]

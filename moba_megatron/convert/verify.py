@@ -49,7 +49,7 @@ class Comparison:
     """One text: the largest difference between two logits of its last tokens, and the largest logit.
 
     Under MoBA the difference is that of the median token: where two blocks score the same up to rounding, the two
-    models may choose differently, and a few tokens differ for a reason that is no error.
+    models may choose differently, and a few tokens differ for a reason that is not an error.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """Bytes that the experts of one layer keep for its backward pass, and what they need while it runs, from sizes alone.
 
-Found by listing the tensors that autograd saves in megatron-core's layers, and held against measured peaks. t tokens of
-a rank, K of E experts for each, r = t K rows (`expert_shape`), hidden h, expert width f, e bytes an element and p of a
-router's score. What one layer keeps, its shared expert aside:
+Found by listing the tensors that autograd saves in megatron-core's layers, and compared with measured peaks. t tokens
+of a rank, K of E experts for each, r = t K rows (`expert_shape`), hidden h, expert width f, e bytes an element and p of
+a router's score. What one layer keeps, its shared expert aside:
 
 | what | GPU (grouped products) | CPU (one expert after the other) |
 |---|---|---|

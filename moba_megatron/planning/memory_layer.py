@@ -1,6 +1,6 @@
 """Bytes that one layer keeps for its backward pass, and what one backward pass needs besides, from sizes alone.
 
-Found by listing the tensors that autograd saves in our stack, and held against measured peaks. t tokens of a rank,
+Found by listing the tensors that autograd saves in our stack, and compared with measured peaks. t tokens of a rank,
 hidden h, feed-forward f, N query and G key heads of size D, e bytes an element. What one layer keeps:
 
 | what | GPU (Transformer Engine) | CPU |

@@ -2,7 +2,7 @@
 
 Of a mixture of experts also expert-parallel sizes: all that divide the experts and the GPUs of a pipeline stage.
 
-Every combination of powers of two that divides the GPUs is held against the configuration's own checks (divisibility
+Every combination of powers of two that divides the GPUs is compared with the configuration's own checks (divisibility
 of heads, feed-forward, layers, sequence and batch; an exchange that can run), then against memory, then timed. For each
 the least recomputation that fits is taken. Pipeline stages are cut so that the slowest is as fast as can be: full
 layers at the end of the model, which cost many times a MoBA layer at great length, and the loss make the last stages

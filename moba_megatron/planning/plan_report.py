@@ -41,7 +41,7 @@ def assumptions(cluster: Cluster, mixture: bool = False) -> list[str]:
         "waited for"
     ]
     return [
-        "estimates: nothing here was measured on a GPU; memory formulas were held against CPU runs (docs/planning.md)",
+        "estimates: nothing here was measured on a GPU; memory formulas were compared with CPU runs (docs/planning.md)",
         f"{gpu.name}: {gpu.machine.peak / 1e12:.0f} TFLOP/s in bf16, {MATRIX_SHARE:.0%} of it in matrix products; "
         f"attention by the kernel model (bench --model)",
         f"links: {gpu.node_link / 1e9:.0f} GB/s a GPU within nodes of {cluster.per_node}, "

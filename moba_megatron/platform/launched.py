@@ -44,7 +44,7 @@ def check_launch(*, alone: bool = False, seconds: float = SECONDS_FOR_A_NAME) ->
         if text is None:
             return default
         if not text.strip().isdecimal() or not text.isascii() or int(text) < least:
-            problems.append(f"{name} = {text!r} is not a number of {least} or more: {_MEND}")
+            problems.append(f"{name} = {text!r} is not a number of {least} or more: {_FIX}")
             return default
         return int(text)
 
@@ -53,7 +53,7 @@ def check_launch(*, alone: bool = False, seconds: float = SECONDS_FOR_A_NAME) ->
     port = number("MASTER_PORT", 0, 0)
     if not problems:
         problems += [
-            f"{name} = {value} is not below {of} = {size}: {_MEND}"
+            f"{name} = {value} is not below {of} = {size}: {_FIX}"
             for name, value, of, size in (
                 ("RANK", rank, "WORLD_SIZE", world_size),
                 ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_size),
@@ -61,7 +61,7 @@ def check_launch(*, alone: bool = False, seconds: float = SECONDS_FOR_A_NAME) ->
             if of in os.environ and value >= size
         ]
         if port > 65535:
-            problems.append(f"MASTER_PORT = {port} is not a port: it is at most 65535; {_MEND}")
+            problems.append(f"MASTER_PORT = {port} is not a port: it is at most 65535; {_FIX}")
         if not alone:
             problems += _incomplete(world_size)
     if not problems and not alone and "RANK" in os.environ and not _known(host := os.environ["MASTER_ADDR"], seconds):
@@ -71,7 +71,7 @@ def check_launch(*, alone: bool = False, seconds: float = SECONDS_FOR_A_NAME) ->
     return Launch(world_size, rank, local_rank, local_size)
 
 
-_MEND = "start with torchrun, which sets it, or take it out of the environment"
+_FIX = "start with torchrun, which sets it, or take it out of the environment"
 
 
 def _incomplete(world_size: int) -> list[str]:
@@ -79,7 +79,7 @@ def _incomplete(world_size: int) -> list[str]:
     if "RANK" not in os.environ:
         if world_size == 1:
             return []
-        return [f"WORLD_SIZE = {world_size} without RANK: this process would wait for others; {_MEND}"]
+        return [f"WORLD_SIZE = {world_size} without RANK: this process would wait for others; {_FIX}"]
     needed = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return [
         f"RANK = {os.environ['RANK']} without {name}: start with torchrun, which sets it, or take RANK out of the "

@@ -184,7 +184,7 @@ def test_what_is_rotated_is_held_against_the_flags(flags, says):
 
 
 def test_what_is_no_checkpoint_of_the_format_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="is no checkpoint of the format torch_dist"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint of format torch_dist"):
         find_iteration(tmp_path)
     (tmp_path / LATEST).write_text("12\n")
     (tmp_path / "iter_0000012/mp_rank_00").mkdir(parents=True)

@@ -205,7 +205,7 @@ def test_a_run_that_starts_from_weights_has_their_sizes_and_their_tokenizer(fold
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="is no Hugging Face folder"):
+    with pytest.raises(ConfigError, match="is not a Hugging Face folder"):
         configuration(tmp_path, {})
 
 
