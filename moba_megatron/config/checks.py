@@ -9,6 +9,7 @@ from moba_megatron.config.families import family_checks
 from moba_megatron.config.model import ModelConfig
 from moba_megatron.config.rotary import rotary_checks
 from moba_megatron.config.schema import AttentionConfig, Config, ParallelConfig
+from moba_megatron.config.training_checks import training_checks
 from moba_megatron.config.words import divisors, nearest_multiples, one_of
 
 
@@ -77,7 +78,7 @@ def combination_problems(config: Config) -> list[str]:
             *_data_checks(config),
             _packing_check(config),
             *attention_checks(config.attention, config.model.num_layers, config.data.sequence_length),
-            *_training_checks(config),
+            *training_checks(config),
         ]
         if wrong
     ]
@@ -274,100 +275,5 @@ def _selection_checks(attention: AttentionConfig) -> list[tuple[bool, str]]:
             attention.backend == "flash_moba" and not attention.top_k_of_means,
             f"attention.backend = flash_moba chooses blocks by top_k of their mean keys only, not by {names} of "
             f"{attention.summary}: use auto",
-        ),
-    ]
-
-
-def _training_checks(config: Config) -> list[tuple[bool, str]]:
-    training, optimizer, length = config.training, config.optimizer, config.data.sequence_length
-    wsd, profile = optimizer.wsd_decay_steps, config.logging.profile_steps
-    trailing = config.evaluation.trailing_tokens
-    return [
-        (
-            training.global_batch_size % training.micro_batch_size != 0,
-            f"training.global_batch_size = {training.global_batch_size} is not a multiple of "
-            f"training.micro_batch_size = {training.micro_batch_size}: "
-            f"use {nearest_multiples(training.global_batch_size, training.micro_batch_size)}",
-        ),
-        (
-            optimizer.warmup_steps >= training.steps,
-            f"optimizer.warmup_steps = {optimizer.warmup_steps} must be below training.steps = {training.steps}",
-        ),
-        (
-            optimizer.min_lr > optimizer.lr,
-            f"optimizer.min_lr = {optimizer.min_lr} is over optimizer.lr = {optimizer.lr}",
-        ),
-        (
-            (optimizer.decay == "WSD") != (wsd is not None),
-            f"optimizer.wsd_decay_steps = {wsd}: it belongs to optimizer.decay: WSD, and must be set there",
-        ),
-        (
-            wsd is not None and wsd > training.steps - optimizer.warmup_steps,
-            f"optimizer.wsd_decay_steps = {wsd} is over the {training.steps - optimizer.warmup_steps} steps after "
-            "warm-up",
-        ),
-        (
-            training.stop_after is not None and training.stop_after > training.steps,
-            f"training.stop_after = {training.stop_after} is over training.steps = {training.steps}",
-        ),
-        *_recompute_checks(config),
-        *_divergence_checks(config),
-        (
-            trailing is not None and trailing > length,
-            f"evaluation.trailing_tokens = {trailing} is over data.sequence_length = {length}",
-        ),
-        (
-            config.evaluation.position_buckets > length,
-            f"evaluation.position_buckets = {config.evaluation.position_buckets} is over data.sequence_length = "
-            f"{length}",
-        ),
-        (
-            config.evaluation.every is not None and config.data.validation is None,
-            f"evaluation.every = {config.evaluation.every} needs data.validation",
-        ),
-        (
-            bool(profile) and (len(profile) != 2 or not 1 <= profile[0] <= profile[1] <= training.steps),
-            f"logging.profile_steps = {profile}: give the first and the last step, within 1 to {training.steps}",
-        ),
-    ]
-
-
-def _recompute_checks(config: Config) -> list[tuple[bool, str]]:
-    model, modules = config.model, config.training.recompute
-    if isinstance(modules, str):
-        return []
-    key = f"training.recompute = {modules}"
-    return [
-        (not modules, f"{key} repeats nothing: name parts of a layer, or set none"),
-        (len(set(modules)) < len(modules), f"{key} names one twice"),
-        ("mlp" in modules and all(model.expert_layers), f"{key}: no layer is a dense one (mlp): use moe"),
-        ("moe" in modules and not any(model.expert_layers), f"{key}: no layer has experts (moe): use mlp"),
-        (
-            "shared_experts" in modules and model.moe_shared_expert_intermediate_size is None,
-            f"{key}: there are no shared_experts without model.moe_shared_expert_intermediate_size",
-        ),
-        (
-            {"moe", "shared_experts"} <= set(modules),
-            f"{key}: moe repeats the shared experts too: take shared_experts out",
-        ),
-    ]
-
-
-def _divergence_checks(config: Config) -> list[tuple[bool, str]]:
-    training = config.training
-    late = [step for step in training.skip_batches if step > training.steps]
-    return [
-        (
-            training.on_divergence == "rollback" and config.checkpoint.every is None,
-            "training.on_divergence = rollback needs checkpoint.every: there is no checkpoint to go back to otherwise",
-        ),
-        (
-            training.on_spike == "as_divergence" and training.spike_threshold is None,
-            "training.on_spike = as_divergence has no effect without training.spike_threshold: give a number",
-        ),
-        (bool(late), f"training.skip_batches names steps {late}: training.steps = {training.steps}"),
-        (
-            training.replay is not None and training.replay > training.steps,
-            f"training.replay = {training.replay} is over training.steps = {training.steps}",
         ),
     ]

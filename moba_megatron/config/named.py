@@ -8,7 +8,8 @@ from moba_megatron.config.checks import ConfigError
 from moba_megatron.config.load import config_from_tree, read_yaml, split_name
 from moba_megatron.config.reading import read_tree
 from moba_megatron.config.schema import Config
-from moba_megatron.config.sweep import choices_of, read_sweep, run_name, run_of
+from moba_megatron.config.sweep import choices_of, run_name, run_of
+from moba_megatron.config.sweep_file import read_sweep
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

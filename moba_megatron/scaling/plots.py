@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moba_megatron.config.sweep import Figure
+from moba_megatron.config.sweep_file import Figure
 from moba_megatron.runs.files import read_json_lines
 from moba_megatron.runs.folder import trained_steps
 from moba_megatron.scaling.laws import fit_sweep, gaps_to_first, left_out

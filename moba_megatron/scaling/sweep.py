@@ -8,16 +8,8 @@ from typing import Any
 
 from moba_megatron.config import Config, ConfigError
 from moba_megatron.config.sizes import idle_parameters
-from moba_megatron.config.sweep import (
-    SweepFile,
-    axis_problems,
-    choices_of,
-    joined,
-    number_of,
-    read_sweep,
-    run_name,
-    swept_run,
-)
+from moba_megatron.config.sweep import choices_of, joined, number_of, run_name, swept_run
+from moba_megatron.config.sweep_file import SweepFile, axis_problems, read_sweep
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.planning.flops import training_flops_per_token
 from moba_megatron.runs.folder import RunFolder

@@ -73,7 +73,7 @@ def test_a_written_mixture_reads_back_equal(tmp_path):
         ),
     ],
 )
-def test_what_cannot_work_is_said_with_the_mend(changes, said):
+def test_what_cannot_work_is_said_with_the_fix(changes, said):
     assert any(said in line for line in problems(**changes)), problems(**changes)
 
 

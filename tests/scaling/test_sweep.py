@@ -11,7 +11,8 @@ from scaling.sweep_examples import write_sweep
 
 from moba_megatron.config import ConfigError, load_config
 from moba_megatron.config.named import names_in
-from moba_megatron.config.sweep import Figure, run_of
+from moba_megatron.config.sweep import run_of
+from moba_megatron.config.sweep_file import Figure
 from moba_megatron.ops.pairs import attended_pairs
 from moba_megatron.scaling.actions import print_tables
 from moba_megatron.scaling.laws import left_out
