@@ -133,7 +133,7 @@ SYSTEM = {
 
 
 @pytest.mark.parametrize(("call", "said"), SYSTEM.values(), ids=SYSTEM)
-def test_errors_of_the_system_name_the_file_and_the_mend(tmp_path: Path, call: Any, said: str):
+def test_errors_of_the_system_name_the_file_and_the_fix(tmp_path: Path, call: Any, said: str):
     (tmp_path / "file").write_text("x")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     text = explained(caught(lambda: call(tmp_path)))

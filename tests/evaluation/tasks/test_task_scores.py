@@ -224,7 +224,7 @@ def test_a_corpus_that_fails_leaves_nothing(tmp_path):
         (("--samples", "2", "--trailing", "8"), "--samples, --trailing without the losses: add --losses"),
     ],
 )
-def test_mistakes_end_with_code_2_and_the_mend(run, arguments, message):
+def test_mistakes_end_with_code_2_and_the_fix(run, arguments, message):
     [(code, output)] = run_ranks(1, _evaluate, run, "--tasks", "needle", *arguments, prepare=False)
     assert code == 2 and message in output
 
