@@ -6,7 +6,9 @@ import torch
 from gpu_checks import Shape
 
 from moba_megatron.ops import select_blocks
+from moba_megatron.ops.attend_function import with_gradients
 from moba_megatron.ops.gathered import attend_forward, attention
+from moba_megatron.ops.gathered.backend import GatheredSteps
 
 PACK = Shape((0, 5, 5, 140, 333), block_size=16, top_k=3, size=16)
 
@@ -25,7 +27,12 @@ def test_the_portable_backend_passes(dtype):
 @pytest.fixture
 def forward(monkeypatch):
     """Replace the portable backend's forward pass."""
-    return lambda function: monkeypatch.setattr(attention, "attend_forward", function)
+
+    def replace(function):
+        attend = with_gradients(function, attention.attend_backward)
+        monkeypatch.setattr(GatheredSteps, "attend", staticmethod(attend))
+
+    return replace
 
 
 def test_a_small_factor_is_seen(forward):
