@@ -65,7 +65,7 @@ def run(*command: object) -> str:
 def test_a_locale_of_ascii_is_no_error(folder):
     program = "accept_any_text(); print(chr(228), open('README.md').read())"
     said = run("-c", f"from moba_megatron.before_torch import *; {program}")
-    assert said.startswith("\\xe4 #") and "\\u250f" in said
+    assert said.startswith("\\xe4 #") and "\\u2503" in said
     # torch and megatron-core read files of theirs in the encoding of the locale.
     program = "accept_any_text(); import megatron.core; from moba_megatron.config import load_config"
     said = run(

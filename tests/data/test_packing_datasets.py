@@ -74,10 +74,14 @@ def test_every_target_follows_its_own_document_and_the_mask(prefix: Path, packin
         if packing["data__packing"] == "best_fit":
             # Every token but the first of a document is a target exactly once, also where a document was cut.
             assert set(found) == allowed - set(STARTS.tolist())
+    may_pad = packing["data__packing"] != "concatenate"
     for sample in samples:
         assert {name: len(values) for name, values in sample.items() if name != "cu_seqlens"} == dict.fromkeys(
-            ("tokens", "labels", "loss_mask", "position_ids"), 32
+            ("tokens", "labels", "loss_mask", "position_ids", *["padding_mask"] * may_pad), 32
         )
+        if may_pad:  # at the end of a row, and counted nowhere
+            padding = sample["padding_mask"]
+            assert not padding[: int((~padding).sum())].any() and not sample["loss_mask"][padding].any()
         if cross:
             assert "cu_seqlens" not in sample and sample["position_ids"].tolist() == list(range(32))
 

@@ -249,7 +249,10 @@ def test_missing_settings_raise():
         ({"block_size": 4, "top_k": 2, "version": 2, "selector": "threshold"}, "threshold = None"),
         ({"block_size": 4, "top_k": 2, "version": 2, "layer_selections": {"0": "recent"}}, "layer_selections must be"),
         ({"block_size": 4, "top_k": 2, "version": 2, "layer_selections": {"0": {"top_k": 3}}}, r"got \['top_k'\]"),
-        ({"block_size": 4, "top_k": 2, "version": 2, "layer_selections": {"3": RECENT}}, "layer 3, .* not a moba layer"),
+        (
+            {"block_size": 4, "top_k": 2, "version": 2, "layer_selections": {"3": RECENT}},
+            "layer 3, .* not a moba layer",
+        ),
         (
             {"block_size": 4, "top_k": 2, "layer_sizes": {"3": {"block_size": 8, "top_k": 2}}},
             "layer 3, .* not a moba layer",

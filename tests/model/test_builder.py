@@ -21,7 +21,7 @@ PAPER = Path(__file__).parents[2] / "configs" / "paper"
 def test_the_models_of_table_1(name, millions, billions_of_tokens):
     from moba_megatron.model.builder import count_parameters
 
-    config = load_config(PAPER / f"{name}.yaml")
+    config = load_config(PAPER / f"scaling_8k.yaml:{name}_moba")
     count = count_parameters(config)
     assert round(count.layers / 1e6) == millions
     assert count.embedding == count.output == config.model.hidden_size * config.model.vocab_size

@@ -14,6 +14,7 @@ import torch
 from model_examples import tiny
 
 from moba_megatron.config import check_world, load_config
+from moba_megatron.config.named import names_in
 from moba_megatron.model.schedule import checked_schedule
 from moba_megatron.ops import adapters
 from moba_megatron.platform import libraries
@@ -61,8 +62,8 @@ def choices(config) -> list[str]:
 @pytest.mark.parametrize(("transformer_engine", "module"), list(itertools.product([True, False], FLASH_ATTENTION)))
 def test_every_shipped_configuration_can_run(h100, transformer_engine, module):
     h100(transformer_engine, module)
-    assert len(SHIPPED) > 30
-    for path in SHIPPED:
+    named = [(path, name) for path in SHIPPED for name in (None, *names_in(path))]
+    for path in [path if name is None else f"{path}:{name}" for path, name in named]:
         config = load_config(path)
         moba, full, layers, *_ = choices(config)
         assert moba == "attention.backend = auto: triton (auto: the GPU kernels)", path
