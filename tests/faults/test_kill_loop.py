@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_a_few_kills_leave_nothing_behind_and_change_nothing():
     loop = Path(__file__).with_name("kill_loop.py")
     asked = ["--kills", "3", "--seed", "7", "--only", "DP 2, distributed optimizer"]

@@ -17,7 +17,7 @@ pytest.importorskip("trl", reason="the page tunes by TRL")
 pytest.importorskip("peft", reason="the page tunes by LoRA")
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_the_page_runs(tmp_path):
     page = (ROOT / "docs/chat.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```(python|bash)\n(.*?)```", page, flags=re.DOTALL)

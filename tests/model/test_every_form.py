@@ -127,8 +127,15 @@ def test_the_fixture_is_a_fair_one():
     assert abs(expected("full")[1] - loss) > 1e-3
 
 
-@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
-@pytest.mark.parametrize("form", list(FORMS))
+# Recomputation does not ask how many ranks there are: over four it is slow.
+CASES = [
+    pytest.param(form, recompute, marks=pytest.mark.slow if ranks > 2 and recompute != "none" else ())
+    for form, (ranks, _) in FORMS.items()
+    for recompute in ("none", "full", "selective")
+]
+
+
+@pytest.mark.parametrize(("form", "recompute"), CASES)
 def test_every_form_gives_the_gradients_of_one_process(form, recompute):
     _, loss, _, _ = expected()
     for rank in measured(FORMS[form][0], recompute):

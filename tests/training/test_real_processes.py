@@ -30,7 +30,9 @@ def test_what_a_run_says(unbroken):
     assert len(metrics) == 60 and metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["SIGTERM", "SIGINT"]
+)
 def test_a_signal_saves_ends_with_code_0_and_loses_nothing(unbroken, tmp_path, number):
     config = small_config(tmp_path, training__steps=60, checkpoint__every=50)
     process = start(config)

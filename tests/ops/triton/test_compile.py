@@ -32,10 +32,17 @@ PARTS = [
 ]
 
 
-def listed() -> list[compiled.Job]:
-    """The configurations of all parts, each once."""
+FEW = [
+    (90, torch.bfloat16, 128, [64, 512], [2, 15]),
+    (80, torch.bfloat16, 128, [64], [2]),
+    (100, torch.bfloat16, 128, [512], [2]),
+]
+
+
+def listed(parts: list = PARTS) -> list[compiled.Job]:
+    """The configurations of these parts, each once."""
     found = {}
-    for architecture, dtype, size, lengths, num_past in PARTS:
+    for architecture, dtype, size, lengths, num_past in parts:
         for made in catalog.configurations(
             architecture, dtypes=[dtype], head_sizes=[size], lengths=lengths, num_past=num_past
         ):
@@ -58,8 +65,9 @@ def test_what_is_compiled_does_not_hang_on_counts():
         assert integers <= {*COUNTS, *catalog.STRIDES}, made
 
 
-def test_kernels_fit_their_chips(tmp_path):
-    rows = list(compiled.compile_all(listed(), processes=2, cache=tmp_path))
+@pytest.mark.parametrize("parts", [FEW, pytest.param(PARTS, marks=pytest.mark.slow)], ids=["few", "all"])
+def test_kernels_fit_their_chips(tmp_path, parts):
+    rows = list(compiled.compile_all(listed(parts), processes=2, cache=tmp_path))
     assert [row for row in rows if row.problem] == []
     assert all(row.registers > 4 for row in rows)
     for architecture, instruction in ((80, "mma.sync"), (90, "wgmma"), (100, "tcgen05.mma")):
