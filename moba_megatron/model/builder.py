@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_megatron.config import Config, ParallelConfig, TrainingConfig
+from moba_megatron.config.schema import RecomputedModule
 from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.model.experts import expert_settings, mark_experts, with_routers
 from moba_megatron.model.first_weights import Place, replay_draws
@@ -122,10 +124,8 @@ def _pipeline_layout(config: Config) -> list[list[str]]:
 def _recompute_settings(training: TrainingConfig) -> dict:
     if training.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if training.recompute == "none":
-        return {}
-    modules = ["core_attn"] if training.recompute == "selective" else list(training.recompute)
-    return {"recompute_granularity": "selective", "recompute_modules": modules}
+    modules = [module for module in get_args(RecomputedModule) if training.repeats(module)]
+    return {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
 
 
 def _machine_settings(device_type: str, *, fused_rotary: bool = True) -> dict:

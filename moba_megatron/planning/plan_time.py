@@ -3,7 +3,7 @@
 What a microbatch takes in a pipeline stage: the matrix products of its layers (`MATRIX_SHARE` of the peak, of experts
 `EXPERT_SHARE`; three times the forward's, four with full recomputation), sorting tokens by their experts, attention by
 `kernel_model` (one document as long as the sequence, split evenly over tensor- and context-parallel ranks; its forward
-part again under any recomputation), and what the exchanges make it wait (`plan_traffic`, `expert_traffic`). m
+part again where it is recomputed), and what the exchanges make it wait (`plan_traffic`, `expert_traffic`). m
 microbatches through p stages take m times the slowest stage; filling and draining (the *bubble*) take each other stage
 once, or 1/v of that with v interleaved chunks. Then gradients are reduced, as far as that is not overlapped, and the
 optimizer passes over its state.
