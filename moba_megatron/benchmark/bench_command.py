@@ -33,7 +33,7 @@ def bench_command(
     head_size: Annotated[int, typer.Option(min=1, help="Size of a head.")] = DEFAULTS.head_size,
     backend: Annotated[str, typer.Option(help="auto, reference, gathered, triton or flash_moba.")] = "auto",
     full: Annotated[
-        str, typer.Option(help="Full-attention backends by commas; the fastest is the baseline.")
+        str, typer.Option(help="Full-attention backends by commas; the fastest is the baseline; none: MoBA alone.")
     ] = "torch",
     runs: Annotated[int, typer.Option(min=1, help="Timed runs of each side; medians are reported.")] = DEFAULTS.runs,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores.")] = 0,
@@ -92,7 +92,7 @@ def bench_command(
         num_kv_heads=groups,
         head_size=head_size,
         backend=backend,
-        full=tuple(full.split(",")),
+        full=() if full == "none" else tuple(full.split(",")),
         runs=runs,
         threads=threads,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),

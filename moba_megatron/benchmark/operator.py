@@ -84,6 +84,8 @@ def _full_call(settings: BenchSettings, dtype: str, length: int, mode: str, back
 @functools.lru_cache(maxsize=1)
 def _full_alone(settings: BenchSettings, dtype: str, length: int, mode: str) -> dict[str, float]:
     """Times of the baselines, one after the other, for they may fill the memory; those that fail are left out."""
+    if not settings.full:
+        return {}
     times, failure = {}, None
     for name, make in _full_calls(settings, dtype, length, mode).items():
         try:
@@ -145,7 +147,8 @@ def measure(settings: BenchSettings, case: Case, with_flash_moba: bool = False) 
     times, peak = _times(settings, case, backend, with_flash_moba)
     extra = max(0, int(peak - q_bytes - gradients))
     moba, flash_moba = times.pop("moba"), times.pop("flash_moba", None)
-    dense_by = min(times, key=times.__getitem__)
+    dense_by = min(times, key=times.__getitem__, default="")
+    dense = times.get(dense_by)
     flops = _attended_flops(settings, case) / moba
     most_flops = peak_flops(torch.cuda.get_device_name()) if settings.device == "cuda" else None
     return BenchRow(
@@ -158,9 +161,9 @@ def measure(settings: BenchSettings, case: Case, with_flash_moba: bool = False) 
         mode=case.mode,
         backend=backend,
         moba_seconds=moba,
-        dense_seconds=times[dense_by],
+        dense_seconds=dense,
         dense_by=dense_by,
-        speedup=times[dense_by] / moba,
+        speedup=None if dense is None else dense / moba,
         pair_ratio=pair_ratio(case.length, case.block_size, case.top_k),
         attended_flops=flops,
         share_of_peak=None if most_flops is None else flops / most_flops,

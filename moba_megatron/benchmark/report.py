@@ -92,9 +92,9 @@ def _cells(row: BenchRow) -> list[str]:
         f"{row.block_size}, {row.top_k}",
         row.mode,
         f"{row.moba_seconds:.4g}",
-        f"{row.dense_seconds:.4g}",
+        optional(row.dense_seconds, ".4g"),
         row.dense_by,
-        f"{row.speedup:.2f}",
+        optional(row.speedup, ".2f"),
         f"{row.pair_ratio:.1f}",
         f"{row.attended_flops / 1e9:.0f}",
         optional(row.share_of_peak, ".1%"),
@@ -141,6 +141,7 @@ def _label(curve: tuple) -> str:
 def _plot(rows: list[BenchRow], path: Path) -> None:
     figure = new_figure(7, 4.5)
     axes = figure.subplots()
+    rows = [row for row in rows if row.speedup is not None]
     for key in sorted({row.curve for row in rows}):
         curve = sorted((row.length, row.speedup) for row in rows if row.curve == key)
         axes.plot(*zip(*curve, strict=True), marker="o", label=_label(key))

@@ -19,7 +19,8 @@ class BenchSettings:
         modes: `fwd`, `fwd+bwd`.
         num_heads, num_kv_heads, head_size: query heads, key heads, head size.
         backend: as in `moba_attention`; `auto` is resolved and reported.
-        full: full-attention backends, the fastest of which is the baseline; those that cannot run are left out.
+        full: full-attention backends, the fastest of which is the baseline; those that cannot run are left out. Empty:
+            no baseline, for lengths at which full attention would take hours.
         runs: timed runs of each side, after one warm-up.
         threads: CPU threads for both; 0 leaves the process's setting.
         device: `cpu` or `cuda`.
@@ -71,8 +72,9 @@ class Case:
 class BenchRow:
     """One measured line; times in seconds, memory in bytes, operations per second.
 
-    `extra_bytes` is a lower bound of the memory beyond inputs, output and gradients, see above. `share_of_peak` is None
-    on machines without a data sheet here, `flash_moba_seconds` where that package cannot run.
+    `extra_bytes` is a lower bound of the memory beyond inputs, output and gradients, see above. `dense_seconds` and
+    `speedup` are None without a baseline, `share_of_peak` on machines without a data sheet here, `flash_moba_seconds`
+    where that package cannot run.
     """
 
     dtype: str
@@ -84,9 +86,9 @@ class BenchRow:
     mode: str
     backend: str
     moba_seconds: float
-    dense_seconds: float
+    dense_seconds: float | None
     dense_by: str
-    speedup: float
+    speedup: float | None
     pair_ratio: float
     attended_flops: float
     share_of_peak: float | None
@@ -114,10 +116,10 @@ class BenchResult:
     def crossovers(self) -> dict[tuple[str, int, int, int, int, str], int | None]:
         """Per `BenchRow.curve` the shortest measured length from which on MoBA is always faster."""
         winners = {}
-        for key in dict.fromkeys(row.curve for row in self.rows):
+        for key in dict.fromkeys(row.curve for row in self.rows if row.speedup is not None):
             start = None
             for row in sorted((r for r in self.rows if r.curve == key), key=lambda r: r.length, reverse=True):
-                if row.speedup < 1:
+                if row.speedup is None or row.speedup < 1:
                     break
                 start = row.length
             winners[key] = start

@@ -160,6 +160,13 @@ class DataConfig(Section):
 
 
 RecomputedModule = Literal["core_attn", "mlp", "moe", "shared_experts"]
+OTHER_MODULES = {
+    "layernorm": "needs norms that are not fused into the next product",
+    "moe_act": "needs grouped experts on every device",
+    "mla_up_proj": "belongs to multi-latent attention",
+    "gdn_norm_out": "belongs to gated delta networks",
+}
+"""What megatron-core can compute again and this project cannot, with the reason."""
 
 
 class TrainingConfig(Section):
@@ -177,6 +184,16 @@ class TrainingConfig(Section):
     """What the backward pass computes again: `full` whole layers, `selective` the core attention, or a list of parts:
     `core_attn`, `mlp` (dense feed-forward layers), `moe` (layers of experts; their tokens are sent once more),
     `shared_experts`. `[mlp]` keeps attention, the dearest part of long sequences to repeat."""
+    recompute_layers: int | None = Field(default=None, ge=1)
+    """With `recompute: full`: only the first so many layers of each pipeline stage (of each chunk of layers with
+    `parallel.virtual_pipeline`) are computed again; the others keep all. None: every layer."""
+    mlp_chunk_size: int | None = Field(default=None, ge=1, le=LONGEST)
+    """Tokens that a dense feed-forward takes at a time. Its activations are not kept; the backward pass makes those of
+    one chunk again at a time, which costs what `recompute: [mlp]` does and needs less memory at once. None: all."""
+    gradient_precision: Literal["fp32", "bf16"] = "fp32"
+    """What gradients are accumulated and sent in. `bf16` takes half the memory and half the bytes, and adds
+    microbatches with less precision; ranks are still summed in fp32. It needs `precision: bf16` and
+    `parallel.distributed_optimizer`."""
     loss_chunk_size: int | None = Field(default=None, ge=1, le=LONGEST)
     """Tokens per chunk of the loss: at most chunk x vocabulary logits are in memory at once. None: 512 on a CPU, 4096
     on a GPU, where each chunk reads and writes the fp32 gradient of the output weight once."""
@@ -206,13 +223,21 @@ class TrainingConfig(Section):
         words, parts = ("none", "selective", "full"), get_args(RecomputedModule)
         known = all(part in parts for part in value) if isinstance(value, list) else value in words
         if not known:
-            raise ValueError(f"use {', '.join(words)} or a list of {', '.join(parts)}")
+            use = f"use {', '.join(words)} or a list of {', '.join(parts)}"
+            stock = [part for part in value if part in OTHER_MODULES] if isinstance(value, list) else []
+            reasons = "; ".join(f"{part} {OTHER_MODULES[part]}" for part in stock)
+            raise ValueError(f"{reasons}: {use}" if reasons else use)
         return value
 
     def repeats(self, module: RecomputedModule) -> bool:
         """Whether the backward pass computes a part of a layer again."""
         words = {"none": [], "selective": ["core_attn"], "full": ["core_attn", "mlp", "moe", "shared_experts"]}
         return module in (words[self.recompute] if isinstance(self.recompute, str) else self.recompute)
+
+    @property
+    def feed_forward_passes(self) -> int:
+        """How often a dense feed-forward is computed, the backward pass counted as two."""
+        return 3 + self.repeats("mlp") + (self.mlp_chunk_size is not None)
 
     def tokens_of_loss_chunk(self, device_type: str) -> int:
         """`loss_chunk_size`, or its default on a kind of device ("cuda" or "cpu")."""

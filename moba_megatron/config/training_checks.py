@@ -40,6 +40,7 @@ def training_checks(config: Config) -> list[tuple[bool, str]]:
             f"training.stop_after = {training.stop_after} is over training.steps = {training.steps}",
         ),
         *_recompute_checks(config),
+        *_memory_checks(config),
         *_divergence_checks(config),
         (
             trailing is not None and trailing > length,
@@ -78,6 +79,42 @@ def _recompute_checks(config: Config) -> list[tuple[bool, str]]:
         (
             {"moe", "shared_experts"} <= set(modules),
             f"{key}: moe repeats the shared experts too: take shared_experts out",
+        ),
+    ]
+
+
+def _memory_checks(config: Config) -> list[tuple[bool, str]]:
+    training, layers, tokens = config.training, config.training.recompute_layers, config.training.mlp_chunk_size
+    mixture = config.model.num_moe_experts is not None
+    repeated = isinstance(training.recompute, list) and "mlp" in training.recompute
+    half, optimizer = training.gradient_precision == "bf16", config.parallel.distributed_optimizer
+    return [
+        (
+            layers is not None and training.recompute != "full",
+            f"training.recompute_layers = {layers} belongs to training.recompute: full, not {training.recompute}",
+        ),
+        (
+            layers is not None and layers > max(config.chunk_layers),
+            f"training.recompute_layers = {layers}: no pipeline stage has over {max(config.chunk_layers)} layers in a "
+            "row; leave it out to compute all again",
+        ),
+        (
+            tokens is not None and mixture,
+            f"training.mlp_chunk_size = {tokens} is for dense models: experts see few tokens each; use "
+            "training.recompute: [moe]",
+        ),
+        (
+            tokens is not None and repeated,
+            f"training.mlp_chunk_size = {tokens} computes the feed-forward again already: take mlp out of "
+            f"training.recompute = {training.recompute}",
+        ),
+        (
+            half and training.precision != "bf16",
+            f"training.gradient_precision = bf16 needs training.precision = bf16, not {training.precision}",
+        ),
+        (
+            half and not optimizer,
+            "training.gradient_precision = bf16 needs parallel.distributed_optimizer = true, which sums ranks in fp32",
         ),
     ]
 

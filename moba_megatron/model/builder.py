@@ -21,6 +21,7 @@ from moba_megatron.config import Config, ParallelConfig, TrainingConfig
 from moba_megatron.config.schema import RecomputedModule
 from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.model.experts import expert_settings, mark_experts, with_routers
+from moba_megatron.model.feed_forward import chunk_feed_forward
 from moba_megatron.model.first_weights import Place, replay_draws
 from moba_megatron.model.gpt import ChunkedLossGPTModel
 from moba_megatron.model.rotary import cosine_factor, rotary_frequencies, set_cosine_factor, softmax_scale
@@ -123,7 +124,8 @@ def _pipeline_layout(config: Config) -> list[list[str]]:
 
 def _recompute_settings(training: TrainingConfig) -> dict:
     if training.recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        method, layers = ("block", training.recompute_layers) if training.recompute_layers else ("uniform", 1)
+        return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
     modules = [module for module in get_args(RecomputedModule) if training.repeats(module)]
     return {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
 
@@ -231,7 +233,7 @@ def _build_chunk(
         pp_rank=pp_rank,
         vp_stage=vp_stage,
     )
-    return ChunkedLossGPTModel(
+    built = ChunkedLossGPTModel(
         config=transformer,
         transformer_layer_spec=with_routers(layers),
         vocab_size=padded_vocab_size(vocab_size, config.parallel.tensor),
@@ -246,6 +248,9 @@ def _build_chunk(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
+    if config.training.mlp_chunk_size is not None:
+        chunk_feed_forward(built, config.training.mlp_chunk_size)
+    return built
 
 
 @dataclass(frozen=True)

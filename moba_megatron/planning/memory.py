@@ -32,7 +32,15 @@ from moba_megatron.planning.memory_layer import (
     mlp_working_bytes,
     repeated_mlp_bytes,
 )
-from moba_megatron.planning.plan_stages import Stage, expert_replicas, stages_of, vocabulary_rows
+from moba_megatron.planning.plan_stages import (
+    GRADIENT_BYTES,
+    Stage,
+    config_of_layers,
+    expert_replicas,
+    repeated_layers,
+    stages_of,
+    vocabulary_rows,
+)
 
 # Tokens, labels, positions, mask, targets and per-token numbers of the loss, of each microbatch.
 BYTES_OF_A_TOKEN = 64
@@ -112,7 +120,7 @@ def _stage_memory(
     return MemoryEstimate(
         stage=stage.number,
         weights=stage.parameters * shape.width,
-        gradients=stage.parameters * 4,
+        gradients=stage.parameters * GRADIENT_BYTES[config.training.gradient_precision],
         optimizer=(stage.parameters - stage.experts) * state // dense + stage.experts * state // experts,
         activations=activations + _edge_bytes(stage, shape),
         moba=moba,
@@ -127,18 +135,30 @@ def _stage_activations(
     config: Config, layers: tuple[LayerAttention, ...], stage: Stage, shape: Shape, exchanges: ExchangeChoice
 ) -> tuple[int, int, int, int, int]:
     """(activations, MoBA's own, backward, exchange, freed by then) of one stage of the training."""
-    training, has_experts = config.training, config.model.expert_layers
+    has_experts, repeated = config.model.expert_layers, repeated_layers(config)
     activations, moba, moments = 0.0, 0.0, [(0, 0, 0)]
-    kinds = Counter((layers[number - 1], has_experts[number - 1]) for number in stage.layers)
-    for (layer, experts), count in kinds.items():
+    kinds = Counter((layers[number - 1], has_experts[number - 1], number in repeated) for number in stage.layers)
+    freed = 0.0
+    # The last layers, which are not repeated, are through when the first ones are computed again.
+    for (layer, experts, again), count in sorted(kinds.items(), key=lambda kind: kind[0][2]):
+        seen = config_of_layers(config, again)
+        training = seen.training
         name = exchanges.full if layer.kind == "full" else exchanges.moba
         bytes_ = layer_bytes(shape, layer, name, experts)
-        dropped = repeated_mlp_bytes(training, shape, experts)
+        dropped, made = repeated_mlp_bytes(training, shape, experts)
         kept = bytes_.entry if training.recompute == "full" else bytes_.kept - dropped
+        selected = 0 if training.repeats("core_attn") else bytes_.selected
         activations += count * stage.in_flight * kept
-        moba += 0 if training.repeats("core_attn") else count * stage.in_flight * bytes_.selected
-        mlp = mlp_working_bytes(shape, experts)
-        moments.append(_layer_moment(config, shape, layer, name, bytes_, mlp, dropped))
+        moba += count * stage.in_flight * selected
+        mlp = made + mlp_working_bytes(training, shape, experts)
+        moment, *rest = _layer_moment(seen, shape, layer, name, bytes_, mlp, dropped)
+        if config.training.recompute_layers is None:
+            moments.append((moment, *rest))
+        elif again:
+            moments.append((moment - int(freed), *rest))
+        else:
+            moments.append((moment, *rest))
+            freed += count * (kept + selected) / (config.parallel.virtual_pipeline or 1)
     return int(activations), int(moba), *max(moments, key=lambda moment: moment[0] + moment[1])
 
 
@@ -151,12 +171,17 @@ def _layer_moment(
     mlp: int,
     dropped: int,
 ) -> tuple[int, int, int]:
-    """(backward, exchange, what of the former is gone when the exchange begins) of one layer; `dropped` bytes of its
-    feed-forward are made again for that alone."""
+    """(backward, exchange, what of the former is gone when the exchange begins) of one layer.
+
+    Args:
+        mlp: alive in the backward pass of its feed-forward, what is made again for that alone included.
+        dropped: of what the feed-forward would keep, not kept.
+    """
     again = bytes_.selected if config.training.repeats("core_attn") else 0
-    again += bytes_.kept if config.training.recompute == "full" else 0
-    attention = attention_backward_bytes(shape, layer) - (bytes_.mlp - dropped)
-    backward = max(mlp + dropped, attention)
+    again += bytes_.kept - dropped if config.training.recompute == "full" else 0
+    # The feed-forward is through by then, and so is the norm before it.
+    attention = attention_backward_bytes(shape, layer) - (bytes_.mlp - dropped) - bytes_.norms // 2
+    backward = max(mlp, attention)
     return again + backward, exchange_bytes(config, shape, layer, exchange), backward - attention
 
 

@@ -19,7 +19,7 @@ last row, `full` keeps t h e. In a mixture of experts the feed-forward is that o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moba_megatron.config import Config, TrainingConfig
 from moba_megatron.model.schedule import LayerAttention
@@ -133,22 +133,35 @@ def _shared_bytes(shape: Shape) -> int:
     return _parts(shape) * shape.tokens * shape.shared * shape.width + shape.stream * shape.shared_gate
 
 
-def repeated_mlp_bytes(training: TrainingConfig, shape: Shape, experts: bool) -> int:
-    """What of a layer's feed-forward is not kept but made again, where parts of layers are named; nothing under `full`,
-    which keeps nothing of a layer."""
+def repeated_mlp_bytes(training: TrainingConfig, shape: Shape, experts: bool) -> tuple[int, int]:
+    """What of a layer's feed-forward is not kept, and what is made again of it at a time for its backward pass alone.
+    Under `full` the whole layer is made again: what then is kept until its backward pass counts there."""
+    whole = _mlp_bytes(shape, experts)
+    if training.mlp_chunk_size is not None and not experts:
+        return whole, _mlp_bytes(_chunk(training, shape), experts)
     if isinstance(training.recompute, str):
-        return 0
+        return 0, 0
     if training.repeats("moe" if experts else "mlp"):
-        return _mlp_bytes(shape, experts)
-    return _shared_bytes(shape) if experts and training.repeats("shared_experts") else 0
+        return whole, whole
+    shared = _shared_bytes(shape) if experts and training.repeats("shared_experts") else 0
+    return shared, shared
 
 
-def mlp_working_bytes(shape: Shape, experts: bool = False) -> int:
+def _chunk(training: TrainingConfig, shape: Shape) -> Shape:
+    """The shape of what goes through a dense feed-forward at a time."""
+    return replace(shape, tokens=min(training.mlp_chunk_size or shape.tokens, shape.tokens))
+
+
+def mlp_working_bytes(training: TrainingConfig, shape: Shape, experts: bool = False) -> int:
     """What is alive at once in the feed-forward beside what is kept. Backward: gradients of gate and up, of the stream
     around it (under sequence parallelism with what is gathered), of a weight; `experts` need the most forward."""
     if experts and shape.experts is not None:
         return max(expert_working_bytes(shape.experts), _dense_working_bytes(shape, shape.shared))
-    return _dense_working_bytes(shape, shape.ffn)
+    if training.mlp_chunk_size is None:
+        return _dense_working_bytes(shape, shape.ffn)
+    # Beside one chunk: the gradients that came and that leave, and those of the weights in fp32.
+    gradients = 2 * shape.tokens * shape.hidden * shape.width // shape.norm_split
+    return _dense_working_bytes(_chunk(training, shape), shape.ffn) + gradients + 3 * shape.ffn * shape.hidden * 4
 
 
 def _dense_working_bytes(shape: Shape, ffn: int) -> int:
@@ -162,6 +175,8 @@ def attention_backward_bytes(shape: Shape, layer: LayerAttention) -> int:
     t, size, width = shape.tokens, shape.head_size, shape.width
     queries, keys = t * shape.heads * size, t * shape.kv_heads * size
     gradients = queries * (4 + 4 * width) + keys * (6 * width + 8 // shape.kv_heads)
+    if shape.norm_split > 1:  # what comes and what leaves, gathered
+        gradients += 2 * t * shape.hidden * width
     if layer.kind == "full":
         return gradients
     if shape.cuda:

@@ -11,9 +11,23 @@ from moba_megatron.config import Config, ConfigError, check_world
 from moba_megatron.model.schedule import AttentionSchedule, checked_schedule
 from moba_megatron.planning.plan_layouts import Layout, suggest_layouts
 from moba_megatron.planning.plan_machines import Cluster
-from moba_megatron.planning.plan_report import assumptions, print_cost, print_layouts, print_plan, to_json
+from moba_megatron.planning.plan_report import (
+    assumptions,
+    print_alternatives,
+    print_cost,
+    print_layouts,
+    print_plan,
+    to_json,
+)
 from moba_megatron.planning.plan_target import Target
-from moba_megatron.planning.run_plan import RunPlan, check_precision, plan_run, vocabulary_size
+from moba_megatron.planning.run_plan import (
+    Alternative,
+    RunPlan,
+    alternatives,
+    check_precision,
+    plan_run,
+    vocabulary_size,
+)
 
 
 def plan_on(target: Target, layouts: int, price_per_hour: float | None, output: Path | None) -> bool:
@@ -34,15 +48,16 @@ def plan_on(target: Target, layouts: int, price_per_hour: float | None, output: 
     schedule = checked_schedule(config)
     vocab_size = vocabulary_size(config)
     plan, problem = _own_layout(config, schedule, vocab_size, cluster)
+    others = [] if plan is None else alternatives(config, schedule, vocab_size, cluster)
     suggested = suggest_layouts(config, schedule, vocab_size, cluster, layouts) if layouts else []
     console = Console(highlight=False, soft_wrap=True)
     for line in target.notes:
         console.print(line, markup=False)
     mixture = config.model.num_moe_experts is not None
-    _print(console, plan, problem, suggested, layouts > 0, cluster, price_per_hour, mixture)
+    _print(console, plan, problem, others, suggested, layouts > 0, cluster, price_per_hour, mixture)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        written = to_json(plan, problem, suggested, cluster, mixture)
+        written = to_json(plan, problem, others, suggested, cluster, mixture)
         output.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         console.print(f"  {output}")
     return plan is not None and plan.fits
@@ -52,6 +67,7 @@ def _print(
     console: Console,
     plan: RunPlan | None,
     problem: str | None,
+    others: list[Alternative],
     suggested: list[Layout],
     asked: bool,
     cluster: Cluster,
@@ -63,6 +79,7 @@ def _print(
     else:
         print_plan(console, plan)
         print_cost(console, plan, price)
+        print_alternatives(console, plan, others)
     if asked:
         print_layouts(console, suggested)
     console.print("\n".join(["assumptions", *(f"  {line}" for line in assumptions(cluster, mixture))]), markup=False)

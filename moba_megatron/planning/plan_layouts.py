@@ -4,9 +4,9 @@ Of a mixture of experts also expert-parallel sizes: all that divide the experts 
 
 Every combination of powers of two that divides the GPUs is compared with the configuration's own checks (divisibility
 of heads, feed-forward, layers, sequence and batch; an exchange that can run), then against memory, then timed. For each
-the least recomputation that fits is taken. Pipeline stages are cut so that the slowest is as fast as can be: full
-layers at the end of the model, which cost many times a MoBA layer at great length, and the loss make the last stages
-shorter.
+the fastest way to save memory that fits is taken (`plan_savings`). Pipeline stages are cut so that the slowest is as
+fast as can be: full layers at the end of the model, which cost many times a MoBA layer at great length, and the loss
+make the last stages shorter.
 """
 
 from __future__ import annotations
@@ -15,21 +15,19 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from moba_megatron.config import Config, ConfigError, ParallelConfig, check_world
 from moba_megatron.config.checks import combination_problems
 from moba_megatron.config.words import divisors
 from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.model.schedule import AttentionSchedule
-from moba_megatron.planning.memory import estimate_memory, fullest
 from moba_megatron.planning.plan_machines import MEMORY_SHARE, Cluster
+from moba_megatron.planning.plan_savings import Saving, fitting
 from moba_megatron.planning.plan_stages import Stage
 from moba_megatron.planning.plan_time import layer_seconds, loss_seconds, step_time
 from moba_megatron.planning.plan_traffic import tensor_moved
 from moba_megatron.planning.run_plan import stage_shares
 
-RECOMPUTATION: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 # A stage that is slower than the best cut by less than this keeps equal stages.
 EQUAL_STAGES_MAY_COST = 1.02
 
@@ -40,7 +38,7 @@ class Layout:
 
     parallel: ParallelConfig
     data: int
-    recompute: Literal["none", "selective", "full"]
+    saving: Saving
     memory: int
     step_seconds: float
     tokens_per_second: float
@@ -60,7 +58,7 @@ class Layout:
             "parallel.virtual_pipeline": None,
             "parallel.distributed_optimizer": self.parallel.distributed_optimizer,
             "parallel.overlap_grad_reduce": self.parallel.overlap_grad_reduce,
-            "training.recompute": self.recompute,
+            **{f"training.{key}": value for key, value in self.saving.settings.items()},
         }
         if self.mixture:
             values["parallel.expert"] = self.parallel.expert
@@ -128,7 +126,7 @@ def _powers(limit: int) -> Iterator[int]:
 def _fitting(
     config: Config, parallel: ParallelConfig, schedule: AttentionSchedule, vocab_size: int, cluster: Cluster
 ) -> Layout | None:
-    """The layout with the least recomputation that fits, or None."""
+    """The layout with the fastest recomputation that fits, or None."""
     candidate = config.model_copy(update={"parallel": parallel})
     layers = config.model.num_layers
     if parallel.pipeline > 1 and layers % parallel.pipeline:
@@ -142,19 +140,18 @@ def _fitting(
         resolve_exchange(candidate)
     except ConfigError:
         return None
-    for recompute in RECOMPUTATION:
-        training = candidate.training.model_copy(update={"recompute": recompute})
-        trial = candidate.model_copy(update={"training": training})
-        if parallel.pipeline > 1:
-            trial = _with(trial, pipeline_layers=balanced_layers(trial, schedule, vocab_size, cluster))
-        memory = fullest(estimate_memory(trial, schedule, vocab_size, data)).total
-        if memory <= MEMORY_SHARE * cluster.gpu.memory:
-            shares = stage_shares(schedule, config.training.steps)
-            steps = [step_time(trial, attention, vocab_size, data, cluster) for attention in schedule.stages]
-            seconds = sum(step.seconds * share for step, share in zip(steps, shares, strict=True))
-            mixture = config.model.num_moe_experts is not None
-            return Layout(trial.parallel, data, recompute, memory, seconds, config.tokens_per_step / seconds, mixture)
-    return None
+    if parallel.pipeline > 1:
+        plain = Saving().of(candidate)
+        candidate = _with(candidate, pipeline_layers=balanced_layers(plain, schedule, vocab_size, cluster))
+    room, shares = MEMORY_SHARE * cluster.gpu.memory, stage_shares(schedule, config.training.steps)
+    found = []
+    for saving, memory in fitting(candidate, schedule, vocab_size, data, room):
+        trial = saving.of(candidate)
+        steps = [step_time(trial, attention, vocab_size, data, cluster) for attention in schedule.stages]
+        seconds = sum(step.seconds * share for step, share in zip(steps, shares, strict=True))
+        mixture, rate = config.model.num_moe_experts is not None, config.tokens_per_step / seconds
+        found.append(Layout(trial.parallel, data, saving, memory, seconds, rate, mixture))
+    return min(found, key=lambda layout: layout.step_seconds, default=None)
 
 
 def balanced_layers(config: Config, schedule: AttentionSchedule, vocab_size: int, cluster: Cluster) -> list[int] | None:

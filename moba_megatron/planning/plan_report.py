@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from typing import Any
 
@@ -12,12 +13,13 @@ from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.planning.memory import MemoryEstimate
 from moba_megatron.planning.plan_layouts import Layout
 from moba_megatron.planning.plan_machines import EXPERT_SHARE, LINK_SHARE, MATRIX_SHARE, MEMORY_SHARE, Cluster
+from moba_megatron.planning.plan_savings import Saving
 from moba_megatron.planning.plan_stages import expert_replicas
-from moba_megatron.planning.run_plan import RunPlan
+from moba_megatron.planning.run_plan import Alternative, RunPlan
 
 MEMORY_PARTS = {
     "weights": "weights",
-    "gradients": "gradients (fp32)",
+    "gradients": "gradients",
     "optimizer": "optimizer",
     "activations": "activations",
     "moba": "chosen blocks, log-sum-exps",
@@ -107,6 +109,18 @@ def memory_table(estimates: dict[str, MemoryEstimate], title: str = "memory per 
     return table
 
 
+def print_alternatives(console: Console, plan: RunPlan, found: list[Alternative]) -> None:
+    """What else could be computed again in the configuration's own layout, and what that costs."""
+    table = Table("memory of this layout", "GiB", "s/step", "fits")
+    own, room = Saving.in_use(plan.config), MEMORY_SHARE * plan.cluster.gpu.memory
+    for one in found:
+        words = "gradients in bf16" if one.saving is None else f"recompute {one.saving.words}"
+        mark = " (as configured)" if one.saving == own else ""
+        fits = "yes" if one.memory <= room else "no"
+        table.add_row(words + mark, f"{one.memory / 2**30:.1f}", f"{one.step_seconds:.3g}", fits)
+    console.print(table)
+
+
 def print_layouts(console: Console, layouts: list[Layout]) -> None:
     """Suggested layouts, the fastest first, and the overrides of the first."""
     if not layouts:
@@ -132,18 +146,23 @@ def print_layouts(console: Console, layouts: list[Layout]) -> None:
         sizes += [layout.parallel.expert] if mixture else []
         table.add_row(
             *map(str, sizes),
-            layout.recompute,
+            layout.saving.words,
             f"{layout.memory / 2**30:.1f}",
             f"{layout.step_seconds:.3g}",
             f"{layout.tokens_per_second / 1e3:,.1f}",
             " ".join(map(str, layout.parallel.pipeline_layers or [])) or "equal",
         )
     console.print(table)
-    console.print("the first, as overrides: " + " ".join(layouts[0].overrides), markup=False)
+    console.print("the first, as overrides: " + shlex.join(layouts[0].overrides), markup=False)
 
 
 def to_json(
-    plan: RunPlan | None, problem: str | None, layouts: list[Layout], cluster: Cluster, mixture: bool = False
+    plan: RunPlan | None,
+    problem: str | None,
+    others: list[Alternative],
+    layouts: list[Layout],
+    cluster: Cluster,
+    mixture: bool = False,
 ) -> dict[str, Any]:
     """Everything that is printed, in bytes and seconds. `plan` is None where the own layout cannot run: `problem`."""
     return {
@@ -153,9 +172,18 @@ def to_json(
         "assumptions": assumptions(cluster, mixture),
         "problem": problem,
         "plan": None if plan is None else _plan_values(plan),
+        "alternatives": [
+            {
+                "memory": one.memory,
+                "step_seconds": one.step_seconds,
+                **({"gradient_precision": "bf16"} if one.saving is None else one.saving.settings),
+            }
+            for one in others
+        ],
         "layouts": [
             {
-                **{key: value for key, value in asdict(layout).items() if key not in ("parallel", "mixture")},
+                **{key: value for key, value in asdict(layout).items() if key not in ("parallel", "mixture", "saving")},
+                **layout.saving.settings,
                 "parallel": layout.parallel.model_dump(mode="json"),
                 "overrides": layout.overrides,
             }

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from moba_megatron.config import Config, ParallelConfig
 from moba_megatron.config.sizes import expert_parameters, router_parameters
 
+GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
+"""Of one number, by `training.gradient_precision`."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -60,6 +63,26 @@ def whole_parameters(config: Config, vocab_size: int) -> int:
     """Parameters of the whole model, as if one rank held it."""
     (stage,) = stages_of(config.model_copy(update={"parallel": ParallelConfig()}), vocab_size, 1)
     return stage.parameters
+
+
+def repeated_layers(config: Config) -> frozenset[int]:
+    """Layers, counted from 1 over the whole model, that the backward pass computes again as a whole."""
+    if config.training.recompute != "full":
+        return frozenset()
+    of_chunk, start, found = config.training.recompute_layers, 1, set()
+    for count in config.chunk_layers:
+        found.update(range(start, start + min(count, of_chunk or count)))
+        start += count
+    return frozenset(found)
+
+
+def config_of_layers(config: Config, repeated: bool) -> Config:
+    """The configuration as the layers have it that are, or are not, among `repeated_layers`."""
+    training = config.training
+    if training.recompute_layers is None:
+        return config
+    update = {"recompute": "full" if repeated else "none", "recompute_layers": None}
+    return config.model_copy(update={"training": training.model_copy(update=update)})
 
 
 def tokens_of_rank(config: Config) -> int:

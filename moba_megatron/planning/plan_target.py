@@ -106,7 +106,6 @@ def _with_best_layout(config: Config, clusters: list[Cluster]) -> Target:
     for cluster in clusters:
         best = suggest_layouts(config, schedule, vocab_size, cluster, limit=1)
         if best:
-            training = config.training.model_copy(update={"recompute": best[0].recompute})
-            config = config.model_copy(update={"parallel": best[0].parallel, "training": training})
+            config = best[0].saving.of(config.model_copy(update={"parallel": best[0].parallel}))
             return Target(config, cluster, (settings, f"the fastest layout on {cluster.count} GPUs:"))
     return Target(config, clusters[-1], (settings,))

@@ -24,9 +24,11 @@ from moba_megatron.planning.kernel_model import STREAM_SHARE, AttentionSizes, Ma
 from moba_megatron.planning.plan_machines import EXPERT_SHARE, MATRIX_SHARE, Cluster
 from moba_megatron.planning.plan_stages import (
     Stage,
+    config_of_layers,
     expert_replicas,
     feed_forward_parameters,
     layer_parameters,
+    repeated_layers,
     stages_of,
     tokens_of_rank,
     vocabulary_rows,
@@ -195,7 +197,7 @@ def _matrix_seconds(config: Config, cluster: Cluster, experts: bool) -> float:
     attention = tokens * (layer_parameters(config, experts) - feed_forward)
     passes = 4 if training.recompute == "full" else 3
     if not experts or shape is None:
-        mlp = (4 if training.repeats("mlp") else 3) * tokens * feed_forward
+        mlp = training.feed_forward_passes * tokens * feed_forward
         return 2 * (passes * attention + mlp) / MATRIX_SHARE / cluster.gpu.machine.peak
     of_shared, of_experts = (4 if training.repeats(part) else 3 for part in ("shared_experts", "moe"))
     of_shared = max(of_shared, of_experts)
@@ -229,8 +231,14 @@ def _stage_time(
     exchange: ExchangeChoice,
 ) -> _StageTime:
     time, has_experts = LayerTime(), config.model.expert_layers
-    kinds = [(layers[number - 1], has_experts[number - 1]) for number in stage.layers]
-    each = {kind: layer_seconds(config, kind[0], cluster, exchange, kind[1]) for kind in set(kinds)}
+    repeated = repeated_layers(config)
+    kinds = [(layers[number - 1], has_experts[number - 1], number in repeated) for number in stage.layers]
+    each = {
+        (attention, experts, again): layer_seconds(
+            config_of_layers(config, again), attention, cluster, exchange, experts
+        )
+        for attention, experts, again in set(kinds)
+    }
     for kind in kinds:
         time += each[kind]
     return _StageTime(

@@ -28,7 +28,14 @@ from moba_megatron.model.exchange_choice import ExchangeChoice, rank_sizes
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.parallel.exchanges import EXCHANGES
 from moba_megatron.planning.plan_machines import Cluster
-from moba_megatron.planning.plan_stages import Stage, expert_replicas, tokens_of_rank
+from moba_megatron.planning.plan_stages import (
+    GRADIENT_BYTES,
+    Stage,
+    config_of_layers,
+    expert_replicas,
+    repeated_layers,
+    tokens_of_rank,
+)
 
 # Launches and waiting of one hop of a ring, or of one shard of a gather: an assumption.
 HOP_SECONDS = 20e-6
@@ -59,16 +66,17 @@ def tensor_moved(config: Config, cluster: Cluster, stage: Stage) -> Moved:
     """TP of one microbatch in one pipeline stage. Embedding and loss cost an all-reduce each, or its two halves."""
     ranks, model = config.parallel.tensor, config.model
     share = (ranks - 1) / ranks * stream_bytes(config)
-    training, half = config.training, 5 if config.parallel.sequence else 4
-    mixtures = sum(model.expert_layers[number - 1] for number in stage.layers)
-    shared = mixtures if model.moe_shared_expert_intermediate_size is not None else 0
-    counts = (
-        (len(stage.layers), training.recompute == "full"),
-        (len(stage.layers) - mixtures, training.repeats("mlp")),
-        (shared, training.repeats("shared_experts") or training.repeats("moe")),
-    )
-    # An attention or a feed-forward is half of a layer.
-    bytes_ = share * sum(count * (half + 2 * again) for count, again in counts) + 2 * share * (stage.first + stage.last)
+    half, repeated = 5 if config.parallel.sequence else 4, repeated_layers(config)
+    halves = 0
+    for number in stage.layers:
+        training = config_of_layers(config, number in repeated).training
+        # An attention or a feed-forward is half of a layer.
+        halves += half + 2 * (training.recompute == "full")
+        if not model.expert_layers[number - 1]:
+            halves += half + 2 * (training.feed_forward_passes - 3)
+        elif model.moe_shared_expert_intermediate_size is not None:
+            halves += half + 2 * (training.repeats("shared_experts") or training.repeats("moe"))
+    bytes_ = share * halves + 2 * share * (stage.first + stage.last)
     return Moved(bytes_, bytes_ / cluster.link(1, ranks))
 
 
@@ -116,7 +124,7 @@ def context_moved(
 
 
 def data_moved(config: Config, cluster: Cluster, stage: Stage, data_parallel: int, microbatch_seconds: float) -> Moved:
-    """DP of one step: gradients in fp32, and with the distributed optimizer weights. Context-parallel ranks hold the
+    """DP of one step: gradients, and with the distributed optimizer weights. Context-parallel ranks hold the
     same weights, so they are among the ranks. Overlapped, gradients hide behind the backward pass of the last
     microbatch, two thirds of its `microbatch_seconds`."""
     parallel = config.parallel
@@ -128,7 +136,8 @@ def data_moved(config: Config, cluster: Cluster, stage: Stage, data_parallel: in
     moved = reduced = gathered = 0.0
     for parameters, ranks, stride in groups:
         others = parameters * (ranks - 1) / ranks
-        gradients, weights = (4 * others, width * others) if parallel.distributed_optimizer else (8 * others, 0.0)
+        sent = GRADIENT_BYTES[config.training.gradient_precision] * others
+        gradients, weights = (sent, width * others) if parallel.distributed_optimizer else (2 * sent, 0.0)
         moved += gradients + weights
         reduced += cluster.reduce_seconds(gradients, stride, ranks)
         gathered += cluster.reduce_seconds(weights, stride, ranks)

@@ -11,6 +11,7 @@ from moba_megatron.model.schedule import FULL, AttentionSchedule
 from moba_megatron.planning.flops import training_flops_per_token
 from moba_megatron.planning.memory import MemoryEstimate, estimate_memory, fullest
 from moba_megatron.planning.plan_machines import MEMORY_SHARE, Cluster
+from moba_megatron.planning.plan_savings import Saving, savings
 from moba_megatron.planning.plan_stages import whole_parameters
 from moba_megatron.planning.plan_time import StepTime, step_time
 
@@ -69,6 +70,36 @@ class RunPlan:
     @property
     def gpu_hours(self) -> float:
         return self.hours * self.cluster.count
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """The same layout with something else computed again, or with smaller gradients: bytes of the fullest rank, and
+    seconds of a step, the mean over the training. `saving` is None for the gradients."""
+
+    saving: Saving | None
+    memory: int
+    step_seconds: float
+
+
+def alternatives(config: Config, schedule: AttentionSchedule, vocab_size: int, cluster: Cluster) -> list[Alternative]:
+    """What each way to save memory would cost a configuration in its own layout.
+
+    Raises:
+        ConfigError: sizes that do not fit the number of GPUs or each other.
+    """
+    data_parallel, shares = check_world(config, cluster.count), stage_shares(schedule, config.training.steps)
+    variants: list[tuple[Saving | None, Config]] = [(saving, saving.of(config)) for saving in savings(config)]
+    if config.parallel.distributed_optimizer and config.training.gradient_precision != "bf16":
+        half = config.training.model_copy(update={"gradient_precision": "bf16"})
+        variants.append((None, config.model_copy(update={"training": half})))
+    found = []
+    for saving, variant in variants:
+        memory = fullest(estimate_memory(variant, schedule, vocab_size, data_parallel)).total
+        steps = [step_time(variant, layers, vocab_size, data_parallel, cluster) for layers in schedule.stages]
+        seconds = sum(step.seconds * share for step, share in zip(steps, shares, strict=True))
+        found.append(Alternative(saving, memory, seconds))
+    return found
 
 
 def vocabulary_size(config: Config) -> int:

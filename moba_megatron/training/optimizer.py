@@ -15,12 +15,15 @@ from moba_megatron.platform import current_device
 
 
 def wrap_data_parallel(model: list[torch.nn.Module], config: Config) -> list[DistributedDataParallel]:
-    """Wrap this rank's model chunks for data parallelism, with gradients accumulated and reduced in fp32.
+    """Wrap this rank's model chunks for data parallelism. Ranks are summed in fp32, also gradients that are accumulated
+    in bf16.
 
     The gathering of parameters is not overlapped with computation: it would leave stale ones for saving and evaluation.
     """
+    half = config.training.gradient_precision == "bf16"
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=not half,
+        reduce_scatter_with_fp32_accumulation=half,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
     )

@@ -28,6 +28,8 @@ FREE = (
     "training.stop_after",
     "training.micro_batch_size",
     "training.recompute",
+    "training.recompute_layers",
+    "training.mlp_chunk_size",
     "training.loss_chunk_size",
     "training.on_divergence",
     "training.max_divergences",

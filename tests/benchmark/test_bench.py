@@ -43,6 +43,14 @@ def test_writes_table_csv_and_plot(tmp_path):
     assert "beats full attention" in text.getvalue()
 
 
+def test_without_full_attention_there_is_no_speedup(tmp_path):
+    text = io.StringIO()
+    result = run_bench(replace(TINY, full=()), tmp_path, console=Console(file=text, width=160))
+    assert all(row.moba_seconds > 0 and row.speedup is None and not row.dense_by for row in result.rows)
+    assert result.crossovers() == {} and "beats" not in text.getvalue()
+    assert "speed-up" not in (tmp_path / "bench.md").read_text()
+
+
 def test_the_command_says_nothing_of_its_profiler(tmp_path):
     options = "bench --lengths 64 --blocks 16:2 --dtypes fp32 --modes fwd --runs 1 --head-size 8 --output"
     command = [sys.executable, "-m", "moba_megatron", *options.split(), str(tmp_path)]

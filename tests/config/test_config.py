@@ -194,6 +194,26 @@ def test_a_file_that_includes_itself_is_refused(tmp_path):
             "training.global_batch_size = 4 is not a multiple of training.micro_batch_size = 3: use 3 or 6",
         ),
         ({"training__stop_after": 11}, "training.stop_after = 11 is over training.steps = 10"),
+        (
+            {"training__recompute_layers": 1},
+            "training.recompute_layers = 1 belongs to training.recompute: full, not none",
+        ),
+        (
+            {"training__recompute": "full", "training__recompute_layers": 5},
+            "training.recompute_layers = 5: no pipeline stage has over 4 layers in a row",
+        ),
+        (
+            {"training__recompute": ["mlp"], "training__mlp_chunk_size": 64},
+            "training.mlp_chunk_size = 64 computes the feed-forward again already: take mlp out",
+        ),
+        (
+            {"training__precision": "fp32", "training__gradient_precision": "bf16"},
+            "training.gradient_precision = bf16 needs training.precision = bf16, not fp32",
+        ),
+        (
+            {"training__precision": "bf16", "training__gradient_precision": "bf16"},
+            "training.gradient_precision = bf16 needs parallel.distributed_optimizer = true",
+        ),
         ({"training__precision": "fp8"}, "training.precision = 'fp8'"),
         ({"optimizer__warmup_steps": 10}, "optimizer.warmup_steps = 10 must be below training.steps = 10"),
         ({"optimizer__min_lr": 1.0}, "optimizer.min_lr = 1.0 is over optimizer.lr = 0.001"),

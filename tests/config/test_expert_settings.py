@@ -113,7 +113,9 @@ def test_experts_and_processes():
             "moe repeats the shared experts too",
         ),
         ("half", {}, "training.recompute = 'half': use none, selective, full or a list of core_attn, mlp, moe"),
-        (["layernorm"], {}, "training.recompute = ['layernorm']: use none, selective, full or a list of core_attn"),
+        (["norm"], {}, "training.recompute = ['norm']: use none, selective, full or a list of core_attn"),
+        (["layernorm", "moe"], {}, "layernorm needs norms that are not fused into the next product: use none"),
+        (["mla_up_proj"], {}, "mla_up_proj belongs to multi-latent attention: use none"),
     ],
 )
 def test_what_cannot_be_recomputed_is_refused(recompute, model, said):

@@ -12,12 +12,11 @@ VOCABULARY = 62
 STEPS = 3
 
 
-def config(**sections):
+def config(training=None, **sections):
     sections.setdefault("model", {}).update(num_layers=4, vocab_size=VOCABULARY)
+    same = {"steps": STEPS, "global_batch_size": 4, "precision": "fp32", "loss_chunk_size": 24}
     return tiny(
-        attention={"block_size": 8, "top_k": 2, "last_n_full": 1},
-        training={"steps": STEPS, "global_batch_size": 4, "precision": "fp32", "loss_chunk_size": 24},
-        **sections,
+        attention={"block_size": 8, "top_k": 2, "last_n_full": 1}, training={**same, **(training or {})}, **sections
     )
 
 
@@ -82,6 +81,67 @@ def test_uneven_pipelines_agree(one_rank):
     layouts += [{**INTERLEAVED, "pipeline_layers": layers} for layers in ([1, 2, 1, 0], [2, 0, 1, 1])]
     layouts += [{**layout, **OVERLAPPED} for layout in layouts[2:5]]
     assert_layouts_agree(2, layouts, shape, weights, (losses, norms))
+
+
+# 64 tokens a sample, four layers.
+SAVINGS = [
+    (1, {}, {"mlp_chunk_size": 24}),
+    (1, {}, {"mlp_chunk_size": 1000, "recompute": ["core_attn"]}),
+    (1, {}, {"mlp_chunk_size": 24, "recompute": "full", "recompute_layers": 3}),
+    (2, {"distributed_optimizer": True, **OVERLAPPED}, {"mlp_chunk_size": 24}),
+    (2, SHARDED, {"mlp_chunk_size": 24}),
+    (2, SHARDED, {"mlp_chunk_size": 1, "recompute": "full"}),
+    (2, {"context": 2, **OVERLAPPED}, {"mlp_chunk_size": 24, "recompute": "full", "recompute_layers": 1}),
+    (2, {**INTERLEAVED, **OVERLAPPED}, {"mlp_chunk_size": 24, "recompute": "full", "recompute_layers": 1}),
+    (2, {"pipeline": 2, "pipeline_layers": [3, 1]}, {"recompute": "full", "recompute_layers": 2}),
+]
+
+
+@pytest.mark.parametrize("one_rank", [False], ids=["untied"], indirect=True)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_savings_of_memory_agree(one_rank, ranks):
+    """The feed-forward in chunks, and recomputation of some layers, in every layout."""
+    shape, weights, losses, norms = one_rank
+    cases = [(parallel, training) for size, parallel, training in SAVINGS if size == ranks]
+    configs = [config(training, model=dict(shape), parallel=parallel) for parallel, training in cases]
+    results = run_ranks(ranks, train_each, configs, VOCABULARY, STEPS, weights)
+    for number, case in enumerate(cases):
+        try:
+            assert_same_course([rank[number] for rank in results], losses, norms)
+        except AssertionError as error:
+            raise AssertionError(f"{case} differs from one rank: {error}") from error
+
+
+def courses_by_gradient(configs):
+    """(losses, norms) of each configuration, and the dtype of its gradients."""
+    from megatron.core import distributed
+
+    kinds, wrap = [], optimizer.DistributedDataParallel
+
+    def recorded(*args, **settings):
+        wrapped = wrap(*args, **settings)
+        kinds.append({parameter.main_grad.dtype for parameter in wrapped.parameters()})
+        return wrapped
+
+    assert wrap is distributed.DistributedDataParallel
+    optimizer.DistributedDataParallel = recorded
+    return train_each(configs, VOCABULARY, STEPS), kinds
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gradients_in_bf16(ranks):
+    """They are half as large, and train as fp32 ones but for their rounding (2^-9 a number)."""
+    parallel = {"distributed_optimizer": True, "overlap_grad_reduce": True}
+    whole, half = [
+        config({"precision": "bf16", "gradient_precision": precision}, parallel=parallel)
+        for precision in ("fp32", "bf16")
+    ]
+    for courses, kinds in run_ranks(ranks, courses_by_gradient, [whole, half]):
+        assert kinds == [{torch.float32}, {torch.bfloat16}]
+        (expected, norms), (losses, found) = courses
+        assert losses[0] == expected[0] and losses[1:] != expected[1:]
+        torch.testing.assert_close(losses, expected, rtol=2e-2, atol=0)
+        torch.testing.assert_close(found[:1], norms[:1], rtol=4e-3, atol=0)
 
 
 PACKS = [[0, 30, 31, 64], [0, 64], [0, 5, 9, 40, 63, 64], [0, 33, 64]]

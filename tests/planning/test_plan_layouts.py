@@ -19,10 +19,12 @@ from moba_megatron.config import load_config
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.planning.plan_layouts import Layout, suggest_layouts
 from moba_megatron.planning.plan_machines import GPUS, Cluster
+from moba_megatron.planning.plan_savings import Saving
 
 LAYERS, HIDDEN, FFN, HEADS, GROUPS, HEAD_SIZE, VOCABULARY = 80, 8192, 28672, 64, 8, 128, 128256
 TOKENS, SAMPLES, RANKS, NODE = 8192, 512, 64, 8
 LAYER = 2 * HIDDEN**2 + 2 * HIDDEN * GROUPS * HEAD_SIZE + 3 * HIDDEN * FFN
+MLP = 3 * HIDDEN * FFN
 TABLE = VOCABULARY * HIDDEN  # of the embedding, and of the output layer
 # An H100's 80 GB and 989 TFLOP/s in bf16, its links' 450 and 50 GB/s; the shares that a plan counts on.
 ROOM, PEAK, NEAR, FAR = 0.9 * 80e9, 0.6 * 989e12, 0.75 * 450e9, 0.75 * 50e9
@@ -48,13 +50,19 @@ class Split:
         kept = LAYERS * of_layer * (token if recompute == "none" else 2 * HIDDEN)
         return average + kept, static + kept + of_layer * 2 * token + 2e9
 
-    def seconds(self, recompute: str) -> float:
-        """Of a step: compute, tensor and context parallelism, and the pipeline's bubble."""
-        passes = 3 if recompute == "none" else 4
+    def seconds(self, saving: Saving) -> float:
+        """Of a step: compute, tensor and context parallelism, and the pipeline's bubble. Layers count as equal also
+        where some of a stage are computed again."""
+        again = 0.0
+        if saving.recompute == "full":
+            again = min(1.0, (saving.recompute_layers or LAYERS) * self.pipeline / LAYERS)
+        mlp = again + (saving.recompute == ["mlp"]) + (saving.mlp_chunk_size is not None)
+        passes = 3 + again
         # Causal attention: two products over half of the pairs, and five in the backward pass.
-        attention = (2 + 5 + 2 * (passes - 3)) * TOKENS**2 * HIDDEN
-        layer = (2 * passes * LAYER * TOKENS + attention) / (self.tensor * self.context) / PEAK
-        layer += 10 * (self.tensor - 1) / self.tensor * 2 * TOKENS * HIDDEN / self.context / NEAR
+        attention = (2 + 5 + 2 * again) * TOKENS**2 * HIDDEN
+        products = passes * (LAYER - MLP) + (3 + mlp) * MLP
+        layer = (2 * products * TOKENS + attention) / (self.tensor * self.context) / PEAK
+        layer += (10 + again + mlp) * (self.tensor - 1) / self.tensor * 2 * TOKENS * HIDDEN / self.context / NEAR
         keys = 2 * 2 * TOKENS * GROUPS * HEAD_SIZE / self.tensor
         link = NEAR if self.tensor * self.context <= NODE else FAR
         layer += passes * keys * (self.context - 1) / self.context / link
@@ -100,9 +108,9 @@ def test_what_fits_is_suggested_with_the_least_recomputation(suggested):
         for recompute in ("full", "none"):
             least, most = split.memory(recompute)
             if least > ROOM:
-                assert layout is None or (recompute == "none" and layout.recompute != "none"), split
+                assert layout is None or (recompute == "none" and layout.saving != Saving()), split
             elif most < ROOM:
-                assert layout is not None and (recompute == "full" or layout.recompute == "none"), split
+                assert layout is not None and (recompute == "full" or layout.saving == Saving()), split
             decided += least > ROOM or most < ROOM
     assert decided > 0.85 * 2 * len(SPLITS)
     assert suggested.keys() <= set(SPLITS)
@@ -111,8 +119,8 @@ def test_what_fits_is_suggested_with_the_least_recomputation(suggested):
 def test_the_fastest_that_fits_comes_first(suggested):
     """Two tensor-parallel ranks within four context-parallel ones fill a node; eight stages spare the recomputation,
     and one sequence at a time fills them well: 512 microbatches."""
-    fits = {split: "none" for split in SPLITS if split.memory("none")[1] < ROOM}
-    fits = {split: "full" for split in SPLITS if split.memory("full")[1] < ROOM} | fits
+    fits = {split: Saving() for split in SPLITS if split.memory("none")[1] < ROOM}
+    fits = {split: Saving("full") for split in SPLITS if split.memory("full")[1] < ROOM} | fits
     best = min(fits, key=lambda split: split.seconds(fits[split]))
     assert next(iter(suggested)) == best == Split(tensor=2, context=4, pipeline=8)
 
@@ -121,5 +129,5 @@ def test_the_time_of_every_suggestion(suggested):
     seconds = {split: layout.step_seconds for split, layout in suggested.items()}
     for split, layout in suggested.items():
         near = split.tensor * split.context <= NODE
-        assert seconds[split] == pytest.approx(split.seconds(layout.recompute), rel=0.1 if near else 0.2), split
+        assert seconds[split] == pytest.approx(split.seconds(layout.saving), rel=0.1 if near else 0.2), split
     assert list(seconds.values()) == sorted(seconds.values())

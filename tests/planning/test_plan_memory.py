@@ -138,6 +138,22 @@ def test_the_peak_with_experts(tmp_path, world_size, changes):
     check(tmp_path, world_size, **MIXTURE, **changes)
 
 
+SAVINGS = [
+    {"training__mlp_chunk_size": 512},
+    {"training__mlp_chunk_size": 512, "training__recompute": "selective"},
+    {"training__mlp_chunk_size": 512, "training__recompute": "full"},
+    {"training__recompute": "full", "training__recompute_layers": 2},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", SAVINGS, ids=["chunks", "chunks-selective", "chunks-full", "full-of-2"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_peak_with_less_kept(tmp_path, world_size, changes):
+    parallel = {"parallel__tensor": 2, "parallel__sequence": True} if world_size == 2 else {}
+    check(tmp_path, world_size, **parallel, **changes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "selective", "full", ["mlp"], ["core_attn", "mlp"]], ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -208,8 +224,13 @@ def test_what_each_form_of_parallelism_divides(tmp_path):
     assert context.activations < 0.52 * one.activations and context.exchange > 0 and one.exchange == 0
     sequence = memory(parallel__tensor=2, parallel__sequence=True)
     assert sequence.activations < memory(parallel__tensor=2).activations
+    half = memory(2, parallel__distributed_optimizer=True, training__gradient_precision="bf16")
+    assert half.gradients == one.gradients // 2 == half.weights
     assert memory(training__recompute="full").activations < 0.2 * one.activations
     assert memory(training__recompute="selective").moba == 0 < one.moba
+    some = memory(training__recompute="full", training__recompute_layers=2).activations
+    assert memory(training__recompute="full").activations < some < one.activations
+    assert memory(training__mlp_chunk_size=16).activations == memory(training__recompute=["mlp"]).activations
 
 
 def test_a_profile_sees_what_tensors_hold():
