@@ -27,6 +27,7 @@ from moba_megatron.parallel.all_gather import ALL_GATHER
 from moba_megatron.parallel.dispatch import DISPATCH
 from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, RankSizes
 from moba_megatron.parallel.p2p import P2P
+from moba_megatron.parallel.ring_load import random_choice_factor
 
 EXCHANGES: dict[str, ExchangeKind] = {kind.name: kind for kind in (P2P, ALL_GATHER, A2A, A2A_P2P, DISPATCH)}
 
@@ -105,7 +106,25 @@ def choose_exchange(sizes: RankSizes, context_size: int, levels: Levels | None =
     reason = f"fewest bytes a layer, {_mebibytes(possible[best])}" + (f" against {others}" if others else "")
     if waits := EXCHANGES[best].host_waits:
         reason += f"; the host waits for the device {waits} times a layer and forward pass"
-    return ChosenExchange(best, EXCHANGES[best].levels(context_size, sizes, levels), reason)
+    chosen = EXCHANGES[best].levels(context_size, sizes, levels)
+    ring = ring_ranks(best, context_size, chosen)
+    if ring > 1 and sizes.block_size is not None:
+        factor = random_choice_factor(ring, sizes.tokens * context_size / sizes.block_size, sizes.top_k)
+        reason += (
+            f"; its ring waits for the busiest rank of each step, {factor:.2g} x the attention if choice is random"
+        )
+    return ChosenExchange(best, chosen, reason)
+
+
+def ring_ranks(exchange: str, context_size: int, levels: Levels | None) -> int:
+    """Ranks of the ring in which an exchange passes keys on; 1 for one without.
+
+    >>> ring_ranks("p2p", 8, None), ring_ranks("a2a+p2p", 8, (4, 2)), ring_ranks("a2a", 8, None)
+    (8, 2, 1)
+    """
+    if exchange == P2P.name:
+        return context_size
+    return levels[1] if levels is not None else 1
 
 
 def _mebibytes(bytes_: Traffic) -> str:

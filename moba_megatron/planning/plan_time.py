@@ -1,12 +1,12 @@
 """Seconds of an optimizer step, from operations and bytes.
 
 What a microbatch takes in a pipeline stage: the matrix products of its layers (`MATRIX_SHARE` of the peak, of experts
-`EXPERT_SHARE`; three times the forward's, four with full recomputation), sorting tokens by their experts, attention by
+`EXPERT_SHARE`; three times the forward's, more with recomputation), sorting tokens by their experts, attention by
 `kernel_model` (one document as long as the sequence, split evenly over tensor- and context-parallel ranks; its forward
-part again where it is recomputed), and what the exchanges make it wait (`plan_traffic`, `expert_traffic`). m
-microbatches through p stages take m times the slowest stage; filling and draining (the *bubble*) take each other stage
-once, or 1/v of that with v interleaved chunks. Then gradients are reduced, as far as that is not overlapped, and the
-optimizer passes over its state.
+part again where it is recomputed; in a ring the busiest rank of each step counts, `ring_load`), and what the exchanges
+make it wait (`plan_traffic`, `expert_traffic`). m microbatches through p stages take m times the slowest stage; filling
+and draining (the *bubble*) take each other stage once, or 1/v of that with v interleaved chunks. Then gradients are
+reduced, as far as that is not overlapped, and the optimizer passes over its state.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from moba_megatron.config import Config
 from moba_megatron.config.sizes import router_parameters
 from moba_megatron.model.exchange_choice import ExchangeChoice, resolve_exchange
 from moba_megatron.model.schedule import LayerAttention
+from moba_megatron.parallel.exchanges import ring_ranks
+from moba_megatron.parallel.ring_load import random_choice_factor
 from moba_megatron.planning.expert_shape import ExpertShape
 from moba_megatron.planning.expert_traffic import ExpertTraffic, expert_traffic, sorted_bytes
 from moba_megatron.planning.kernel_model import STREAM_SHARE, AttentionSizes, Machine, dense_seconds, expected_seconds
@@ -179,6 +181,7 @@ def layer_seconds(
     )
     documents = training.micro_batch_size / parallel.context
     attention = _attention_seconds(sizes, machine, training.repeats("core_attn")) * documents
+    attention *= _ring_factor(config, layer, exchange)
     time = LayerTime(
         matrices=_matrix_seconds(config, cluster, experts),
         attention=attention,
@@ -188,6 +191,14 @@ def layer_seconds(
         return time
     sorting = sorted_bytes(config) / (machine.bandwidth * STREAM_SHARE)
     return time + LayerTime(sorting=sorting, experts=expert_traffic(config, cluster))
+
+
+def _ring_factor(config: Config, layer: LayerAttention, exchange: ExchangeChoice) -> float:
+    """What waiting for the busiest rank in every step of a ring adds to the attention of a MoBA layer."""
+    if layer.kind == "full" or exchange.moba is None:
+        return 1.0
+    ranks = ring_ranks(exchange.moba, config.parallel.context, exchange.levels)
+    return random_choice_factor(ranks, config.data.sequence_length / layer.block_size, layer.top_k)
 
 
 def _matrix_seconds(config: Config, cluster: Cluster, experts: bool) -> float:

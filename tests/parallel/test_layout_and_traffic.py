@@ -124,7 +124,7 @@ def test_auto_follows_the_bytes():
     assert far.name == "dispatch" and far.reason.endswith(
         "the host waits for the device 2 times a layer and forward pass"
     )
-    assert "waits" not in choose_exchange(sizes, 16).reason
+    assert "the host waits" not in choose_exchange(sizes, 16).reason
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_the_command_prints_a_plan_and_writes_it(tmp_path):
     assert plan["step_seconds"] == pytest.approx(parts) and plan["fits"]
     assert plan["gpu_hours"] == pytest.approx(parts * 11921 * 64 / 3600)
     assert plan["tokens_per_second"] == pytest.approx(2**23 / parts)
-    assert plan["step_seconds_full_attention"] > 3 * plan["step_seconds"]
+    assert plan["step_seconds_full_attention"] > 2.5 * plan["step_seconds"]
     assert len(written["layouts"]) == 5
     # The overrides of a suggestion ask for that layout, whatever the configuration has.
     first = written["layouts"][0]
