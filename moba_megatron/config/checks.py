@@ -272,8 +272,13 @@ def _selection_checks(attention: AttentionConfig) -> list[tuple[bool, str]]:
             "scores: take it out",
         ),
         (
+            attention.share_selection != "none" and not selectors <= {"top_k", "threshold"},
+            f"attention.share_selection = {attention.share_selection} has no effect with the selector {names}: heads "
+            "share scores, and recent and sink_recent look at none; take it out",
+        ),
+        (
             attention.backend == "flash_moba" and not attention.top_k_of_means,
-            f"attention.backend = flash_moba chooses blocks by top_k of their mean keys only, not by {names} of "
-            f"{attention.summary}: use auto",
+            f"attention.backend = flash_moba chooses blocks by top_k of their mean keys, each query head for itself, "
+            f"not by {names} of {attention.summary} (share_selection: {attention.share_selection}): use auto",
         ),
     ]

@@ -90,6 +90,9 @@ class AttentionConfig(Section):
     threshold: float | None = Field(default=None, gt=0, le=1)
     """For the selector `threshold`: the share of the softmax over the scores of all past blocks (scaled by 1/sqrt(head
     size)) that the chosen ones have to reach."""
+    share_selection: Literal["none", "mean", "max"] = "none"
+    """Whether the query heads of a key head choose the same blocks: `none`, or by the `mean` or the `max` of their
+    scores (as NSA and MSA do). Keys are then read once for all of them."""
     key_convolution: Literal[3, 5] | None = None
     """Tokens that a causal convolution of the keys reads, with SiLU and a residual, one filter for each channel
     (FlashMoBA). It adds parameters to every layer, full ones as well, and starts as doing nothing. Default: none."""
@@ -124,7 +127,7 @@ class AttentionConfig(Section):
     @property
     def top_k_of_means(self) -> bool:
         """Whether blocks are chosen as in the MoBA report, everywhere."""
-        return self.selectors == {"top_k"} and self.summary == "mean"
+        return self.selectors == {"top_k"} and self.summary == "mean" and self.share_selection == "none"
 
 
 class BlendEntry(Section):

@@ -187,14 +187,17 @@ def _selection_section(settings: MoBASettings) -> dict[str, Any]:
         return {}
     # One summary and one threshold serve all layers whose selector asks for them.
     summaries = {selection.summary for selection in chosen if selection.uses_scores} or {"mean"}
+    shares = {selection.share_selection for selection in chosen if selection.uses_scores} or {"none"}
     thresholds = {selection.threshold for selection in chosen if selection.threshold is not None} or {None}
-    if len(summaries) > 1 or len(thresholds) > 1:
+    if len(summaries) > 1 or len(thresholds) > 1 or len(shares) > 1:
         raise ConfigError([
             f"config.json: moba_config has layers of several summaries ({', '.join(sorted(summaries))}) or thresholds "
-            f"({', '.join(map(str, thresholds))}): attention.summary and attention.threshold say one for all"
+            f"({', '.join(map(str, thresholds))}) or of several share_selection ({', '.join(sorted(shares))}): "
+            "attention.summary, attention.threshold and attention.share_selection say one for all"
         ])  # fmt: skip
-    (summary,), (threshold,) = summaries, thresholds
-    return {"selector": settings.selection.selector, "summary": summary, "threshold": threshold}
+    (summary,), (threshold,), (share,) = summaries, thresholds, shares
+    shared = {"share_selection": share} if share != "none" else {}
+    return {"selector": settings.selection.selector, "summary": summary, "threshold": threshold, **shared}
 
 
 def _configuration(

@@ -146,6 +146,7 @@ def as_section(layers: tuple[LayerAttention, ...], given: AttentionConfig) -> di
         # A selector that looks at no scores says nothing of the summary that the section gave the others.
         scored = [choice for choice in choices if choice.uses_scores] or choices
         section["summary"] = scored[0].summary
+        section["share_selection"] = scored[0].share_selection
         section["threshold"] = next((choice.threshold for choice in choices if choice.threshold is not None), None)
     return section
 

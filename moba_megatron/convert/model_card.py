@@ -77,6 +77,11 @@ _CHOSEN = {
     "sink_recent": "that are the first one and the nearest to it (a sliding window with an attention sink)",
     "threshold": "whose {summary} it best, or fewer: until their share of the scores' softmax reaches {threshold}",
 }
+_SHARED = {
+    "none": "",
+    "mean": " (the query heads of a key head choose together, by the mean of their scores)",
+    "max": " (the query heads of a key head choose together, by the largest of their scores)",
+}
 _OF_TASKS = ("_greedy_match", "_ranked_first", "_answer_nats")
 
 
@@ -130,7 +135,8 @@ def _attention(name: str, values: dict[str, Any]) -> str:
         all_layers=len(settings.layer_types),
         past=settings.top_k - 1,
         block_size=settings.block_size,
-        chosen=_CHOSEN[settings.selection.selector].format(**_said(settings)),
+        chosen=_CHOSEN[settings.selection.selector].format(**_said(settings))
+        + _SHARED[settings.selection.share_selection],
         others=f" ({'; '.join(others)})" if others else "",
         covered=settings.covered,
     )

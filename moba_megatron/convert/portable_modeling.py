@@ -4,6 +4,7 @@ Each query attends to its own block and to the past blocks of its text whose mea
 it (equal ones: the earlier block), `top_k` in all; blocks begin at the text's first token. `moba_config` in config.json
 gives the sizes and which layers do so. It may choose otherwise: by bounds of the keys (`summary`), until a share of the
 scores is reached (`threshold`), the nearest blocks (`selector` `recent`), or the first and the nearest (`sink_recent`).
+With `share_selection` the query heads of a key head choose together, by the mean or the maximum of their scores.
 
 It follows transformers' own mask, so padding on either side and caches of every kind work. Masks are dense: it is exact
 and meant for moderate lengths; where the package moba-megatron has been imported (`import moba_megatron.hf`), its
@@ -82,7 +83,14 @@ def settings_of(entry: dict[str, Any], layer: str) -> dict[str, Any]:
         raise ValueError(f"moba_config has version {entry['version']}: this file reads up to 2")
     chosen = entry.get("layer_selections", {}).get(layer)
     if chosen is not None:
-        entry = {**entry, "selector": "top_k", "summary": "mean", "threshold": None, **chosen}
+        entry = {
+            **entry,
+            "selector": "top_k",
+            "summary": "mean",
+            "threshold": None,
+            "share_selection": "none",
+            **chosen,
+        }
     return {"selector": "top_k", "summary": "mean", **entry, **entry.get("layer_sizes", {}).get(layer, {})}
 
 
@@ -118,6 +126,12 @@ def pick(query: Tensor, key: Tensor, own: Tensor, settings: dict[str, Any]) -> T
     else:
         keys = key[:, : past * settings["block_size"]].float().unflatten(1, (past, settings["block_size"]))
         scores = scored(query.float(), keys, settings["summary"])
+        share = settings.get("share_selection", "none")
+        if share != "none":
+            # The query heads of a key head choose together.
+            by_key = scores.unflatten(0, (keys.shape[0], -1))
+            together = by_key.amax(1) if share == "max" else by_key.sum(1) / by_key.shape[1]
+            scores = together.repeat_interleave(by_key.shape[1], dim=0)
         scores = scores.masked_fill(~is_past, -torch.inf)
         order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :others]
         taken = is_past.expand_as(scores).gather(-1, order)

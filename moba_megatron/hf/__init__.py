@@ -49,6 +49,7 @@ def configure(
     selector: str = "top_k",
     summary: str = "mean",
     threshold: float | None = None,
+    share_selection: str = "none",
 ) -> MoBASettings:
     """Let a transformers model attend by MoBA from now on, and what is saved and loaded of it.
 
@@ -58,7 +59,7 @@ def configure(
         top_k: blocks per query, its own counted.
         last_n_full: so many last layers attend fully.
         decode: how new tokens attend to a cache: `full` (the MoBA report's way) or `moba`.
-        selector, summary, threshold: how past blocks are chosen, as for `moba_attention`.
+        selector, summary, threshold, share_selection: how past blocks are chosen, as for `moba_attention`.
 
     Raises:
         ValueError: settings that do not fit, or a class of models that does not take its attention by name.
@@ -66,7 +67,8 @@ def configure(
     check_takes_attention(model)
     config = model.config.get_text_config()
     kinds = layer_types(config.num_hidden_layers, last_n_full)
-    settings = MoBASettings(block_size, top_k, kinds, decode, selection=Selection(selector, summary, threshold))
+    selection = Selection(selector, summary, threshold, share_selection)
+    settings = MoBASettings(block_size, top_k, kinds, decode, selection=selection)
     config.moba_config = settings.to_config()
     model.set_attn_implementation(NAME)
     return settings

@@ -9,10 +9,11 @@ It is a plain dictionary, so that `save_pretrained` writes it into config.json a
 sizes are named in `layer_sizes`, by their number from 0: `{"1": {"block_size": 128, "top_k": 8}}`. The entry lies below
 the top level because transformers refuses names of its own `layer_types` that it does not know.
 
-Blocks that are chosen otherwise than by top-k of their means have `selector`, `summary` and `threshold` in the words of
-`ops.selection`, layers that differ in this from the others an entry in `layer_selections`: `{"1": {"selector":
-"recent"}}`. A model whose keys are convolved has `key_convolution`, the filters' width. Such entries have version 2, so
-that readers of before refuse them instead of attending otherwise.
+Blocks that are chosen otherwise than by top-k of their means have `selector`, `summary`, `threshold` and
+`share_selection` in the words of `ops.selection`, as far as they are needed; layers that differ in this from the others
+have an entry in `layer_selections`: `{"1": {"selector": "recent"}}`. A model whose keys are convolved has
+`key_convolution`, the filters' width. Such entries have version 2, so that readers of before refuse them instead of
+attending otherwise.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ DECODE_MODES = ("full", "moba")
 EXAMPLE = '{"1": {"block_size": 128, "top_k": 8}}'
 EXAMPLE_OF_SELECTIONS = '{"1": {"selector": "sink_recent"}}'
 HOW_TO_SET = "call moba_megatron.hf.configure(model, block_size=..., top_k=...)"
-_SELECTION = ("selector", "summary", "threshold")
+_SELECTION = ("selector", "summary", "threshold", "share_selection")
 _KEYS = {
     VERSION: {"block_size", "top_k", "layer_types", "decode", "layer_sizes"},
     VERSION_OF_SELECTIONS: {
@@ -178,7 +179,8 @@ def _selection(words: Mapping[str, Any]) -> Selection:
 
 
 def _words(selection: Selection) -> dict[str, Any]:
-    return {key: value for key, value in selection.settings.items() if value is not None}
+    words = {key: value for key, value in selection.settings.items() if value is not None}
+    return words if selection.shared else {key: words[key] for key in words if key != "share_selection"}
 
 
 def layer_types(num_layers: int, last_n_full: int = 0) -> tuple[str, ...]:

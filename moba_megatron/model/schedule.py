@@ -259,7 +259,10 @@ def checked_schedule(config: Config) -> AttentionSchedule:
 
 def _to_list(layer: LayerAttention) -> list[Any]:
     """[kind, block_size, top_k], and how blocks are chosen where it is not plain MoBA."""
-    chosen = [] if layer.selection.is_plain else [layer.selection.settings]
+    settings = layer.selection.settings
+    if not layer.selection.shared:  # as it was written before heads could share
+        settings.pop("share_selection")
+    chosen = [] if layer.selection.is_plain else [settings]
     return [layer.kind, layer.block_size, layer.top_k, *chosen]
 
 
@@ -292,8 +295,8 @@ def _stage_layers(attention: AttentionConfig, stage: AttentionStage, num_layers:
         block_size = override.block_size if override and override.block_size else setting("block_size")
         top_k = override.top_k if override and override.top_k else setting("top_k")
         selector = override.selector if override and override.selector else setting("selector")
-        # The section's summary and threshold are those of the layers whose selector asks for them.
-        selection = Selection.of_settings(selector, attention.summary, attention.threshold)
+        # The section's summary, threshold and sharing are those of the layers whose selector asks for them.
+        selection = Selection.of_settings(selector, attention.summary, attention.threshold, attention.share_selection)
         layers.append(LayerAttention("moba", block_size, top_k, selection))
     return tuple(layers)
 

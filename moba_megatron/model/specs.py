@@ -60,6 +60,7 @@ def moba_layer_spec(
     selector: str = "top_k",
     summary: str = "mean",
     threshold: float | None = None,
+    share_selection: str = "none",
 ) -> ModuleSpec:
     """A copy of a stock layer spec with MoBA as its core attention; the original stays as it is.
 
@@ -73,12 +74,12 @@ def moba_layer_spec(
         full_backend: what computes full attention, see `full_attention`.
         exchange: under context parallelism, how its ranks exchange: `auto`, `p2p`, `all_gather`, `a2a`, `a2a+p2p` or
             `dispatch`; or one of these for each kind, `{"moba": ..., "full": ...}`.
-        selector, summary, threshold: how past blocks are chosen, see `moba_attention`.
+        selector, summary, threshold, share_selection: how past blocks are chosen, see `moba_attention`.
 
     Raises:
         ValueError: if the spec has no core attention to replace, or the sizes are impossible.
     """
-    attention = LayerAttention(kind, block_size, top_k, Selection(selector, summary, threshold))
+    attention = LayerAttention(kind, block_size, top_k, Selection(selector, summary, threshold, share_selection))
     core = functools.partial(
         MoBACoreAttention, attention=attention, backend=backend, full_backend=full_backend, exchange=exchange
     )

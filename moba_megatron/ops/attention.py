@@ -46,6 +46,7 @@ def moba_attention(
     selector: str = "top_k",
     summary: str = "mean",
     threshold: float | None = None,
+    share_selection: str = "none",
     workspace_bytes: int | None = None,
 ) -> Tensor:
     """Mixture of Block Attention over a pack of documents.
@@ -67,6 +68,8 @@ def moba_attention(
             `ops.selection`.
         summary: what scores are taken against, `mean` as above or `min_max`.
         threshold: for the selector `threshold`, a share of the scores' softmax.
+        share_selection: with `mean` or `max` the query heads of a key head choose the same blocks, by the mean or the
+            largest of their scores; `none` for each its own.
         workspace_bytes: room for what the sparse backends keep of the attention of past blocks until it is combined;
             work is cut by kv heads and ranges of tokens to fit, down to one token. An *entry*, one (query, head, past
             block), takes with `triton` D e + 12 bytes forward and D (e + 2) + 8 backward (e bytes of an element; what
@@ -85,7 +88,7 @@ def moba_attention(
     torch.Size([8, 2, 4])
     """
     check_settings(block_size, top_k, workspace_bytes)
-    selection = Selection(selector, summary, threshold)
+    selection = Selection(selector, summary, threshold, share_selection)
     name, _ = resolve_backend(backend, q.device, q.dtype)
     if workspace_bytes is not None and not has_steps(name):
         raise ValueError(
@@ -140,6 +143,7 @@ def select_blocks(
     selector: str = "top_k",
     summary: str = "mean",
     threshold: float | None = None,
+    share_selection: str = "none",
 ) -> Tensor:
     """The blocks that `moba_attention` attends for every query and head.
 
@@ -163,5 +167,7 @@ def select_blocks(
     check_inputs({"q": q, "k": k}, cu_seqlens)
     layout = layout_of(q, cu_seqlens, block_size, max_seqlen)
     own_TN1 = layout.block_T.to(torch.int32).view(-1, 1, 1).expand(-1, q.shape[1], 1)
-    steps = steps_of(resolve_backend("auto", q.device, q.dtype)[0], Selection(selector, summary, threshold))
+    steps = steps_of(
+        resolve_backend("auto", q.device, q.dtype)[0], Selection(selector, summary, threshold, share_selection)
+    )
     return torch.cat([own_TN1, steps.select_past(q, steps.summarize(k, layout), layout, top_k - 1)], dim=-1)

@@ -53,7 +53,7 @@ _SETTINGS = "Tensor? cu_seqlens, int block_size, SymInt? max_seqlen, str backend
     "moba_megatron::select_past",
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, SymInt num_past, {_SETTINGS}, str selector='top_k', str summary='mean', "
-    "float? threshold=None) -> Tensor",
+    "float? threshold=None, str share_selection='none') -> Tensor",
 )
 def select_past_op(q, k, num_past, cu_seqlens, block_size, max_seqlen, backend, *selection):
     """int32 [T, N, num_past] ids of past blocks for q [T, N, D], k [T, G, D], as `ops.gathered.select_past`."""

@@ -36,7 +36,14 @@ def _scores(q: Tensor, past_keys: Tensor, summary: str) -> Tensor:
     return torch.maximum(q * keys.amin(dim=1), q * keys.amax(dim=1)).sum(dim=-1)
 
 
-def _ranking(q: Tensor, past_keys: Tensor, num_past: int, selection: Selection) -> Tensor:
+def _shared(scores: Tensor, num_kv_heads: int, how: str) -> Tensor:
+    """Scores [t, n, blocks] with those of a key head's query heads replaced by their mean or maximum."""
+    heads = scores.unflatten(1, (num_kv_heads, -1)).unbind(2)
+    together = torch.stack(heads).amax(dim=0) if how == "max" else sum(heads[1:], heads[0]) / len(heads)
+    return together.repeat_interleave(len(heads), dim=1)
+
+
+def _ranking(q: Tensor, past_keys: Tensor, num_past: int, selection: Selection, num_kv_heads: int) -> Tensor:
     """[t, n, up to num_past]: ids of the chosen ones among all past blocks of keys [blocks, B, n, D], -1 for none."""
     blocks = past_keys.shape[0]
     if not selection.uses_scores:
@@ -44,7 +51,10 @@ def _ranking(q: Tensor, past_keys: Tensor, num_past: int, selection: Selection) 
         if selection.selector == "sink_recent":
             nearest = [0, *nearest[:-1]]
         return torch.tensor(nearest[:num_past], device=q.device).expand(*q.shape[:2], -1)
-    scores, order = _scores(q, past_keys, selection.summary).sort(dim=-1, descending=True, stable=True)
+    scores = _scores(q, past_keys, selection.summary)
+    if selection.shared:
+        scores = _shared(scores, num_kv_heads, selection.share_selection)
+    scores, order = scores.sort(dim=-1, descending=True, stable=True)
     if selection.threshold is not None:
         shares = (scores / q.shape[2] ** 0.5).softmax(dim=-1)
         order = order.masked_fill(shares.cumsum(dim=-1) - shares >= selection.threshold, -1)
@@ -66,7 +76,7 @@ def reference_select(
             past_keys = _widen(k[start : start + block * block_size]).unflatten(0, (block, block_size))
             past_keys = past_keys.repeat_interleave(num_heads // num_kv_heads, dim=2)
             rows = slice(start + block * block_size, min(start + (block + 1) * block_size, end))
-            ranking = _ranking(_widen(q[rows]), past_keys, num_past, selection)
+            ranking = _ranking(_widen(q[rows]), past_keys, num_past, selection, num_kv_heads)
             ids[rows, :, : ranking.shape[-1]] = ranking.to(torch.int32)
     return ids
 

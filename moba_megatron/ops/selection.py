@@ -8,8 +8,11 @@
 | `recent` | the K - 1 nearest | sliding window |
 | `sink_recent` | the document's first and the K - 2 nearest | attention sink |
 
-A selection is a summary and a selector. Other modules ask it and do not look at its words, but for two that share
-nothing with it on purpose: the definition (`reference`), and the checks of a configuration.
+With `share_selection` the query heads of a key head choose together (as NSA and MSA do): a block's score for the key
+head is the `mean` or the `max` of the scores of its query heads. Each query head is scored by itself first.
+
+A selection is a summary, a selector and whether heads share. Other modules ask it and do not look at its words, but for
+two that share nothing with it on purpose: the definition (`reference`), and the checks of a configuration.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from moba_megatron.ops.selectors import RECENT, SINK_RECENT, TOP_K, Selector, Th
 from moba_megatron.ops.summaries import MEAN, MIN_MAX, Summary
 
 SELECTORS = ("top_k", "recent", "sink_recent", "threshold")
+SHARES = ("none", "mean", "max")
 SUMMARIES = {"mean": MEAN, "min_max": MIN_MAX}
 _USE_SCORES = ("top_k", "threshold")
 _WITHOUT_SETTINGS = {"top_k": TOP_K, "recent": RECENT, "sink_recent": SINK_RECENT}
@@ -33,6 +37,8 @@ class Selection:
         selector: `top_k`, `recent`, `sink_recent` or `threshold`.
         summary: `mean` or `min_max`: what a block shows of its keys. Only `mean` where the selector looks at no scores.
         threshold: for `threshold` alone: the share of the softmax over all candidates, above 0 and up to 1.
+        share_selection: `none`: each query head chooses for itself. `mean`, `max`: those of a key head choose together,
+            by the mean or the largest of their scores. Only with a selector that looks at scores.
 
     Raises:
         ValueError: an unknown word, or settings that do not go together.
@@ -41,6 +47,7 @@ class Selection:
     selector: str = "top_k"
     summary: str = "mean"
     threshold: float | None = None
+    share_selection: str = "none"
 
     def __post_init__(self) -> None:
         if self.selector not in SELECTORS:
@@ -52,6 +59,13 @@ class Selection:
                 f"summary = {self.summary!r} has no effect with selector = {self.selector!r}, which looks at no "
                 "scores: leave it out"
             )
+        if self.share_selection not in SHARES:
+            raise ValueError(f"share_selection = {self.share_selection!r}: choose one of {', '.join(SHARES)}")
+        if self.shared and not self.uses_scores:
+            raise ValueError(
+                f"share_selection = {self.share_selection!r} has no effect with selector = {self.selector!r}, which "
+                "looks at no scores: leave it out"
+            )
         if (self.threshold is None) == (self.selector == "threshold"):
             raise ValueError(
                 f"threshold = {self.threshold} with selector = {self.selector!r}: a threshold belongs to the selector "
@@ -61,24 +75,45 @@ class Selection:
             raise ValueError(f"threshold = {self.threshold}: a share above 0 and up to 1")
 
     @classmethod
-    def of_settings(cls, selector: str, summary: str, threshold: float | None) -> Selection:
+    def of_settings(
+        cls, selector: str, summary: str, threshold: float | None, share_selection: str = "none"
+    ) -> Selection:
         """A selector with those of the settings that it looks at.
 
         >>> [str(Selection.of_settings(selector, "min_max", 0.9)) for selector in SELECTORS]
         ['top_k of min_max', 'recent', 'sink_recent', 'threshold of min_max 0.9']
         """
         scored = selector in _USE_SCORES
-        return cls(selector, summary if scored else "mean", threshold if selector == "threshold" else None)
+        return cls(
+            selector,
+            summary if scored else "mean",
+            threshold if selector == "threshold" else None,
+            share_selection if scored else "none",
+        )
 
     @classmethod
     def of_word(cls, word: str) -> Selection:
-        """A selector, or a summary under top-k. Raises ValueError where the word is neither or does not say it all."""
+        """A selector, or under top-k a summary or `share_mean`, `share_max`.
+
+        Raises:
+            ValueError: another word, or one that does not say it all.
+
+        >>> str(Selection.of_word("min_max")), str(Selection.of_word("share_mean"))
+        ('top_k of min_max', 'top_k shared by mean')
+        """
+        if word.startswith("share_"):
+            return cls(share_selection=word.removeprefix("share_"))
         return cls(summary=word) if word in SUMMARIES else cls(selector=word)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the query heads of a key head choose together."""
+        return self.share_selection != "none"
 
     @property
     def is_plain(self) -> bool:
         """Whether this is MoBA as its report defines it: top-k of the means."""
-        return self.selector == "top_k" and self.summary == "mean"
+        return self.selector == "top_k" and self.summary == "mean" and not self.shared
 
     @property
     def uses_scores(self) -> bool:
@@ -93,7 +128,12 @@ class Selection:
     @property
     def settings(self) -> dict[str, str | float | None]:
         """The arguments of `moba_attention` that say the same."""
-        return {"selector": self.selector, "summary": self.summary, "threshold": self.threshold}
+        return {
+            "selector": self.selector,
+            "summary": self.summary,
+            "threshold": self.threshold,
+            "share_selection": self.share_selection,
+        }
 
     def make_selector(self) -> Selector:
         """The function that yields ids."""
@@ -105,7 +145,8 @@ class Selection:
 
     def __str__(self) -> str:
         parts = [self.selector] + [f"of {self.summary}"] * (self.summary != "mean")
-        return " ".join(parts + [str(self.threshold)] * (self.threshold is not None))
+        parts += [str(self.threshold)] * (self.threshold is not None)
+        return " ".join(parts + [f"shared by {self.share_selection}"] * self.shared)
 
 
 MOBA = Selection()

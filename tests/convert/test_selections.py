@@ -27,7 +27,7 @@ from moba_megatron.model.schedule import AttentionSchedule
 LAYOUTS = {
     # Windows with a sink, and every third layer full, as in LongGen.
     "longgen": {"full_every_n": 3, "last_n_full": 0, "selector": "sink_recent"},
-    "bounds": {"summary": "min_max"},
+    "bounds": {"summary": "min_max", "share_selection": "max"},
     "several": {
         "selector": "threshold",
         "threshold": 0.7,

@@ -33,6 +33,7 @@ SELECTIONS = {
     "recent": {"selector": "recent", "summary": "mean"},
     "sink_recent": {"selector": "sink_recent", "summary": "mean"},
     "threshold": {"selector": "threshold", "summary": "mean", "threshold": 0.6},
+    "shared": {"selector": "top_k", "summary": "mean", "share_selection": "mean"},
     "threshold of min_max": {"selector": "threshold", "summary": "min_max", "threshold": 0.6},
 }
 """How blocks may be chosen, in the words of `moba_config`."""

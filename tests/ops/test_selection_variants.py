@@ -22,6 +22,9 @@ VARIANTS = {
     "quest": Selection(summary="min_max"),
     "threshold": Selection("threshold", threshold=0.7),
     "threshold of bounds": Selection("threshold", "min_max", 0.4),
+    "mean of heads": Selection(share_selection="mean"),
+    "max of heads": Selection(share_selection="max"),
+    "threshold of shared bounds": Selection("threshold", "min_max", 0.4, "mean"),
     "window": Selection("recent"),
     "sink": Selection("sink_recent"),
 }
@@ -195,6 +198,38 @@ def test_tracers_see_the_same(selection):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("share", ["mean", "max"])
+def test_heads_that_choose_together(share):
+    """Query heads of a key head have the same blocks; those of one alone choose as without sharing, bit for bit."""
+    q, k, v, _ = inputs(6, 2, torch.float32)
+    ids = select_blocks(q, k, block_size=8, top_k=3, share_selection=share).unflatten(1, (2, 3))
+    assert (ids == ids[:, :, :1]).all() and (ids[:, 0] != ids[:, 1]).any()
+    assert (ids.flatten(1, 2) != select_blocks(q, k, block_size=8, top_k=3)).any()
+    alone = q[:, ::3].contiguous()
+    for one in (select_blocks, lambda *x, **y: moba_attention(*x, v, **y)):
+        assert torch.equal(
+            one(alone, k, block_size=8, top_k=3, share_selection=share), one(alone, k, block_size=8, top_k=3)
+        )
+
+
+def test_scores_are_shared_not_queries():
+    """Two heads that look opposite ways score blocks of mean 3, -4 and 1 by +x and -2x: the mean of scores likes the
+    second, their maximum the second, and by bounds, which are no linear score, the mean is not that of summed queries.
+    """
+    keys = torch.tensor([3.0, 3.0, -4.0, -4.0, 1.0, 1.0, 0.0, 0.0]).view(8, 1, 1)
+    q = torch.tensor([1.0, -2.0]).repeat(8, 1).unsqueeze(2)
+
+    def first(**settings):
+        return select_blocks(q, keys, block_size=2, top_k=2, **settings)[-1, :, 1].tolist()
+
+    assert first() == [0, 1] and first(share_selection="mean") == first(share_selection="max") == [1, 1]
+    keys[4:6, 0, 0] = torch.tensor([-3.5, 9.0])
+    # Bounds: scores of 3, -4, 9 and of -6, 8, 7.
+    assert first(summary="min_max") == [2, 1] and first(summary="min_max", share_selection="mean") == [2, 2]
+    equal = torch.ones(8, 1, 1)
+    assert select_blocks(q, equal, block_size=2, top_k=3, share_selection="mean")[-1].tolist() == [[3, 0, 1]] * 2
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -205,6 +240,8 @@ def test_tracers_see_the_same(selection):
         ({"threshold": 0.9}, "threshold = 0.9 with selector = 'top_k'"),
         ({"selector": "threshold", "threshold": 0.0}, "threshold = 0.0: a share above 0"),
         ({"selector": "threshold", "threshold": 1.5}, "threshold = 1.5: a share above 0"),
+        ({"share_selection": "sum"}, "share_selection = 'sum': choose one of none, mean, max"),
+        ({"selector": "recent", "share_selection": "mean"}, "share_selection = 'mean' has no effect with selector"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, named):

@@ -23,6 +23,8 @@ SELECTIONS = [
     Selection("threshold", "min_max", 0.4),
     Selection("recent"),
     Selection("sink_recent"),
+    Selection(share_selection="mean"),
+    Selection("threshold", "min_max", 0.4, "max"),
 ]
 EXCHANGES = [name for name, kind in TABLE.items() if not kind.two_levels]
 

@@ -18,13 +18,13 @@ class GatheredSteps:
 
     def __init__(self, selection: Selection):
         self.summary = selection.make_summary()
-        self._selector = selection.make_selector()
+        self._selector, self._share = selection.make_selector(), selection.share_selection
 
     def summarize(self, k_TGD: Tensor, layout: BlockLayout) -> Tensor | None:
         return summaries.summarize(k_TGD, layout, self.summary)
 
     def select_past(self, q_TND: Tensor, summaries_MGD: Tensor | None, layout: TokenBlocks, num_past: int) -> Tensor:
-        return routing.select_past(q_TND, summaries_MGD, layout, num_past, self._selector, self.summary)
+        return routing.select_past(q_TND, summaries_MGD, layout, num_past, self._selector, self.summary, self._share)
 
     attend = staticmethod(attention.attend)
     attend_forward = staticmethod(attention.attend_forward)

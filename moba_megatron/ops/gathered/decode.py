@@ -125,7 +125,7 @@ def continue_text(
     blocks_t = torch.arange(length - new, length, device=q_tND.device) // block_size
     known = length // block_size if summaries_MGD is None else summaries_MGD.shape[0]
     layout = TokenBlocks(known, blocks_t, torch.zeros_like(blocks_t))
-    chosen = selection.make_selector(), selection.make_summary()
+    chosen = selection.make_selector(), selection.make_summary(), selection.share_selection
     ids_tNK = select_past(q_tND, summaries_MGD, layout, num_past, *chosen)
     if new <= ONE_BY_ONE:
         out = [

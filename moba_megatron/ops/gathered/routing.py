@@ -44,6 +44,19 @@ def _first_with(number_C: Tensor) -> Tensor:
     return first[number_C]
 
 
+def _shared(scores_TRC: Tensor, share_selection: str) -> Tensor:
+    """Scores by which heads choose: their own [T, R, C], or [T, 1, C] where the R heads of a key head choose together.
+    A mean is a sum in the order of the heads."""
+    if share_selection == "none":
+        return scores_TRC
+    if share_selection == "max":
+        return scores_TRC.amax(dim=1, keepdim=True)
+    total = scores_TRC[:, :1]
+    for head in range(1, scores_TRC.shape[1]):
+        total = total + scores_TRC[:, head : head + 1]
+    return total / scores_TRC.shape[1]
+
+
 @torch.no_grad()
 @without_autocast
 def select_past(
@@ -53,6 +66,7 @@ def select_past(
     num_past: int,
     selector: Selector = TOP_K,
     summary: Summary | None = MEAN,
+    share_selection: str = "none",
 ) -> Tensor:
     """Choose the past blocks of every query and head.
 
@@ -64,6 +78,8 @@ def select_past(
         num_past: K - 1, ids per query and head.
         selector: how to choose.
         summary: what the summaries are.
+        share_selection: `none`, `mean` or `max`: whether the query heads of a key head choose together, see
+            `ops.selection`.
 
     Returns:
         int32 [T, N, num_past], block numbers within the query's document in the selector's order, -1 where fewer.
@@ -100,8 +116,8 @@ def select_past(
             scores = (q @ planes_GDM[kv_head, :, low:high]).view(end - start, qheads_per_kvhead, high - low)
             if repeated_GM is not None:
                 scores = scores[..., _first_with(repeated_GM[kv_head, low:high])]
-            scores.masked_fill_(refused.unsqueeze(1), -torch.inf)
-            past = (own - first).unsqueeze(1).expand(-1, qheads_per_kvhead)
+            scores = _shared(scores, share_selection).masked_fill_(refused.unsqueeze(1), -torch.inf)
+            past = (own - first).unsqueeze(1).expand(-1, scores.shape[1])
             columns = selector.choose(scores, past, num_past, head_size**-0.5)
             shift = (first - low).view(-1, 1, 1)
             ids_TNK[start:end, heads] = torch.where(columns < 0, columns, columns - shift).to(torch.int32)

@@ -22,7 +22,7 @@ SELECTIONS = [
     for selector in SELECTORS
     for summary in SUMMARIES
     if summary == "mean" or Selection.of_settings(selector, summary, 0.5).uses_scores
-]
+] + [Selection(share_selection="mean")]
 
 
 @pytest.fixture
