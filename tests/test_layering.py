@@ -31,7 +31,7 @@ ALLOWED = {
     "generation": {"convert", "checkpoint", "corpus", "model", "hf", "runs", "platform", "config", "errors"},
     "evaluation": {
         *("generation", "convert", "checkpoint", "data", "corpus", "model", "hf", "ops", "runs", "platform", "config"),
-        "errors",
+        *("parallel", "planning", "errors"),
     },
     "training": {
         *("evaluation", "planning", "convert", "checkpoint", "data", "corpus", "model", "parallel", "ops", "runs"),

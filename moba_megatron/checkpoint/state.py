@@ -25,8 +25,8 @@ from moba_megatron.checkpoint.manifest import CheckpointError
 from moba_megatron.checkpoint.optimizer_parts import fit_parts, parts_of
 
 # The default type of the distributed optimizer's checkpoint cannot be resumed in megatron-core 0.16. Without the second
-# key an optimizer of experts would store its state under names that only one like it finds. megatron-core gets a copy: it
-# adds the process groups of the moment.
+# key an optimizer of experts would store its state under names that only one like it finds. megatron-core gets a copy:
+# it adds the process groups of the moment.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 

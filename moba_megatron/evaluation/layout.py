@@ -36,9 +36,8 @@ def evaluation_layout(config: Config, own: ParallelConfig, asked: str | None, ra
         given = {name: getattr(own, name) for name in SIZES}
     layout = _complete(config, own, given)
     told = f"{OPTION} {asked}" if asked is not None else f"the run's own sizes on {ranks} processes"
-    tried = config.model_copy(update={
-        "parallel": layout, "training": config.training.model_copy(update={"global_batch_size": ranks}),
-    })  # fmt: skip
+    training = config.training.model_copy(update={"global_batch_size": ranks, "micro_batch_size": 1})
+    tried = config.model_copy(update={"parallel": layout, "training": training})
     before = combination_problems(config)
     problems = [problem for problem in combination_problems(tried) if problem not in before]
     try:
