@@ -123,6 +123,9 @@ def _evaluate(
     unused = [*losses.unused(), *["--validation"] * (validation is not None and not routing.wanted)]
     if unused and not wants_losses:
         raise ValueError(f"{', '.join(unused)} without the losses: add --losses")
+    no_model_here = not on_validation and (options is None or (target / "config.json").is_file())
+    if parallel is not None and no_model_here:
+        raise ValueError(f"--parallel {parallel} without the losses, --routing, or --tasks of a run: leave it out")
     if harness.wanted:
         one_process("evaluate --lm-eval (and --ruler)")
         from moba_megatron.evaluation.lm_eval.run import evaluate_with_harness
@@ -131,7 +134,7 @@ def _evaluate(
         evaluate_with_harness(target, settings, console, attention=attention, output=output, verify=verify)
         if not on_validation and options is None:
             return
-    if options is not None and not on_validation and (target / "config.json").is_file():
+    if options is not None and no_model_here:
         one_process("evaluate --tasks of a Hugging Face folder")
         from moba_megatron.evaluation.tasks.evaluate_tasks import evaluate_folder_tasks
 
@@ -148,6 +151,7 @@ def _evaluate(
         output=output,
         verify=verify,
         parallel=parallel,
+        say=console.print,
     )
     with EvaluationRecords(subject.folder, subject.config, writes=speaks()) as records:
         if wants_losses:

@@ -6,7 +6,7 @@ MoBA and full attention of these weights, as a stage of the attention schedule w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +23,12 @@ from moba_megatron.data.datasets import ValidationSummary, build_validation, che
 from moba_megatron.data.feed import rank_batches
 from moba_megatron.evaluation.attention_choice import Attention, chosen_attentions
 from moba_megatron.evaluation.layout import evaluation_layout
+from moba_megatron.evaluation.memory import memory_lines
 from moba_megatron.generation.loading import OpenedModel, open_model
 from moba_megatron.model.core_attention import set_attention_stage
 from moba_megatron.model.forward import Batch
 from moba_megatron.model.schedule import FULL, AttentionSchedule, LayerAttention, kind_of
+from moba_megatron.platform import current_device
 from moba_megatron.platform.command_ranks import command_ranks
 from moba_megatron.platform.process_groups import start_process_group
 from moba_megatron.runs.folder import RunFolder
@@ -82,9 +84,14 @@ class Subject:
 
     def attend(self, attention: Attention | tuple[LayerAttention, ...]) -> None:
         """Let the layers attend so from now on; the parameters stay the same."""
-        layers = attention if isinstance(attention, tuple) else attention_layers(self.opened, attention)
-        assert layers is not None, "open_subject offers only attentions that there are"
+        layers = attention if isinstance(attention, tuple) else self.layers_of(attention)
         set_attention_stage(self.opened.model, AttentionSchedule((layers,)), 0)
+
+    def layers_of(self, attention: Attention) -> tuple[LayerAttention, ...]:
+        """How each layer attends then."""
+        layers = attention_layers(self.opened, attention)
+        assert layers is not None, "open_subject offers only attentions that there are"
+        return layers
 
     @cached_property
     def validation(self) -> ValidationSummary:
@@ -127,6 +134,7 @@ def open_subject(
     output: Path | None = None,
     verify: bool = True,
     parallel: str | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> Subject:
     """Load the model of a run or checkpoint folder into this process, or this rank's part of it. Collective.
 
@@ -139,6 +147,7 @@ def open_subject(
         output: where results go; None: to the run folder.
         verify: as for `open_model`.
         parallel: as for `evaluation_layout`.
+        say: told what memory is expected, before the model is loaded.
 
     Raises:
         CheckpointError: no complete checkpoint there, or not one for this tokenizer.
@@ -158,6 +167,10 @@ def open_subject(
             raise ValueError(f"{target} has no data.validation: name data with --validation")
         check_validation(config)
     tokenizer = Tokenizer(config.data.tokenizer)
+    if say is not None:
+        vocab_size = config.model.vocab_size or tokenizer.vocab_size
+        for line in memory_lines(config, schedule, attentions, vocab_size, command_ranks(), current_device()):
+            say(line)
     opened = open_model(target, tokenizer.fingerprint, tokenizer.vocab_size, verify=verify, parallel=layout)
     own_length = own.data.sequence_length
     subject = Subject(replace(opened, config=config), config, attentions, own_length, output)
