@@ -113,24 +113,28 @@ def test_losses_and_routing_are_those_of_one_rank(run, tmp_path, seen_by_one, ra
         assert len((case[-1] / "evaluations.jsonl").read_text().splitlines()) == 3
 
 
-@pytest.fixture(scope="module")
-def asked_run(tmp_path_factory) -> Path:
-    """A model of tasks, hardly trained."""
-    folder = tmp_path_factory.mktemp("tasks")
+def task_run(folder: Path, **changes: Any) -> Path:
+    """A model of tasks, hardly trained; its validation data are what it was trained on."""
     write_corpus(folder / "samples", ["needle"], [64], tokens=8000, seed=1)
     prepare(load_recipe(folder / "samples/recipe.yaml"), folder / "data", workers=1)
     config = small_config(
         folder,
         data__train=str(folder / "data/train"),
-        data__validation=None,
+        data__validation=str(folder / "data/train"),
         data__tokenizer=str(folder / "data/tokenizer"),
         data__packing="best_fit",
         training__steps=1,
         optimizer__warmup_steps=0,
         model__init_method_std=0.3,
+        **changes,
     )
     run_ranks(1, train_here, config)
     return Path(config.run.dir)
+
+
+@pytest.fixture(scope="module")
+def asked_run(tmp_path_factory) -> Path:
+    return task_run(tmp_path_factory.mktemp("tasks"))
 
 
 TASKS = ["--tasks", "needle", "--lengths", "61,128", "--depths", "0.5", "--task-samples", 3, "--attention", "moba"]
@@ -153,6 +157,23 @@ def test_tasks_are_those_of_one_rank(asked_run, tmp_path, tasks_of_one, ranks, l
     for case, output in zip(cases, outputs, strict=True):
         same(records(case[-1]), tasks_of_one)
         assert "needle" in output and (case[-1] / "plots/tasks_needle_step_1.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_mixture_is_evaluated_over_ranks_that_share_its_experts(tmp_path):
+    """Also where they are data-parallel ranks, whose numbers of samples differ."""
+    run = task_run(tmp_path, model__num_moe_experts=4, model__moe_ffn_hidden_size=16)
+    asked = ["--losses", "--samples", 3, "--routing", "--routing-samples", 3, *TASKS]
+    layouts = ["expert=2", "tensor=2", "tensor=2,expert=2", "context=2,expert=2", "pipeline=2"]
+    cases = [[run, *asked, "--parallel", sizes, "--output", tmp_path / sizes] for sizes in layouts]
+    on_ranks(1, [[run, *asked, "--output", tmp_path / "one"]])
+    on_ranks(2, cases)
+    for case in cases:
+        found, expected = records(case[-1]), records(tmp_path / "one")
+        assert len(expected) == 3
+        for record in [*found.values(), *expected.values()]:
+            record.pop("power_law", None)
+        same(found, expected)
 
 
 MISTAKES = {
