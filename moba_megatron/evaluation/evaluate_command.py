@@ -151,6 +151,10 @@ def _evaluate(
         output=output,
         verify=verify,
         parallel=parallel,
+        asked_for={
+            **({"--samples": losses.samples} if wants_losses else {}),
+            **({"--routing-samples": routing.routing_samples} if routing.wanted else {}),
+        },
         say=console.print,
     )
     with EvaluationRecords(subject.folder, subject.config, writes=speaks()) as records:

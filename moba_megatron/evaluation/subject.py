@@ -6,7 +6,7 @@ MoBA and full attention of these weights, as a stage of the attention schedule w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -134,6 +134,7 @@ def open_subject(
     output: Path | None = None,
     verify: bool = True,
     parallel: str | None = None,
+    asked_for: Mapping[str, int | None] | None = None,
     say: Callable[[str], object] | None = None,
 ) -> Subject:
     """Load the model of a run or checkpoint folder into this process, or this rank's part of it. Collective.
@@ -147,6 +148,8 @@ def open_subject(
         output: where results go; None: to the run folder.
         verify: as for `open_model`.
         parallel: as for `evaluation_layout`.
+        asked_for: how many samples each option will ask `batches` for; None: `evaluation.samples`. Not fewer than
+            data-parallel ranks.
         say: told what memory is expected, before the model is loaded.
 
     Raises:
@@ -159,6 +162,7 @@ def open_subject(
     config = _asked_for(own, validation, samples, trailing_tokens, sequence_length)
     layout = evaluation_layout(config, saved_layout(target), parallel, command_ranks())
     config = config.model_copy(update={"parallel": layout})
+    _check_enough(config, command_ranks(), asked_for or {})
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
     has_moba = "moba" in map(kind_of, schedule.stages)
     attentions = chosen_attentions(attention, has_moba)
@@ -179,20 +183,16 @@ def open_subject(
     return subject
 
 
-def check_enough(subject: Subject, samples: int, option: str) -> None:
-    """Refuse fewer samples than there are data-parallel ranks: some would do the work of others again.
-
-    Args:
-        option: what asks for more samples.
-
-    Raises:
-        ValueError: naming both numbers.
-    """
-    if samples < subject.data_parallel:
-        raise ValueError(
-            f"{samples} samples for {subject.data_parallel} data-parallel ranks: start fewer processes, split the "
-            f"model or the sequence over more of them (--parallel), or ask for more samples ({option})"
-        )
+def _check_enough(config: Config, ranks: int, asked_for: Mapping[str, int | None]) -> None:
+    """Refuse fewer samples than there are data-parallel ranks: some would have nothing of their own to do."""
+    data_parallel = ranks // config.parallel.model_ranks
+    for option, asked in asked_for.items():
+        samples = config.evaluation.samples if asked is None else asked
+        if samples < data_parallel:
+            raise ValueError(
+                f"{samples} samples for {data_parallel} data-parallel ranks: start fewer processes, split the model or "
+                f"the sequence over more of them (--parallel), or ask for more samples ({option})"
+            )
 
 
 def _same_everywhere(checkpoint: Path) -> Path:

@@ -147,7 +147,11 @@ def tasks_of_one(asked_run, tmp_path_factory) -> dict[str, Any]:
     return records(folder)
 
 
-@pytest.mark.parametrize(("ranks", "layouts"), LAYOUTS)
+QUICK = pytest.param(2, ["tensor=2,sequence=true", "context=2"], id="two-quick")
+REST = pytest.param(2, ["pipeline=2", ""], id="two-rest", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("ranks", "layouts"), [QUICK, REST, *LAYOUTS[1:]])
 def test_tasks_are_those_of_one_rank(asked_run, tmp_path, tasks_of_one, ranks, layouts):
     """Lengths that no layout divides; tokens and vocabulary of a row of logits on different ranks."""
     cases = [[asked_run, *TASKS, "--parallel", sizes, "--output", tmp_path / (sizes or "data")] for sizes in layouts]

@@ -19,7 +19,7 @@ from moba_megatron.evaluation.losses.positions import doubling_bounds, position_
 from moba_megatron.evaluation.losses.power_law import fit_power_law
 from moba_megatron.evaluation.plots import plot_positions
 from moba_megatron.evaluation.progress import shown
-from moba_megatron.evaluation.subject import Attention, Subject, check_enough
+from moba_megatron.evaluation.subject import Attention, Subject
 from moba_megatron.runs.records import EvaluationRecords
 
 PER_RANGE = 1024
@@ -38,7 +38,6 @@ def evaluate_losses(
         ValueError: blocks longer than the samples, or layers that the model does not have.
     """
     length = subject.config.data.sequence_length
-    check_enough(subject, subject.config.evaluation.samples, "--samples")
     for choice in choices:
         if choice.attention.block_size > length:
             raise ValueError(f"{choice}: blocks longer than the {length} tokens of a sample")

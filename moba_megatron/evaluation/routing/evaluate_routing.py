@@ -26,7 +26,7 @@ from moba_megatron.evaluation.routing.plots import plot_layer
 from moba_megatron.evaluation.routing.routing_report import LayerRouting, advice, layer_record, overall, routed, table
 from moba_megatron.evaluation.routing.selection_counts import count_selection
 from moba_megatron.evaluation.routing.shards import Shards
-from moba_megatron.evaluation.subject import Attention, Subject, check_enough
+from moba_megatron.evaluation.subject import Attention, Subject
 from moba_megatron.model.forward import Batch, forward_only, microbatch_shape, token_sums
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.runs.records import EvaluationRecords
@@ -50,7 +50,6 @@ def evaluate_routing(
     Raises:
         ValueError: a model without MoBA layers and no `choice`, or samples in which no query has a choice.
     """
-    check_enough(subject, samples, "--routing-samples")
     attention = "moba" if "moba" in subject.attentions else "full"
     layers = observe_routing(subject, attention, samples, console, choice)
     if not records.writes:
