@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train on several machines: on each of them, within ten minutes,
 #   launch/multi_node.sh NODES NODE HEAD RANKS CONFIG.yaml [key.path=value ...]
+# or evaluate what was trained, with evaluate RUN [--parallel tensor=8,context=2 ...] in the place of CONFIG.yaml and the rest.
 # NODES machines; this one is number NODE, where 0 is the head, whose name or IPv4 address is HEAD; RANKS processes on
 # each, one a GPU. The machines need the same code and data, and a run.dir on a disk that they share.
 # From the environment, if the defaults do not fit:
@@ -27,6 +28,7 @@ address=${ADDRESS:-$(ip -o -4 addr show dev "$interface" | awk 'NR == 1 {split($
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
 export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
 source launch/environment.sh
+program_of "$1"
 # With the store of the attempt before, gloo would not find its ranks again.
 [ "${RESTARTS:-0}" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 echo "node $node of $nodes: $address by $interface, head $head_address:${PORT:-29400}, $ranks ranks, RESTARTS=${RESTARTS:-0}," \
@@ -37,4 +39,4 @@ exec torchrun \
     --nnodes "$nodes" --nproc-per-node "$ranks" --local-addr "$address" --max-restarts "${RESTARTS:-0}" \
     --rdzv-backend c10d --rdzv-endpoint "$head_address:${PORT:-29400}" --rdzv-id "${PORT:-29400}" \
     --rdzv-conf "is_host=$((node == 0))" \
-    train.py "$@"
+    "${program[@]}" "$@"

@@ -17,7 +17,7 @@ ALLOWED = {
     "temporary": set(),
     "ops": set(),
     "hf": {"ops"},
-    "platform": {"config", "temporary"},
+    "platform": {"config", "temporary", "errors"},
     "runs": {"config", "temporary", "errors"},
     "parallel": {"ops"},
     "corpus": {"config", "errors"},
@@ -30,7 +30,8 @@ ALLOWED = {
     "convert": {"checkpoint", "megatron", "model", "hf", "corpus", "runs", "platform", "config", "errors"},
     "generation": {"convert", "checkpoint", "corpus", "model", "hf", "runs", "platform", "config", "errors"},
     "evaluation": {
-        *("generation", "convert", "checkpoint", "data", "corpus", "model", "hf", "ops", "runs", "config", "errors")
+        *("generation", "convert", "checkpoint", "data", "corpus", "model", "hf", "ops", "runs", "platform", "config"),
+        *("parallel", "planning", "errors"),
     },
     "training": {
         *("evaluation", "planning", "convert", "checkpoint", "data", "corpus", "model", "parallel", "ops", "runs"),

@@ -26,8 +26,13 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def saved_config(checkpoint: Path) -> Config:
-    """The configuration a checkpoint was trained with, on one rank (any layout loads at any other) and with the
-    backends that `auto` takes: those of training may not be here."""
+    """The configuration a checkpoint was trained with, on one rank (any layout loads at any other, see `saved_layout`)
+    and with the backends that `auto` takes: those of training may not be here."""
     values = Manifest.read(checkpoint).config
     attention = {**values["attention"], "backend": "auto", "full_backend": "auto"}
     return config_from_dict({**values, "attention": attention, "parallel": ParallelConfig().model_dump()})
+
+
+def saved_layout(checkpoint: Path) -> ParallelConfig:
+    """Over how many ranks, and how, a checkpoint was trained when it was saved."""
+    return ParallelConfig.model_validate(Manifest.read(checkpoint).config["parallel"])

@@ -25,7 +25,8 @@ from moba_megatron.checkpoint.manifest import CheckpointError
 from moba_megatron.checkpoint.optimizer_parts import fit_parts, parts_of
 
 # The default type of the distributed optimizer's checkpoint cannot be resumed in megatron-core 0.16. Without the second
-# key an optimizer of experts would store its state under names that only one like it finds.
+# key an optimizer of experts would store its state under names that only one like it finds. megatron-core gets a copy:
+# it adds the process groups of the moment.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -41,7 +42,7 @@ class TrainingState:
         """The sharded state dict that megatron-core saves or fills."""
         state = sharded_model(self.model)
         with _places_without_padding(self.optimizer):
-            state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=loading, metadata=SHARDING)
+            state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=loading, metadata=dict(SHARDING))
         if not loading:
             _refuse_misplaced_state(self.optimizer, state["optimizer"])
         state["scheduler"] = self.scheduler.state_dict()
@@ -108,7 +109,7 @@ def _refuse_misplaced_state(optimizer: MegatronOptimizer, state: dict[str, Any])
 
 def sharded_model(model: list[torch.nn.Module]) -> dict[str, Any]:
     """Sharded state dict of the weights alone: one entry for each model chunk."""
-    return {_chunk_name(model, i): chunk.sharded_state_dict(metadata=SHARDING) for i, chunk in enumerate(model)}
+    return {_chunk_name(model, i): chunk.sharded_state_dict(metadata=dict(SHARDING)) for i, chunk in enumerate(model)}
 
 
 def load_weights(model: list[torch.nn.Module], loaded: dict[str, Any]) -> None:

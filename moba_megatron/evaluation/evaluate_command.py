@@ -39,6 +39,13 @@ def evaluate_command(
             help="Text around tasks and --ruler: a file, or the prefix of a prepared dataset. Default: noise sentences."
         ),
     ] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes that model and sequence are split over, under torchrun: tensor, pipeline, context, expert, "
+            "expert_tensor, such as tensor=2,context=4. Default: the run's own; one process: one rank."
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Folder for results and pictures, such as of a model that may only be read. Default: RUN."),
@@ -63,13 +70,49 @@ def evaluate_command(
     Writes RUN/evaluation/*.json, a line each in RUN/evaluations.jsonl, pictures in RUN/plots, and to the trackers that
     the run has on; with --output, the files there and nothing to the trackers.
     """
+    from moba_megatron.platform.command_ranks import ranks_end_together
+
+    with ranks_end_together():
+        _evaluate(
+            target,
+            attention=attention,
+            validation=validation,
+            sequence_length=sequence_length,
+            haystack=haystack,
+            parallel=parallel,
+            output=output,
+            verify=verify,
+            losses=losses,
+            routing=routing,
+            tasks=tasks,
+            harness=harness,
+        )
+
+
+def _evaluate(
+    target: Path,
+    *,
+    attention: str | None,
+    validation: str | None,
+    sequence_length: str | None,
+    haystack: str | None,
+    parallel: str | None,
+    output: Path | None,
+    verify: bool,
+    losses: LossesFlags,
+    routing: RoutingFlags,
+    tasks: TasksFlags,
+    harness: HarnessFlags,
+) -> None:
+    """The command, on one rank."""
     from rich.console import Console
 
     from moba_megatron.config.lengths import parse_length
     from moba_megatron.evaluation.subject import open_subject
+    from moba_megatron.platform.command_ranks import one_process, speaks
     from moba_megatron.runs.records import EvaluationRecords
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, quiet=not speaks())
     choices, choice, options = losses.choices(), routing.choice(), tasks.options(haystack)
     if haystack is not None and options is None and harness.ruler is None:
         raise ValueError(f"--haystack {haystack} without --tasks or --ruler: name what it goes around")
@@ -80,14 +123,19 @@ def evaluate_command(
     unused = [*losses.unused(), *["--validation"] * (validation is not None and not routing.wanted)]
     if unused and not wants_losses:
         raise ValueError(f"{', '.join(unused)} without the losses: add --losses")
+    no_model_here = not on_validation and (options is None or (target / "config.json").is_file())
+    if parallel is not None and no_model_here:
+        raise ValueError(f"--parallel {parallel} without the losses, --routing, or --tasks of a run: leave it out")
     if harness.wanted:
+        one_process("evaluate --lm-eval (and --ruler)")
         from moba_megatron.evaluation.lm_eval.run import evaluate_with_harness
 
         settings = harness.settings(haystack)
         evaluate_with_harness(target, settings, console, attention=attention, output=output, verify=verify)
         if not on_validation and options is None:
             return
-    if options is not None and not on_validation and (target / "config.json").is_file():
+    if options is not None and no_model_here:
+        one_process("evaluate --tasks of a Hugging Face folder")
         from moba_megatron.evaluation.tasks.evaluate_tasks import evaluate_folder_tasks
 
         evaluate_folder_tasks(target, options, console, attention, output, verify=verify)
@@ -102,8 +150,14 @@ def evaluate_command(
         on_validation=on_validation,
         output=output,
         verify=verify,
+        parallel=parallel,
+        asked_for={
+            **({"--samples": losses.samples} if wants_losses else {}),
+            **({"--routing-samples": routing.routing_samples} if routing.wanted else {}),
+        },
+        say=console.print,
     )
-    with EvaluationRecords(subject.folder, subject.config) as records:
+    with EvaluationRecords(subject.folder, subject.config, writes=speaks()) as records:
         if wants_losses:
             from moba_megatron.evaluation.losses.evaluate_losses import evaluate_losses
 

@@ -6,12 +6,15 @@ MoBA and full attention of these weights, as a stage of the attention schedule w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from moba_megatron.checkpoint.find import find_checkpoint
+import torch
+from megatron.core import parallel_state
+
+from moba_megatron.checkpoint.find import find_checkpoint, saved_layout
 from moba_megatron.checkpoint.manifest import Manifest
 from moba_megatron.config import Config
 from moba_megatron.convert.run_inputs import found_config
@@ -19,10 +22,15 @@ from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.data.datasets import ValidationSummary, build_validation, check_validation
 from moba_megatron.data.feed import rank_batches
 from moba_megatron.evaluation.attention_choice import Attention, chosen_attentions
+from moba_megatron.evaluation.layout import evaluation_layout
+from moba_megatron.evaluation.memory import memory_lines
 from moba_megatron.generation.loading import OpenedModel, open_model
 from moba_megatron.model.core_attention import set_attention_stage
 from moba_megatron.model.forward import Batch
 from moba_megatron.model.schedule import FULL, AttentionSchedule, LayerAttention, kind_of
+from moba_megatron.platform import current_device
+from moba_megatron.platform.command_ranks import command_ranks
+from moba_megatron.platform.process_groups import start_process_group
 from moba_megatron.runs.folder import RunFolder
 
 
@@ -43,6 +51,11 @@ class Subject:
     attentions: list[Attention]
     own_length: int
     output: Path | None = None
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks, or groups of them, that look at different samples at the same time."""
+        return parallel_state.get_data_parallel_world_size()
 
     @property
     def step(self) -> int:
@@ -71,9 +84,14 @@ class Subject:
 
     def attend(self, attention: Attention | tuple[LayerAttention, ...]) -> None:
         """Let the layers attend so from now on; the parameters stay the same."""
-        layers = attention if isinstance(attention, tuple) else attention_layers(self.opened, attention)
-        assert layers is not None, "open_subject offers only attentions that there are"
+        layers = attention if isinstance(attention, tuple) else self.layers_of(attention)
         set_attention_stage(self.opened.model, AttentionSchedule((layers,)), 0)
+
+    def layers_of(self, attention: Attention) -> tuple[LayerAttention, ...]:
+        """How each layer attends then."""
+        layers = attention_layers(self.opened, attention)
+        assert layers is not None, "open_subject offers only attentions that there are"
+        return layers
 
     @cached_property
     def validation(self) -> ValidationSummary:
@@ -85,7 +103,8 @@ class Subject:
         return check_validation(self.config)
 
     def batches(self, samples: int) -> Iterator[Batch]:
-        """The first samples of the validation data, the same in every evaluation, one a batch.
+        """The first samples of the validation data, the same in every evaluation, one a batch: this rank's part of
+        them. Every data-parallel rank gets the next one; where the last are missing, one without a loss.
 
         Raises:
             ConfigError: there are not so many.
@@ -114,8 +133,11 @@ def open_subject(
     on_validation: bool = True,
     output: Path | None = None,
     verify: bool = True,
+    parallel: str | None = None,
+    asked_for: Mapping[str, int | None] | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> Subject:
-    """Load the model of a run or checkpoint folder into this process.
+    """Load the model of a run or checkpoint folder into this process, or this rank's part of it. Collective.
 
     Args:
         attention: `moba`, `full` or `both`; None: both, if the model has MoBA layers in any stage of its schedule.
@@ -125,14 +147,22 @@ def open_subject(
         on_validation: whether validation data are needed; they are checked before the model is loaded.
         output: where results go; None: to the run folder.
         verify: as for `open_model`.
+        parallel: as for `evaluation_layout`.
+        asked_for: how many samples each option will ask `batches` for; None: `evaluation.samples`. Not fewer than
+            data-parallel ranks.
+        say: told what memory is expected, before the model is loaded.
 
     Raises:
         CheckpointError: no complete checkpoint there, or not one for this tokenizer.
-        ValueError: an attention that the model does not have, a bad number, or validation data that are missing or do
-            not fit.
+        ValueError: an attention that the model does not have, a bad number, validation data that are missing or do not
+            fit, or a layout that does not.
     """
-    own = found_config(find_checkpoint(target))
+    target = _same_everywhere(find_checkpoint(target))
+    own = found_config(target)
     config = _asked_for(own, validation, samples, trailing_tokens, sequence_length)
+    layout = evaluation_layout(config, saved_layout(target), parallel, command_ranks())
+    config = config.model_copy(update={"parallel": layout})
+    _check_enough(config, command_ranks(), asked_for or {})
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
     has_moba = "moba" in map(kind_of, schedule.stages)
     attentions = chosen_attentions(attention, has_moba)
@@ -141,12 +171,39 @@ def open_subject(
             raise ValueError(f"{target} has no data.validation: name data with --validation")
         check_validation(config)
     tokenizer = Tokenizer(config.data.tokenizer)
-    opened = open_model(target, tokenizer.fingerprint, tokenizer.vocab_size, verify=verify)
+    if say is not None:
+        vocab_size = config.model.vocab_size or tokenizer.vocab_size
+        for line in memory_lines(config, schedule, attentions, vocab_size, command_ranks(), current_device()):
+            say(line)
+    opened = open_model(target, tokenizer.fingerprint, tokenizer.vocab_size, verify=verify, parallel=layout)
     own_length = own.data.sequence_length
     subject = Subject(replace(opened, config=config), config, attentions, own_length, output)
     # The model's own way first: its results are what training recorded.
     subject.attentions.sort(key=lambda name: name != subject.own_attention)
     return subject
+
+
+def _check_enough(config: Config, ranks: int, asked_for: Mapping[str, int | None]) -> None:
+    """Refuse fewer samples than there are data-parallel ranks: some would have nothing of their own to do."""
+    data_parallel = ranks // config.parallel.model_ranks
+    for option, asked in asked_for.items():
+        samples = config.evaluation.samples if asked is None else asked
+        if samples < data_parallel:
+            raise ValueError(
+                f"{samples} samples for {data_parallel} data-parallel ranks: start fewer processes, split the model or "
+                f"the sequence over more of them (--parallel), or ask for more samples ({option})"
+            )
+
+
+def _same_everywhere(checkpoint: Path) -> Path:
+    """The checkpoint that rank 0 found: a training that goes on may have added one meanwhile."""
+    if command_ranks() == 1:
+        return checkpoint
+    if not torch.distributed.is_initialized():
+        start_process_group()
+    found = [checkpoint]
+    torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def attention_layers(opened: OpenedModel, attention: Attention) -> tuple[LayerAttention, ...] | None:

@@ -54,7 +54,10 @@ def generate_command(
     from moba_megatron.generation.engine import continue_prompt
     from moba_megatron.generation.loading import load_generator
     from moba_megatron.generation.streaming import TextStream
+    from moba_megatron.platform.command_ranks import one_process, ranks_end_together
 
+    with ranks_end_together():
+        one_process("generate")
     text = _prompt(prompt, prompt_file)
     generator = load_generator(source, decode and decode.value, verify=verify)
     typer.echo(f"attention: {generator.attention}", err=True)

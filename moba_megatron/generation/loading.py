@@ -31,7 +31,7 @@ from moba_megatron.checkpoint import load_model
 from moba_megatron.checkpoint.find import find_checkpoint
 from moba_megatron.checkpoint.finite import list_of_names, not_finite
 from moba_megatron.checkpoint.manifest import CheckpointError, Manifest, NotFinite
-from moba_megatron.config import Config
+from moba_megatron.config import Config, ParallelConfig
 from moba_megatron.config.families import FAMILIES
 from moba_megatron.convert.export_digests import check_export
 from moba_megatron.convert.exported import Exported, open_exported
@@ -46,14 +46,16 @@ from moba_megatron.corpus.tokenizer import text_start
 from moba_megatron.hf import NAME, MoBASettings, check_attends
 from moba_megatron.model.builder import build_model
 from moba_megatron.model.core_attention import set_attention_stage
+from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.model.schedule import AttentionSchedule
-from moba_megatron.platform.start import start_single_rank
+from moba_megatron.platform.start import start_command, start_single_rank
 from moba_megatron.runs.folder import RunFolder
 
 
 @dataclass
 class OpenedModel:
-    """A model in evaluation mode that attends as at its last training step, and where it came from."""
+    """A model in evaluation mode that attends as at its last training step, and where it came from. `model` is this
+    rank's part of it."""
 
     model: list[torch.nn.Module]
     config: Config
@@ -87,16 +89,25 @@ class Generator:
     attention: str
 
 
-def open_model(path: str | Path, tokenizer_fingerprint: str, vocab_size: int, *, verify: bool = True) -> OpenedModel:
-    """Start this process as a single rank, whatever launcher's variables are around, and load a model into it.
+def open_model(
+    path: str | Path,
+    tokenizer_fingerprint: str,
+    vocab_size: int,
+    *,
+    verify: bool = True,
+    parallel: ParallelConfig | None = None,
+) -> OpenedModel:
+    """Start this process as a rank and load its part of a model into it: the whole of it, whatever launcher's variables
+    are around, unless this is one of several. Collective.
 
     Args:
         tokenizer_fingerprint: of the tokenizer that is at hand.
         vocab_size: size of that tokenizer, used where the configuration leaves `model.vocab_size` to it.
         verify: hold the files against their digests, as `checkpoint.verify` of the run says; False: never.
+        parallel: the layout, which fits the number of processes; None: one rank.
 
     Raises:
-        ValueError: torchrun started several of these.
+        ValueError: several processes and no layout for them.
         CheckpointError: no complete checkpoint there, a damaged one, one that is not finite, or one that was trained
             with another tokenizer.
     """
@@ -109,7 +120,11 @@ def open_model(path: str | Path, tokenizer_fingerprint: str, vocab_size: int, *,
             f"{config.data.tokenizer} has {tokenizer_fingerprint}: put the old one into "
             f"{RunFolder.of(checkpoint).tokenizer}"
         )
-    device = start_single_rank(config.run.seed)
+    if parallel is None:
+        device = start_single_rank(config.run.seed)
+    else:
+        config = config.model_copy(update={"parallel": parallel})
+        device = start_command(parallel, seed=config.run.seed, context_levels=resolve_exchange(config).levels)
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
     model = build_model(config, config.model.vocab_size or vocab_size, schedule)
     step = load_model(checkpoint, model, check_files=verify and config.checkpoint.verify).step

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from moba_megatron.config import DataConfig
 from moba_megatron.platform import current_device
@@ -55,6 +56,41 @@ def forward_step(
         **padding,
     )
     return output, partial(_reduce, reduction, batch)
+
+
+@torch.no_grad()
+def forward_only(
+    model: list[torch.nn.Module],
+    batches: list[Iterator[Batch]],
+    num_microbatches: int,
+    shape: dict[str, int],
+    reduction: Reduction,
+) -> list[dict[str, torch.Tensor]]:
+    """Batches through the model without gradients, at any parallel layout, as training runs them. Collective.
+
+    Args:
+        model: this pipeline rank's chunks, wrapped for data parallelism or not; left in training mode if they were.
+        batches: one iterator of this rank's batches for each chunk.
+        num_microbatches: how many batches to take from each.
+        shape: see `microbatch_shape`.
+
+    Returns:
+        What the reduction returned last of each, on the last pipeline stage; an empty list elsewhere.
+    """
+    was_training = [chunk.training for chunk in model]
+    for chunk in model:
+        chunk.eval()
+    reductions = get_forward_backward_func()(
+        forward_step_func=partial(forward_step, reduction=reduction),
+        data_iterator=batches if len(batches) > 1 else batches[0],
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=num_microbatches,
+        **shape,
+        forward_only=True,
+    )
+    for chunk, training in zip(model, was_training, strict=True):
+        chunk.train(training)
+    return reductions
 
 
 def microbatch_shape(data: DataConfig, micro_batch_size: int) -> dict[str, int]:

@@ -7,6 +7,7 @@ import os
 import torch
 
 from moba_megatron.config import ParallelConfig
+from moba_megatron.platform.command_ranks import command_ranks
 from moba_megatron.platform.device import current_device
 from moba_megatron.platform.differences import apply
 from moba_megatron.platform.launched import check_launch
@@ -48,3 +49,19 @@ def start_single_rank(seed: int) -> torch.device:
     if not torch.distributed.is_initialized():
         start_process_group(alone=True)
     return start_rank(ParallelConfig(), seed=seed)
+
+
+def start_command(
+    parallel: ParallelConfig, *, seed: int, context_levels: tuple[int, int] | None = None
+) -> torch.device:
+    """Make this process a rank of a command that several processes may share, and return its device. Alone it is a
+    world of its own, as by `start_single_rank`.
+
+    Args:
+        parallel: the layout, which fits `command_ranks()`.
+        context_levels: as for `start_model_parallel`.
+    """
+    if command_ranks() == 1:
+        return start_single_rank(seed)
+    keep_temporary_files_together()
+    return start_rank(parallel, seed=seed, context_levels=context_levels)

@@ -24,6 +24,7 @@ class EvaluationRecords:
         folder: the run folder, or the folder of a model that no run is around.
         config: the run's configuration, for its trackers; None: no trackers. They are left alone too where the folder
             is not that of a run.
+        writes: False on the ranks of an evaluation that keep no records.
 
     Raises:
         ValueError: the run has a tracker on that is not installed here.
@@ -33,8 +34,8 @@ class EvaluationRecords:
             records.write("tasks", step=100, tokens=204800, attention="moba", values={...}, summary={"accuracy": 0.9})
     """
 
-    def __init__(self, folder: RunFolder, config: Config | None = None):
-        self.folder = folder
+    def __init__(self, folder: RunFolder, config: Config | None = None, *, writes: bool = True):
+        self.folder, self.writes = folder, writes
         self.config = config if self.folder.config.is_file() else None
         self._trackers: Trackers | None = None
         if self.config:
@@ -74,6 +75,7 @@ class EvaluationRecords:
             The file.
         """
         head = {"step": step, "tokens": tokens, "kind": kind, "attention": attention}
+        assert self.writes, "only the rank that keeps the records writes them"
         path = self.path_of(kind, step, attention, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({**head, **values}, indent=1, default=str) + "\n")

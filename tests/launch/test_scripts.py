@@ -77,6 +77,35 @@ def test_every_process_gets_the_environment_of_a_training(tmp_path, script):
 
 
 @pytest.mark.parametrize(
+    ("script", "arguments"),
+    [("local.sh", ["2"]), ("multi_node.sh", ["2", "0", "127.0.0.1", "2"]), ("evaluate.sbatch", [])],
+)
+def test_evaluation_starts_the_same_way(tmp_path, script, arguments):
+    """What torchrun is told to start, on this machine or by srun."""
+    for name, code in (
+        ("torchrun", f'printf "%s\\n" "$@" > {tmp_path}/told'),
+        ("scontrol", "echo 127.0.0.1"),
+        ("srun", 'shift; exec "$@"'),
+    ):
+        command = tmp_path / "venv/bin" / name
+        command.parent.mkdir(parents=True, exist_ok=True)
+        command.write_text(f"#!/bin/sh\n{code}\n")
+        command.chmod(0o755)
+    given = {
+        "PATH": f"{tmp_path}/venv/bin:{os.environ['PATH']}", "VENV": str(tmp_path / "venv"), "INTERFACE": "lo",
+        "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "a", "SLURM_NNODES": "2",
+        "SLURM_NODEID": "0",
+    }  # fmt: skip
+    asked = ["runs/my run", "--parallel", "context=2"]
+    words = [] if script == "evaluate.sbatch" else ["evaluate"]
+    result = subprocess.run(
+        ["bash", LAUNCH / script, *arguments, *words, *asked], env=given, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "told").read_text().splitlines()[-6:] == ["-m", "moba_megatron", "evaluate", *asked]
+
+
+@pytest.mark.parametrize(
     ("command", "words"),
     [
         (["local.sh"], "usage: launch/local.sh RANKS CONFIG.yaml"),

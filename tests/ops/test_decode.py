@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from moba_megatron.benchmark.calls import peak_bytes
 from moba_megatron.ops.decode import block_means, block_summaries, continue_text, decode_tokens
 from moba_megatron.ops.gathered.decode import ONE_BY_ONE
 from moba_megatron.ops.reference import reference_attend, reference_select
@@ -23,6 +24,23 @@ def text(length, heads=4, kv_heads=2, dtype=torch.float64):
 
 def by_definition(q, k, v, block_size, top_k):
     return reference_attend(q, k, v, reference_select(q, k, None, block_size, top_k - 1), None, block_size, 8**-0.5)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [64, 2**20], ids=["moba", "full"])
+def test_memory_of_a_piece_does_not_grow_with_what_is_before_it(block_size, dtype, monkeypatch):
+    """Keys of a cache with room ahead, heads first, as it holds them. Only scores of blocks grow with the length."""
+    monkeypatch.setattr("moba_megatron.ops.gathered.decode.LONGEST_PART", 1024)
+    new, peaks = 48, []
+    store = torch.randn(2, 2, 50000, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for length in (20512, 41024):
+        k, v = store[:, :, :length].transpose(1, 2)
+        q = torch.randn(new, 4, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+        means = block_means(k, block_size)
+        settings = {"block_size": block_size, "top_k": 3 if block_size < length else 1}
+        peaks.append(peak_bytes(lambda q=q, k=k, v=v, m=means, s=settings: continue_text(q, k, v, m, **s), "cpu"))
+    added = (41024 - 20512) * 2 * 2 * 32 * dtype.itemsize
+    assert peaks[1] - peaks[0] < added / 3, peaks
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 1), (4, 4), (6, 2)])

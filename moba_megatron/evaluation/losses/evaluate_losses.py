@@ -29,7 +29,7 @@ def evaluate_losses(
     subject: Subject, records: EvaluationRecords, console: Console, choices: Sequence[LossesChoice] = ()
 ) -> None:
     """Losses under each attention of the subject: a record each as soon as it is known, a table, one picture of loss
-    by position.
+    by position. Collective; the rank whose records are written shows them.
 
     Args:
         choices: further attentions: what the same weights would lose under them.
@@ -48,7 +48,10 @@ def evaluate_losses(
     results, paths = {}, []
     for name, way in ways.items():
         results[name] = _losses(subject, name, way, console)
-        paths.append(_record(subject, records, way, results[name], unigram))
+        if records.writes:
+            paths.append(_record(subject, records, way, results[name], unigram))
+    if not records.writes:
+        return
     console.print(f"{subject.folder}, step {subject.step}")
     of_attentions = {name: results[name] for name in subject.attentions}
     console.print(_table(subject, of_attentions, unigram))
@@ -102,8 +105,9 @@ def _losses(subject: Subject, name: str, way: Attention | LossesChoice, console:
     config = subject.config
     subject.attend(way.layers(subject.opened.schedule.num_layers) if isinstance(way, LossesChoice) else way)
     samples = config.evaluation.samples
-    batches = shown(subject.batches(samples), samples, f"losses, {name} attention", console)
-    sums_4S = position_totals(subject.opened.model, [batches], config, samples)
+    batches = shown(subject.batches(samples), samples, f"losses, {name} attention", console, subject.data_parallel)
+    passes = -(-samples // subject.data_parallel)
+    sums_4S = position_totals(subject.opened.model, [batches], config, passes).cpu()
     sums_2S = sums_4S[:2]
     result = summarise(sums_4S, config.trailing_tokens, config.evaluation.position_buckets).to_dict()
     length = config.data.sequence_length

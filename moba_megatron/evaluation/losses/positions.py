@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from moba_megatron.config import Config
-from moba_megatron.model.forward import Batch, forward_step, microbatch_shape, reduce_over_ranks
+from moba_megatron.model.forward import Batch, forward_only, microbatch_shape, reduce_over_ranks
 
 # The first of the ranges that double: below it there is little text to average over.
 FIRST_RANGE = 16
@@ -71,26 +70,12 @@ def position_totals(
     """Summed losses and numbers of tokens by position, `[4, S]`, over all ranks. Collective.
 
     Args:
-        model: this pipeline rank's chunks, wrapped for data parallelism or not; left in training mode if they were.
-        batches: one iterator of this rank's batches for each chunk.
-        num_microbatches: how many batches to take from each.
+        model, batches, num_microbatches: as for `forward_only`.
     """
-    was_training = [chunk.training for chunk in model]
-    for chunk in model:
-        chunk.eval()
     length = config.data.sequence_length
     reduction = partial(position_sums, length=length, padded_rows=config.data.packing != "concatenate")
-    with torch.no_grad():
-        reductions = get_forward_backward_func()(
-            forward_step_func=partial(forward_step, reduction=reduction),
-            data_iterator=batches if len(batches) > 1 else batches[0],
-            model=model if len(model) > 1 else model[0],
-            num_microbatches=num_microbatches,
-            **microbatch_shape(config.data, config.training.micro_batch_size),
-            forward_only=True,
-        )
-    for chunk, training in zip(model, was_training, strict=True):
-        chunk.train(training)
+    shape = microbatch_shape(config.data, config.training.micro_batch_size)
+    reductions = forward_only(model, batches, num_microbatches, shape, reduction)
     return reduce_over_ranks([item["sums"] for item in reductions], (4, length))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from moba_megatron.model.core_attention import MoBACoreAttention, pack_boundaries
@@ -25,6 +26,7 @@ class Captured:
         k: [T, G, D], N a multiple of G.
         cu_seqlens: [documents + 1] boundaries of the pack; None for one document.
         softmax_scale: factor on the scores before the softmax.
+        first_head: number of the first of these query heads in the layer; others are those of other ranks.
     """
 
     layer: int
@@ -33,6 +35,7 @@ class Captured:
     k: Tensor
     cu_seqlens: Tensor | None
     softmax_scale: float
+    first_head: int = 0
 
 
 @contextmanager
@@ -40,9 +43,9 @@ def capture_attention(model: list[torch.nn.Module], see: Callable[[Captured], No
     """Call `see` for every MoBA core attention of these model chunks, each time it is about to run, as long as the
     context lasts; also for those that attend fully at the moment.
 
-    The tensors are the model's own: `see` must not change them, and should not keep them. Meant for forward passes
-    without gradients: a pass that recomputes activations would be seen twice, so a layer that runs with gradients on
-    raises.
+    Under context parallelism these are this rank's tokens, with the boundaries of the whole padded pack. The tensors
+    are the model's own: `see` must not change them, and should not keep them. Meant for forward passes without
+    gradients: a pass that recomputes activations would be seen twice, so a layer that runs with gradients on raises.
 
     Raises:
         ValueError: at a forward pass of several sequences that are not packed, or with gradients on.
@@ -73,4 +76,9 @@ def _captured(core: MoBACoreAttention, query: Tensor, key: Tensor, packed: Any) 
         k=key if packed is not None else key[:, 0],
         cu_seqlens=None if packed is None else pack_boundaries(packed)[0],
         softmax_scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        first_head=_tensor_rank() * query.shape[-2],
     )
+
+
+def _tensor_rank() -> int:
+    return parallel_state.get_tensor_model_parallel_rank() if parallel_state.is_initialized() else 0

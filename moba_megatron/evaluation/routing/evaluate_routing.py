@@ -3,26 +3,31 @@ holds; the way to see whether block size and top-k are right.
 
 The model runs over validation samples as it was trained. Each MoBA layer is looked at when its queries and keys are at
 hand. Of them only counts, which grow with the number of documents, and the masses of 256 queries a sample are kept:
-some kilobytes for each layer, head and sample.
+some kilobytes for each layer, head and sample. On several ranks each looks at its layers, heads and samples, and rank 0
+puts them together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from megatron.core import parallel_state
 from rich.console import Console
 from torch import Tensor
 
 from moba_megatron.evaluation.attention_choice import as_file_name, words_of
 from moba_megatron.evaluation.progress import shown
 from moba_megatron.evaluation.routing.capture import Captured, capture_attention
-from moba_megatron.evaluation.routing.mass import RoutingChoice, attention_masses
+from moba_megatron.evaluation.routing.mass import Mass, RoutingChoice, attention_masses
+from moba_megatron.evaluation.routing.parts import Part, gathered, merged
 from moba_megatron.evaluation.routing.plots import plot_layer
 from moba_megatron.evaluation.routing.routing_report import LayerRouting, advice, layer_record, overall, routed, table
 from moba_megatron.evaluation.routing.selection_counts import count_selection
+from moba_megatron.evaluation.routing.shards import Shards
 from moba_megatron.evaluation.subject import Attention, Subject
-from moba_megatron.model.forward import Batch
+from moba_megatron.model.forward import Batch, forward_only, microbatch_shape, token_sums
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.runs.records import EvaluationRecords
 
@@ -34,7 +39,8 @@ SMALLEST_BLOCK = 16
 def evaluate_routing(
     subject: Subject, records: EvaluationRecords, console: Console, samples: int, choice: LayerAttention | None = None
 ) -> None:
-    """The routing report: a table, sentences on what to do, a record, a picture a layer.
+    """The routing report: a table, sentences on what to do, a record, a picture a layer. Collective; the rank whose
+    records are written shows it.
 
     Args:
         samples: of the validation data, the first ones.
@@ -46,6 +52,8 @@ def evaluate_routing(
     """
     attention = "moba" if "moba" in subject.attentions else "full"
     layers = observe_routing(subject, attention, samples, console, choice)
+    if not records.writes:
+        return
     report = [layer_record(layer) for layer in layers]
     values = {"data": subject.config.data.validation, "samples": samples, **overall(report)}
     words = [*([subject.other_length] if subject.other_length else []), *([words_of(choice)] if choice else [])]
@@ -74,39 +82,67 @@ def observe_routing(
     subject: Subject, attention: Attention, samples: int, console: Console, choice: LayerAttention | None = None
 ) -> list[LayerRouting]:
     """Run the model over samples and look at its MoBA layers, under full attention at all layers; first layer first.
-    One of them at least has queries with a choice."""
+    One of them at least has queries with a choice. Collective; rank 0 gets the layers, the others none."""
     if attention == "full" and choice is None:
         raise ValueError(
             "--routing: under full attention nothing is chosen. Say with --routing-choice B:K what MoBA shall be held "
             "against it, or take a model with MoBA layers"
         )
     subject.attend(attention)
-    found: dict[int, LayerRouting] = {}
-    for batch in shown(subject.batches(samples), samples, "routing", console):
-        counted = counted_tokens(batch)
-
-        def see(seen: Captured, counted: Tensor = counted) -> None:
-            if seen.attention.kind == attention:
-                seen = replace(seen, attention=choice or seen.attention)
-                new = LayerRouting(seen.layer, seen.attention, choices_of(seen.attention))
-                _look(found.setdefault(seen.layer, new), seen, counted)
-
-        with torch.no_grad(), capture_attention(subject.opened.model, see):
-            # Without labels the last stage would make logits of the whole sequence.
-            subject.opened.model[0](
-                batch["tokens"],
-                batch["position_ids"],
-                None,
-                labels=batch["labels"],
-                packed_seq_params=batch["packed_seq_params"],
-            )
-    layers = [found[number] for number in sorted(found)]
-    if not any(layer.masses for layer in layers):
+    model, at_once = subject.opened.model, subject.data_parallel
+    watch = _Watch(attention, choice)
+    batches = shown(subject.batches(samples), samples, "routing", console, at_once)
+    taken = watch.taken(batches, parallel_state.get_data_parallel_rank(), at_once, samples)
+    with capture_attention(model, watch.see):
+        # With labels: without them the last stage would make logits of the whole sequence.
+        shape = microbatch_shape(subject.config.data, subject.config.training.micro_batch_size)
+        forward_only(model, [taken], -(-samples // at_once), shape, token_sums)
+    layers = merged(gathered(watch.parts))
+    routed_at_all = [any(layer.masses for layer in layers)]
+    torch.distributed.broadcast_object_list(routed_at_all, src=0)
+    if not routed_at_all[0]:
         raise ValueError(
             f"--routing: no query of these {samples} samples has more past blocks than it may choose: nothing is "
             "routed. Take more samples (--routing-samples), longer documents (--validation), or smaller blocks"
         )
     return layers
+
+
+class _Watch:
+    """Looks at the layers of this rank while the model runs over one sample after the other.
+
+    Args:
+        attention: of the layers to look at.
+        choice: in place of theirs.
+    """
+
+    def __init__(self, attention: Attention, choice: LayerAttention | None):
+        self.attention, self.choice = attention, choice
+        self.parts: list[Part] = []
+        self._sample: int | None = None
+        self._counted = torch.empty(0)
+        self._shards: Shards | None = None
+
+    def taken(self, batches: Iterator[Batch], rank: int, ranks: int, samples: int) -> Iterator[Batch]:
+        """The batches, each remembered before the model gets it. One that fills up the last pass is not looked at."""
+        for number, batch in enumerate(batches):
+            sample = number * ranks + rank
+            self._sample = sample if sample < samples else None
+            self._shards = Shards(batch) if parallel_state.get_context_parallel_world_size() > 1 else None
+            self._counted = counted_tokens(self._shards.whole_batch(batch) if self._shards else batch)
+            yield batch
+
+    def see(self, seen: Captured) -> None:
+        """Look at one layer."""
+        if self._sample is None or seen.attention.kind != self.attention:
+            return
+        attention = self.choice or seen.attention
+        heads = self._shards.heads_of(seen) if self._shards else seen
+        if heads is None:
+            return
+        layer = LayerRouting(seen.layer, attention, choices_of(attention))
+        _look(layer, replace(heads, attention=attention), self._counted)
+        self.parts.append(Part(self._sample, heads.first_head, layer))
 
 
 def choices_of(attention: LayerAttention) -> list[RoutingChoice]:
@@ -144,4 +180,5 @@ def _look(layer: LayerRouting, seen: Captured, counted: Tensor) -> None:
         return
     places = torch.linspace(0, len(queries) - 1, min(SAMPLED_QUERIES, len(queries)), device=queries.device)
     sampled = queries[places.round().long()]
-    layer.masses.append(attention_masses(seen, sampled, layer.choices))
+    masses = attention_masses(seen, sampled, layer.choices)
+    layer.masses.append([Mass(mass.held.cpu(), mass.best.cpu(), mass.nearest.cpu()) for mass in masses])

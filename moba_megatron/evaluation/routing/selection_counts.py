@@ -103,6 +103,23 @@ def count_selection(seen: Captured, counted: Tensor, counts: SelectionCounts) ->
     return queries
 
 
+def added(parts: list[SelectionCounts]) -> SelectionCounts:
+    """The counts of several parts, of the same heads, as of one."""
+    longest = max(part.offered_at.numel() for part in parts)
+
+    def sum_of(tables: list[Tensor]) -> Tensor:
+        padded = [torch.nn.functional.pad(table, (0, longest - table.shape[-1])) for table in tables]
+        return torch.stack(padded).sum(dim=0)
+
+    return SelectionCounts(
+        sum(part.queries for part in parts),
+        sum(part.with_choice for part in parts),
+        sum_of([part.chosen_at for part in parts]),
+        sum_of([part.offered_at for part in parts]),
+        [document for part in parts for document in part.documents],
+    )
+
+
 def _add_distances(counts: SelectionCounts, ids_QNK: Tensor, own_Q: Tensor) -> None:
     """Choices and offers by distance; the tables grow to the longest distance seen."""
     longest = max(counts.offered_at.numel(), int(own_Q.max()) if own_Q.numel() else 0)

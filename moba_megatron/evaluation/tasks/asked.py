@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from moba_megatron.config import Config
 from moba_megatron.corpus.tokenizer import Tokenizer, text_start
 from moba_megatron.evaluation.attention_choice import chosen_attentions
 from moba_megatron.evaluation.subject import Subject
-from moba_megatron.evaluation.tasks.scoring import OpenedTaskModel, TaskModel
+from moba_megatron.evaluation.tasks.opened_model import OpenedTaskModel
+from moba_megatron.evaluation.tasks.scoring import TaskModel
+from moba_megatron.evaluation.tasks.shares import Share
 from moba_megatron.generation.loading import load_huggingface, load_tokenizer, load_training_tokenizer
 from moba_megatron.hf import NAME
 from moba_megatron.hf.probe import has_moba_layers
@@ -36,6 +39,7 @@ class Asked:
         template: tokens that it gets before every prompt, as in generation (one for the beginning of a text, or none).
         attentions: how it shall attend, in this order.
         attend: the model, attending so from now on.
+        share: of the samples, that this rank scores.
     """
 
     title: str
@@ -49,6 +53,7 @@ class Asked:
     template: int
     attentions: Sequence[str]
     attend: Callable[[str], TaskModel]
+    share: Share = Share()
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,13 @@ def from_subject(subject: Subject) -> Asked:
         template=len(before),
         attentions=subject.attentions,
         attend=attend,
+        share=Share(
+            parallel_state.get_data_parallel_rank(),
+            subject.data_parallel,
+            parallel_state.get_data_parallel_group(),
+            in_step=subject.config.parallel.expert > 1,
+            device=subject.opened.device,
+        ),
     )
 
 

@@ -18,6 +18,7 @@ from moba_megatron.evaluation.tasks.options import TaskOptions
 from moba_megatron.evaluation.tasks.puzzles import TASKS
 from moba_megatron.evaluation.tasks.sample import Sample
 from moba_megatron.evaluation.tasks.scoring import SampleScore, score_sample
+from moba_megatron.evaluation.tasks.shares import scored
 from moba_megatron.runs.files import read_json
 from moba_megatron.runs.records import EvaluationRecords
 
@@ -37,17 +38,24 @@ class Cell:
 
 def evaluate_tasks(asked: Asked, options: TaskOptions, records: EvaluationRecords, console: Console) -> None:
     """Scores under each attention that is asked for: a table, a record each, a heat map for each task with depths. The
-    cells of other tasks that a record holds stay in it.
+    cells of other tasks that a record holds stay in it. Collective; the rank whose records are written shows them.
 
     Raises:
-        ValueError: lengths that are over the model's window or too short for a task, or no such haystack. Nothing has
-            been scored then.
+        ValueError: lengths that are over the model's window or too short for a task, no such haystack, or fewer samples
+            than ranks that score them. Nothing has been scored then.
     """
     lengths = options.lengths_for(*asked.window, asked.usual)
     haystack = load_haystack(options.haystack, asked.tokenizer)
     with console.status("drawing samples"):
         samples = _samples(options, lengths, asked, haystack)
+    if (count := sum(map(len, samples.values()))) < asked.share.ranks:
+        raise ValueError(
+            f"{count} samples for {asked.share.ranks} data-parallel ranks: start fewer processes, split the model or "
+            "the sequence over more of them (--parallel), or ask for more samples (--task-samples)"
+        )
     results = {attention: _score(asked, attention, samples, console) for attention in asked.attentions}
+    if not records.writes:
+        return
     console.print(_table(asked.title, results))
     settings = {**asdict(options), "lengths": lengths, "haystack": haystack.name, "window": asked.window[0]}
     for attention, cells in results.items():
@@ -121,10 +129,18 @@ def _score(
 ) -> list[Cell]:
     model = asked.attend(attention)
     every = [(place, sample) for place, group in samples.items() for sample in group]
+    title, at_once = f"tasks, {attention} attention", asked.share.ranks
+    found = scored(
+        every,
+        model,
+        lambda model, item: score_sample(model, asked.tokenizer, item[1]),
+        asked.share,
+        lambda rounds: shown(rounds, len(every), title, console, at_once),
+    )
     scores: dict[tuple[str, int, float | None], list[SampleScore]] = {place: [] for place in samples}
-    for place, sample in shown(iter(every), len(every), f"tasks, {attention} attention", console):
-        scores[place].append(score_sample(model, asked.tokenizer, sample))
-    return [_cell(*place, found) for place, found in scores.items()]
+    for (place, _), score in zip(every, found, strict=True):
+        scores[place].append(score)
+    return [_cell(*place, of_place) for place, of_place in scores.items()]
 
 
 def _cell(name: str, length: int, depth: float | None, scores: list[SampleScore]) -> Cell:

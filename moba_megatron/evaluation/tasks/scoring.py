@@ -9,16 +9,13 @@ Candidates that differ in their last token only share one forward pass: numbers 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moba_megatron.evaluation.tasks.sample import Sample, TaskTokenizer
-from moba_megatron.generation.loading import OpenedModel
 
 
 class TaskModel(Protocol):
@@ -41,41 +38,6 @@ class SampleScore:
     answer_nats: float
     ranked_first: bool | None
     greedy_match: bool
-
-
-class OpenedTaskModel:
-    """A checkpoint's model. Logits of a long prompt never exist: only the last hidden states reach the output layer.
-
-    Args:
-        opened: one rank, one model chunk.
-    """
-
-    def __init__(self, opened: OpenedModel):
-        (self._model,) = opened.model
-        self._device = opened.device
-
-    @torch.no_grad()
-    def last_logits(self, ids: list[int], last: int) -> Tensor:
-        tokens_1S = torch.tensor([ids], device=self._device)
-        positions_1S = torch.arange(len(ids), device=self._device)[None]
-        with _last_only(self._model.output_layer, last):
-            logits_1LV = self._model(tokens_1S, positions_1S, attention_mask=None)
-        return logits_1LV[0, :, : self._model.unpadded_vocab_size].float()
-
-
-@contextmanager
-def _last_only(output_layer: torch.nn.Module, last: int) -> Iterator[None]:
-    """Let an output layer see the last `last` hidden states [s, b, h] only."""
-
-    def cut(_: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden_SBH, *rest = arguments
-        return (hidden_SBH[-last:], *rest)
-
-    hook = output_layer.register_forward_pre_hook(cut)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def score_sample(model: TaskModel, tokenizer: TaskTokenizer, sample: Sample) -> SampleScore:

@@ -8,9 +8,9 @@ Few queries: each chooses its blocks by the cached summaries, and for each kv he
 are copied out and attended at once; a step touches the summaries and K blocks per head, however long the text is.
 
 Many queries: the work is laid out as fragments (see `fragments`). The new tokens are cut at the end of the block that
-the first of them continues, into one or two spans. The keys of a span come first, so that they attend themselves in
-causal spans; the blocks before it are kv blocks after them, and for the first span so is what the cache holds of its
-own block.
+the first of them continues, into one or two spans. A span attends itself in causal spans, then the chosen ones of the
+complete blocks before it, and the first span what the cache holds of its own block. Keys and values are read where they
+lie, one kv head at a time, so that memory depends on the new tokens and not on those before them.
 
 Full attention is the same with one block as long as the text.
 
@@ -34,8 +34,11 @@ from moba_megatron.ops.precision import score_dtype, without_autocast
 from moba_megatron.ops.selection import MOBA, Selection
 from moba_megatron.ops.summaries import MEAN
 
-# Up to so many new tokens are taken one by one. Above, sharing blocks among them pays for the copy of all keys.
+# Up to so many new tokens are taken one by one. Above, sharing blocks among them pays for sorting them by block.
 ONE_BY_ONE = 8
+# Keys that are taken at a time of a block that was begun before the new tokens, and so is attended whole: a tile has
+# scores of them all.
+LONGEST_PART = 2**14
 
 
 @torch.no_grad()
@@ -200,23 +203,51 @@ def _attend_span(
 ) -> Tensor:
     """A span of tokens (start, end) of a text that lies in one block, or that begins with a block: [t, N, D]."""
     start, end = span
-    new, own = end - start, start // block_size
-    # Rows of keys: the span's own, then all earlier ones.
-    kv_blocks = [(new + block * block_size, new + (block + 1) * block_size) for block in range(own)]
-    own_kv_block = None
-    if start % block_size:
-        kv_blocks.append((new + own * block_size, new + start))
-        own_kv_block = torch.full((new,), own, dtype=torch.int32, device=q_tND.device)
-        causal_spans = [(0, 1, new)]
-    else:
-        full, tail = divmod(new, block_size)
-        kv_blocks += [(block * block_size, (block + 1) * block_size) for block in range(full)]
-        causal_spans = [(0, full, block_size)] * (full > 0) + [(new - tail, 1, tail)] * (tail > 0)
-    k, v = (torch.cat([x[start:end], x[:start]]) for x in (k_SGD, v_SGD))
-    dtype = score_dtype(q_tND.dtype)
+    own, dtype = start // block_size, score_dtype(q_tND.dtype)
     out = torch.empty(q_tND.shape, dtype=dtype, device=q_tND.device)
     lse = torch.empty(q_tND.shape[:2], dtype=dtype, device=q_tND.device)
-    keys = Keys(k, v, q_tND.shape[1] // k.shape[1])
-    fragment = Fragment(kv_blocks, causal_spans, own_kv_block_T=own_kv_block)
-    accumulate(q_tND.contiguous(), keys, ids_tNK, fragment, scale, out, lse)
+    q_tND = q_tND.contiguous()
+    # Tokens attend themselves first; later parts are added to that.
+    full, tail = (0, end - start) if start % block_size else divmod(end - start, block_size)
+    causal_spans = [(0, full, block_size)] * (full > 0) + [(end - start - tail, 1, tail)] * (tail > 0)
+    chosen = own > 0 and ids_tNK.shape[2] > 0
+    parts = [(slice(start, end), _chosen(ids_tNK, own + full, own, full, block_size, causal_spans))]
+    parts += [(slice(0, own * block_size), _chosen(ids_tNK, own + full, 0, own, block_size, []))] * chosen
+    parts += [
+        (slice(first, last), _before(q_tND, last - first))
+        for first in range(own * block_size, start, LONGEST_PART)
+        for last in (min(first + LONGEST_PART, start),)
+    ]
+    qheads_per_kvhead = q_tND.shape[1] // k_SGD.shape[1]
+    for kv_head in range(k_SGD.shape[1]):
+        for rows, fragment in parts:
+            # One kv head of a cache lies dense already: nothing is copied.
+            k, v = (x[rows, kv_head : kv_head + 1] for x in (k_SGD, v_SGD))
+            keys = Keys(k, v, qheads_per_kvhead, first_kv_head=kv_head)
+            ids = ids_tNK if fragment.own_kv_block_T is None and fragment.kv_blocks else ids_tNK[..., :0]
+            accumulate(q_tND, keys, ids, fragment, scale, out, lse)
     return out.to(q_tND.dtype)
+
+
+def _chosen(
+    ids_tNK: Tensor, known: int, first: int, count: int, block_size: int, causal_spans: list[tuple[int, int, int]]
+) -> Fragment:
+    """`count` of the text's `known` blocks from block `first` on, which lie at the beginning of the keys at hand: those
+    of them that the ids name."""
+    device = ids_tNK.device
+    kv_block_of_block = torch.full((known + 1,), -1, dtype=torch.int32, device=device)
+    kv_block_of_block[first : first + count] = torch.arange(count, dtype=torch.int32, device=device)
+    blocks = [(block * block_size, (block + 1) * block_size) for block in range(count)]
+    return Fragment(
+        blocks,
+        causal_spans,
+        first_block_T=torch.zeros(ids_tNK.shape[0], dtype=torch.int64, device=device),
+        kv_block_of_block=kv_block_of_block,
+    )
+
+
+def _before(q_tND: Tensor, length: int) -> Fragment:
+    """Keys of the tokens' own block, all of which lie before them."""
+    return Fragment(
+        [(0, length)], [], own_kv_block_T=torch.zeros(q_tND.shape[0], dtype=torch.int32, device=q_tND.device)
+    )

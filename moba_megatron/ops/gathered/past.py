@@ -52,13 +52,13 @@ class _Tile:
         """[b, n, D]: the entries' query rows."""
         return source_TND.flatten(0, 1).index_select(0, index.row_P[self.first : self.last]).unflatten(0, self.shape)
 
-    def keys_of(self, source_gSD: Tensor) -> Tensor:
-        """[b, m, D]: the key rows of each batch."""
+    def keys_of(self, source_gSD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[b, m, D]: the key rows of each batch, in their own dtype or another."""
         source = source_gSD.flatten(0, 1)
         if isinstance(self.keys, slice):
-            return source[self.keys].expand(self.shape[0], -1, -1)
+            return source[self.keys].to(dtype or source.dtype).expand(self.shape[0], -1, -1)
         keys_bm = torch.repeat_interleave(self.keys, self.batches_U, dim=0, output_size=self.shape[0])
-        return source.index_select(0, keys_bm.flatten()).unflatten(0, (self.shape[0], -1))
+        return source.index_select(0, keys_bm.flatten()).to(dtype or source.dtype).unflatten(0, (self.shape[0], -1))
 
     def add_to_keys(self, total_gSD: Tensor, tile_bmD: Tensor) -> None:
         """Add to the tile's key rows, batch after batch."""
@@ -122,7 +122,8 @@ def past_forward(kv: KVHeads, index: Index, partial_out_PD: Tensor, partial_lse_
             tile_out, tile_lse = tiles.fused_forward(q, tile.keys_of(kv.k), tile.keys_of(kv.v), kv.scale)
         else:
             q = tile.gather(kv.q, index).to(kv.dtype).mul_(kv.scale)
-            tile_out, tile_lse = tiles.matmul_forward(q, tile.keys_of(kv.k_wide), tile.keys_of(kv.v_wide))
+            # Widened tile by tile: a wide copy of all keys may be more than everything else.
+            tile_out, tile_lse = tiles.matmul_forward(q, tile.keys_of(kv.k, kv.dtype), tile.keys_of(kv.v, kv.dtype))
         out.copy_(tile_out)
         lse.copy_(tile_lse)
 

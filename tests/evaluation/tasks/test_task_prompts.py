@@ -12,7 +12,7 @@ from moba_megatron.convert.export_hf import export_huggingface
 from moba_megatron.convert.exported import open_exported
 from moba_megatron.evaluation.subject import open_subject
 from moba_megatron.evaluation.tasks.asked import from_huggingface, from_subject
-from moba_megatron.evaluation.tasks.scoring import OpenedTaskModel
+from moba_megatron.evaluation.tasks.opened_model import OpenedTaskModel
 
 PROMPT = [3 + 7 * i * i % 29 for i in range(100)]
 

@@ -22,7 +22,8 @@ from moba_megatron.evaluation.tasks import TASKS, Sample, make_samples
 from moba_megatron.evaluation.tasks.corpus import write_corpus
 from moba_megatron.evaluation.tasks.heat_map import main as draw_heat_maps
 from moba_megatron.evaluation.tasks.heat_map import read_places
-from moba_megatron.evaluation.tasks.scoring import OpenedTaskModel, score_sample
+from moba_megatron.evaluation.tasks.opened_model import OpenedTaskModel
+from moba_megatron.evaluation.tasks.scoring import score_sample
 
 
 @pytest.fixture(scope="module")
