@@ -15,7 +15,8 @@ SHORT_BLOCK = 128
 SMALLEST_WORKSPACE = 2**28
 # Routing of 16-bit queries screens blocks by one plane of their centred means: query rows of a tile, and the most past
 # blocks that are chosen so. From so many blocks of a pack on that takes less time than three planes at once, by
-# `planning.kernel_model` on an H100: so many for each past block (a power of two), but never more than the last number.
+# `planning.kernel_model` on an H100: so many for each past block (a power of two, at least 2), but no more than the
+# second number.
 SCREENED_ROWS, MOST_SCREENED = 128, 32
 SCREENED_BLOCKS_PER_PAST, SCREENED_BLOCKS = 256, 2048
 
@@ -42,7 +43,7 @@ def screens(num_blocks: int, num_past: int, element_bytes: int) -> bool:
     """
     if element_bytes != 2 or not 0 < num_past <= MOST_SCREENED:
         return False
-    return num_blocks >= min(SCREENED_BLOCKS, SCREENED_BLOCKS_PER_PAST * power_of_two(num_past))
+    return num_blocks >= min(SCREENED_BLOCKS, SCREENED_BLOCKS_PER_PAST * power_of_two(max(2, num_past)))
 
 
 def power_of_two(number: int) -> int:

@@ -48,8 +48,8 @@ LAUNCH_SECONDS = 5e-6
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU by its data sheet: bytes/s of its memory, bf16 operations/s, and instructions/s of all lanes together. Bytes/s
-    of its second-level cache, which no data sheet gives, are an assumption."""
+    """A GPU by its data sheet: bytes/s of its memory, bf16 operations/s, and instructions/s of all lanes together. The
+    bytes/s of its second-level cache, which no data sheet gives, are an assumption."""
 
     name: str
     bandwidth: float

@@ -43,6 +43,8 @@ def h100(monkeypatch):
         libraries.optional_libraries.cache_clear()
         monkeypatch.setattr(preflight, "current_device", lambda: torch.device("cuda", 0))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
         adapters._import_problem.cache_clear()
         if module is not None:
             stand_in = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(module, None))

@@ -163,20 +163,25 @@ def route_tiles(
     }
 
 
+def screen_columns(num_past: int) -> int:
+    """Columns of a tile that screening wants at least, to choose K = `num_past` blocks: 4 K."""
+    return 4 * power_of_two(max(1, num_past))
+
+
 def screen_tiles(
     dtype: torch.dtype, head_size: int, num_past: int, architecture: int = DEFAULT_ARCHITECTURE
 ) -> dict[str, int]:
-    """Launch settings of screening, for K = `num_past` blocks to choose: lists of 2 K, columns for 4 K."""
-    kept = power_of_two(num_past)
-    tile = _tile("screen", dtype, head_size, architecture, 4 * kept)
+    """Launch settings of screening, for K = `num_past` blocks to choose: lists have room for 2 K."""
+    columns = screen_columns(num_past)
+    tile = _tile("screen", dtype, head_size, architecture, columns)
     block_d = block_d_of(head_size)
     return {
         "HEAD_DIM": head_size,
         "BLOCK_D": block_d,
         "CHUNK_D": min(block_d, SCORED_CHANNELS),
-        "KEEP": 2 * kept,
+        "KEEP": columns // 2,
         "BLOCK_M": tile.rows,
-        "BLOCK_N": max(tile.keys, 4 * kept),
+        "BLOCK_N": max(tile.keys, columns),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
