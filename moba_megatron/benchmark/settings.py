@@ -72,7 +72,9 @@ class BenchRow:
     """One measured line; times in seconds, memory in bytes, operations per second.
 
     `extra_bytes` is a lower bound of the memory beyond inputs, output and gradients, see above. `share_of_peak` is None
-    on machines without a data sheet here, `flash_moba_seconds` where that package cannot run.
+    on machines without a data sheet here, `flash_moba_seconds` where that package cannot run. `rows_scored_again` and
+    `tiles_scored_again` are shares of the query rows for which screening proves no choice, and of the tiles that are
+    therefore scored in full; None where nothing is screened.
     """
 
     dtype: str
@@ -93,6 +95,8 @@ class BenchRow:
     extra_bytes: int
     extra_over_q: float
     flash_moba_seconds: float | None = None
+    rows_scored_again: float | None = None
+    tiles_scored_again: float | None = None
     floor: float | None = None
     goal: float | None = None
 

@@ -1,10 +1,16 @@
 """Screening of blocks in Triton's interpreter: what it proves is the definition's choice, and what it cannot prove is
 scored again."""
 
+import io
+
 import pytest
 import torch
 from kernel_examples import cu, inputs, whole_numbers
+from rich.console import Console
 
+from moba_megatron.benchmark.operator import _scored_again
+from moba_megatron.benchmark.report import print_bench
+from moba_megatron.benchmark.settings import BenchResult, BenchRow, BenchSettings, Case
 from moba_megatron.ops import kernel_sizes
 from moba_megatron.ops.layout import block_layout
 from moba_megatron.ops.reference import reference_select
@@ -190,3 +196,16 @@ def test_blocks_are_screened_from_some_number_on(monkeypatch):
         monkeypatch.setattr(kernel_sizes, "SCREENED_BLOCKS", least)
         found.append(select_past(q, summarize(k, layout), layout, 5))
     assert calls == [1] and torch.equal(*found)
+
+
+def test_the_benchmark_tells_what_is_scored_again(monkeypatch):
+    settings = BenchSettings((40,), ((2, 3),), num_heads=1, num_kv_heads=1, head_size=16, backend="triton")
+    case = Case("bf16", 40, 2, 3, "fwd")
+    assert _scored_again(settings, case) == (0, 0)
+    monkeypatch.undo()
+    assert _scored_again(settings, case) == (None, None)
+    numbers = (1, 1, 40, 2, 3, "fwd", "triton", 1.0, 2.0, "torch", 2.0, 3.0, 1e9, None, 8, 0.1)
+    text = io.StringIO()
+    rows = [BenchRow("bf16", *numbers), BenchRow("bf16", *numbers, rows_scored_again=0.001, tiles_scored_again=0.25)]
+    print_bench(BenchResult(rows), Console(file=text, width=200))
+    assert "scored again" in text.getvalue() and "0.10%, 25.00%" in text.getvalue()
