@@ -18,7 +18,7 @@ def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[in
     import moba_megatron.ops.triton as kernels
     from moba_megatron.ops.triton import catalog
 
-    names = {made.name for made in catalog.configurations(dtypes=[torch.float32], head_sizes=[64])}
+    names = {made.name for made in catalog.configurations(dtypes=[torch.bfloat16, torch.float32], head_sizes=[64])}
     found: list[tuple[str, tuple[int, ...]]] = []
 
     class Recorder:

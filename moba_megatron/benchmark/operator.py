@@ -10,7 +10,8 @@ Reported beside the times: the pair ratio, full over attended pairs with M = L /
 which is what attention could gain at equal efficiency; operations per second on the attended pairs, 4 D a pair forward
 and 10 D backward (five products, FlashAttention's count), and their share of the machine's bf16 peak; and extra memory,
 the peak of what the call allocates less its output and gradients. Where these are not all alive at the peak, that is a
-lower bound of the memory beyond them. Results go into an output folder as `bench.csv`, `bench.md` and `bench.png`.
+lower bound of the memory beyond them. Where the kernels screen blocks, the shares of query rows and tiles that are
+scored in full after all. Results go into an output folder as `bench.csv`, `bench.md` and `bench.png`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from moba_megatron.benchmark.presets import PRESETS
 from moba_megatron.benchmark.report import print_bench, write_bench
 from moba_megatron.benchmark.settings import BenchResult, BenchRow, BenchSettings, Case, pair_ratio
 from moba_megatron.ops import moba_attention, resolve_backend, resolve_full_backend
+from moba_megatron.ops.layout import block_layout
 from moba_megatron.planning.flops import peak_flops
 
 LARGEST_TESTED_BLOCK = 512
@@ -61,6 +63,17 @@ def _moba_call(settings: BenchSettings, case: Case, backend: str) -> Call:
     return call_of(
         lambda *x: moba_attention(*x, backend=backend, **sizes), tensors, torch.ones_like(tensors[0]), case.mode
     )
+
+
+def _scored_again(settings: BenchSettings, case: Case) -> tuple[float, float] | tuple[None, None]:
+    """Shares of the rows and tiles that screening leaves to be scored again; see `ops.triton.screening`."""
+    # Only here: Triton exists on Linux alone.
+    from moba_megatron.ops.triton import summarize
+    from moba_megatron.ops.triton.routing import shares_scored_again
+
+    q, k, _ = _inputs(settings, case.length, case.dtype)
+    layout = block_layout(case.length, case.block_size, device=q.device)
+    return shares_scored_again(q, summarize(k, layout), layout, case.top_k - 1) or (None, None)
 
 
 def _full_calls(settings: BenchSettings, dtype: str, length: int, mode: str) -> dict[str, Callable[[], Call]]:
@@ -149,6 +162,7 @@ def measure(settings: BenchSettings, case: Case, with_flash_moba: bool = False) 
     moba, flash_moba = times.pop("moba"), times.pop("flash_moba", None)
     dense_by = min(times, key=times.__getitem__, default="")
     dense = times.get(dense_by)
+    rows, tiles = _scored_again(settings, case) if backend == "triton" else (None, None)
     flops = _attended_flops(settings, case) / moba
     most_flops = peak_flops(torch.cuda.get_device_name()) if settings.device == "cuda" else None
     return BenchRow(
@@ -170,6 +184,8 @@ def measure(settings: BenchSettings, case: Case, with_flash_moba: bool = False) 
         extra_bytes=extra,
         extra_over_q=extra / q_bytes,
         flash_moba_seconds=flash_moba,
+        rows_scored_again=rows,
+        tiles_scored_again=tiles,
         floor=case.floor,
         goal=case.goal,
     )

@@ -76,6 +76,7 @@ HEADINGS = (
     "of peak",
     "extra / q",
     "FlashMoBA s",
+    "rows, tiles scored again",
     "floor",
     "goal",
 )
@@ -100,9 +101,14 @@ def _cells(row: BenchRow) -> list[str]:
         optional(row.share_of_peak, ".1%"),
         f"{row.extra_over_q:.2f}",
         optional(row.flash_moba_seconds, ".4g"),
+        _shares(row.rows_scored_again, row.tiles_scored_again),
         optional(row.floor, "g"),
         optional(row.goal, "g"),
     ]
+
+
+def _shares(*shares: float | None) -> str:
+    return "" if None in shares else ", ".join(f"{share:.2%}" for share in shares)
 
 
 def _table(rows: list[BenchRow]) -> tuple[list[str], list[list[str]]]:

@@ -74,7 +74,8 @@ class BenchRow:
 
     `extra_bytes` is a lower bound of the memory beyond inputs, output and gradients, see above. `dense_seconds` and
     `speedup` are None without a baseline, `share_of_peak` on machines without a data sheet here, `flash_moba_seconds`
-    where that package cannot run.
+    where that package cannot run. `rows_scored_again` and `tiles_scored_again` are shares of the query rows for which
+    screening proves no choice, and of the tiles that are therefore scored in full; None where nothing is screened.
     """
 
     dtype: str
@@ -95,6 +96,8 @@ class BenchRow:
     extra_bytes: int
     extra_over_q: float
     flash_moba_seconds: float | None = None
+    rows_scored_again: float | None = None
+    tiles_scored_again: float | None = None
     floor: float | None = None
     goal: float | None = None
 

@@ -23,6 +23,7 @@ from moba_megatron.benchmark.calls import DTYPES, call_of, kernel_errors, median
 from moba_megatron.benchmark.operator import disagreement
 from moba_megatron.benchmark.settings import BenchSettings
 from moba_megatron.ops import moba_attention, resolve_backend
+from moba_megatron.ops.kernel_sizes import screens
 
 Tile = tuple[int, int, int, int]
 Choices = dict[str, dict[tuple[int, int], list[Tile]]]
@@ -34,9 +35,10 @@ WHOLE_KV_BLOCKS = ("past_fwd_short", "past_dkdv_dq")
 GAIN = 0.01
 
 
-def kernels_of(short: bool, fused: bool) -> Iterator[tuple[str, str]]:
-    """(kernel, mode that shows it) of a call; `short`: kv blocks fit a forward tile, `fused`: and a backward one."""
-    yield "route", "fwd"
+def kernels_of(short: bool, fused: bool, screened: bool) -> Iterator[tuple[str, str]]:
+    """(kernel, mode that shows it) of a call; `short`: kv blocks fit a forward tile, `fused`: and a backward one;
+    `screened`: so many blocks that routing screens them."""
+    yield "screen" if screened else "route", "fwd"
     yield "past_fwd_short" if short else "past_fwd_long", "fwd"
     yield "causal_fwd", "fwd"
     yield from [("past_dkdv_dq", "fwd+bwd")] if fused else [("past_dkdv", "fwd+bwd"), ("past_dq", "fwd+bwd")]
@@ -126,9 +128,11 @@ def run_tune(settings: BenchSettings, output: Path, console: Console) -> Path:
         for block_size, top_k in settings.blocks:
             holds = (config.holds_kv_block(name, element, settings.head_size, block_size, architecture)
                      for name in WHOLE_KV_BLOCKS)  # fmt: skip
-            for kernel, mode in kernels_of(*holds):
+            past, blocks = top_k - 1, -(-max(settings.lengths) // block_size)
+            needs = {"route": 0, "screen": config.screen_columns(past)}
+            for kernel, mode in kernels_of(*holds, screens(blocks, past, element.itemsize)):
                 choice = config.choices(kernel, element, settings.head_size, architecture)
-                place = place_of(choice, 0 if kernel == "route" else block_size)
+                place = place_of(choice, needs.get(kernel, block_size))
                 if (dtype, kernel, place) in tuned:
                     continue
                 tuned.add((dtype, kernel, place))

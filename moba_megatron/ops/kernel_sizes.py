@@ -13,6 +13,12 @@ SPLIT_ENTRIES, SPLIT_ENTRIES_PER_KEY = 512, 4
 # and dq.
 SHORT_BLOCK = 128
 SMALLEST_WORKSPACE = 2**28
+# Routing of 16-bit queries screens blocks by one plane of their centred means: query rows of a tile, and the most past
+# blocks that are chosen so. From so many blocks of a pack on that takes less time than three planes at once, by
+# `planning.kernel_model` on an H100: so many for each past block (a power of two, at least 2), but no more than the
+# second number.
+SCREENED_ROWS, MOST_SCREENED = 128, 32
+SCREENED_BLOCKS_PER_PAST, SCREENED_BLOCKS = 256, 2048
 
 
 def default_workspace(query_bytes: int) -> int:
@@ -22,3 +28,28 @@ def default_workspace(query_bytes: int) -> int:
     (1073741824, 268435456)
     """
     return max(SMALLEST_WORKSPACE, query_bytes)
+
+
+def screens(num_blocks: int, num_past: int, element_bytes: int) -> bool:
+    """Whether routing screens blocks before it scores a few of them exactly: a rule on shapes, never on data.
+
+    Args:
+        num_blocks: of the pack, or its upper bound.
+        num_past: past blocks to choose.
+        element_bytes: of the queries.
+
+    >>> screens(2048, 15, 2), screens(1024, 15, 2), screens(512, 2, 2), screens(2048, 15, 4)
+    (True, False, True, False)
+    """
+    if element_bytes != 2 or not 0 < num_past <= MOST_SCREENED:
+        return False
+    return num_blocks >= min(SCREENED_BLOCKS, SCREENED_BLOCKS_PER_PAST * power_of_two(max(2, num_past)))
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not smaller.
+
+    >>> power_of_two(15), power_of_two(16), power_of_two(1)
+    (16, 16, 1)
+    """
+    return 1 << (number - 1).bit_length()

@@ -1,9 +1,10 @@
 """Expected time of the GPU kernels, from the operations and bytes of each: what `moba-megatron bench --model` prints.
 
-A kernel takes the longest of three times, plus its launches: matrix products at a share of the peak, bytes at a share
-of the memory bandwidth, and the instructions of the selection. Work is counted for one document, exactly: an *entry* is
-one (query, head, chosen past block); it moves a row of q to its block and a partial output in the inputs' dtype to its
-place, and combining reads that again. Keys and values of a block are read once, whatever reads follow from cache.
+A kernel takes the longest of four times, plus its launches: matrix products at a share of the peak, bytes at a share
+of the memory bandwidth, bytes that are read again and again at the bandwidth of the cache, and the instructions of the
+selection. Work is counted for one document, exactly: an *entry* is one (query, head, chosen past block); it moves a row
+of q to its block and a partial output in the inputs' dtype to its place, and combining reads that again. Keys and
+values of a block are read once, whatever reads follow from cache.
 
 Nothing here is a measurement of these kernels. The data sheets give peaks; the shares are named below with what stands
 behind them, and are the first thing to replace once a GPU has spoken.
@@ -15,7 +16,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moba_megatron.ops.kernel_sizes import PLANES, SHORT_BLOCK, SPLIT_ENTRIES, SPLIT_ENTRIES_PER_KEY
+from moba_megatron.ops.kernel_sizes import (
+    PLANES,
+    SCREENED_ROWS,
+    SHORT_BLOCK,
+    SPLIT_ENTRIES,
+    SPLIT_ENTRIES_PER_KEY,
+    screens,
+)
 from moba_megatron.ops.pairs import attended_pairs, chosen_blocks, scored_pairs
 from moba_megatron.planning.flops import PEAK_BF16
 
@@ -29,25 +37,33 @@ TILE_SHARE = 0.55 * PRODUCT_SHARE
 DENSE_SHARE, DENSE_BACKWARD_SHARE = 0.6, 0.5
 # Instructions of one lane to keep the best K of a stream of scores, per score: by insertion, an estimate.
 SELECT_INSTRUCTIONS, SELECT_INSTRUCTIONS_PER_K = 55, 3.5
+# With screening, for each of the two walks over the scores together; and for each query row and past block to choose:
+# finding the threshold (256), listing (880), scoring exactly (660). Counted from the kernel's source for D = 128, with
+# as many rounds of listing as 128 rows with random hits take.
+SCREEN_INSTRUCTIONS, SCREEN_INSTRUCTIONS_PER_PAST = 19, 1800
+# Query rows of a routing tile without screening; blocks that screening lists for each that is chosen.
+ROUTE_ROWS, LISTED_PER_PAST = 64, 1.15
 LAUNCH_SECONDS = 5e-6
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU by its data sheet: bytes/s of its memory, bf16 operations/s, and instructions/s of all lanes together."""
+    """A GPU by its data sheet: bytes/s of its memory, bf16 operations/s, and instructions/s of all lanes together. The
+    bytes/s of its second-level cache, which no data sheet gives, are an assumption."""
 
     name: str
     bandwidth: float
     peak: float
     lanes: float
+    cache: float
 
 
 # Lanes: multiprocessors x 128 x boost clock.
 MACHINES = (
-    Machine("A100", 2.04e12, PEAK_BF16["A100"], 108 * 128 * 1.41e9),
-    Machine("H100", 3.35e12, PEAK_BF16["H100"], 132 * 128 * 1.98e9),
-    Machine("H200", 4.8e12, PEAK_BF16["H200"], 132 * 128 * 1.98e9),
-    Machine("B200", 8.0e12, PEAK_BF16["B200"], 148 * 128 * 1.85e9),
+    Machine("A100", 2.04e12, PEAK_BF16["A100"], 108 * 128 * 1.41e9, 4.0e12),
+    Machine("H100", 3.35e12, PEAK_BF16["H100"], 132 * 128 * 1.98e9, 5.5e12),
+    Machine("H200", 4.8e12, PEAK_BF16["H200"], 132 * 128 * 1.98e9, 5.5e12),
+    Machine("B200", 8.0e12, PEAK_BF16["B200"], 148 * 128 * 1.85e9, 8.0e12),
 )
 
 
@@ -113,6 +129,7 @@ class Work:
         entry_bytes: bytes of rows and statistics moved entry by entry (gathered or scattered).
         stream_bytes: all other bytes.
         instructions: of the selection, over all lanes.
+        cache_bytes: read from cache, beyond what is counted as bytes of memory.
         launches: kernels started.
     """
 
@@ -122,6 +139,7 @@ class Work:
     stream_bytes: float = 0
     instructions: float = 0
     launches: int = 1
+    cache_bytes: float = 0
 
     @property
     def bytes(self) -> float:
@@ -134,8 +152,29 @@ class Work:
             self.products / (machine.peak * TILE_SHARE),
             moved / machine.bandwidth,
             self.instructions / machine.lanes,
+            self.cache_bytes / machine.cache,
         )
         return max(times) + self.launches * LAUNCH_SECONDS
+
+
+def route_work(sizes: AttentionSizes, screened: bool | None = None) -> list[Work]:
+    """The kernels of routing: scores in three planes and the choice among them, or (`screened`, by default where the
+    operator does so) one plane twice and then the listed blocks, which one kernel does one after the other."""
+    size, past, rows = sizes.head_size, sizes.top_k - 1, sizes.tokens * sizes.heads
+    blocks = -(-sizes.tokens // sizes.block_size)
+    means = blocks * sizes.kv_heads * size * 4
+    scores = sizes.heads * scored_pairs(sizes.tokens, sizes.block_size)
+    moved = sizes.query_bytes + means + 4 * rows * past
+    plane = 2 * size * scores
+    if not (screens(blocks, past, sizes.element_bytes) if screened is None else screened):
+        select = SELECT_INSTRUCTIONS + SELECT_INSTRUCTIONS_PER_K * sizes.top_k
+        walked = PLANES * plane / ROUTE_ROWS
+        return [Work("route", PLANES * plane, 0, moved, select * scores, 2, walked)]
+    listed = rows * past * LISTED_PER_PAST * size * 4
+    return [
+        Work("route: screen", 2 * plane, 0, moved, SCREEN_INSTRUCTIONS * scores, 5, 2 * plane / SCREENED_ROWS),
+        Work("route: listed", 0, 0, 0, SCREEN_INSTRUCTIONS_PER_PAST * rows * past, 0, listed),
+    ]
 
 
 def forward_work(sizes: AttentionSizes) -> list[Work]:
@@ -144,14 +183,12 @@ def forward_work(sizes: AttentionSizes) -> list[Work]:
     slots = sizes.tokens * sizes.heads * (sizes.top_k - 1)
     blocks = -(-sizes.tokens // sizes.block_size)
     means = blocks * sizes.kv_heads * size * 4
-    scores = sizes.heads * scored_pairs(sizes.tokens, sizes.block_size)
     partial = size * sizes.partial_bytes + 4  # and its log-sum-exp
     statistics = sizes.tokens * sizes.heads * 4
-    select = SELECT_INSTRUCTIONS + SELECT_INSTRUCTIONS_PER_K * sizes.top_k
     # An index entry names the row to gather.
     return [
         Work("means", stream_bytes=sizes.key_bytes / 2 + means),
-        Work("route", PLANES * 2 * size * scores, 0, sizes.query_bytes + means + 4 * slots, select * scores),
+        *route_work(sizes),
         Work("index", stream_bytes=16 * slots, launches=5),
         Work(
             "past blocks, short" if sizes.short else "past blocks, long",

@@ -81,6 +81,8 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         f"{plan.tokens_per_second:,.0f} tokens/s, {plan.mfu:.1%} of the peak in model FLOPs (attended pairs); "
         f"{plan.full.seconds / plan.step_seconds:.2f} x the speed of full attention in all layers"
     )
+    for slow in plan.slower:
+        console.print(slow.line, markup=False)
 
 
 def _expert_words(plan: RunPlan) -> str:
@@ -205,6 +207,16 @@ def _plan_values(plan: RunPlan) -> dict[str, Any]:
         ],
         "step_seconds": plan.step_seconds,
         "step_seconds_full_attention": plan.full.seconds,
+        "slower_than_full_attention": [
+            {
+                "block_size": slow.layer.block_size,
+                "top_k": slow.layer.top_k,
+                "moba_seconds": slow.moba_seconds,
+                "full_seconds": slow.full_seconds,
+                "message": slow.line,
+            }
+            for slow in plan.slower
+        ],
         "tokens_per_second": plan.tokens_per_second,
         "mfu": plan.mfu,
         "tokens": plan.config.tokens_per_step * plan.config.training.steps,

@@ -8,6 +8,7 @@ from moba_megatron.config import Config, ConfigError, check_world
 from moba_megatron.config.sizes import idle_parameters
 from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.model.schedule import FULL, AttentionSchedule
+from moba_megatron.planning.attention_advice import SlowerThanFull, slower_than_full, with_full_exchange
 from moba_megatron.planning.flops import training_flops_per_token
 from moba_megatron.planning.memory import MemoryEstimate, estimate_memory, fullest
 from moba_megatron.planning.plan_machines import MEMORY_SHARE, Cluster
@@ -24,6 +25,7 @@ class RunPlan:
         memory: of a rank of each pipeline stage.
         steps: time of a step in each stage of the training; `shares` of the steps that are taken in each.
         full: time of a step if every layer attended fully.
+        slower: MoBA settings that take longer than full attention would.
         model_flops: of one step in each stage of the training: nothing recomputed.
         parameters: of the whole model; `active`: those that a token passes, embedding and output layer included.
     """
@@ -35,6 +37,7 @@ class RunPlan:
     steps: tuple[StepTime, ...]
     shares: tuple[float, ...]
     full: StepTime
+    slower: tuple[SlowerThanFull, ...]
     model_flops: tuple[float, ...]
     parameters: int
     active: int
@@ -146,6 +149,7 @@ def plan_run(config: Config, schedule: AttentionSchedule, vocab_size: int, clust
         steps=tuple(step_time(config, layers, vocab_size, data_parallel, cluster) for layers in schedule.stages),
         shares=stage_shares(schedule, config.training.steps),
         full=step_time(with_full_exchange(config), full, vocab_size, data_parallel, cluster),
+        slower=tuple(slower_than_full(config, schedule, cluster)),
         model_flops=tuple(flops),
         parameters=parameters,
         active=parameters - idle_parameters(config.model),
@@ -169,12 +173,6 @@ def stage_shares(schedule: AttentionSchedule, steps: int) -> tuple[float, ...]:
     """The share of the steps that is taken in each stage of the training."""
     ends = [0, *(schedule.last_step(stage, steps) for stage in range(len(schedule.stages)))]
     return tuple((end - start) / steps for start, end in zip(ends, ends[1:], strict=False))
-
-
-def with_full_exchange(config: Config) -> Config:
-    """The configuration with full attention in every layer of every stage."""
-    attention = config.attention.model_copy(update={"kind": "full", "stages": [], "layers": {}})
-    return config.model_copy(update={"attention": attention})
 
 
 def _block(layer) -> tuple[int, int] | None:

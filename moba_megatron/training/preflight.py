@@ -19,6 +19,7 @@ from moba_megatron.model.schedule import AttentionSchedule, checked_schedule
 from moba_megatron.model.specs import choose_implementation, has_fused_attention
 from moba_megatron.ops.backends import resolve_backend, resolve_full_backend
 from moba_megatron.ops.dense import KERNELS, takes_groups
+from moba_megatron.planning.attention_advice import advice_here
 from moba_megatron.platform import current_device, optional_libraries
 from moba_megatron.runs.trackers import check_trackers
 from moba_megatron.training.data_position import DataPosition, resumed_position
@@ -152,6 +153,8 @@ def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:
             f"attention: in {covered} layers (over all stages) top_k blocks cover data.sequence_length = {length}: "
             "MoBA is full attention there"
         )
+    if backend == "triton" and device.type == "cuda":
+        lines += advice_here(config, schedule, torch.cuda.get_device_name(device), torch.cuda.device_count())
     return lines
 
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from moba_megatron.benchmark.expected import model_rows, run_model
 from moba_megatron.cli import app
+from moba_megatron.ops.kernel_sizes import screens
 from moba_megatron.planning.kernel_model import (
     LAUNCH_SECONDS,
     MACHINES,
@@ -19,6 +20,7 @@ from moba_megatron.planning.kernel_model import (
     dense_seconds,
     expected_seconds,
     forward_work,
+    route_work,
 )
 
 # Bytes and operations per second seen on an H200, for which the hand-made figures were worked out.
@@ -65,12 +67,39 @@ def test_the_roofline_of_the_design(block):
 
 
 @pytest.mark.parametrize(("block", "floor"), [((64, 16), 14), ((128, 8), 6), ((512, 3), 1)])
-def test_selection_is_the_cost_of_routing(block, floor):
+def test_selection_is_the_cost_of_routing_in_one_walk(block, floor):
     """The estimate behind the instructions of a score: about 14, 6 and 1 ms on an H200."""
-    route = next(work for work in forward_work(sizes(*block)) if work.name == "route")
+    (route,) = route_work(sizes(*block), screened=False)
     machine = next(machine for machine in MACHINES if machine.name == "H200")
     assert route.instructions / machine.lanes * 1e3 == pytest.approx(floor, rel=0.15)
     assert route.seconds(machine) >= route.instructions / machine.lanes
+
+
+def test_screening_reads_a_sixth_of_the_planes():
+    """At a million tokens with blocks of 64, by hand: 2^18 tiles of 128 rows on 8 kv heads, each 8,192 blocks of 256
+    bytes twice; and a list of 17.25 means in fp32 for each of 2^25 rows."""
+    case = replace(sizes(64, 16), tokens=2**20)
+    (whole,), (screen, listed) = route_work(case, screened=False), route_work(case, screened=True)
+    assert screen.cache_bytes == pytest.approx(2**18 * 8192 * 256 * 2, rel=1e-3)
+    assert whole.cache_bytes == pytest.approx(3 * screen.cache_bytes)
+    assert listed.cache_bytes == pytest.approx(2**25 * 17.25 * 512)
+    assert screen.products * 3 == whole.products * 2
+
+
+@pytest.mark.parametrize("block", [(64, 16), (128, 8), (512, 3), (32, 32), (16, 2)])
+def test_blocks_are_screened_from_where_that_is_faster(block):
+    """The rule of `kernel_sizes` on an H100: from twice its number of blocks on screening is faster, below half of it
+    slower, and between them it loses a quarter at most."""
+    machine = next(machine for machine in MACHINES if machine.name == "H100")
+
+    def gain(tokens):
+        case = replace(sizes(*block), tokens=tokens)
+        whole, screened = (sum(w.seconds(machine) for w in route_work(case, screened=s)) for s in (False, True))
+        assert len(route_work(case)) == 1 + screens(tokens // block[0], block[1] - 1, 2)
+        return whole / screened
+
+    first = next(2**n for n in range(10, 22) if screens(2**n // block[0], block[1] - 1, 2))
+    assert gain(2 * first) > 1 and gain(first) > 0.8 and gain(first // 4) < 1
 
 
 def test_a_kernel_takes_its_longest_time_and_its_launches():

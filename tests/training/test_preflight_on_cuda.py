@@ -43,6 +43,8 @@ def h100(monkeypatch):
         libraries.optional_libraries.cache_clear()
         monkeypatch.setattr(preflight, "current_device", lambda: torch.device("cuda", 0))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
         adapters._import_problem.cache_clear()
         if module is not None:
             stand_in = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(module, None))
@@ -91,3 +93,11 @@ def test_always_full_layers_in_fp32_are_not_transformer_engines(h100):
     for precision, keep in (("bf16", True), ("fp32", False)):
         config = tiny(attention={"last_n_full": 1}, training={"precision": precision})
         assert ("keep Transformer Engine's" in choices(config)[1]) == keep
+
+
+def test_where_full_attention_would_be_faster_the_start_says_so(h100):
+    h100(False, None)
+    config = CONFIGS / "paper/scaling_8k.yaml:545m_moba"
+    for length, told in ((2048, True), (8192, False)):
+        lines = choices(load_config(config, [f"data.sequence_length={length}"]))
+        assert any("MoBA takes" in line and "on H100 (estimate" in line for line in lines) == told

@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from moba_megatron.ops.kernel_sizes import MOST_SCREENED, PLANES
 from moba_megatron.ops.triton import (
     backward_dkdv,
     backward_dq,
@@ -28,6 +29,7 @@ from moba_megatron.ops.triton import (
     index,
     past,
     routing,
+    screening,
     summaries,
 )
 
@@ -36,20 +38,23 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 LENGTHS = (16, 32, 64, 128, 512)
 NUM_PAST = (1, 2, 7, 15, 31, 63)
 
-ELEMENTS = ("q_ptr", "k_ptr", "v_ptr", "do_ptr", "partial_out_ptr", "partial_dq_ptr", "planes_ptr", "out_ptr", "dq_ptr")
+ELEMENTS = (
+    "q_ptr", "k_ptr", "v_ptr", "do_ptr", "partial_out_ptr", "partial_dq_ptr", "planes_ptr", "centred_ptr", "out_ptr",
+    "dq_ptr",
+)  # fmt: skip
 SUMS = (
     "lse_ptr", "delta_ptr", "partial_lse_ptr", "means_ptr", "dk_ptr", "dv_ptr", "partial_dk_ptr", "partial_dv_ptr",
-    "scores_ptr",
+    "scores_ptr", "average_ptr", "bounds_ptr",
 )  # fmt: skip
 INT32 = (
     "ids_ptr", "entry_kv_block_ptr", "counts_ptr", "offsets_ptr", "order_ptr", "cu_entries_ptr", "split_of_ptr",
-    "kv_block_of_block_ptr", "own_kv_block_ptr", "lengths_ptr",
+    "kv_block_of_block_ptr", "own_kv_block_ptr", "lengths_ptr", "flags_ptr",
 )  # fmt: skip
 INT64 = (
     "block_start_ptr", "block_end_ptr", "span_start_ptr", "span_end_ptr", "kv_block_start_ptr", "kv_block_end_ptr",
     "cu_splits_ptr", "partial_start_ptr", "first_block_ptr", "block_ptr",
 )  # fmt: skip
-FLOATS = ("softmax_scale", "plane_shrink")
+FLOATS = ("softmax_scale", "plane_shrink", "plane_step")
 # Integers that are multiples of 16, as strides of rows and heads are.
 STRIDES = ("stride_kn", "stride_kh", "stride_kb")
 
@@ -78,7 +83,7 @@ class Configuration:
     @property
     def element_type(self) -> str:
         """Of the rows that it reads, in Triton's notation."""
-        names = ("q_ptr", "k_ptr", "partial_out_ptr", "partial_dq_ptr", "do_ptr")
+        names = ("q_ptr", "k_ptr", "partial_out_ptr", "partial_dq_ptr", "do_ptr", "planes_ptr", "centred_ptr")
         return next((self.signature[name] for name in names if name in self.signature), "*fp32")[1:]
 
     def __str__(self) -> str:
@@ -179,10 +184,17 @@ def _rows(dtype: torch.dtype, size: int, num_past: Sequence[int], architecture: 
         yield _Case(kernel, config.tiles(kernel.__name__, dtype, size, architecture=architecture), dtype, types)
     for kept in num_past:
         settings = config.route_tiles(dtype, size, kept, architecture=architecture)
-        yield _Case(routing.route, settings | {"SPLIT": False}, dtype)
+        yield _Case(routing.route, settings | {"SPLIT": False, "FLAGGED": False}, dtype)
         if dtype == torch.float32:
             settings = config.route_tiles(dtype, size, kept, 1, architecture)
-            yield _Case(routing.route, settings | {"SPLIT": True}, dtype)
+            yield _Case(routing.route, settings | {"SPLIT": True, "FLAGGED": False}, dtype)
+        elif kept <= MOST_SCREENED:
+            yield _Case(routing.route, settings | {"SPLIT": False, "FLAGGED": True}, dtype)
+            yield _Case(screening.screen, config.screen_tiles(dtype, size, kept, architecture), dtype)
+    if dtype != torch.float32:
+        for kernel in (summaries.split_means, summaries.average_means, summaries.centre_means):
+            planes = {"PLANES": PLANES} if kernel is summaries.split_means else {}
+            yield _Case(kernel, config.tiles(kernel.__name__, torch.float32, size) | planes, dtype)
     yield _Case(
         decode.decode_fwd,
         config.tiles("decode_fwd", dtype, size, architecture=architecture),

@@ -42,7 +42,12 @@ COUNTS = [
     "chunk_size",
     "num_entries",
     "tile_rows",
+    "flag_rows",
 ]
+
+
+# In place of a block number: no block.
+NO_BLOCK = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -115,3 +120,20 @@ def store_rows(ptr, offset, mask_m, tile, HEAD_DIM: tl.constexpr, BLOCK_D: tl.co
 def safe_lse(lse):
     """Log-sum-exps in base 2 for exp2(s - lse): rows without keys (-inf) get probability 0 instead of NaN."""
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+
+
+@triton.jit
+def best_of(s, number):
+    """Of each row the highest score, and the lowest number that has it."""
+    best = tl.max(s, axis=1)
+    return best, tl.min(tl.where(s == best[:, None], number, NO_BLOCK), axis=1)
+
+
+@triton.jit
+def row_norms(x):
+    """Euclidean norms of rows in fp32, scaled so that no square leaves fp32's range; inf from elements of 2^100 on."""
+    largest = tl.max(tl.abs(x), axis=1)
+    scale = tl.where((largest > 0) & (largest < 2.0**100), largest, 1.0)
+    scaled = x / scale[:, None]
+    norm = scale * tl.sqrt(tl.sum(scaled * scaled, axis=1))
+    return tl.where(largest < 2.0**100, norm, norm + float("inf"))

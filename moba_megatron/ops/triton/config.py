@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moba_megatron.ops.kernel_sizes import PLANES, SPLIT_ENTRIES, SPLIT_ENTRIES_PER_KEY
+from moba_megatron.ops.kernel_sizes import PLANES, SPLIT_ENTRIES, SPLIT_ENTRIES_PER_KEY, power_of_two
 from moba_megatron.ops.triton.common import PER_AXIS
 from moba_megatron.ops.triton.tile_table import FP32_TILES, TILES
 
@@ -27,6 +27,9 @@ DEFAULT_ARCHITECTURE = 90
 # Kernels bound by memory alone: (elements of a tile [rows, BLOCK_D], what its rows are, warps).
 STREAMING = {
     "block_means": (4096, "BLOCK_N", 4),
+    "split_means": (4096, "BLOCK_N", 4),
+    "average_means": (8192, "BLOCK_N", 8),
+    "centre_means": (4096, "BLOCK_N", 8),
     "combine_dkdv": (4096, "BLOCK_N", 16),
     "decode_fwd": (4096, "BLOCK_N", 8),
     "combine_out": (2048, "BLOCK_M", 2),
@@ -37,6 +40,9 @@ STREAMING = {
 WIDE_WARPS = {"combine_out": 4}
 # Entries of a tile, warps.
 INDEX_TILES = {"count_entries": (1024, 4), "scatter_entries": (64, 4)}
+
+# Channels that screening scores at once from the means in fp32.
+SCORED_CHANNELS = 64
 
 # Decoding: programs that score blocks, about two for each multiprocessor of a large chip, and the least blocks for one.
 DECODING_PROGRAMS, LEAST_SPLIT = 256, 256
@@ -152,6 +158,30 @@ def route_tiles(
         "KEEP": triton.next_power_of_2(num_past),
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def screen_columns(num_past: int) -> int:
+    """Columns of a tile that screening wants at least, to choose K = `num_past` blocks: 4 K."""
+    return 4 * power_of_two(max(1, num_past))
+
+
+def screen_tiles(
+    dtype: torch.dtype, head_size: int, num_past: int, architecture: int = DEFAULT_ARCHITECTURE
+) -> dict[str, int]:
+    """Launch settings of screening, for K = `num_past` blocks to choose: lists have room for 2 K."""
+    columns = screen_columns(num_past)
+    tile = _tile("screen", dtype, head_size, architecture, columns)
+    block_d = block_d_of(head_size)
+    return {
+        "HEAD_DIM": head_size,
+        "BLOCK_D": block_d,
+        "CHUNK_D": min(block_d, SCORED_CHANNELS),
+        "KEEP": columns // 2,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": max(tile.keys, columns),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }

@@ -169,9 +169,9 @@ def choose_cached(q_bND: Tensor, summaries_bMGD: Tensor, lengths_b: Tensor, bloc
     qheads_per_kvhead = heads // num_kv_heads
     tiles = config.route_tiles(torch.float32, size, num_past, qheads_per_kvhead, config.architecture_of(q_bND))
     route[(sequences, num_kv_heads, splits)](
-        q_bND.float(), summaries_bMGD.float().contiguous(), first, own.to(torch.int64), ids, scores,
+        q_bND.float(), summaries_bMGD.float().contiguous(), first, own.to(torch.int64), ids, scores, ids,
         sequences * qheads_per_kvhead, heads, sequences * most, num_past, 1.0, qheads_per_kvhead, qheads_per_kvhead,
-        split_size, SPLIT=True, **tiles,
+        split_size, 0, SPLIT=True, FLAGGED=False, **tiles,
     )  # fmt: skip
     return torch.cat([_best_of_splits(ids, scores), own_bN1], dim=-1)
 

@@ -6,6 +6,9 @@ of each row in a tile replaces the worst kept block of that row, again and again
 total order, higher score first and then lower number, so the result does not depend on the order of the walk. NaN is
 never chosen.
 
+With many blocks in a pack of 16-bit queries (`kernel_sizes.screens`) `screening` chooses first, by a fraction of the
+work, and only tiles of rows for which it proves no choice are scored so.
+
 Traffic: each program reads the summaries of its documents, which stay in cache; the choosing costs most, about
 K (1 + ln(M / K)) rounds per row.
 
@@ -19,21 +22,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moba_megatron.ops import kernel_sizes
 from moba_megatron.ops.layout import TokenBlocks
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.common import COUNTS, dot, load_rows, query_rows, quotient
+from moba_megatron.ops.triton.common import COUNTS, NO_BLOCK, best_of, dot, load_rows, query_rows, quotient
 from moba_megatron.ops.triton.devices import on_its_device
+from moba_megatron.ops.triton.screening import screen_past
 from moba_megatron.ops.triton.summaries import planes_of
 
 MOST_PAST = 64
-NO_BLOCK = tl.constexpr(2**31 - 1)
-
-
-@triton.jit
-def _best(s, number):
-    """Of each row the highest score, and the lowest number that has it."""
-    best = tl.max(s, axis=1)
-    return best, tl.min(tl.where(s == best[:, None], number, NO_BLOCK), axis=1)
 
 
 @triton.jit
@@ -56,6 +53,7 @@ def route(
     block_ptr,
     ids_ptr,
     scores_ptr,
+    flags_ptr,
     num_rows,
     num_heads,
     num_blocks,
@@ -64,21 +62,27 @@ def route(
     tile_rows,
     qheads_per_kvhead,
     split_size,
+    flag_rows,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PLANES: tl.constexpr,
     KEEP: tl.constexpr,
     SPLIT: tl.constexpr,
+    FLAGGED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program per (tile of `tile_rows` query rows, at most BLOCK_M, and kv head); see the module.
 
     With `SPLIT`, one per split of `split_size` blocks of the tile's only document too, which keeps the best of its
-    split and writes ids and scores [.., splits, num_past].
+    split and writes ids and scores [.., splits, num_past]. With `FLAGGED` a program ends at once where the flag of its
+    rows, one for `flag_rows` of them, is 0.
     """
     kv_head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
     first_row = tl.program_id(0) * tile_rows
+    if FLAGGED:
+        if tl.load(flags_ptr + first_row // flag_rows * num_kv_heads + kv_head) == 0:
+            return
     offs_m = first_row + tl.arange(0, BLOCK_M)
     mask_m = (offs_m < num_rows) & (offs_m < first_row + tile_rows)
     token = quotient(offs_m, qheads_per_kvhead)
@@ -109,7 +113,7 @@ def route(
         number = tl.broadcast_to(offs_n[None, :], (BLOCK_M, BLOCK_N))
         candidate = (number >= least[:, None]) & (number < own[:, None]) & (s == s)
         s = tl.where(candidate, s, float("-inf"))
-        best, best_number = _best(s, number)
+        best, best_number = best_of(s, number)
         worst, worst_number = _worst(kept, numbers)
         gains = _gains(best, best_number, worst, worst_number)
         while tl.max(gains.to(tl.int32), axis=0) > 0:
@@ -117,13 +121,13 @@ def route(
             kept = tl.where(goes, best[:, None], kept)
             numbers = tl.where(goes, best_number[:, None], numbers)
             s = tl.where(number == best_number[:, None], float("-inf"), s)
-            best, best_number = _best(s, number)
+            best, best_number = best_of(s, number)
             worst, worst_number = _worst(kept, numbers)
             gains = _gains(best, best_number, worst, worst_number)
 
     kept = tl.where(slot < num_past, kept, float("-inf"))
     for place in range(0, num_past):
-        best, best_number = _best(kept, numbers)
+        best, best_number = best_of(kept, numbers)
         target = ids_row * num_past + place
         tl.store(ids_ptr + target, tl.where(best > float("-inf"), best_number - first, -1), mask=mask_m)
         if SPLIT:
@@ -150,6 +154,24 @@ def select_past(q_TND: Tensor, summaries_MGD: Tensor, layout: TokenBlocks, num_p
     Raises:
         ValueError: K above 64, or fp64.
     """
+    return _select(q_TND, summaries_MGD, layout, num_past)[0]
+
+
+@torch.no_grad()
+@on_its_device
+def shares_scored_again(
+    q_TND: Tensor, summaries_MGD: Tensor, layout: TokenBlocks, num_past: int
+) -> tuple[float, float] | None:
+    """What share of the query rows screening proves no choice for, and what share of the tiles is therefore scored
+    again; None where nothing is screened. Takes what `select_past` takes, and waits for the result."""
+    flags = _select(q_TND, summaries_MGD, layout, num_past)[1]
+    if flags is None:
+        return None
+    return int(flags.sum()) / (q_TND.shape[0] * q_TND.shape[1]), int((flags > 0).sum()) / flags.numel()
+
+
+def _select(q_TND: Tensor, summaries_MGD: Tensor, layout: TokenBlocks, num_past: int) -> tuple[Tensor, Tensor | None]:
+    """Ids, and the flags of screening if blocks are screened."""
     if num_past > MOST_PAST:
         raise ValueError(
             f"the triton backend keeps at most {MOST_PAST} past blocks per query, not {num_past}: lower top_k to "
@@ -160,15 +182,20 @@ def select_past(q_TND: Tensor, summaries_MGD: Tensor, layout: TokenBlocks, num_p
     num_blocks, num_kv_heads, _ = summaries_MGD.shape
     ids = torch.empty(num_tokens, num_heads, num_past, dtype=torch.int32, device=q.device)
     if ids.numel() == 0:
-        return ids
-    means = summaries_MGD.float()
+        return ids, None
+    means = summaries_MGD.float().contiguous()
+    flags, flag_rows = None, 0
+    if kernel_sizes.screens(num_blocks, num_past, q.element_size()):
+        flags, flag_rows = screen_past(q, means, layout, ids)
     planes, step = planes_of(means, q.dtype)
     tiles = config.route_tiles(q.dtype, size, num_past, architecture=config.architecture_of(q))
+    # A tile lies within one that has a flag.
+    tile_rows = min(tiles["BLOCK_M"], flag_rows or tiles["BLOCK_M"])
     qheads_per_kvhead = num_heads // num_kv_heads
     rows = num_tokens * qheads_per_kvhead
-    route[(triton.cdiv(rows, tiles["BLOCK_M"]), num_kv_heads)](
-        q, planes.contiguous(), layout.first_block_T, layout.block_T, ids, means,
-        rows, num_heads, num_blocks, num_past, 1 / step, tiles["BLOCK_M"], qheads_per_kvhead, num_blocks,
-        SPLIT=False, **tiles,
+    route[(triton.cdiv(rows, tile_rows), num_kv_heads)](
+        q, planes, layout.first_block_T, layout.block_T, ids, means, ids if flags is None else flags,
+        rows, num_heads, num_blocks, num_past, 1 / step, tile_rows, qheads_per_kvhead, num_blocks, flag_rows,
+        SPLIT=False, FLAGGED=flags is not None, **tiles,
     )  # fmt: skip
-    return ids
+    return ids, flags

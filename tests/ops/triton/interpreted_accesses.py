@@ -9,7 +9,7 @@ import triton.language as tl
 from gpu.gpu_checks import check_fragments
 from kernel_examples import cu, inputs
 
-from moba_megatron.ops import moba_attention, select_blocks
+from moba_megatron.ops import kernel_sizes, moba_attention, select_blocks
 from moba_megatron.ops import triton as kernels
 from moba_megatron.ops.decode import block_means
 from moba_megatron.ops.triton import catalog, config
@@ -116,6 +116,7 @@ def narrow(x_ptr, y_ptr):
 def everything(monkeypatch) -> list[torch.Tensor]:
     """A forward and backward pass of a pack over short and long blocks in small passes, cut entries, and decoding."""
     monkeypatch.setattr(config, "SPLIT_ENTRIES", 16)
+    monkeypatch.setattr(kernel_sizes, "SCREENED_BLOCKS", 1)
     found = []
     for bounds, dtype, block_size, top_k, workspace in (
         ([0, 5, 5, 60], torch.float32, 8, 3, 16_000),
@@ -152,4 +153,6 @@ def test_programs_in_any_order_give_the_same_bits(monkeypatch):
         for a, b in zip(results[0], other, strict=True):
             assert a.isfinite().all() and torch.equal(a, b)
     # Every kernel that is compiled for GPUs was met.
-    assert seen == {made.name for made in catalog.configurations(dtypes=[torch.float32], head_sizes=[64])}
+    assert seen == {
+        made.name for made in catalog.configurations(dtypes=[torch.bfloat16, torch.float32], head_sizes=[64])
+    }

@@ -16,7 +16,9 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", ["routing", "selection", "attention", "fragments", "context", "decode", "accesses"])
+@pytest.mark.parametrize(
+    "name", ["routing", "screening", "selection", "attention", "fragments", "context", "decode", "accesses"]
+)
 def test_in_the_interpreter(name):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]

@@ -55,6 +55,19 @@ def test_a_million_tokens(launches, monkeypatch, architecture, dtype, size):
             kernels.attend_backward(do, q, k, v, out, lse, ids, layout, 1.0, WORKSPACE)
             seen |= check(launches)
     assert seen >= {"route", "past_fwd_short", "past_fwd_long", "past_dkdv", "past_dq", "causal_dq"}
+    assert ("screen" in seen) == (dtype == torch.bfloat16)
+
+
+def test_screening_adds_two_launches_for_the_means_and_one_for_itself(launches):
+    """And only where it is worth it; one launch writes all planes."""
+    q, k, _, _ = tensors(torch.bfloat16, 128)
+    for block_size, past, screened in ((64, 15, True), (128, 7, True), (512, 2, True), (4096, 11, False)):
+        layout = block_layout(TOKENS, block_size, device="meta")
+        kernels.select_past(q, kernels.summarize(k, layout), layout, past)
+        names = [name for name, _ in launches]
+        launches.clear()
+        screening = ["average_means", "centre_means", "screen"] if screened else []
+        assert names == ["block_means", *screening, "split_means", "route"]
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
