@@ -27,7 +27,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def saved_config(checkpoint: Path) -> Config:
     """The configuration a checkpoint was trained with, on one rank (any layout loads at any other) and with the
-    backends that `auto` takes: those of training may not be here."""
+    backends that `auto` takes, in their own workspace: those of training may not be here."""
     values = Manifest.read(checkpoint).config
-    attention = {**values["attention"], "backend": "auto", "full_backend": "auto"}
+    attention = {**values["attention"], "backend": "auto", "full_backend": "auto", "workspace_bytes": None}
     return config_from_dict({**values, "attention": attention, "parallel": ParallelConfig().model_dump()})

@@ -12,13 +12,14 @@ SPLIT_ENTRIES, SPLIT_ENTRIES_PER_KEY = 512, 4
 # Up to this block size, with heads of up to 128, keys and values of a block stay in a tile, and one kernel makes dk, dv
 # and dq.
 SHORT_BLOCK = 128
-SMALLEST_WORKSPACE = 2**28
+# Cuts into passes change the order of sums: never a share of the memory that happens to be free.
+SMALLEST_WORKSPACE = 2**31
 
 
 def default_workspace(query_bytes: int) -> int:
-    """Bytes of workspace where the caller names none: q's size, at least 256 MiB.
+    """Bytes of workspace where the caller names none: q's size, at least 2 GiB.
 
-    >>> default_workspace(2**30), default_workspace(1000)
-    (1073741824, 268435456)
+    >>> default_workspace(2**32), default_workspace(1000)
+    (4294967296, 2147483648)
     """
     return max(SMALLEST_WORKSPACE, query_bytes)
