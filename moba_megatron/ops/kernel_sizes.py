@@ -23,3 +23,46 @@ def default_workspace(query_bytes: int) -> int:
     (4294967296, 2147483648)
     """
     return max(SMALLEST_WORKSPACE, query_bytes)
+
+
+# Entry numbers of a pass are int32.
+MOST_ENTRIES = 2**31 - 1
+
+
+def forward_entry_bytes(head_size: int, element_bytes: int) -> int:
+    """Workspace for an entry: its partial output, log-sum-exp, kv block and place in the index."""
+    return head_size * element_bytes + 12
+
+
+def backward_entry_bytes(head_size: int, element_bytes: int) -> int:
+    """Workspace for an entry: its partial dq, kv block, place in the index, and at most its part of the partial dk and
+    dv."""
+    return head_size * (element_bytes + 2) + 8
+
+
+def pass_sizes(
+    tokens: int, kv_heads: int, qheads_per_kvhead: int, slots: int, entry_bytes: int, workspace_bytes: int
+) -> tuple[int, int]:
+    """(kv heads, tokens) of a pass: of as few passes of about one size as fit the workspace, cut by kv heads and then
+    by tokens.
+
+    >>> pass_sizes(1000, 8, 4, 15, 100, 10**9), pass_sizes(1000, 8, 4, 15, 100, 2 * 10**7)
+    ((8, 1000), (3, 1000))
+    >>> pass_sizes(1000, 8, 4, 15, 100, 5 * 10**6), pass_sizes(1000, 8, 4, 0, 100, 1)
+    ((1, 500), (8, 1000))
+    """
+    if slots == 0:
+        return kv_heads, max(1, tokens)
+    per_token = qheads_per_kvhead * slots
+    most = max(per_token, min(workspace_bytes // entry_bytes, MOST_ENTRIES))
+    return even_step(kv_heads, most // max(1, tokens * per_token)), even_step(tokens, most // per_token)
+
+
+def even_step(count: int, most: int) -> int:
+    """The step, at most `most` but at least 1, that cuts `count` into as few and equal steps as it allows.
+
+    >>> even_step(10, 9), even_step(8, 100), even_step(0, 5)
+    (5, 8, 1)
+    """
+    steps = -(-count // max(1, most))
+    return max(1, -(-count // max(1, steps)))

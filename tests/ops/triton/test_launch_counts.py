@@ -18,6 +18,7 @@ from moba_megatron.ops import moba_attention  # noqa: E402
 from moba_megatron.ops.fragments import Fragment, Keys  # noqa: E402
 from moba_megatron.ops.kept_layouts import equal_boundaries, layout_of  # noqa: E402
 from moba_megatron.ops.layout import block_layout  # noqa: E402
+from moba_megatron.planning.kernel_model import AttentionSizes, backward_work, forward_work  # noqa: E402
 
 K = 2**10
 # Tokens; block size, top_k; passes forward and backward; launches of all but routing.
@@ -72,6 +73,10 @@ def test_launches_of_a_layer(counted, tokens, setting, passes, reached):
     for launches, count in ((forward, passes[0]), (backward, passes[1])):
         assert all(launches[name] == count for name in index)
         assert not any(name.startswith("aten.") for name in launches), launches
+    expected = AttentionSizes(tokens, 32, 8, 128, block_size, top_k)
+    for launches, works in ((forward, forward_work(expected)[2:]), (backward, backward_work(expected))):
+        beside = launches["split_spans"] + launches["add_groups"]
+        assert launches.total() - beside == sum(work.launches for work in works)
 
 
 @pytest.mark.parametrize("documents", [None, 6])
