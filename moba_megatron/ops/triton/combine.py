@@ -218,8 +218,10 @@ def combine_dkdv(
         low, high = tl.load(cu_splits_ptr + head_block), tl.load(cu_splits_ptr + head_block + 1)
         if key_tile * BLOCK_N >= length:
             high = low
-        for split in range(low, high, tl.where(high - low > GROUP, GROUP, 1)):
-            source = (tl.load(partial_start_ptr + split) + offs_n) * HEAD_DIM
+        # The rows of a head block's splits follow each other.
+        first = tl.load(partial_start_ptr + low, mask=low < high, other=0)
+        for split in range(0, high - low, tl.where(high - low > GROUP, GROUP, 1)):
+            source = (first + split * length + offs_n) * HEAD_DIM
             dk += load_rows(partial_dk_ptr, source, offs_n < length, HEAD_DIM, BLOCK_D)
             dv += load_rows(partial_dv_ptr, source, offs_n < length, HEAD_DIM, BLOCK_D)
         kv_block += 1

@@ -28,7 +28,7 @@ DEFAULT_ARCHITECTURE = 90
 STREAMING = {
     "block_means": (4096, "BLOCK_N", 4),
     "add_groups": (4096, "BLOCK_N", 8),
-    "combine_dkdv": (4096, "BLOCK_N", 8),
+    "combine_dkdv": (4096, "BLOCK_N", 16),
     "decode_fwd": (4096, "BLOCK_N", 8),
     "combine_out": (2048, "BLOCK_M", 2),
     "combine_dq": (4096, "BLOCK_M", 8),

@@ -10,14 +10,13 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from launch_counts import Operations  # noqa: E402
+from launch_counts import Operations, layer_launches  # noqa: E402
 from without_data import kernels_on_meta  # noqa: E402
 
 import moba_megatron.ops.triton as kernels  # noqa: E402
 from moba_megatron.ops import moba_attention  # noqa: E402
 from moba_megatron.ops.fragments import Fragment, Keys  # noqa: E402
 from moba_megatron.ops.kept_layouts import equal_boundaries, layout_of  # noqa: E402
-from moba_megatron.ops.layout import block_layout  # noqa: E402
 from moba_megatron.planning.kernel_model import AttentionSizes, backward_work, forward_work  # noqa: E402
 
 K = 2**10
@@ -38,9 +37,13 @@ REACHED = [
 
 
 @pytest.fixture
-def counted(monkeypatch):
+def launches(monkeypatch):
+    return kernels_on_meta(monkeypatch)
+
+
+@pytest.fixture
+def counted(launches):
     """Calls a function and returns what it returns, and its launches by name."""
-    launches = kernels_on_meta(monkeypatch)
 
     def count(call):
         launches.clear()
@@ -56,27 +59,24 @@ def tensors(tokens, heads=32, kv_heads=8, size=128):
 
 
 @pytest.mark.parametrize(("tokens", "setting", "passes", "reached"), REACHED)
-def test_launches_of_a_layer(counted, tokens, setting, passes, reached):
+def test_launches_of_a_layer(launches, tokens, setting, passes, reached):
     """At most 60 with one pass in each direction, and 8 for each further one. The first layer of a microbatch: it also
     lays out the blocks."""
-    (block_size, top_k), (q, k, v) = setting, tensors(tokens)
-    layout, made = counted(lambda: block_layout(tokens, block_size, device="meta"))
-    ids, routing = counted(lambda: kernels.select_past(q, kernels.summarize(k, layout), layout, top_k - 1))
-    (out, lse), forward = counted(lambda: kernels.attend_forward(q, k, v, ids, layout, 1.0))
-    _, backward = counted(lambda: kernels.attend_backward(out, q, k, v, out, lse, ids, layout, 1.0))
+    block_size, top_k = setting
+    made, routing, forward, backward = layer_launches(launches, tokens, block_size, top_k).values()
     assert (forward["causal_fwd"], backward["causal_dq"]) == passes
     attention = made + forward + backward
     assert attention.total() + routing.total() <= 60 + 8 * (sum(passes) - 2), (attention, routing)
     assert attention.total() <= reached, attention
     # Nothing of PyTorch's is left in a pass, and an index takes three launches beside its splits.
     index = {"count_entries", "rank_chunks", "scatter_entries", "split_entries"}
-    for launches, count in ((forward, passes[0]), (backward, passes[1])):
-        assert all(launches[name] == count for name in index)
-        assert not any(name.startswith("aten.") for name in launches), launches
+    for found, count in ((forward, passes[0]), (backward, passes[1])):
+        assert all(found[name] == count for name in index)
+        assert not any(name.startswith("aten.") for name in found), found
     expected = AttentionSizes(tokens, 32, 8, 128, block_size, top_k)
-    for launches, works in ((forward, forward_work(expected)[2:]), (backward, backward_work(expected))):
-        beside = launches["split_spans"] + launches["add_groups"]
-        assert launches.total() - beside == sum(work.launches for work in works)
+    for found, works in ((forward, forward_work(expected)[2:]), (backward, backward_work(expected))):
+        beside = found["split_spans"] + found["add_groups"]
+        assert found.total() - beside == sum(work.launches for work in works)
 
 
 @pytest.mark.parametrize("documents", [None, 6])
