@@ -27,9 +27,9 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def saved_config(checkpoint: Path) -> Config:
     """The configuration a checkpoint was trained with, on one rank (any layout loads at any other, see `saved_layout`)
-    and with the backends that `auto` takes: those of training may not be here."""
+    and with the backends that `auto` takes, in their own workspace: those of training may not be here."""
     values = Manifest.read(checkpoint).config
-    attention = {**values["attention"], "backend": "auto", "full_backend": "auto"}
+    attention = {**values["attention"], "backend": "auto", "full_backend": "auto", "workspace_bytes": None}
     return config_from_dict({**values, "attention": attention, "parallel": ParallelConfig().model_dump()})
 
 

@@ -281,4 +281,9 @@ def _selection_checks(attention: AttentionConfig) -> list[tuple[bool, str]]:
             f"attention.backend = flash_moba chooses blocks by top_k of their mean keys, each query head for itself, "
             f"not by {names} of {attention.summary} (share_selection: {attention.share_selection}): use auto",
         ),
+        (
+            attention.workspace_bytes is not None and attention.backend in ("reference", "flash_moba"),
+            f"attention.workspace_bytes = {attention.workspace_bytes}: attention.backend = {attention.backend} cannot "
+            "be kept to a workspace; take it out, or use auto, triton or gathered",
+        ),
     ]

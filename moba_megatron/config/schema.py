@@ -116,6 +116,10 @@ class AttentionConfig(Section):
     """What computes full attention outside Transformer Engine layers and without context parallelism. `auto`: the
     first of flash-attn 3 (Hopper), flash-attn-4 (Hopper, Blackwell) and flash-attn 2 that is installed, else `torch`,
     PyTorch's choice among its fused kernels."""
+    workspace_bytes: int | None = Field(default=None, ge=1)
+    """Bytes of room for what MoBA keeps of the attention of past blocks until it is combined. Work is cut into passes
+    to fit; where it is cut changes the order of sums, so that it never depends on the memory that is free. Default: on
+    GPUs the size of a layer's queries, at least 2 GiB (2147483648); on CPUs a multiple of one key head's queries."""
 
     @property
     def selectors(self) -> set[str]:

@@ -41,6 +41,7 @@ class AttentionPlan:
             "backend": attention.backend,
             "full_backend": attention.full_backend,
             "exchange": {"moba": exchange.moba, "full": exchange.full},
+            "workspace_bytes": attention.workspace_bytes,
             "key_convolution": attention.key_convolution,
         }
 

@@ -229,6 +229,7 @@ def _build_chunk(
         backend=config.attention.backend,
         full_backend=config.attention.full_backend,
         exchange={"moba": exchange.moba or "auto", "full": exchange.full or "auto"},
+        workspace_bytes=config.attention.workspace_bytes,
         key_convolution=config.attention.key_convolution,
         pp_rank=pp_rank,
         vp_stage=vp_stage,

@@ -36,6 +36,7 @@ class ContextParallel:
             are taken, as megatron-core itself does.
         exchange: `auto` or a name in `EXCHANGES`, for both kinds of layers or by kind (`moba`, `full`).
         backend: what computes MoBA.
+        workspace_bytes: of every layer, see `moba_attention`.
 
     Raises:
         ValueError: an unknown exchange or kind, or the reference backend with another exchange than `a2a`.
@@ -47,9 +48,11 @@ class ContextParallel:
         pg_collection: ProcessGroupCollection | None,
         exchange: str | Mapping[str, str],
         backend: str,
+        workspace_bytes: int | None = None,
     ):
         self.exchange = _by_kind(exchange)
         self.backend = backend
+        self.workspace_bytes = workspace_bytes
         self._layer_groups: ContextGroups | None = None
         if config.context_parallel_size > 1:
             if backend == "reference" and self.exchange["moba"] not in ("auto", "a2a"):
@@ -107,6 +110,7 @@ class ContextParallel:
             softmax_scale=softmax_scale,
             backend=self.backend,
             selection=layer.selection,
+            workspace_bytes=self.workspace_bytes,
         )
 
     def __str__(self) -> str:

@@ -34,6 +34,7 @@ from torch import Tensor
 from moba_megatron.model.context_parallel import ContextParallel
 from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
 from moba_megatron.ops import full_attention, moba_attention
+from moba_megatron.ops.kept_layouts import equal_boundaries
 from moba_megatron.parallel.attention import ContextGroups
 
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
@@ -52,6 +53,7 @@ class MoBACoreAttention(MegatronModule):
             full layers run through the exchanges.
         exchange: what context-parallel ranks do, `auto` or a name of `parallel.exchanges`: one for both kinds, or
             `{"moba": ..., "full": ...}`. `auto` is decided at the first call, from the sizes of its tensors.
+        workspace_bytes: of MoBA, see `moba_attention`; under context parallelism of every layer.
 
     Raises:
         ValueError: for settings that are not MoBA: dropout in attention, a mask that is not causal, cross attention, a
@@ -75,6 +77,7 @@ class MoBACoreAttention(MegatronModule):
         backend: str = "auto",
         full_backend: str = "auto",
         exchange: str | Mapping[str, str] = "auto",
+        workspace_bytes: int | None = None,
     ):
         super().__init__(config=config)
         if full_backend != "auto" and config.context_parallel_size > 1:
@@ -84,12 +87,13 @@ class MoBACoreAttention(MegatronModule):
             )
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         _refuse_what_is_not_moba(config, layer_number, attn_mask_type, attention_type, dropout)
-        self.context = ContextParallel(config, pg_collection, exchange, backend)
+        self.context = ContextParallel(config, pg_collection, exchange, backend, workspace_bytes)
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         self.attention = attention
         self.backend = backend
         self.full_backend = full_backend
+        self.workspace_bytes = workspace_bytes
 
     def forward(
         self,
@@ -129,8 +133,7 @@ class MoBACoreAttention(MegatronModule):
         if batch == 1:
             return self._attend(query[:, 0], key[:, 0], value[:, 0], None, length, cp_groups).flatten(1).unsqueeze(1)
         # Context parallelism reads boundaries on the host.
-        device = "cpu" if cp_groups else query.device
-        boundaries = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+        boundaries = equal_boundaries(batch, length, torch.device("cpu") if cp_groups else query.device)
         packed = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
         output = self._attend(*packed, boundaries, length, cp_groups)
         return output.view(batch, local_length, -1).transpose(0, 1).contiguous()
@@ -152,8 +155,8 @@ class MoBACoreAttention(MegatronModule):
         if self.attention.kind == "full":
             return full_attention(q, k, v, cu_seqlens, backend=self.full_backend, **common)
         sizes = {"block_size": self.attention.block_size, "top_k": self.attention.top_k}
-        choice = self.attention.selection.settings
-        return moba_attention(q, k, v, cu_seqlens, **sizes, **choice, backend=self.backend, **common)
+        how = {"backend": self.backend, "workspace_bytes": self.workspace_bytes, **self.attention.selection.settings}
+        return moba_attention(q, k, v, cu_seqlens, **sizes, **how, **common)
 
     def _check_call(self, query, key, attention_mask, attn_mask_type, attention_bias) -> None:
         if attention_bias is not None:

@@ -57,6 +57,7 @@ def moba_layer_spec(
     backend: str = "auto",
     full_backend: str = "auto",
     exchange: str | Mapping[str, str] = "auto",
+    workspace_bytes: int | None = None,
     selector: str = "top_k",
     summary: str = "mean",
     threshold: float | None = None,
@@ -74,6 +75,7 @@ def moba_layer_spec(
         full_backend: what computes full attention, see `full_attention`.
         exchange: under context parallelism, how its ranks exchange: `auto`, `p2p`, `all_gather`, `a2a`, `a2a+p2p` or
             `dispatch`; or one of these for each kind, `{"moba": ..., "full": ...}`.
+        workspace_bytes: see `moba_attention`.
         selector, summary, threshold, share_selection: how past blocks are chosen, see `moba_attention`.
 
     Raises:
@@ -81,7 +83,12 @@ def moba_layer_spec(
     """
     attention = LayerAttention(kind, block_size, top_k, Selection(selector, summary, threshold, share_selection))
     core = functools.partial(
-        MoBACoreAttention, attention=attention, backend=backend, full_backend=full_backend, exchange=exchange
+        MoBACoreAttention,
+        attention=attention,
+        backend=backend,
+        full_backend=full_backend,
+        exchange=exchange,
+        workspace_bytes=workspace_bytes,
     )
     return with_core_attention(layer_spec, core)
 
@@ -117,6 +124,7 @@ def with_schedule(
     backend: str = "auto",
     full_backend: str = "auto",
     exchange: str | Mapping[str, str] = "auto",
+    workspace_bytes: int | None = None,
     key_convolution: int | None = None,
 ) -> ModuleSpec:
     """A copy of a layer spec that serves every layer of a schedule; the original stays as it is.
@@ -127,7 +135,7 @@ def with_schedule(
     Args:
         schedule: what every layer of the whole model attends to.
         stage: training stage, counted from 0, that the layers start with; `set_attention_stage` changes it later.
-        backend, full_backend, exchange: as for `moba_layer_spec`.
+        backend, full_backend, exchange, workspace_bytes: as for `moba_layer_spec`.
         key_convolution: width of a convolution of the keys, in every layer; None for none.
 
     Raises:
@@ -143,6 +151,7 @@ def with_schedule(
         backend=backend,
         full_backend=full_backend,
         exchange=exchange,
+        workspace_bytes=workspace_bytes,
     )
     layer = with_core_attention(layer_spec, core)
     if key_convolution is not None:
@@ -161,13 +170,14 @@ def scheduled_core_attention(
     backend: str = "auto",
     full_backend: str = "auto",
     exchange: str | Mapping[str, str] = "auto",
+    workspace_bytes: int | None = None,
     **arguments: Any,
 ) -> nn.Module:
     """Build the core attention of one layer of a schedule.
 
     Args:
         layer_number: counted from 1 over all pipeline stages, as megatron-core passes it.
-        schedule, stage, backend, full_backend, exchange: as for `with_schedule`.
+        schedule, stage, backend, full_backend, exchange, workspace_bytes: as for `with_schedule`.
         full_core: what builds the core attention of layers that are full in every stage. Default: ours.
         arguments: the others that megatron-core passes to a core attention.
 
@@ -190,6 +200,7 @@ def scheduled_core_attention(
         backend=backend,
         full_backend=full_backend,
         exchange=exchange,
+        workspace_bytes=workspace_bytes,
         **arguments,
     )
 
@@ -233,7 +244,8 @@ def block_spec(
         schedule: what every layer of the whole model attends to.
         pp_rank, vp_stage: which part of the model; `vp_stage` only with the interleaved schedule. Default: this
             process's pipeline rank.
-        settings: `stage`, `backend`, `full_backend`, `exchange` and `key_convolution`, as for `with_schedule`.
+        settings: `stage`, `backend`, `full_backend`, `exchange`, `workspace_bytes` and `key_convolution`, as for
+            `with_schedule`.
 
     Raises:
         ValueError: if the schedule has another number of layers than the model, or Transformer Engine is asked for and

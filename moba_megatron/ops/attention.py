@@ -16,7 +16,8 @@ from torch import Tensor
 from moba_megatron.ops.adapters import flash_moba_attention
 from moba_megatron.ops.backends import resolve_backend
 from moba_megatron.ops.dense import full_attention
-from moba_megatron.ops.layout import check_inputs, check_settings, layout_of
+from moba_megatron.ops.kept_layouts import layout_of
+from moba_megatron.ops.layout import check_inputs, check_settings
 from moba_megatron.ops.library import is_traced, traced_attention
 from moba_megatron.ops.precision import without_autocast
 from moba_megatron.ops.reference import reference_attend, reference_select
@@ -74,7 +75,7 @@ def moba_attention(
             work is cut by kv heads and ranges of tokens to fit, down to one token. An *entry*, one (query, head, past
             block), takes with `triton` D e + 12 bytes forward and D (e + 2) + 8 backward (e bytes of an element; what
             comes beside it: `ops.triton.attention`), with `gathered` D e + 40. None: `triton` takes q's size,
-            at least 256 MiB, `gathered` what two entries for each query row of one kv head need. Other backends
+            at least 2 GiB, `gathered` what two entries for each query row of one kv head need. Other backends
             refuse a number. The result is the same up to the rounding of sums.
 
     Returns:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class BlockLayout(TokenBlocks):
         cu_seqlens: int64 [docs + 1], document boundaries in tokens.
         first_block: int64 [docs + 1], pack-wide number of each document's first block; its last entry is the true M.
         document_T: int64 [T], document of each token.
+        device_forms: what backends make of it, by name, made once and kept with it (`triton.fragments.whole_pack`).
     """
 
     num_tokens: int
@@ -61,6 +63,7 @@ class BlockLayout(TokenBlocks):
     cu_seqlens: Tensor
     first_block: Tensor
     document_T: Tensor
+    device_forms: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def at(self, positions: Tensor) -> TokenBlocks:
         """The blocks of the tokens at these positions of the pack (int64, rising)."""
@@ -90,6 +93,10 @@ class BlockLayout(TokenBlocks):
     @functools.cached_property
     def _block_bounds(self) -> tuple[Tensor, Tensor]:
         # Blocks follow each other without a gap.
+        if self.cu_seqlens.numel() == 2:
+            size, device = self.block_size, self.cu_seqlens.device
+            starts = torch.arange(0, self.num_blocks * size, size, device=device).clamp_(max=self.num_tokens)
+            return starts, (starts + size).clamp_(max=self.num_tokens)
         blocks = torch.arange(self.num_blocks, device=self.cu_seqlens.device)
         document = torch.searchsorted(self.first_block[1:], blocks, right=True).clamp_(max=self.cu_seqlens.numel() - 2)
         starts = self.cu_seqlens[document] + (blocks - self.first_block[document]) * self.block_size
@@ -145,10 +152,7 @@ def block_layout(
     [(0, 2, 2), (4, 1, 1), (5, 1, 2)]
     """
     if cu_seqlens is None:
-        # Made on the device: copying numbers there would make the host wait.
-        cu_seqlens = torch.arange(2, device=device) * num_tokens
-        longest = num_tokens
-        num_blocks = -(-num_tokens // block_size)
+        return _one_document(num_tokens, block_size, device)
     cu = cu_seqlens.to(torch.int64)
     blocks_of_document = (cu[1:] - cu[:-1] + block_size - 1) // block_size
     first_block = torch.cat([cu.new_zeros(1), blocks_of_document.cumsum(0)])
@@ -175,9 +179,22 @@ def block_layout(
     )
 
 
-def layout_of(tensor: Tensor, cu_seqlens: Tensor | None, block_size: int, max_seqlen: int | None) -> BlockLayout:
-    """`block_layout` of the pack whose tokens are the rows of a tensor."""
-    return block_layout(tensor.shape[0], block_size, cu_seqlens, max_seqlen=max_seqlen, device=tensor.device)
+def _one_document(num_tokens: int, block_size: int, device: torch.device | str | None) -> BlockLayout:
+    num_blocks = -(-num_tokens // block_size)
+    # Made on the device: copying numbers there would make the host wait.
+    ends = torch.arange(2, device=device)
+    zeros_T = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+    return BlockLayout(
+        num_tokens=num_tokens,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        max_blocks=num_blocks,
+        cu_seqlens=ends * num_tokens,
+        first_block=ends * num_blocks,
+        document_T=zeros_T,
+        block_T=torch.arange(num_tokens, device=device) // block_size,
+        first_block_T=zeros_T,
+    )
 
 
 def check_inputs(tensors: dict[str, Tensor], cu_seqlens: Tensor | None) -> None:

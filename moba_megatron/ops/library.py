@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from moba_megatron.ops.layout import BlockLayout, check_cu_seqlens, layout_of
+from moba_megatron.ops.kept_layouts import layout_of
+from moba_megatron.ops.layout import BlockLayout, check_cu_seqlens
 from moba_megatron.ops.pairs import attended_pairs, scored_pairs
 from moba_megatron.ops.precision import score_dtype
 from moba_megatron.ops.selection import Selection

@@ -96,6 +96,7 @@ def context_attention(
     softmax_scale: float | None = None,
     backend: str = "auto",
     selection: Selection = MOBA,
+    workspace_bytes: int | None = None,
 ) -> Tensor:
     """Attention of this rank's queries over the keys of all ranks. All ranks of the group call it together.
 
@@ -111,6 +112,7 @@ def context_attention(
         backend: as for `moba_attention`. Fragments of blocks, which every exchange but `a2a` has, need `gathered` or
             `triton`.
         selection: how past blocks are chosen; no effect in full attention.
+        workspace_bytes: room of each partial attention, see `moba_attention`; no effect in full attention under `a2a`.
 
     Returns:
         [t, N, D] in q's dtype. Differentiable in q, k and v; selection is a constant.
@@ -122,7 +124,7 @@ def context_attention(
     if (block_size is None) != (top_k is None):
         raise ValueError(f"block_size = {block_size} and top_k = {top_k}: give both (MoBA) or none (full attention)")
     if block_size is not None and top_k is not None:
-        check_settings(block_size, top_k)
+        check_settings(block_size, top_k, workspace_bytes)
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange = {exchange!r}: choose one of {', '.join(EXCHANGES)}")
     kind, size = EXCHANGES[exchange], cp_groups.whole.size()
@@ -136,12 +138,28 @@ def context_attention(
     if levels[1] > 1 and not has_steps(name):
         raise ValueError(f"backend {name!r} holds whole packs: with exchange {exchange!r} use gathered, or use a2a")
     scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else float(softmax_scale)
+    if workspace_bytes is not None and block_size is not None and not has_steps(name):
+        raise ValueError(
+            f"workspace_bytes = {workspace_bytes}: backend {name!r} cannot be kept to a workspace; leave it out, or "
+            "use triton or gathered"
+        )
     if q.shape[0] == 0:
         # No rows on any rank, but the graph stays connected.
         return q + (k.sum() + v.sum()).to(q.dtype)
     if not kind.trades_heads:
         return _between_shards(
-            q, k, v, boundaries, cp_groups.whole, kind, levels, block_size, top_k, scale, steps_of(name, selection)
+            q,
+            k,
+            v,
+            boundaries,
+            cp_groups.whole,
+            kind,
+            levels,
+            block_size,
+            top_k,
+            scale,
+            steps_of(name, selection),
+            workspace_bytes,
         )
     wire = Wire(cp_groups.inner if kind.two_levels else cp_groups.whole)
     shard = cp_groups.whole.rank() // levels[0]
@@ -150,7 +168,18 @@ def context_attention(
     q, k, v = to_heads(wire, order, q, k, v)
     if levels[1] > 1:
         out = _between_shards(
-            q, k, v, boundaries, cp_groups.outer, kind, levels, block_size, top_k, scale, steps_of(name, selection)
+            q,
+            k,
+            v,
+            boundaries,
+            cp_groups.outer,
+            kind,
+            levels,
+            block_size,
+            top_k,
+            scale,
+            steps_of(name, selection),
+            workspace_bytes,
         )
     else:
         whole = {"cu_seqlens": boundaries_on(q.device, values), "softmax_scale": scale, "max_seqlen": _longest(values)}
@@ -158,7 +187,8 @@ def context_attention(
             out = full_attention(q, k, v, **whole)
         else:
             sizes = {"block_size": block_size, "top_k": top_k}
-            out = moba_attention(q, k, v, **whole, **sizes, backend=backend, **selection.settings)
+            how = {"backend": backend, "workspace_bytes": workspace_bytes, **selection.settings}
+            out = moba_attention(q, k, v, **whole, **sizes, **how)
     return to_tokens(wire, order, out)
 
 
@@ -192,12 +222,13 @@ def _between_shards(
     top_k: int | None,
     scale: float,
     steps: Steps,
+    workspace_bytes: int | None,
 ) -> Tensor:
     assert kind.between is not None, f"{kind.name} leaves shards"
     wire = Wire(group)
     plan = plan_context(boundaries, block_size, levels, wire.rank, q.device)
     num_past = 0 if top_k is None else min(top_k, plan.layout.max_blocks) - 1
-    return _ContextAttention.apply(q, k, v, plan, wire, kind.between(wire), num_past, scale, steps)
+    return _ContextAttention.apply(q, k, v, plan, wire, kind.between(wire), num_past, scale, steps, workspace_bytes)
 
 
 class _ContextAttention(torch.autograd.Function):
@@ -215,6 +246,7 @@ class _ContextAttention(torch.autograd.Function):
         num_past: int,
         scale: float,
         steps: Steps,
+        workspace_bytes: int | None,
     ) -> Tensor:
         q = q.contiguous()
         dtype = score_dtype(q.dtype)
@@ -226,14 +258,20 @@ class _ContextAttention(torch.autograd.Function):
         nothing = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device=q.device)
         summaries = SummaryExchange(plan, wire, k, steps.summary) if num_past and steps.summary else None
         own_keys = Keys(k, v, q.shape[1] // k.shape[1])
-        _attend(steps, PartialAttention(queries, own_keys, nothing, plan.own_blocks), scale)
+        _attend(steps, PartialAttention(queries, own_keys, nothing, plan.own_blocks), scale, workspace_bytes)
         gathered = summaries.wait() if summaries else None
         ids = steps.select_past(q, gathered, plan.queries, num_past) if num_past else nothing
         for partial in exchange.forward(plan, queries, k, v, ids):
-            _attend(steps, partial, scale)
+            _attend(steps, partial, scale, workspace_bytes)
         out = queries.out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, queries.lse, ids)
-        ctx.plan, ctx.exchange, ctx.scale, ctx.steps = plan, exchange, scale, steps
+        ctx.plan, ctx.exchange, ctx.scale, ctx.steps, ctx.workspace_bytes = (
+            plan,
+            exchange,
+            scale,
+            steps,
+            workspace_bytes,
+        )
         return out
 
     @staticmethod
@@ -246,18 +284,20 @@ class _ContextAttention(torch.autograd.Function):
         queries = Queries(q, lse, out, do, ctx.steps.output_delta(do, out), dq)
         dkv = torch.zeros(2, *k.shape, dtype=lse.dtype, device=k.device)
         for partial in ctx.exchange.backward(ctx.plan, queries, k, v, ids, dkv):
-            _attend_backward(ctx.steps, partial, ctx.scale)
-        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), *[None] * 6
+            _attend_backward(ctx.steps, partial, ctx.scale, ctx.workspace_bytes)
+        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), *[None] * 7
 
 
-def _attend(steps: Steps, partial: PartialAttention, scale: float) -> None:
+def _attend(steps: Steps, partial: PartialAttention, scale: float, workspace_bytes: int | None) -> None:
     queries = partial.queries
-    steps.accumulate(queries.q, partial.keys, partial.ids, partial.fragment, scale, queries.out, queries.lse)
+    steps.accumulate(
+        queries.q, partial.keys, partial.ids, partial.fragment, scale, queries.out, queries.lse, workspace_bytes
+    )
 
 
-def _attend_backward(steps: Steps, partial: PartialAttention, scale: float) -> None:
+def _attend_backward(steps: Steps, partial: PartialAttention, scale: float, workspace_bytes: int | None) -> None:
     queries = partial.queries
     steps.accumulate_backward(
         queries.do, queries.q, partial.keys, partial.ids, partial.fragment, scale,
-        queries.out, queries.lse, queries.delta, queries.dq, partial.dk, partial.dv,
+        queries.out, queries.lse, queries.delta, queries.dq, partial.dk, partial.dv, workspace_bytes,
     )  # fmt: skip

@@ -22,6 +22,10 @@ from moba_megatron.ops.kernel_sizes import (
     SHORT_BLOCK,
     SPLIT_ENTRIES,
     SPLIT_ENTRIES_PER_KEY,
+    backward_entry_bytes,
+    default_workspace,
+    forward_entry_bytes,
+    pass_sizes,
     screens,
 )
 from moba_megatron.ops.pairs import attended_pairs, chosen_blocks, scored_pairs
@@ -44,6 +48,8 @@ SCREEN_INSTRUCTIONS, SCREEN_INSTRUCTIONS_PER_PAST = 19, 1800
 # Query rows of a routing tile without screening; blocks that screening lists for each that is chosen.
 ROUTE_ROWS, LISTED_PER_PAST = 64, 1.15
 LAUNCH_SECONDS = 5e-6
+# Counting, ranking of chunks, splits, scattering.
+INDEX_LAUNCHES = 4
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,21 @@ class AttentionSizes:
         """Size of one row of q."""
         return self.head_size * self.element_bytes
 
+    def passes(self, entry_bytes: int) -> int:
+        """Passes into which the default workspace cuts a call, for so many bytes of it an entry."""
+        each, slots = self.heads // self.kv_heads, self.top_k - 1
+        room = default_workspace(self.query_bytes)
+        heads, tokens = pass_sizes(self.tokens, self.kv_heads, each, slots, entry_bytes, room)
+        return -(-self.kv_heads // heads) * -(-self.tokens // tokens)
+
+    @property
+    def forward_passes(self) -> int:
+        return self.passes(forward_entry_bytes(self.head_size, self.element_bytes))
+
+    @property
+    def backward_passes(self) -> int:
+        return self.passes(backward_entry_bytes(self.head_size, self.element_bytes))
+
     @property
     def short(self) -> bool:
         return self.block_size <= SHORT_BLOCK
@@ -185,22 +206,25 @@ def forward_work(sizes: AttentionSizes) -> list[Work]:
     means = blocks * sizes.kv_heads * size * 4
     partial = size * sizes.partial_bytes + 4  # and its log-sum-exp
     statistics = sizes.tokens * sizes.heads * 4
+    passes = sizes.forward_passes
     # An index entry names the row to gather.
     return [
         Work("means", stream_bytes=sizes.key_bytes / 2 + means),
         *route_work(sizes),
-        Work("index", stream_bytes=16 * slots, launches=5),
+        Work("index", stream_bytes=16 * slots, launches=INDEX_LAUNCHES * passes),
         Work(
             "past blocks, short" if sizes.short else "past blocks, long",
             4 * size * sizes.past_pairs,
             entries * (sizes.row_bytes + partial),
             sizes.key_bytes + 4 * entries,
+            launches=passes,
         ),
         Work(
             "own block + combine",
             4 * size * sizes.own_pairs,
             entries * partial,
             2 * sizes.query_bytes + sizes.key_bytes + statistics,
+            launches=passes,
         ),
     ]
 
@@ -217,20 +241,33 @@ def backward_work(sizes: AttentionSizes, fused: bool | None = None) -> list[Work
     # dk and dv are summed in fp32.
     sums = sizes.key_bytes / sizes.element_bytes * 4
     summing = keys + sizes.sum_bytes + 2 * sums
+    passes = sizes.backward_passes
+    own_keys = min(passes, sizes.kv_heads)  # once for the kv heads of a pass, whatever its tokens
     if sizes.short if fused is None else fused:
-        past = [Work("past blocks: dk, dv, dq", 10 * size * sizes.past_pairs, rows + entries * partial, summing)]
+        past = [
+            Work(
+                "past blocks: dk, dv, dq", 10 * size * sizes.past_pairs, rows + entries * partial, summing,
+                launches=2 * passes,
+            )
+        ]  # fmt: skip
     else:
         past = [
-            Work("past blocks: dk, dv", 8 * size * sizes.past_pairs, rows, summing),
-            Work("past blocks: dq", 6 * size * sizes.past_pairs, rows + entries * partial, keys),
+            Work("past blocks: dk, dv", 8 * size * sizes.past_pairs, rows, summing, launches=2 * passes),
+            Work("past blocks: dq", 6 * size * sizes.past_pairs, rows + entries * partial, keys, launches=passes),
         ]
     own = 2 * sizes.query_bytes + sizes.key_bytes + statistics
     return [
         Work("delta", stream_bytes=2 * sizes.query_bytes + statistics / 2),
-        Work("index", stream_bytes=16 * slots, launches=5),
+        Work("index", stream_bytes=16 * slots, launches=INDEX_LAUNCHES * passes),
         *past,
-        Work("own block: dk, dv", 8 * size * sizes.own_pairs, 0, own + sums + sizes.key_bytes),
-        Work("own block: dq + combine", 6 * size * sizes.own_pairs, entries * partial, own + sizes.query_bytes),
+        Work("own block: dk, dv", 8 * size * sizes.own_pairs, 0, own + sums + sizes.key_bytes, launches=own_keys),
+        Work(
+            "own block: dq + combine",
+            6 * size * sizes.own_pairs,
+            entries * partial,
+            own + sizes.query_bytes,
+            launches=passes,
+        ),
     ]
 
 

@@ -55,8 +55,8 @@ class LayerBytes:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one rank that every formula here needs; `experts` and `shared`, the width of the shared expert, are of
-    layers with experts."""
+    """Sizes of one rank that every formula here needs; `workspace_bytes` as in the settings; `experts` and `shared`,
+    the width of the shared expert, are of layers with experts."""
 
     tokens: int
     hidden: int
@@ -67,6 +67,7 @@ class Shape:
     width: int
     norm_split: int
     cuda: bool
+    workspace_bytes: int | None = None
     experts: ExpertShape | None = None
     shared: int = 0
     shared_gate: bool = False
@@ -85,6 +86,7 @@ class Shape:
             width=2 if config.training.precision == "bf16" else 4,
             norm_split=tensor if config.parallel.sequence else 1,
             cuda=device_type == "cuda",
+            workspace_bytes=config.attention.workspace_bytes,
             experts=ExpertShape.of(config),
             shared=(model.moe_shared_expert_intermediate_size or 0) // tensor,
             shared_gate=model.moe_shared_expert_gate,
@@ -180,10 +182,11 @@ def attention_backward_bytes(shape: Shape, layer: LayerAttention) -> int:
     if layer.kind == "full":
         return gradients
     if shape.cuda:
-        return gradients + default_workspace(queries * width)
+        return gradients + (shape.workspace_bytes or default_workspace(queries * width))
     rows = t * shape.heads // shape.kv_heads
-    entries = min(default_entries(rows), t * shape.heads * (layer.top_k - 1))
-    return gradients + entries * (size * width + ENTRY_BYTES) + 4 * queries
+    entries, entry_bytes = t * shape.heads * (layer.top_k - 1), size * width + ENTRY_BYTES
+    room = shape.workspace_bytes or default_entries(rows) * entry_bytes
+    return gradients + min(room, entries * entry_bytes) + 4 * queries
 
 
 def exchange_bytes(config: Config, shape: Shape, layer: LayerAttention, exchange: str | None) -> int:

@@ -28,7 +28,13 @@ ENDED = "ended with code "
 # By SIGTERM, SIGKILL (a job's end, too little memory) and Ctrl-C: as `Popen` and as a shell tell it.
 _ASKED_TO_STOP = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT, 143, 137, 130)
 
-_FREE = ("model.max_position_embeddings", "attention.backend", "attention.full_backend", "evaluation.every")
+_FREE = (
+    "model.max_position_embeddings",
+    "attention.backend",
+    "attention.full_backend",
+    "attention.workspace_bytes",
+    "evaluation.every",
+)
 
 
 @dataclass(frozen=True)

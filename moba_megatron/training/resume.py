@@ -24,6 +24,7 @@ FREE = (
     "model.export_as",
     "attention.backend",
     "attention.full_backend",
+    "attention.workspace_bytes",
     "parallel",
     "training.stop_after",
     "training.micro_batch_size",

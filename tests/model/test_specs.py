@@ -43,7 +43,7 @@ def test_only_the_core_attention_of_the_copy_changes():
     ours = specs.moba_layer_spec(stock, block_size=8, top_k=2, backend="reference")
     assert core(stock) is DotProductAttention
     assert core(ours).func is MoBACoreAttention
-    backends = {"backend": "reference", "full_backend": "auto"}
+    backends = {"backend": "reference", "full_backend": "auto", "workspace_bytes": None}
     assert core(ours).keywords == {"attention": MOBA, "exchange": "auto", **backends}
     assert ours.submodules.self_attention.module is stock.submodules.self_attention.module
     for field in dataclasses.fields(stock.submodules):

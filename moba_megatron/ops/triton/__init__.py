@@ -6,7 +6,8 @@
 | `routing` | scores and the best past blocks in one pass |
 | `fragments` | which keys queries see, as tensors of boundaries |
 | `passes` | the work of a call, cut to fit a workspace |
-| `index` | entries sorted by (kv head, kv block): count, prefix sum, scatter; and splits |
+| `index` | entries sorted by (kv head, kv block): count, prefix sums, scatter |
+| `splits` | entries and spans cut into the work of programs |
 | `past`, `causal` | forward of past blocks and of own blocks |
 | `backward_dkdv`, `backward_dq` | delta, dk, dv and dq of both |
 | `combine` | partial results combined, in order |

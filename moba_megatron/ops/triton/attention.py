@@ -8,8 +8,8 @@ bits.
 
 Inputs, outputs and gradients aside, memory is the workspace of one pass, in bytes
 
-    forward     E (D e + 12)        + 8 L C
-    backward    E (D (e + 2) + 8)   + 8 L C + 16 D S g
+    forward     E (D e + 12)        + 4 L C
+    backward    E (D (e + 2) + 8)   + 4 L C + 16 D S g
 
 with E = query heads x tokens x slots of the pass, e bytes of an element, L = kv heads of the pass x kv blocks, C at
 most 1024 / kv heads of the pass, S rows of all kv blocks and g kv heads of the pass; and a few times 8 bytes for each
@@ -31,15 +31,15 @@ from moba_megatron.ops.attend_function import with_gradients
 from moba_megatron.ops.fragments import Fragment, Keys
 from moba_megatron.ops.layout import BlockLayout
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.backward_dkdv import causal_backward_dkdv, past_backward_dkdv
-from moba_megatron.ops.triton.backward_dq import causal_backward_dq, output_delta, past_backward_dq
+from moba_megatron.ops.triton.backward_dkdv import causal_backward_dkdv, dkdv_cut, past_backward_dkdv, writes_dq
+from moba_megatron.ops.triton.backward_dq import causal_backward_dq, dq_cut, output_delta, past_backward_dq
 from moba_megatron.ops.triton.causal import causal_forward
 from moba_megatron.ops.triton.combine import combine_backward_dq, combine_forward
 from moba_megatron.ops.triton.devices import on_its_device
 from moba_megatron.ops.triton.fragments import DeviceFragment, on_device, whole_pack
 from moba_megatron.ops.triton.index import build_index
 from moba_megatron.ops.triton.passes import Pass, QueryRows, backward_entry_bytes, forward_entry_bytes, passes
-from moba_megatron.ops.triton.past import past_forward
+from moba_megatron.ops.triton.past import forward_cut, past_forward
 
 
 def _readable(keys: Keys) -> Keys:
@@ -48,6 +48,10 @@ def _readable(keys: Keys) -> Keys:
     if k.stride() != v.stride():
         k, v = k.contiguous(), v.contiguous()
     return Keys(k, v, keys.qheads_per_kvhead, keys.first_kv_head)
+
+
+def _contiguous(*tensors: Tensor) -> bool:
+    return all(x.is_contiguous() for x in tensors)
 
 
 def _has_entries(work: Pass, fragment: DeviceFragment) -> bool:
@@ -60,7 +64,7 @@ def _past_partials(
     """Partial outputs [E, D], log-sum-exps [E] and kv blocks [E] of a pass; None where there is nothing to attend."""
     if not _has_entries(work, fragment):
         return None
-    index = build_index(work, ids_TNK, fragment)
+    index = build_index(work, ids_TNK, fragment, forward_cut(q_TND, fragment.kv_blocks.longest))
     partial_out_ED = q_TND.new_empty(work.num_entries, q_TND.shape[2])
     partial_lse_E = torch.empty(work.num_entries, dtype=torch.float32, device=q_TND.device)
     past_forward(q_TND, keys, index, fragment, softmax_scale, partial_out_ED, partial_lse_E)
@@ -147,17 +151,23 @@ def _backward(
         dv_SGD.zero_()
     for work in passes(rows.q, keys, ids_TNK.shape[2], fragment, backward_entry_bytes(rows.q), workspace_bytes):
         if work.tokens.start == 0:
-            dkv = torch.zeros(2, shape[0], work.num_kv_heads, shape[2], dtype=torch.float32, device=rows.q.device)
+            room = torch.empty if fragment.covers_keys else torch.zeros
+            dkv = room(2, shape[0], work.num_kv_heads, shape[2], dtype=torch.float32, device=rows.q.device)
             causal_backward_dkdv(rows, keys, work, fragment, softmax_scale, dkv[0], dkv[1])
-        partials = _past_backward(rows, keys, ids_TNK, work, fragment, softmax_scale, dkv)
+        last = work.tokens.stop == rows.q.shape[0]
+        # Sums of the last range of tokens are the results, written as they are added.
+        finishes = last and fragment.covers_keys and _has_entries(work, fragment) and _contiguous(dk_SGD, dv_SGD)
+        finished = (dk_SGD, dv_SGD) if finishes else None
+        partials = _past_backward(rows, keys, ids_TNK, work, fragment, softmax_scale, dkv, finished)
         causal_backward_dq(
             rows, keys, work, fragment, softmax_scale, None if add_to_dq else partials, dq_TND, add_to_dq
         )
         if add_to_dq and partials is not None:
             combine_backward_dq(work, partials, dq_TND)
         del partials  # the next pass may fill the workspace
-        if work.tokens.stop == rows.q.shape[0]:
-            dk_SGD[:, work.kv_heads], dv_SGD[:, work.kv_heads] = dkv[0], dkv[1]
+        if last:
+            if not finishes:
+                dk_SGD[:, work.kv_heads], dv_SGD[:, work.kv_heads] = dkv[0], dkv[1]
             dkv = None
 
 
@@ -169,14 +179,20 @@ def _past_backward(
     fragment: DeviceFragment,
     softmax_scale: float,
     dkv: Tensor,
+    finished: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor] | None:
-    """Add dk and dv of a pass's kv blocks; returns partial dq [E, D] and kv blocks [E], None for none."""
+    """Add dk and dv of a pass's kv blocks, or write the `finished` ones; returns partial dq [E, D] and kv blocks [E],
+    None for none."""
     if not _has_entries(work, fragment):
         return None
-    index = build_index(work, ids_TNK, fragment)
+    longest = fragment.kv_blocks.longest
+    fused = writes_dq(rows.q, longest)
+    cuts = (dkdv_cut(rows.q, longest), None if fused else dq_cut(rows.q, longest))
+    index = build_index(work, ids_TNK, fragment, *cuts)
     partial_dq_ED = rows.q.new_empty(work.num_entries, rows.q.shape[2])
-    fused = config.holds_kv_block_for("past_dkdv_dq", rows.q, fragment.kv_blocks.longest)
-    past_backward_dkdv(rows, keys, index, fragment, softmax_scale, dkv[0], dkv[1], partial_dq_ED if fused else None)
+    past_backward_dkdv(
+        rows, keys, index, fragment, softmax_scale, dkv[0], dkv[1], partial_dq_ED if fused else None, finished
+    )
     if not fused:
         past_backward_dq(rows, keys, index, fragment, softmax_scale, partial_dq_ED)
     return partial_dq_ED, index.entry_kv_blocks

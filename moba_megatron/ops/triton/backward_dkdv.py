@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.combine import combine_backward_dkdv, room_for_partials
+from moba_megatron.ops.triton.combine import combine_backward_dkdv
 from moba_megatron.ops.triton.common import (
     COUNTS,
     LOG2_E,
@@ -38,8 +38,9 @@ from moba_megatron.ops.triton.common import (
     store_rows,
 )
 from moba_megatron.ops.triton.fragments import DeviceFragment
-from moba_megatron.ops.triton.index import Index, cut_entries, cut_spans, entries_of_split, rows_of_entries
+from moba_megatron.ops.triton.index import Cut, Index, entries_of_split, rows_of_entries
 from moba_megatron.ops.triton.passes import Pass, QueryRows
+from moba_megatron.ops.triton.splits import cut_spans
 
 
 @triton.jit
@@ -224,6 +225,17 @@ def causal_backward_dkdv(
     )  # fmt: skip
 
 
+def writes_dq(q_TND: Tensor, longest: int) -> bool:
+    """Whether `past_backward_dkdv` can write dq as well, where the longest kv block has so many keys."""
+    return config.holds_kv_block_for("past_dkdv_dq", q_TND, longest)
+
+
+def dkdv_cut(q_TND: Tensor, longest: int) -> Cut:
+    """How `past_backward_dkdv` wants the entries cut, where the longest kv block has so many keys."""
+    name = "past_dkdv_dq" if writes_dq(q_TND, longest) else "past_dkdv"
+    return Cut(config.split_size(name, config.tiles_for(name, q_TND, longest), longest), longest)
+
+
 def past_backward_dkdv(
     rows: QueryRows,
     keys: Keys,
@@ -233,29 +245,29 @@ def past_backward_dkdv(
     dk_SGD: Tensor,
     dv_SGD: Tensor,
     partial_dq_ED: Tensor | None,
+    finished: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Add the kv blocks' dk and dv for the entries of a pass to fp32 [S, G, D].
 
     Args:
+        index: whose first cut is `dkdv_cut`.
         partial_dq_ED: where not None, the entries' dq are written there too, in the inputs' dtype (short kv blocks
             only).
+        finished: see `combine.combine_backward_dkdv`.
     """
     work, kv_blocks, size = index.work, fragment.kv_blocks, rows.q.shape[2]
     name = "past_dkdv" if partial_dq_ED is None else "past_dkdv_dq"
     tiles = config.tiles_for(name, rows.q, kv_blocks.longest)
-    splits = cut_entries(index, config.split_size(name, tiles, kv_blocks.longest))
-    if splits.count == 0:
-        return
-    partial_start, num_partials = room_for_partials(index, splits, kv_blocks)
-    partial_dk, partial_dv = torch.empty(2, num_partials, size, dtype=torch.float32, device=rows.q.device)
+    splits = index.splits[0]
+    partial_dk, partial_dv = torch.empty(2, index.num_partials, size, dtype=torch.float32, device=rows.q.device)
     key_tiles = triton.cdiv(kv_blocks.longest, tiles["BLOCK_N"])
     first = work.kv_heads.start
     past_dkdv[(key_tiles, *config.spread(splits.count))](
         rows.q, keys.k[:, first:], keys.v[:, first:], rows.do, rows.lse, rows.delta, kv_blocks.start, kv_blocks.end,
-        index.order, index.cu_entries, splits.split_of, splits.cu_splits, partial_start, partial_dk, partial_dv,
+        index.order, index.cu_entries, splits.split_of, splits.cu_splits, index.partial_start, partial_dk, partial_dv,
         partial_dk if partial_dq_ED is None else partial_dq_ED, softmax_scale, keys.k.stride(0), keys.k.stride(1),
         index.num_head_blocks, index.num_kv_blocks, work.num_slots, splits.count, splits.size,
         work.tokens.start, work.num_tokens, work.first_kv_head, rows.q.shape[1], work.qheads_per_kvhead,
         WRITE_DQ=partial_dq_ED is not None, **tiles,
     )  # fmt: skip
-    combine_backward_dkdv(index, splits, kv_blocks, partial_start, partial_dk, partial_dv, dk_SGD, dv_SGD)
+    combine_backward_dkdv(index, kv_blocks, partial_dk, partial_dv, dk_SGD, dv_SGD, finished)

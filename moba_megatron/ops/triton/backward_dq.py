@@ -32,8 +32,9 @@ from moba_megatron.ops.triton.common import (
 )
 from moba_megatron.ops.triton.devices import on_its_device
 from moba_megatron.ops.triton.fragments import DeviceFragment
-from moba_megatron.ops.triton.index import Index, cut_entries, cut_spans, entries_of_split, rows_of_entries
+from moba_megatron.ops.triton.index import Cut, Index, entries_of_split, rows_of_entries
 from moba_megatron.ops.triton.passes import Pass, QueryRows
+from moba_megatron.ops.triton.splits import cut_spans
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -200,6 +201,11 @@ def output_delta(do_TND: Tensor, out_TND: Tensor) -> Tensor:
     return delta_TN
 
 
+def dq_cut(q_TND: Tensor, longest: int) -> Cut:
+    """How `past_backward_dq` wants the entries cut, where the longest kv block has so many keys."""
+    return Cut(config.split_size("past_dq", config.tiles_for("past_dq", q_TND, longest)))
+
+
 def past_backward_dq(
     rows: QueryRows,
     keys: Keys,
@@ -208,13 +214,11 @@ def past_backward_dq(
     softmax_scale: float,
     partial_dq_ED: Tensor,
 ) -> None:
-    """Write the partial dq of every attended entry of a pass, in the inputs' dtype."""
+    """Write the partial dq of every attended entry of a pass, in the inputs' dtype. The last cut of the index is
+    `dq_cut`."""
     work, kv_blocks = index.work, fragment.kv_blocks
     tiles = config.tiles_for("past_dq", rows.q, kv_blocks.longest)
-    splits = cut_entries(index, config.split_size("past_dq", tiles))
-    if splits.count == 0:
-        return
-    first = work.kv_heads.start
+    splits, first = index.splits[-1], work.kv_heads.start
     past_dq[(splits.count,)](
         rows.q, keys.k[:, first:], keys.v[:, first:], rows.do, rows.lse, rows.delta, kv_blocks.start, kv_blocks.end,
         index.order, index.cu_entries, splits.split_of, splits.cu_splits, partial_dq_ED,

@@ -30,6 +30,7 @@ from moba_megatron.ops.triton import (
     past,
     routing,
     screening,
+    splits,
     summaries,
 )
 
@@ -40,7 +41,7 @@ NUM_PAST = (1, 2, 7, 15, 31, 63)
 
 ELEMENTS = (
     "q_ptr", "k_ptr", "v_ptr", "do_ptr", "partial_out_ptr", "partial_dq_ptr", "planes_ptr", "centred_ptr", "out_ptr",
-    "dq_ptr",
+    "dq_ptr", "result_dk_ptr", "result_dv_ptr",
 )  # fmt: skip
 SUMS = (
     "lse_ptr", "delta_ptr", "partial_lse_ptr", "means_ptr", "dk_ptr", "dv_ptr", "partial_dk_ptr", "partial_dv_ptr",
@@ -48,11 +49,11 @@ SUMS = (
 )  # fmt: skip
 INT32 = (
     "ids_ptr", "entry_kv_block_ptr", "counts_ptr", "offsets_ptr", "order_ptr", "cu_entries_ptr", "split_of_ptr",
-    "kv_block_of_block_ptr", "own_kv_block_ptr", "lengths_ptr", "flags_ptr",
+    "kv_block_of_block_ptr", "own_kv_block_ptr", "lengths_ptr", "flags_ptr", "totals_ptr", "other_split_of_ptr",
 )  # fmt: skip
 INT64 = (
     "block_start_ptr", "block_end_ptr", "span_start_ptr", "span_end_ptr", "kv_block_start_ptr", "kv_block_end_ptr",
-    "cu_splits_ptr", "partial_start_ptr", "first_block_ptr", "block_ptr",
+    "cu_splits_ptr", "other_cu_splits_ptr", "partial_start_ptr", "first_block_ptr", "block_ptr",
 )  # fmt: skip
 FLOATS = ("softmax_scale", "plane_shrink", "plane_step")
 # Integers that are multiples of 16, as strides of rows and heads are.
@@ -84,6 +85,7 @@ class Configuration:
     def element_type(self) -> str:
         """Of the rows that it reads, in Triton's notation."""
         names = ("q_ptr", "k_ptr", "partial_out_ptr", "partial_dq_ptr", "do_ptr", "planes_ptr", "centred_ptr")
+        names += ("result_dk_ptr",)
         return next((self.signature[name] for name in names if name in self.signature), "*fp32")[1:]
 
     def __str__(self) -> str:
@@ -163,6 +165,11 @@ def _cases(
     for first, table, own in ((1, 0, 0), (1, 1, 0), (1, 1, 1), (0, 0, 0)):
         flags = {"HAS_FIRST": bool(first), "HAS_TABLE": bool(table), "HAS_OWN": bool(own)}
         yield _Case(index.count_entries, config.tiles("count_entries") | flags)
+    yield _Case(index.rank_chunks, config.tiles("rank_chunks"))
+    # Forward; backward of short kv blocks, and of long ones.
+    for sums, other in ((False, False), (True, False), (True, True)):
+        yield _Case(splits.split_entries, config.tiles("split_entries") | {"SUMS": sums, "OTHER": other})
+    yield _Case(splits.split_spans, config.tiles("split_spans"))
     yield _Case(index.scatter_entries, config.tiles("scatter_entries"))
     for dtype in dtypes:
         for size in head_sizes:
@@ -172,8 +179,14 @@ def _cases(
 
 
 def _rows(dtype: torch.dtype, size: int, num_past: Sequence[int], architecture: int) -> Iterator[_Case]:
-    for kernel in (summaries.block_means, combine.combine_dkdv, backward_dq.output_delta_rows):
+    for kernel in (summaries.block_means, backward_dq.output_delta_rows):
         yield _Case(kernel, config.tiles(kernel.__name__, dtype, size, architecture=architecture), dtype)
+    # Sums of a range of tokens stay in fp32; the last are written as results. Their tiles are those of fp32.
+    for types in ({"result_dk_ptr": "*fp32", "result_dv_ptr": "*fp32"}, {}):
+        settings = config.tiles("combine_dkdv", dtype, size, architecture=architecture)
+        yield _Case(combine.combine_dkdv, settings | {"GROUP": config.ADD_AT_ONCE}, dtype, types)
+    settings = config.tiles("add_groups", dtype, size, architecture=architecture)
+    yield _Case(combine.add_groups, settings | {"GROUP": config.ADD_AT_ONCE}, dtype)
     # Fragments are combined with outputs in fp32 or in the inputs' dtype; partial dq always with dq in fp32.
     combines = (
         (combine.combine_out, {}),

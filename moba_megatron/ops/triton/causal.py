@@ -31,8 +31,8 @@ from moba_megatron.ops.triton.common import (
     store_rows,
 )
 from moba_megatron.ops.triton.fragments import DeviceFragment
-from moba_megatron.ops.triton.index import cut_spans
 from moba_megatron.ops.triton.passes import Pass
+from moba_megatron.ops.triton.splits import cut_spans
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -4,7 +4,9 @@ A row's partial outputs and its partial dq are those of its slots. In a whole pa
 them as they finish a row (`combine_partials`, `add_partials`); for fragments `combine_out` and `combine_dq` do it
 by themselves, into existing results. A kv block's partial dk and dv are those of the splits of its entries: each
 split writes its sums for all keys, and `combine_dkdv` adds them one after the other, those of kv blocks that start at
-the same row together.
+the same row together. A block that many rows want has thousands of splits: where it has more than `config.ADD_AT_ONCE`,
+`add_groups` has first added every so many of them, all groups at once. The shape of the sum follows from the number of
+splits alone.
 
 Traffic: D elements per slot of a row; for dk and dv 8 D bytes read per partial row, 16 D bytes read and written per key
 row.
@@ -15,7 +17,6 @@ partial dk.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch import Tensor
 from moba_megatron.ops.triton import config
 from moba_megatron.ops.triton.common import COUNTS, LN_2, LOG2_E, load_rows, query_rows, second_id, store_rows
 from moba_megatron.ops.triton.fragments import Spans
-from moba_megatron.ops.triton.index import Index, Splits
+from moba_megatron.ops.triton.index import Index
 from moba_megatron.ops.triton.passes import Pass
 
 
@@ -126,7 +127,7 @@ def combine_dq(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def combine_dkdv(
+def add_groups(
     partial_dk_ptr,
     partial_dv_ptr,
     kv_block_start_ptr,
@@ -134,16 +135,69 @@ def combine_dkdv(
     split_of_ptr,
     cu_splits_ptr,
     partial_start_ptr,
+    num_head_blocks,
+    num_kv_blocks,
+    num_splits,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Two programs per (GROUP adjacent splits, key tile): the sums of a group of splits of one head block, in order,
+    take the place of the first one's, if the head block has more than GROUP splits.
+
+    Groups are counted from a head block's first split. Among GROUP adjacent splits one group of the first one's head
+    block begins, and the first group of the last one's; whatever lies between is too short.
+    """
+    window, key_tile = tl.program_id(0) // 2 * GROUP, second_id()
+    head_block = tl.load(split_of_ptr + window)
+    if tl.program_id(0) % 2 == 1:
+        other = tl.load(split_of_ptr + tl.minimum(window + GROUP, num_splits) - 1)
+        head_block = tl.where(other == head_block, num_head_blocks, other)
+    if head_block >= num_head_blocks:
+        return
+    begin = tl.load(cu_splits_ptr + head_block).to(tl.int32)
+    end = tl.load(cu_splits_ptr + head_block + 1).to(tl.int32)
+    low = begin + (tl.maximum(window - begin, 0) + (GROUP - 1)) // GROUP * GROUP
+    start = tl.load(kv_block_start_ptr + head_block % num_kv_blocks)
+    length = (tl.load(kv_block_end_ptr + head_block % num_kv_blocks) - start).to(tl.int32)
+    if (end - begin <= GROUP) | (low >= end) | (key_tile * BLOCK_N >= length):
+        return
+    offs_n = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    target = (tl.load(partial_start_ptr + low) + offs_n) * HEAD_DIM
+    dk = load_rows(partial_dk_ptr, target, offs_n < length, HEAD_DIM, BLOCK_D)
+    dv = load_rows(partial_dv_ptr, target, offs_n < length, HEAD_DIM, BLOCK_D)
+    # The rows of a head block's splits follow each other.
+    for more in range(1, tl.minimum(GROUP, end - low)):
+        source = target + more * length.to(tl.int64) * HEAD_DIM
+        dk += load_rows(partial_dk_ptr, source, offs_n < length, HEAD_DIM, BLOCK_D)
+        dv += load_rows(partial_dv_ptr, source, offs_n < length, HEAD_DIM, BLOCK_D)
+    store_rows(partial_dk_ptr, target, offs_n < length, dk, HEAD_DIM, BLOCK_D)
+    store_rows(partial_dv_ptr, target, offs_n < length, dv, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def combine_dkdv(
+    partial_dk_ptr,
+    partial_dv_ptr,
+    kv_block_start_ptr,
+    kv_block_end_ptr,
+    cu_splits_ptr,
+    partial_start_ptr,
     dk_ptr,
     dv_ptr,
+    result_dk_ptr,
+    result_dv_ptr,
     num_kv_blocks,
     num_kv_heads,
+    num_result_heads,
+    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program per (head block, key tile): adds all splits of the kv blocks that start where this one does, in
-    order.
+    order, to dk and dv [S, num_kv_heads, D], and writes the sums as rows of `num_result_heads` heads.
 
     Only the first of such kv blocks does the work.
     """
@@ -164,8 +218,10 @@ def combine_dkdv(
         low, high = tl.load(cu_splits_ptr + head_block), tl.load(cu_splits_ptr + head_block + 1)
         if key_tile * BLOCK_N >= length:
             high = low
-        for split in range(low, high):
-            source = (tl.load(partial_start_ptr + split) + offs_n) * HEAD_DIM
+        # The rows of a head block's splits follow each other.
+        first = tl.load(partial_start_ptr + low, mask=low < high, other=0)
+        for split in range(0, high - low, tl.where(high - low > GROUP, GROUP, 1)):
+            source = (first + split * length + offs_n) * HEAD_DIM
             dk += load_rows(partial_dk_ptr, source, offs_n < length, HEAD_DIM, BLOCK_D)
             dv += load_rows(partial_dv_ptr, source, offs_n < length, HEAD_DIM, BLOCK_D)
         kv_block += 1
@@ -173,8 +229,11 @@ def combine_dkdv(
         more = tl.load(kv_block_start_ptr + kv_block, mask=kv_block < num_kv_blocks, other=-1) == start
     target = ((start + offs_n) * num_kv_heads + kv_head) * HEAD_DIM
     mask_n = offs_n < longest
-    store_rows(dk_ptr, target, mask_n, load_rows(dk_ptr, target, mask_n, HEAD_DIM, BLOCK_D) + dk, HEAD_DIM, BLOCK_D)
-    store_rows(dv_ptr, target, mask_n, load_rows(dv_ptr, target, mask_n, HEAD_DIM, BLOCK_D) + dv, HEAD_DIM, BLOCK_D)
+    dk += load_rows(dk_ptr, target, mask_n, HEAD_DIM, BLOCK_D)
+    dv += load_rows(dv_ptr, target, mask_n, HEAD_DIM, BLOCK_D)
+    result = ((start + offs_n) * num_result_heads + kv_head) * HEAD_DIM
+    store_rows(result_dk_ptr, result, mask_n, dk, HEAD_DIM, BLOCK_D)
+    store_rows(result_dv_ptr, result, mask_n, dv, HEAD_DIM, BLOCK_D)
 
 
 def combine_forward(work: Pass, partials: tuple[Tensor, Tensor, Tensor], out_TND: Tensor, lse_TN: Tensor) -> None:
@@ -197,28 +256,33 @@ def combine_backward_dq(work: Pass, partials: tuple[Tensor, Tensor], dq_TND: Ten
     )  # fmt: skip
 
 
-def room_for_partials(index: Index, splits: Splits, kv_blocks: Spans) -> tuple[Tensor, int]:
-    """Where each split's partial dk and dv begin (int64), and an upper bound on the rows of all of them."""
-    lengths = (kv_blocks.end - kv_blocks.start).repeat(index.work.num_kv_heads)
-    lengths = torch.cat([lengths, lengths.new_zeros(1)])[splits.split_of]
-    rows = kv_blocks.total * index.work.num_kv_heads + index.work.num_entries // splits.size * kv_blocks.longest
-    return lengths.cumsum(0) - lengths, rows
-
-
 def combine_backward_dkdv(
     index: Index,
-    splits: Splits,
     kv_blocks: Spans,
-    partial_start: Tensor,
     partial_dk: Tensor,
     partial_dv: Tensor,
     dk_SGD: Tensor,
     dv_SGD: Tensor,
+    finished: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Add the splits' partial dk and dv fp32 [W, D], each from row `partial_start` on, to fp32 dk and dv [S, G, D]."""
-    tiles = config.tiles_for("combine_dkdv", dk_SGD)
+    """Add the partial dk and dv fp32 [W, D] of the splits of the index's first cut to fp32 dk and dv [S, G, D].
+
+    Args:
+        finished: contiguous dk and dv of all kv heads, [S, all kv heads, D] in any dtype, into which the sums go
+            instead, rounded once; the kv blocks then cover all rows.
+    """
+    tiles, work, splits = config.tiles_for("combine_dkdv", dk_SGD), index.work, index.splits[0]
     key_tiles = triton.cdiv(kv_blocks.longest, tiles["BLOCK_N"])
+    # A row chooses a kv block once at most.
+    if triton.cdiv(work.num_tokens * work.qheads_per_kvhead, splits.size) > config.ADD_AT_ONCE:
+        add_groups[(2 * triton.cdiv(splits.count, config.ADD_AT_ONCE), *config.spread(key_tiles))](
+            partial_dk, partial_dv, kv_blocks.start, kv_blocks.end, splits.split_of, splits.cu_splits,
+            index.partial_start, index.num_head_blocks, index.num_kv_blocks, splits.count,
+            GROUP=config.ADD_AT_ONCE, **tiles,
+        )  # fmt: skip
+    first, results = (0, (dk_SGD, dv_SGD)) if finished is None else (work.kv_heads.start, finished)
     combine_dkdv[(index.num_head_blocks, *config.spread(key_tiles))](
-        partial_dk, partial_dv, kv_blocks.start, kv_blocks.end, splits.split_of, splits.cu_splits, partial_start,
-        dk_SGD, dv_SGD, index.num_kv_blocks, index.work.num_kv_heads, **tiles,
+        partial_dk, partial_dv, kv_blocks.start, kv_blocks.end, splits.cu_splits, index.partial_start,
+        dk_SGD, dv_SGD, *(x[:, first:] for x in results), index.num_kv_blocks, work.num_kv_heads, results[0].shape[1],
+        GROUP=config.ADD_AT_ONCE, **tiles,
     )  # fmt: skip

@@ -30,6 +30,7 @@ STREAMING = {
     "split_means": (4096, "BLOCK_N", 4),
     "average_means": (8192, "BLOCK_N", 8),
     "centre_means": (4096, "BLOCK_N", 8),
+    "add_groups": (4096, "BLOCK_N", 8),
     "combine_dkdv": (4096, "BLOCK_N", 16),
     "decode_fwd": (4096, "BLOCK_N", 8),
     "combine_out": (2048, "BLOCK_M", 2),
@@ -38,14 +39,22 @@ STREAMING = {
 }
 # Warps where a tile has more than 128 channels, if not as above: with as few there, or as many here, registers spill.
 WIDE_WARPS = {"combine_out": 4}
-# Entries of a tile, warps.
-INDEX_TILES = {"count_entries": (1024, 4), "scatter_entries": (64, 4)}
+# Kernels that make an index: entries (E), head blocks or spans (L), chunks (C) and splits (S) of a tile, warps.
+INDEX_TILES = {
+    "count_entries": {"BLOCK_E": 1024, "num_warps": 8},
+    "rank_chunks": {"BLOCK_C": 32, "BLOCK_L": 32, "num_warps": 4},
+    "split_entries": {"BLOCK_E": 1024, "BLOCK_L": 32, "BLOCK_S": 128, "num_warps": 4},
+    "split_spans": {"BLOCK_E": 1024, "BLOCK_L": 32, "BLOCK_S": 128, "num_warps": 4},
+    "scatter_entries": {"BLOCK_E": 64, "num_warps": 4},
+}
 
 # Channels that screening scores at once from the means in fp32.
 SCORED_CHANNELS = 64
 
 # Decoding: programs that score blocks, about two for each multiprocessor of a large chip, and the least blocks for one.
 DECODING_PROGRAMS, LEAST_SPLIT = 256, 256
+# Splits whose sums one program adds one after the other.
+ADD_AT_ONCE = 64
 # Programs that build an index, at most: each counts for itself, so that this bounds the counts in memory.
 MOST_CHUNKS = 1024
 
@@ -124,9 +133,8 @@ def tiles(
         longest: keys of the longest kv block or causal span; no tile has more keys than it needs.
     """
     if kernel in INDEX_TILES:
-        entries, warps = INDEX_TILES[kernel]
         # One stage: a tile's loads may not run ahead of the stores of the one before.
-        return {"BLOCK_E": entries, "num_warps": warps, "num_stages": 1}
+        return INDEX_TILES[kernel] | {"num_stages": 1}
     assert dtype is not None
     block_d = block_d_of(head_size)
     settings = {"HEAD_DIM": head_size, "BLOCK_D": block_d}
@@ -229,7 +237,7 @@ def chunks(entries: int, kv_heads: int) -> tuple[int, int]:
     >>> chunks(5000, 2)
     (5, 1024)
     """
-    size = INDEX_TILES["count_entries"][0]
+    size = INDEX_TILES["count_entries"]["BLOCK_E"]
     most = max(1, MOST_CHUNKS // kv_heads)
     per_chunk = size * max(1, -(-entries // (size * most)))
     return max(1, -(-entries // per_chunk)), per_chunk

@@ -8,7 +8,8 @@ Legend: T query tokens, M blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +27,14 @@ class Spans:
         start, end: int64 [spans], first row and one past the last of each.
         longest: an upper bound on the rows of one.
         total: an upper bound on the rows of all.
+        cuts: their splits by sizes, made once and kept with them (`splits.cut_spans`).
     """
 
     start: Tensor
     end: Tensor
     longest: int
     total: int
+    cuts: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def count(self) -> int:
@@ -46,6 +49,7 @@ class DeviceFragment:
         kv_blocks: two of them share no row, or they start at the same row and all kv blocks between them do too.
         causal_spans: disjoint.
         first_block_T, kv_block_of_block, own_kv_block_T: as in `Fragment`.
+        covers_keys: every key row is in a kv block and in a causal span, and no two kv blocks share one.
     """
 
     kv_blocks: Spans
@@ -53,6 +57,7 @@ class DeviceFragment:
     first_block_T: Tensor | None = None
     kv_block_of_block: Tensor | None = None
     own_kv_block_T: Tensor | None = None
+    covers_keys: bool = False
 
     def num_slots(self, num_past: int) -> int:
         """Slots of a query row, as in `Fragment`."""
@@ -60,10 +65,15 @@ class DeviceFragment:
 
 
 def whole_pack(layout: BlockLayout) -> DeviceFragment:
-    """All keys of a pack, as `ops.fragments.whole_pack`. Reads nothing on the host."""
-    longest = min(layout.block_size, layout.num_tokens)
-    blocks = Spans(layout.block_starts(), layout.block_ends(), longest, layout.num_tokens)
-    return DeviceFragment(blocks, blocks, first_block_T=layout.first_block_T)
+    """All keys of a pack, as `ops.fragments.whole_pack`. Reads nothing on the host; made once, and kept with the
+    layout."""
+    if "triton" not in layout.device_forms:
+        longest = min(layout.block_size, layout.num_tokens)
+        blocks = Spans(layout.block_starts(), layout.block_ends(), longest, layout.num_tokens)
+        layout.device_forms["triton"] = DeviceFragment(
+            blocks, blocks, first_block_T=layout.first_block_T, covers_keys=True
+        )
+    return layout.device_forms["triton"]
 
 
 def on_device(fragment: Fragment | DeviceFragment, device: torch.device) -> DeviceFragment:

@@ -1,13 +1,19 @@
-"""The index: entries sorted by (kv head, kv block), made on the device by counting, one prefix sum and a scatter.
+"""The index: entries sorted by (kv head, kv block), made on the device by counting, prefix sums and a scatter.
 
 The rows of a pass are numbered kv head by kv head, token by token, head by head, and an entry by row * num_slots +
 slot. The number says which row to gather and where its partial result goes, so that partial results of a row lie
-together. Entries are cut into chunks of equal size; each chunk counts its entries of each head block, a prefix
-sum over these and the chunks tells every chunk where its entries begin, and a second walk puts them there: in rising
-order within each kv block, whatever ran first. Counting uses integer atomics, whose sum does not depend on their order.
+together. Four launches:
+
+1. `count_entries`: entries are cut into chunks of equal size; each chunk counts its entries of each head block. That
+   uses integer atomics, whose sum does not depend on their order.
+2. `rank_chunks`: for each head block, how many entries lie in the chunks before each.
+3. `splits.split_entries`: where the entries of each head block begin, and their splits.
+4. `scatter_entries`: a second walk puts the entries of each chunk there: in rising order within each kv block, whatever
+   ran first.
+
 Nothing waits for the host: launches are sized for the worst case, and surplus programs return at once.
 
-Traffic per entry: 4 bytes of ids, 8 of kv blocks, 4 of order; the counts take L x chunks x 8 bytes.
+Traffic per entry: 4 bytes of ids, 8 of kv blocks, 4 of order; the counts take L x chunks x 4 bytes.
 
 Legend: T tokens, N query heads, K ids per query, E entries of a pass, attended or not, L head blocks.
 """
@@ -25,6 +31,7 @@ from moba_megatron.ops.triton import config
 from moba_megatron.ops.triton.common import COUNTS, query_rows, quotient
 from moba_megatron.ops.triton.fragments import DeviceFragment, Spans
 from moba_megatron.ops.triton.passes import Pass
+from moba_megatron.ops.triton.splits import Splits, room_for_splits, split_entries
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -52,6 +59,12 @@ def count_entries(
 ):
     """One program per (chunk, kv head): translates ids to kv blocks and counts the entries of each."""
     chunk, kv_head = tl.program_id(0), tl.program_id(1)
+    own_counts_ptr = counts_ptr + (kv_head.to(tl.int64) * num_chunks + chunk) * num_kv_blocks
+    for first in range(0, num_kv_blocks, BLOCK_E):
+        kv_block = first + tl.arange(0, BLOCK_E)
+        tl.store(own_counts_ptr + kv_block, tl.zeros([BLOCK_E], dtype=tl.int32), mask=kv_block < num_kv_blocks)
+    # Other threads add to what one has set to zero.
+    tl.debug_barrier()
     num_entries = num_tokens * qheads_per_kvhead * num_slots
     origin = first_token.to(tl.int64) * num_heads + (first_kv_head + kv_head) * qheads_per_kvhead
     low = chunk * chunk_size
@@ -76,14 +89,31 @@ def count_entries(
             own = inside & (slot == num_past)
             kv_block = tl.where(own, tl.load(own_kv_block_ptr + token, mask=own, other=-1), kv_block)
         tl.store(entry_kv_block_ptr + kv_head.to(tl.int64) * num_entries + entry, kv_block, mask=inside)
-        count = (kv_head.to(tl.int64) * num_kv_blocks + kv_block) * num_chunks + chunk
-        tl.atomic_add(counts_ptr + count, 1, mask=inside & (kv_block >= 0), sem="relaxed")
+        tl.atomic_add(own_counts_ptr + kv_block, 1, mask=inside & (kv_block >= 0), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def rank_chunks(counts_ptr, totals_ptr, num_kv_blocks, num_chunks, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr):
+    """One program per (tile of kv blocks, kv head): replaces each chunk's count by those of the chunks before it, and
+    writes the sum of all."""
+    kv_head = tl.program_id(1)
+    kv_block = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    total = tl.zeros([BLOCK_L], dtype=tl.int32)
+    for first in range(0, num_chunks, BLOCK_C):
+        chunk = first + tl.arange(0, BLOCK_C)
+        place = (kv_head.to(tl.int64) * num_chunks + chunk)[:, None] * num_kv_blocks + kv_block[None, :]
+        mask = (chunk < num_chunks)[:, None] & (kv_block < num_kv_blocks)[None, :]
+        count = tl.load(counts_ptr + place, mask=mask, other=0)
+        tl.store(counts_ptr + place, total[None, :] + tl.cumsum(count, 0) - count, mask=mask)
+        total += tl.sum(count, axis=0)
+    tl.store(totals_ptr + kv_head * num_kv_blocks + kv_block, total, mask=kv_block < num_kv_blocks)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def scatter_entries(
     entry_kv_block_ptr,
     offsets_ptr,
+    cu_entries_ptr,
     order_ptr,
     num_entries,
     num_kv_blocks,
@@ -103,12 +133,13 @@ def scatter_entries(
         same = kv_block[:, None] == kv_block[None, :]
         before = tl.sum((same & (place[None, :] < place[:, None])).to(tl.int32), axis=1)
         last = tl.sum(same.to(tl.int32), axis=1) == before + 1
-        offset_ptr = offsets_ptr + (kv_head.to(tl.int64) * num_kv_blocks + kv_block) * num_chunks + chunk
-        target = tl.load(offset_ptr, mask=attended, other=0) + before
-        tl.store(order_ptr + target, (kv_head * num_entries + entry).to(tl.int32), mask=attended)
+        start = tl.load(cu_entries_ptr + kv_head * num_kv_blocks + kv_block, mask=attended, other=0)
+        offset_ptr = offsets_ptr + (kv_head.to(tl.int64) * num_chunks + chunk) * num_kv_blocks + kv_block
+        offset = tl.load(offset_ptr, mask=attended, other=0) + before
+        tl.store(order_ptr + start + offset, (kv_head * num_entries + entry).to(tl.int32), mask=attended)
         # All of a tile's loads come before its stores, and these before the next tile's loads.
         tl.debug_barrier()
-        tl.store(offset_ptr, target + 1, mask=attended & last)
+        tl.store(offset_ptr, offset + 1, mask=attended & last)
         tl.debug_barrier()
 
 
@@ -130,6 +161,19 @@ def rows_of_entries(entry, kv_head, num_slots, first_token, num_tokens, first_kv
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How a kernel wants the entries of each head block cut.
+
+    Attributes:
+        size: entries of a split.
+        longest: rows that a split's partial sums take at most; 0 where a kernel writes none.
+    """
+
+    size: int
+    longest: int = 0
+
+
+@dataclass(frozen=True)
 class Index:
     """Entries of a pass, sorted by (kv head, kv block).
 
@@ -139,6 +183,9 @@ class Index:
         entry_kv_blocks: int32 [E], the kv block of each entry, -1 for none.
         order: int32 [E], the attended entries sorted; what lies past them is undefined.
         cu_entries: int32 [L + 1], where the entries of each head block begin in `order`.
+        splits: of the entries of each head block, one for each cut asked for.
+        partial_start: int64 [splits of the first cut], where each split's partial sums begin; None where it has none.
+        num_partials: an upper bound on the rows of all of them.
     """
 
     work: Pass
@@ -146,6 +193,9 @@ class Index:
     entry_kv_blocks: Tensor
     order: Tensor
     cu_entries: Tensor
+    splits: tuple[Splits, ...]
+    partial_start: Tensor | None
+    num_partials: int
 
     @property
     def num_head_blocks(self) -> int:
@@ -153,18 +203,19 @@ class Index:
         return self.cu_entries.numel() - 1
 
 
-def build_index(work: Pass, ids_TNK: Tensor, fragment: DeviceFragment) -> Index:
-    """Sort the entries of a pass by (kv head, kv block), in rising order; no host synchronisation.
+def build_index(work: Pass, ids_TNK: Tensor, fragment: DeviceFragment, first: Cut, other: Cut | None = None) -> Index:
+    """Sort the entries of a pass by (kv head, kv block), in rising order, and cut them; no host synchronisation.
 
     Args:
         ids_TNK: contiguous int32 [T, N, K], block numbers within the document (numbers of kv blocks where the fragment
             has no `first_block_T`), -1 for none, none twice in a row.
+        first, other: cuts; only the first may have partial sums.
     """
     device, num_kv_blocks = ids_TNK.device, fragment.kv_blocks.count
     entries_per_kv_head = work.num_entries // work.num_kv_heads
     num_chunks, chunk_size = config.chunks(entries_per_kv_head, work.num_kv_heads)
     entry_kv_blocks = torch.empty(work.num_entries, dtype=torch.int32, device=device)
-    counts = torch.zeros(work.num_kv_heads * num_kv_blocks, num_chunks, dtype=torch.int32, device=device)
+    counts = torch.empty(work.num_kv_heads * num_chunks * num_kv_blocks, dtype=torch.int32, device=device)
     dummy = ids_TNK
     grid = (num_chunks, work.num_kv_heads)
     count_entries[grid](
@@ -179,57 +230,35 @@ def build_index(work: Pass, ids_TNK: Tensor, fragment: DeviceFragment) -> Index:
         HAS_OWN=fragment.own_kv_block_T is not None,
         **config.tiles("count_entries"),
     )  # fmt: skip
-    ends = torch.cumsum(counts.view(-1), 0, dtype=torch.int32).view_as(counts)
-    cu_entries = torch.cat([ends.new_zeros(1), ends[:, -1]])
-    order = torch.empty_like(entry_kv_blocks)
+    totals = torch.empty(work.num_kv_heads * num_kv_blocks, dtype=torch.int32, device=device)
+    tiles = config.tiles("rank_chunks")
+    rank_chunks[(triton.cdiv(num_kv_blocks, tiles["BLOCK_L"]), work.num_kv_heads)](
+        counts, totals, num_kv_blocks, num_chunks, **tiles
+    )
+    index = _cut(work, totals, fragment.kv_blocks, entry_kv_blocks, first, other)
     scatter_entries[grid](
-        entry_kv_blocks, ends.sub_(counts), order, entries_per_kv_head, num_kv_blocks, num_chunks, chunk_size,
-        **config.tiles("scatter_entries"),
+        entry_kv_blocks, counts, index.cu_entries, index.order, entries_per_kv_head, num_kv_blocks, num_chunks,
+        chunk_size, **config.tiles("scatter_entries"),
     )  # fmt: skip
-    return Index(work, num_kv_blocks, entry_kv_blocks, order, cu_entries)
+    return index
 
 
-@dataclass(frozen=True)
-class Splits:
-    """The entries of L head blocks, or the rows of L spans, cut in order: split i belongs to `split_of[i]`
-    and begins at its entry or row (i - cu_splits[split_of[i]]) * size.
-
-    Attributes:
-        split_of: int32 [splits], head block or span of each split; L for surplus splits.
-        cu_splits: int64 [L + 1], number of the first split of each; the last is the true number of splits.
-        size: entries or rows of a split, at most.
-    """
-
-    split_of: Tensor
-    cu_splits: Tensor
-    size: int
-
-    @property
-    def count(self) -> int:
-        """Splits to launch, surplus ones included."""
-        return self.split_of.numel()
-
-
-def cut(counts_L: Tensor, size: int, total: int) -> Splits:
-    """Cut so many entries or rows each, at most `total` together, into splits.
-
-    >>> splits = cut(torch.tensor([3, 0, 4]), 2, 7)
-    >>> splits.split_of.tolist(), splits.cu_splits.tolist()
-    ([0, 0, 2, 2, 3, 3], [0, 2, 2, 4])
-    """
-    last = ((counts_L + (size - 1)) // size).cumsum(0)
-    # n entries are cut into at most n // size + 1 splits, and never into more splits than entries.
-    splits = torch.arange(min(total, total // size + counts_L.numel()), device=counts_L.device)
-    split_of = torch.searchsorted(last, splits, right=True, out_int32=True)
-    return Splits(split_of, torch.cat([last.new_zeros(1), last]), size)
-
-
-def cut_entries(index: Index, size: int) -> Splits:
-    """Splits of the entries of each head block."""
-    return cut(index.cu_entries.diff(), size, index.work.num_entries)
-
-
-def cut_spans(spans: Spans, size: int, rows_per_token: int = 1) -> Splits:
-    """Splits of the rows of each span: `rows_per_token` for each of its tokens."""
-    counts = (spans.end - spans.start) * rows_per_token
-    return cut(counts, size, spans.total * rows_per_token)
+def _cut(work: Pass, totals: Tensor, kv_blocks: Spans, entry_kv_blocks: Tensor, first: Cut, other: Cut | None) -> Index:
+    """The index with room for `order`, from the number of entries of each head block."""
+    device, num_head_blocks = totals.device, totals.numel()
+    cu_entries = torch.empty(num_head_blocks + 1, dtype=torch.int32, device=device)
+    cuts = (first,) if other is None else (first, other)
+    splits = tuple(room_for_splits(num_head_blocks, cut.size, work.num_entries, device) for cut in cuts)
+    partial_start, num_partials = None, 0
+    if first.longest:
+        partial_start = torch.empty(splits[0].count, dtype=torch.int64, device=device)
+        num_partials = kv_blocks.total * work.num_kv_heads + work.num_entries // first.size * first.longest
+    tiles, last = config.tiles("split_entries"), splits[-1]
+    split_entries[(triton.cdiv(num_head_blocks, tiles["BLOCK_L"]),)](
+        totals, kv_blocks.start, kv_blocks.end, cu_entries, splits[0].split_of, splits[0].cu_splits,
+        splits[0].cu_splits if partial_start is None else partial_start, last.split_of, last.cu_splits,
+        num_head_blocks, kv_blocks.count, splits[0].count, splits[0].size, last.count, last.size,
+        SUMS=partial_start is not None, OTHER=other is not None, **tiles,
+    )  # fmt: skip
+    order = torch.empty_like(entry_kv_blocks)
+    return Index(work, kv_blocks.count, entry_kv_blocks, order, cu_entries, splits, partial_start, num_partials)

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moba_megatron.ops import kernel_sizes
 from moba_megatron.ops.fragments import Keys
-from moba_megatron.ops.kernel_sizes import default_workspace
+from moba_megatron.ops.kernel_sizes import default_workspace, pass_sizes
 from moba_megatron.ops.triton.fragments import DeviceFragment
-
-# Entry numbers of a pass are int32.
-MOST_ENTRIES = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -73,10 +71,7 @@ def passes(
     tokens."""
     budget = default_workspace(q_TND.nbytes) if workspace_bytes is None else workspace_bytes
     tokens, kv_heads, slots = q_TND.shape[0], keys.k.shape[1], fragment.num_slots(num_past)
-    per_token = keys.qheads_per_kvhead * max(1, slots)
-    most = max(per_token, min(budget // entry_bytes, MOST_ENTRIES))
-    heads_at_once = kv_heads if slots == 0 else even_step(kv_heads, most // max(1, tokens * per_token))
-    tokens_at_once = max(1, tokens) if slots == 0 else even_step(tokens, most // per_token)
+    heads_at_once, tokens_at_once = pass_sizes(tokens, kv_heads, keys.qheads_per_kvhead, slots, entry_bytes, budget)
     for kv_head in range(0, kv_heads, heads_at_once):
         some = slice(kv_head, min(kv_head + heads_at_once, kv_heads))
         for token in range(0, tokens, tokens_at_once):
@@ -84,22 +79,11 @@ def passes(
             yield Pass(some, slice(token, end), keys.qheads_per_kvhead, keys.first_kv_head + kv_head, slots)
 
 
-def even_step(count: int, most: int) -> int:
-    """The step, at most `most` but at least 1, that cuts `count` into as few and equal steps as it allows.
-
-    >>> even_step(10, 9), even_step(8, 100), even_step(0, 5)
-    (5, 8, 1)
-    """
-    steps = -(-count // max(1, most))
-    return max(1, -(-count // max(1, steps)))
-
-
 def forward_entry_bytes(q_TND: Tensor) -> int:
-    """Workspace for an entry: its partial output, log-sum-exp, kv block and place in the index."""
-    return q_TND.shape[2] * q_TND.element_size() + 12
+    """`kernel_sizes.forward_entry_bytes` for queries."""
+    return kernel_sizes.forward_entry_bytes(q_TND.shape[2], q_TND.element_size())
 
 
 def backward_entry_bytes(q_TND: Tensor) -> int:
-    """Workspace for an entry: its partial dq, kv block, place in the index, and at most its part of the partial dk and
-    dv."""
-    return q_TND.shape[2] * (q_TND.element_size() + 2) + 8
+    """`kernel_sizes.backward_entry_bytes` for queries."""
+    return kernel_sizes.backward_entry_bytes(q_TND.shape[2], q_TND.element_size())

@@ -25,7 +25,7 @@ from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.triton import config
 from moba_megatron.ops.triton.common import COUNTS, LN_2, LOG2_E, dot, load_kv, load_rows, store_rows
 from moba_megatron.ops.triton.fragments import DeviceFragment
-from moba_megatron.ops.triton.index import Index, cut_entries, entries_of_split, rows_of_entries
+from moba_megatron.ops.triton.index import Cut, Index, entries_of_split, rows_of_entries
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -155,6 +155,17 @@ def past_fwd_long(
     tl.store(partial_lse_ptr + entry, (m + tl.log2(l)) * LN_2, mask=mask_m)
 
 
+def _kernel(q_TND: Tensor, longest: int) -> str:
+    short = config.holds_kv_block_for("past_fwd_short", q_TND, longest)
+    return "past_fwd_short" if short else "past_fwd_long"
+
+
+def forward_cut(q_TND: Tensor, longest: int) -> Cut:
+    """How `past_forward` wants the entries cut, where the longest kv block has so many keys."""
+    name = _kernel(q_TND, longest)
+    return Cut(config.split_size(name, config.tiles_for(name, q_TND, longest)))
+
+
 def past_forward(
     q_TND: Tensor,
     keys: Keys,
@@ -168,17 +179,15 @@ def past_forward(
 
     Args:
         keys: with k and v of equal strides and a contiguous last dimension.
+        index: cut by `forward_cut`.
         partial_out_ED: [E, D] in q's dtype.
         partial_lse_E: fp32 [E].
     """
     work, kv_blocks = index.work, fragment.kv_blocks
-    short = config.holds_kv_block_for("past_fwd_short", q_TND, kv_blocks.longest)
-    name, kernel = ("past_fwd_short", past_fwd_short) if short else ("past_fwd_long", past_fwd_long)
+    name = _kernel(q_TND, kv_blocks.longest)
+    kernel = past_fwd_short if name == "past_fwd_short" else past_fwd_long
     tiles = config.tiles_for(name, q_TND, kv_blocks.longest)
-    splits = cut_entries(index, config.split_size(name, tiles))
-    if splits.count == 0:
-        return
-    first = work.kv_heads.start
+    (splits,), first = index.splits, work.kv_heads.start
     kernel[(splits.count,)](
         q_TND, keys.k[:, first:], keys.v[:, first:], kv_blocks.start, kv_blocks.end,
         index.order, index.cu_entries, splits.split_of, splits.cu_splits, partial_out_ED, partial_lse_E,

@@ -30,6 +30,7 @@ def two_programs(x_ptr, y_ptr, HOW: tl.constexpr):
         tl.store(x_ptr + program * 8 + lanes, tl.load(x_ptr + (1 - program) * 8 + lanes))
     if HOW == "add":
         tl.atomic_add(x_ptr + lanes, lanes)
+        tl.debug_barrier()
         tl.store(y_ptr + program * 8 + lanes, tl.load(x_ptr + lanes))
     if HOW == "float":
         tl.atomic_add(y_ptr + lanes, 1.0)
@@ -52,6 +53,18 @@ def one_program(x_ptr, HOW: tl.constexpr):
         tl.store(x_ptr + lanes, lanes)
         tl.debug_barrier()
         tl.store(x_ptr + 8 + lanes, tl.load(x_ptr + 7 - lanes))
+    if HOW == "add after store":
+        tl.store(x_ptr + lanes, lanes)
+        tl.atomic_add(x_ptr + lanes // 2, 1)
+    if HOW == "load after add":
+        tl.atomic_add(x_ptr + lanes // 2, 1)
+        tl.store(x_ptr + 8 + lanes, tl.load(x_ptr + lanes))
+    if HOW == "barriers around add":
+        tl.store(x_ptr + lanes, lanes)
+        tl.debug_barrier()
+        tl.atomic_add(x_ptr + lanes // 2, 1)
+        tl.debug_barrier()
+        tl.store(x_ptr + 8 + lanes, tl.load(x_ptr + lanes))
     if HOW == "own lanes":
         tl.store(x_ptr + lanes, tl.load(x_ptr + lanes) + 1)
     if HOW == "equal values":
@@ -63,7 +76,7 @@ def one_program(x_ptr, HOW: tl.constexpr):
     [
         ("store", "two programs store at one place"),
         ("load", "one program loads what another stores"),
-        ("add", "programs add to what they load or store"),
+        ("add", "programs add to what others load or store"),
         ("float", "float atomics"),
         ("outside", "stores outside of its tensors"),
     ],
@@ -81,6 +94,9 @@ def test_faults_between_programs_are_found(how, finding):
         ("lanes", "two lanes store different values at one place"),
         ("read after write", "loads what it has stored, without a barrier"),
         ("write after read", "stores what another lane has loaded, without a barrier"),
+        ("add after store", "adds to what it has stored, without a barrier"),
+        ("load after add", "loads what it has added to, without a barrier"),
+        ("barriers around add", None),
         ("barrier", None),
         ("own lanes", None),
         ("equal values", None),
@@ -117,6 +133,7 @@ def everything(monkeypatch) -> list[torch.Tensor]:
     """A forward and backward pass of a pack over short and long blocks in small passes, cut entries, and decoding."""
     monkeypatch.setattr(config, "SPLIT_ENTRIES", 16)
     monkeypatch.setattr(kernel_sizes, "SCREENED_BLOCKS", 1)
+    monkeypatch.setattr(config, "ADD_AT_ONCE", 2)
     found = []
     for bounds, dtype, block_size, top_k, workspace in (
         ([0, 5, 5, 60], torch.float32, 8, 3, 16_000),

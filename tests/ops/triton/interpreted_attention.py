@@ -142,6 +142,27 @@ def test_hot_block_is_cut_and_summed_in_order(monkeypatch):
         torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("group", [2, 3, 5])
+def test_sums_of_hot_blocks_have_two_levels(monkeypatch, group):
+    """Two blocks side by side that all later queries choose, and the others rarely: groups of their splits begin and
+    end anywhere among the windows of `add_groups`."""
+    monkeypatch.setattr(config, "SPLIT_ENTRIES", 16)
+    q, k, v, do = inputs(100, 2, 1)
+    layout = block_layout(100, 4)
+    rare = torch.where(layout.block_T % 5 == 4, layout.block_T - 1, 1)
+    chosen = torch.stack([torch.zeros_like(rare), rare], dim=1)
+    ids = torch.where(chosen < layout.block_T[:, None], chosen, -1)
+    ids = ids.view(100, 1, 2).expand(-1, 2, -1).to(torch.int32).contiguous()
+    once = results(lambda *x: attend(*x, ids, layout, 0.25)[0], q, k, v, do)
+    monkeypatch.setattr(config, "ADD_AT_ONCE", group)
+    got, again = (results(lambda *x: attend(*x, ids, layout, 0.25)[0], q, k, v, do) for _ in range(2))
+    want = results(lambda *x: reference_attend(*x, ids, None, 4, 0.25)[0], q, k, v, do)
+    assert torch.equal(got[0], once[0]) and torch.equal(got[1], once[1])
+    for a, b, c in zip(got, again, want, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5)
+
+
 def test_given_ids_any_order_and_holes():
     q, k, v, _ = inputs(64, 2, 1)
     layout = block_layout(64, 8)

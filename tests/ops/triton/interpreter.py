@@ -5,8 +5,8 @@ programs that write one place, a read of what nobody wrote, or an address beside
 the addresses that each program loads, stores and adds to, and finds
 
 - two programs of which one stores what the other loads, stores or adds to: their order is open on a GPU;
-- within a program, a store and a load or store of one place without a barrier between them: threads may differ, but
-  for a store by the very lane that has loaded the place, which needs its value;
+- within a program, a store and a load, store or atomic of one place without a barrier between them: threads may
+  differ, but for a store by the very lane that has loaded the place, which needs its value;
 - two lanes of one store with different values for one place;
 - addresses outside of every tensor of the launch;
 - float atomics: their sums depend on their order.
@@ -117,6 +117,7 @@ class Watch:
         access = _access(launch, pointers, mask)
         self._check_bounds(launch, "loads", access, pointers)
         self._meets(launch, launch.stores, access, "loads what it has stored")
+        self._meets(launch, launch.atomics, access, "loads what it has added to")
         launch.loads.append(access)
 
     def store(self, pointers, value, mask) -> None:
@@ -131,6 +132,7 @@ class Watch:
         if (same & (one != other) & ~((one != one) & (other != other))).any():
             self._find(launch, "two lanes store different values at one place")
         self._meets(launch, launch.stores, access, "stores twice at one place")
+        self._meets(launch, launch.atomics, access, "stores what it has added to")
         self._meets(launch, launch.loads, access, "stores what another lane has loaded", but_for_own_lanes=True)
         launch.stores.append(access)
 
@@ -141,6 +143,8 @@ class Watch:
         self._check_bounds(launch, "adds", access, pointers)
         if not np.issubdtype(value.data.dtype, np.integer):
             self._find(launch, "float atomics")
+        self._meets(launch, launch.stores, access, "adds to what it has stored")
+        self._meets(launch, launch.loads, access, "adds to what it has loaded")
         launch.atomics.append(access)
 
     def barrier(self) -> None:
@@ -174,18 +178,16 @@ class Watch:
     def _compare_programs(self, launch: _Launch) -> None:
         stored, by = _joined(launch.stores)
         loaded, loaded_by = _joined(launch.loads)
-        added, _ = _joined(launch.atomics)
+        added, added_by = _joined(launch.atomics)
         self.accesses += stored.size + loaded.size + added.size
         order = np.lexsort((by, stored))
         stored, by = stored[order], by[order]
         if ((stored[1:] == stored[:-1]) & (by[1:] != by[:-1])).any():
             self._find(launch, "two programs store at one place")
-        elif stored.size:
-            place = np.searchsorted(stored, loaded).clip(max=stored.size - 1)
-            if ((stored[place] == loaded) & (by[place] != loaded_by)).any():
-                self._find(launch, "one program loads what another stores")
-        if np.intersect1d(added, stored).size or np.intersect1d(added, loaded).size:
-            self._find(launch, "programs add to what they load or store")
+        elif _by_others(loaded, loaded_by, stored, by):
+            self._find(launch, "one program loads what another stores")
+        if _by_others(stored, by, added, added_by) or _by_others(loaded, loaded_by, added, added_by):
+            self._find(launch, "programs add to what others load or store")
 
 
 def _access(launch: _Launch, pointers, mask) -> _Access:
@@ -208,6 +210,18 @@ def _joined(accesses: list[_Access]) -> tuple[np.ndarray, np.ndarray]:
     addresses = np.concatenate([none, *(access.addresses for access in accesses)])
     programs = np.concatenate([none, *(np.full(access.addresses.size, access.program) for access in accesses)])
     return addresses, programs
+
+
+def _by_others(places: np.ndarray, by: np.ndarray, touched: np.ndarray, touched_by: np.ndarray) -> bool:
+    """Whether a program touches one of these places that another one touches as well."""
+    if not touched.size or not places.size:
+        return False
+    order = np.lexsort((touched_by, touched))
+    touched, touched_by = touched[order], touched_by[order]
+    first = np.searchsorted(touched, places).clip(max=touched.size - 1)
+    last = (np.searchsorted(touched, places, side="right") - 1).clip(min=0)
+    met = touched[first] == places
+    return bool((met & ((touched_by[first] != by) | (touched_by[last] != by))).any())
 
 
 @contextlib.contextmanager
