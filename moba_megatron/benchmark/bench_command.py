@@ -18,7 +18,7 @@ from moba_megatron.benchmark.settings import BenchSettings
 from moba_megatron.errors import one_door
 
 DEFAULTS = BenchSettings()
-_NOT_FOR_DECODE = ("dtypes", "modes", "backend", "full", "preset", "context_parallel", "tune", "model")
+_NOT_FOR_DECODE = ("dtypes", "inputs", "modes", "backend", "full", "preset", "context_parallel", "tune", "model")
 
 
 @one_door()
@@ -37,6 +37,12 @@ def bench_command(
     ] = "torch",
     runs: Annotated[int, typer.Option(min=1, help="Timed runs of each side; medians are reported.")] = DEFAULTS.runs,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores.")] = 0,
+    inputs: Annotated[
+        str,
+        typer.Option(
+            help="What queries choose: random, sink (the first block), hot (a few blocks) or local (near ones)."
+        ),
+    ] = "random",
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     preset: Annotated[
         str | None,
@@ -95,6 +101,7 @@ def bench_command(
         full=() if full == "none" else tuple(full.split(",")),
         runs=runs,
         threads=threads,
+        inputs=inputs,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
     if tune:

@@ -9,8 +9,8 @@ no speed.
 
 *Selected* is the share of past blocks with keys on other ranks that at least one query of a rank chose, the mean over
 the ranks: what a scheme that sends only chosen blocks would send. It belongs to the inputs, so trained keys give
-another share than random ones. For `dispatch` the load is shown: the busiest rank over the mean, before and after hot
-blocks are copied.
+another share than random ones. The load of `dispatch` is the busiest rank over the mean, before and after hot blocks
+are copied; that of a ring the sum over its steps of the busiest rank's work, over a rank's mean.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from rich.console import Console
 from torch import Tensor
 
 from moba_megatron.benchmark.calls import DTYPES, clear_inputs
+from moba_megatron.benchmark.inputs import chosen_inputs, counted_ring_factor, past_choices
 from moba_megatron.benchmark.report import new_figure, print_table, write_csv, write_markdown
 from moba_megatron.benchmark.settings import BenchSettings
 from moba_megatron.ops import moba_attention, select_blocks
 from moba_megatron.parallel.attention import ContextGroups, context_attention
 from moba_megatron.parallel.exchange_kind import RankSizes
-from moba_megatron.parallel.exchanges import EXCHANGES, refusal, traffic
+from moba_megatron.parallel.exchanges import EXCHANGES, refusal, ring_ranks, traffic
 from moba_megatron.parallel.layout import shard_positions
 from moba_megatron.parallel.wire import observe
 
@@ -182,11 +183,11 @@ def _attention(sizes: RankSizes, exchange: str, q: Tensor, k: Tensor, v: Tensor)
     )
 
 
-def _inputs(settings: BenchSettings, dtype: torch.dtype, length: int) -> list[Tensor]:
+def _inputs(settings: BenchSettings, dtype: str, length: int, block_size: int | None) -> list[Tensor]:
     """Queries, keys and values of the whole sequence, the same on all ranks."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    heads = (settings.num_heads, settings.num_kv_heads, settings.num_kv_heads)
-    return [torch.randn(length, n, settings.head_size, generator=generator).to(settings.device, dtype) for n in heads]
+    heads = (settings.num_heads, settings.num_kv_heads, settings.head_size)
+    made = chosen_inputs(settings.inputs, length, *heads, dtype, "cpu", settings.seed, block_size or length)
+    return [x.to(settings.device) for x in made]
 
 
 def _positions(length: int) -> Tensor:
@@ -222,7 +223,7 @@ def _disagreement(settings: BenchSettings, dtype: str, sizes: RankSizes, exchang
 
 def _measure(settings: BenchSettings, dtype: str, length: int, sizes: RankSizes, exchange: str) -> ContextRow:
     mine = _positions(length)
-    q, k, v = (x[mine.to(x.device)].requires_grad_() for x in _inputs(settings, DTYPES[dtype], length))
+    q, k, v = (x[mine.to(x.device)].requires_grad_() for x in _inputs(settings, dtype, length, sizes.block_size))
     upstream = torch.ones_like(q)
     times: list[tuple[float, float]] = []
     for _ in range(settings.runs + 1):
@@ -252,7 +253,9 @@ def _measure(settings: BenchSettings, dtype: str, length: int, sizes: RankSizes,
         backward_bytes=backward_bytes,
         formula_bytes=traffic(exchange, sizes, dist.get_world_size()).total,
         selected=None if sizes.block_size is None else _selected(settings, length, sizes, dtype),
-        load=f"{load.most / load.mean:.2f} -> {load.most_after / load.mean:.2f}" if load and load.mean else "",
+        load=f"{load.most / load.mean:.2f} -> {load.most_after / load.mean:.2f}"
+        if load and load.mean
+        else _ring_load(settings, length, sizes, dtype, exchange),
     )
 
 
@@ -263,9 +266,21 @@ def _now(settings: BenchSettings) -> float:
 
 
 @functools.cache
+def _ring_load(settings: BenchSettings, length: int, sizes: RankSizes, dtype: str, exchange: str) -> str:
+    """How unevenly a ring works, see `parallel.ring_load`; nothing for an exchange without one."""
+    size = dist.get_world_size()
+    ranks = ring_ranks(exchange, size, EXCHANGES[exchange].levels(size, sizes))
+    if ranks == 1 or sizes.block_size is None or sizes.top_k is None:
+        return ""
+    q, k, _ = _inputs(settings, dtype, length, sizes.block_size)
+    choices = past_choices(q, k, sizes.block_size, sizes.top_k)
+    return f"{counted_ring_factor(choices, settings.num_heads, length, sizes.block_size, ranks):.2f} in steps"
+
+
+@functools.cache
 def _selected(settings: BenchSettings, length: int, sizes: RankSizes, dtype: str) -> float:
     """Mean over the ranks of the share of other ranks' past blocks that some query of the rank chose."""
-    q, k, _ = _inputs(settings, DTYPES[dtype], length)
+    q, k, _ = _inputs(settings, dtype, length, sizes.block_size)
     mine = _positions(length)
     ids = select_blocks(q, k, block_size=sizes.block_size, top_k=sizes.top_k).cpu()[mine][..., 1:]
     block = mine // sizes.block_size

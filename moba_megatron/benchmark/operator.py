@@ -37,6 +37,7 @@ from moba_megatron.benchmark.calls import (
     peak_bytes,
     random_inputs,
 )
+from moba_megatron.benchmark.inputs import chosen_inputs, hottest_load, past_choices
 from moba_megatron.benchmark.presets import PRESETS
 from moba_megatron.benchmark.report import print_bench, write_bench
 from moba_megatron.benchmark.settings import BenchResult, BenchRow, BenchSettings, Case, pair_ratio
@@ -52,17 +53,23 @@ def _attended_flops(settings: BenchSettings, case: Case) -> float:
     return (4 if case.mode == "fwd" else 14) * settings.head_size * pairs
 
 
-def _inputs(settings: BenchSettings, length: int, dtype: str) -> list[Tensor]:
+def _inputs(settings: BenchSettings, length: int, dtype: str, block_size: int = 1) -> list[Tensor]:
     heads = (settings.num_heads, settings.num_kv_heads, settings.head_size)
-    return random_inputs(length, *heads, dtype, settings.device, settings.seed)
+    return chosen_inputs(settings.inputs, length, *heads, dtype, settings.device, settings.seed, block_size)
 
 
 def _moba_call(settings: BenchSettings, case: Case, backend: str) -> Call:
-    tensors = _inputs(settings, case.length, case.dtype)
+    tensors = _inputs(settings, case.length, case.dtype, case.block_size)
     sizes = {"block_size": case.block_size, "top_k": case.top_k}
     return call_of(
         lambda *x: moba_attention(*x, backend=backend, **sizes), tensors, torch.ones_like(tensors[0]), case.mode
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _hottest(settings: BenchSettings, dtype: str, length: int, block_size: int, top_k: int) -> float:
+    q, k, _ = _inputs(settings, length, dtype, block_size)
+    return hottest_load(past_choices(q, k, block_size, top_k))
 
 
 def _scored_again(settings: BenchSettings, case: Case) -> tuple[float, float] | tuple[None, None]:
@@ -71,7 +78,7 @@ def _scored_again(settings: BenchSettings, case: Case) -> tuple[float, float] | 
     from moba_megatron.ops.triton import summarize
     from moba_megatron.ops.triton.routing import shares_scored_again
 
-    q, k, _ = _inputs(settings, case.length, case.dtype)
+    q, k, _ = _inputs(settings, case.length, case.dtype, case.block_size)
     layout = block_layout(case.length, case.block_size, device=q.device)
     return shares_scored_again(q, summarize(k, layout), layout, case.top_k - 1) or (None, None)
 
@@ -182,6 +189,8 @@ def measure(settings: BenchSettings, case: Case, with_flash_moba: bool = False) 
         attended_flops=flops,
         share_of_peak=None if most_flops is None else flops / most_flops,
         extra_bytes=extra,
+        inputs=settings.inputs,
+        hottest=_hottest(settings, case.dtype, case.length, case.block_size, case.top_k),
         extra_over_q=extra / q_bytes,
         flash_moba_seconds=flash_moba,
         rows_scored_again=rows,

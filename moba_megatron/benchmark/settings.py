@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 DTYPES = ("fp32", "bf16", "fp16", "fp64")
 MODES = ("fwd", "fwd+bwd")
+INPUTS = ("random", "sink", "hot", "local")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class BenchSettings:
         runs: timed runs of each side, after one warm-up.
         threads: CPU threads for both; 0 leaves the process's setting.
         device: `cpu` or `cuda`.
-        seed: of the random inputs.
+        seed: of the inputs.
+        inputs: which blocks queries like, see `benchmark.inputs`.
         limit: seconds after which a case makes no further runs; None: all runs.
     """
 
@@ -41,6 +43,7 @@ class BenchSettings:
     threads: int = 0
     device: str = "cpu"
     seed: int = 0
+    inputs: str = "random"
     limit: float | None = None
 
     def __post_init__(self) -> None:
@@ -48,6 +51,8 @@ class BenchSettings:
             unknown = [value for value in given if value not in known]
             if unknown:
                 raise ValueError(f"bench: unknown {name} {unknown}; choose from {list(known)}")
+        if self.inputs not in INPUTS:
+            raise ValueError(f"bench: unknown inputs {self.inputs!r}; choose from {list(INPUTS)}")
         if self.runs < 1 or self.threads < 0 or not self.lengths or min(self.lengths) < 1:
             raise ValueError(
                 f"bench: runs and lengths must be at least 1 and threads at least 0, "
@@ -74,8 +79,9 @@ class BenchRow:
 
     `extra_bytes` is a lower bound of the memory beyond inputs, output and gradients, see above. `dense_seconds` and
     `speedup` are None without a baseline, `share_of_peak` on machines without a data sheet here, `flash_moba_seconds`
-    where that package cannot run. `rows_scored_again` and `tiles_scored_again` are shares of the query rows for which
-    screening proves no choice, and of the tiles that are therefore scored in full; None where nothing is screened.
+    where that package cannot run. `hottest` is how often the most chosen block is chosen, over the mean of all.
+    `rows_scored_again` and `tiles_scored_again` are shares of the query rows for which screening proves no choice, and
+    of the tiles that are therefore scored in full; None where nothing is screened.
     """
 
     dtype: str
@@ -95,6 +101,8 @@ class BenchRow:
     share_of_peak: float | None
     extra_bytes: int
     extra_over_q: float
+    inputs: str = "random"
+    hottest: float = 1.0
     flash_moba_seconds: float | None = None
     rows_scored_again: float | None = None
     tiles_scored_again: float | None = None
