@@ -168,7 +168,7 @@ def test_a_mixture_is_evaluated_over_ranks_that_share_its_experts(tmp_path):
     """Also where they are data-parallel ranks, whose numbers of samples differ."""
     run = task_run(tmp_path, model__num_moe_experts=4, model__moe_ffn_hidden_size=16)
     asked = ["--losses", "--samples", 3, "--routing", "--routing-samples", 3, *TASKS]
-    layouts = ["expert=2", "tensor=2", "tensor=2,expert=2", "context=2,expert=2", "pipeline=2"]
+    layouts = ["expert=2", "tensor=2,expert=2", "context=2,expert=2"]
     cases = [[run, *asked, "--parallel", sizes, "--output", tmp_path / sizes] for sizes in layouts]
     on_ranks(1, [[run, *asked, "--output", tmp_path / "one"]])
     on_ranks(2, cases)
