@@ -16,7 +16,7 @@ SHORT_BLOCK = 128
 # blocks that are chosen so. From so many blocks of a pack on that takes less time than three planes at once, by
 # `planning.kernel_model` on an H100: so many for each past block (a power of two, at least 2), but no more than the
 # second number.
-SCREENED_ROWS, MOST_SCREENED = 128, 32
+SCREENED_ROWS, MOST_SCREENED = 128, 16
 SCREENED_BLOCKS_PER_PAST, SCREENED_BLOCKS = 256, 2048
 # Cuts into passes change the order of sums: never a share of the memory that happens to be free.
 SMALLEST_WORKSPACE = 2**31

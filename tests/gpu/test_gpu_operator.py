@@ -11,6 +11,7 @@ from workspace_formula import workspace_bounds
 
 from moba_megatron.ops import moba_attention, resolve_backend
 from moba_megatron.ops.backends import BACKENDS
+from moba_megatron.ops.kernel_sizes import screens
 from moba_megatron.ops.pairs import attended_pairs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -34,6 +35,8 @@ SHAPES = {
     "head of 256": Shape((0, 1900), 256, 3, size=256),
     "short documents": Shape((0, 100, 130, 260), 512, 3),
 }
+# So many blocks that routing screens them, in 16 bits (`kernel_sizes.screens`).
+SCREENED = {"3 of 525": Shape((0, 2099), 4, 3, size=128), "16 of 2100": Shape((0, 300, 2100), 1, 16)}
 LARGE = Shape((0, 20_000, 70_001), 128, 8, 16, 4, 128)
 
 
@@ -62,6 +65,14 @@ def test_one_block_that_everybody_chooses(backend, name, dtype):
 @pytest.mark.parametrize("name", ["one document", "tail", "packed", "uneven", "large top-k", "head of 96"])
 def test_selection_equals_fp64(name, dtype):
     checks.check_selection(SHAPES[name], "cuda", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SCREENED)
+def test_screened_selection_equals_fp64(name, dtype):
+    shape = SCREENED[name]
+    assert screens(-(-shape.tokens // shape.block_size), shape.top_k - 1, dtype.itemsize)
+    checks.check_selection(shape, "cuda", dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
