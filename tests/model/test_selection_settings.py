@@ -75,6 +75,8 @@ def test_a_schedule_is_stored_with_its_selections():
         ({"summary": "min_max", "backend": "flash_moba"}, "not by top_k of min_max"),
         ({"selector": "threshold", "threshold": 2.0}, "attention.threshold = 2.0"),
         ({"selector": "nearest"}, "attention.selector = 'nearest'"),
+        ({"workspace_bytes": 0}, "attention.workspace_bytes = 0"),
+        ({"workspace_bytes": 2**20, "backend": "flash_moba"}, "backend = flash_moba cannot be kept to a workspace"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(attention, named):
