@@ -3,9 +3,9 @@
 `attention` is the operator put together and `decode` its use in generation; `backends` names what can compute it:
 `reference`, which is the definition, the folders `gathered` (portable PyTorch) and `triton` (GPU kernels), which are
 twins module by module, and `adapters` to other packages. `steps` is what these twins are made of, `library` the same
-for tracers. `layout` says where blocks lie, `selection`, `summaries` and `selectors` how they are chosen, `fragments`
-which keys queries see; `combine` joins partial attentions; `dense` is full causal attention; `pairs` counts what it
-all costs.
+for tracers. `layout` says where blocks lie (`kept_layouts`: once for all layers of a microbatch), `selection`,
+`summaries` and `selectors` how they are chosen, `fragments` which keys queries see; `combine` joins partial attentions;
+`dense` is full causal attention; `pairs` counts what it all costs.
 
 The words of these modules, portable and Triton alike:
 
@@ -19,7 +19,7 @@ The words of these modules, portable and Triton alike:
 | fragment | some keys as some queries see them: kv blocks and causal spans |
 | kv head | a head of keys and values, also key head; `qheads_per_kvhead` query heads attend it |
 | row | a query row, token * N + head |
-| slot | place of a row's ids; one more where its own block has a kv block before it |
+| slot | place of a row's ids, or of those at hand; one more where its own block has a kv block before it |
 | entry | one (query row, kv block) that is attended; the kernels number all slots, with kv block -1 for none |
 | head block | a (kv head, kv block), numbered kv_head * num_kv_blocks + kv_block |
 | index | entries sorted by head block: their `order` and the offsets `cu_entries`, as cu_seqlens has for documents |

@@ -34,6 +34,8 @@ class Fragment:
             where pack-wide block numbers are numbers of kv blocks.
         own_kv_block_T: int32 [T], the kv block of the query's own block that lies before it, -1 where there is none;
             None where that holds for all queries.
+        most_held: blocks at hand, at most, among those from which a query may choose; None where that is not known.
+            With less than K a backend needs no slot for every id.
         device_forms: what a backend makes of it for a device, made once and kept with it
             (`triton.fragments.on_device`).
     """
@@ -43,6 +45,7 @@ class Fragment:
     first_block_T: Tensor | None = None
     kv_block_of_block: Tensor | None = None
     own_kv_block_T: Tensor | None = None
+    most_held: int | None = None
     device_forms: dict[torch.device, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def num_slots(self, num_past: int) -> int:

@@ -191,12 +191,17 @@ class ContextPlan:
         own_block = self.here.blocks.pack_block_T
         found = (before >= 0) & (keys.span_block[before.clamp(min=0)] == own_block)
         own_kv_block = torch.where(found, before, -1).to(torch.int32)
+        kv_block_of_block = keys.kv_block_of_block()
+        # Of the blocks of a query's document before its own, those with keys at hand.
+        held_before = torch.cat([torch.zeros(1, dtype=torch.int64), (kv_block_of_block >= 0).cumsum(0)])
+        held = held_before[own_block] - held_before[self.here.blocks.first_block_T]
         return Fragment(
             kv_blocks=keys.kv_blocks(),
             causal_spans=keys.causal_spans() if source == self.rank else [],
             first_block_T=self.queries.first_block_T,
-            kv_block_of_block=upload(keys.kv_block_of_block(), self.device),
+            kv_block_of_block=upload(kv_block_of_block, self.device),
             own_kv_block_T=upload(own_kv_block, self.device) if bool(found.any()) else None,
+            most_held=int(held.max()) if held.numel() else 0,
         )
 
 

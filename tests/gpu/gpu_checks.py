@@ -267,7 +267,7 @@ def check_fragments(kernels, device: str, dtype: torch.dtype, top_k: int) -> Non
 
     The queries are the last 40 of 120 tokens in blocks of 32. The first fragment holds their own rows, in causal
     spans and as a kv block, the end of the third block; the second all rows before them, with the start of that block,
-    which is also what its own tokens see of it.
+    which is also what its own tokens see of it. The first holds one block that a query may choose: one slot is enough.
     """
     shape = Shape((0, 120), 32, top_k, size=64)
     q, k, v, do = inputs(shape, device, dtype)
@@ -276,7 +276,7 @@ def check_fragments(kernels, device: str, dtype: torch.dtype, top_k: int) -> Non
     first_block = torch.zeros(40, dtype=torch.int64, device=device)
     own_kv_block = torch.where(torch.arange(80, 120, device=device) < 96, 2, -1).to(torch.int32)
     near_kv_blocks, far_kv_blocks = torch.tensor([[-1, -1, 0, -1], [0, 1, 2, -1]], dtype=torch.int32, device=device)
-    near = Fragment([(0, 16)], [(0, 1, 16), (16, 1, 24)], first_block, near_kv_blocks)
+    near = Fragment([(0, 16)], [(0, 1, 16), (16, 1, 24)], first_block, near_kv_blocks, most_held=1)
     far = Fragment([(0, 32), (32, 64), (64, 80)], [], first_block, far_kv_blocks, own_kv_block)
     tasks = [(Keys(k[80:], v[80:], qheads), ids, near), (Keys(k[:80], v[:80], qheads), ids, far)]
 

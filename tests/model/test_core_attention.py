@@ -93,6 +93,17 @@ def test_the_full_backend_is_asked_for_and_refused_under_context_parallelism():
         MoBACoreAttention(*common, attention=FULL, full_backend="torch")
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_workspace_reaches_the_operator(batch):
+    q, k, v = qkv(length=14, batch=batch)
+    common = (core_attention().config, 1, AttnMaskType.causal, "self")
+    small = MoBACoreAttention(*common, attention=MOBA, workspace_bytes=1)
+    torch.testing.assert_close(small(q, k, v, None), core_attention()(q, k, v, None), rtol=1e-10, atol=1e-10)
+    refused = MoBACoreAttention(*common, attention=MOBA, backend="reference", workspace_bytes=4096)
+    with pytest.raises(ValueError, match="workspace_bytes = 4096: backend 'reference'"):
+        refused(q, k, v, None)
+
+
 def test_packs_equal_their_documents():
     q, k, v = (tensor[:, 0] for tensor in qkv(length=23, batch=1))
     boundaries = [0, 9, 10, 10, 23]  # one of a single token, one empty

@@ -83,6 +83,8 @@ def test_a_schedule_is_stored_with_its_selections():
         ({"share_selection": "mean", "selector": "recent"}, "attention.share_selection = mean has no effect with the"),
         ({"share_selection": "max", "backend": "flash_moba"}, r"share_selection: max\): use auto"),
         ({"selector": "nearest"}, "attention.selector = 'nearest'"),
+        ({"workspace_bytes": 0}, "attention.workspace_bytes = 0"),
+        ({"workspace_bytes": 2**20, "backend": "flash_moba"}, "backend = flash_moba cannot be kept to a workspace"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(attention, named):

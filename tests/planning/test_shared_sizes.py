@@ -53,6 +53,17 @@ def test_a_gpu_rank_has_room_for_the_kernels_workspace(tmp_path, tokens):
     assert moba - full == max(2**31, q.nbytes)
 
 
+def test_a_workspace_that_is_set_is_what_planning_charges(tmp_path):
+    layer = LayerAttention("moba", 16, 3)
+
+    def held(device: str, room: int | None) -> int:
+        config = small_config(tmp_path, attention__workspace_bytes=room)
+        return attention_backward_bytes(Shape.of(config, device), layer)
+
+    assert held("cuda", None) - held("cuda", 2**20) == 2**31 - 2**20
+    assert held("cpu", 2**10) + 2**10 == held("cpu", 2**11)
+
+
 def config_dtype(shape: Shape) -> torch.dtype:
     return {2: torch.bfloat16, 4: torch.float32}[shape.width]
 

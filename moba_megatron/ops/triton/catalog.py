@@ -165,6 +165,9 @@ def _cases(
     for first, table, own in ((1, 0, 0), (1, 1, 0), (1, 1, 1), (0, 0, 0)):
         flags = {"HAS_FIRST": bool(first), "HAS_TABLE": bool(table), "HAS_OWN": bool(own)}
         yield _Case(index.count_entries, config.tiles("count_entries") | flags)
+    for kept in num_past:
+        for own in (False, True):
+            yield _Case(index.gather_entries, config.gather_tiles(kept) | {"HAS_OWN": own})
     yield _Case(index.rank_chunks, config.tiles("rank_chunks"))
     # Forward; backward of short kv blocks, and of long ones.
     for sums, other in ((False, False), (True, False), (True, True)):

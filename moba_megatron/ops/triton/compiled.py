@@ -37,8 +37,8 @@ TENSOR_COLUMNS = 512
 MATRIX_INSTRUCTIONS = {80: ("mma.sync",), 90: ("wgmma", "mma.sync"), 100: ("tcgen05.mma", "mma.sync")}
 WITHOUT_PRODUCTS = (
     "add_groups", "average_means", "block_means", "centre_means", "combine_dkdv", "combine_dq", "combine_out",
-    "count_entries", "decode_fwd", "output_delta_rows", "rank_chunks", "scatter_entries", "split_entries",
-    "split_means", "split_spans",
+    "count_entries", "decode_fwd", "gather_entries", "output_delta_rows", "rank_chunks", "scatter_entries",
+    "split_entries", "split_means", "split_spans",
 )  # fmt: skip
 
 

@@ -195,6 +195,12 @@ def screen_tiles(
     }
 
 
+def gather_tiles(num_past: int) -> dict[str, int]:
+    """Launch settings of `gather_entries`, for K = `num_past` ids of a row."""
+    keep = triton.next_power_of_2(num_past)
+    return INDEX_TILES["count_entries"] | {"KEEP": keep, "BLOCK_M": max(16, 1024 // keep), "num_stages": 1}
+
+
 def holds_kv_block(
     kernel: str, dtype: torch.dtype, head_size: int, longest: int, architecture: int = DEFAULT_ARCHITECTURE
 ) -> bool:

@@ -48,7 +48,7 @@ class DeviceFragment:
     Attributes:
         kv_blocks: two of them share no row, or they start at the same row and all kv blocks between them do too.
         causal_spans: disjoint.
-        first_block_T, kv_block_of_block, own_kv_block_T: as in `Fragment`.
+        first_block_T, kv_block_of_block, own_kv_block_T, most_held: as in `Fragment`.
         covers_keys: every key row is in a kv block and in a causal span, and no two kv blocks share one.
     """
 
@@ -57,11 +57,17 @@ class DeviceFragment:
     first_block_T: Tensor | None = None
     kv_block_of_block: Tensor | None = None
     own_kv_block_T: Tensor | None = None
+    most_held: int | None = None
     covers_keys: bool = False
 
+    def gathers(self, num_past: int) -> bool:
+        """Whether a row has fewer slots than ids: only for blocks that are at hand, in the order of its ids."""
+        knows = self.most_held is not None and self.kv_block_of_block is not None and self.first_block_T is not None
+        return knows and self.most_held < num_past
+
     def num_slots(self, num_past: int) -> int:
-        """Slots of a query row, as in `Fragment`."""
-        return num_past + (self.own_kv_block_T is not None)
+        """Slots of a query row: for its ids, or those that can be at hand, and as in `Fragment` for its own block."""
+        return (self.most_held if self.gathers(num_past) else num_past) + (self.own_kv_block_T is not None)
 
 
 def whole_pack(layout: BlockLayout) -> DeviceFragment:
@@ -100,6 +106,7 @@ def _device_form(fragment: Fragment, device: torch.device) -> DeviceFragment:
         fragment.first_block_T,
         fragment.kv_block_of_block,
         fragment.own_kv_block_T,
+        fragment.most_held,
     )
 
 

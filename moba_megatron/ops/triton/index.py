@@ -5,7 +5,8 @@ slot. The number says which row to gather and where its partial result goes, so 
 together. Four launches:
 
 1. `count_entries`: entries are cut into chunks of equal size; each chunk counts its entries of each head block. That
-   uses integer atomics, whose sum does not depend on their order.
+   uses integer atomics, whose sum does not depend on their order. `gather_entries` does it for fragments in which a
+   row cannot have as many blocks as ids: there its slots are those of the ids whose blocks are at hand.
 2. `rank_chunks`: for each head block, how many entries lie in the chunks before each.
 3. `splits.split_entries`: where the entries of each head block begin, and their splits.
 4. `scatter_entries`: a second walk puts the entries of each chunk there: in rising order within each kv block, whatever
@@ -90,6 +91,70 @@ def count_entries(
             kv_block = tl.where(own, tl.load(own_kv_block_ptr + token, mask=own, other=-1), kv_block)
         tl.store(entry_kv_block_ptr + kv_head.to(tl.int64) * num_entries + entry, kv_block, mask=inside)
         tl.atomic_add(own_counts_ptr + kv_block, 1, mask=inside & (kv_block >= 0), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def gather_entries(
+    ids_ptr,
+    first_block_ptr,
+    kv_block_of_block_ptr,
+    own_kv_block_ptr,
+    entry_kv_block_ptr,
+    counts_ptr,
+    first_token,
+    num_tokens,
+    first_kv_head,
+    num_heads,
+    num_past,
+    num_slots,
+    num_kv_blocks,
+    num_chunks,
+    chunk_size,
+    qheads_per_kvhead,
+    HAS_OWN: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """One program per (chunk, kv head), of whole rows: as `count_entries`, but the first slots of a row are those of
+    its ids whose blocks are at hand, in order; KEEP is a power of two that holds all ids."""
+    chunk, kv_head = tl.program_id(0), tl.program_id(1)
+    own_counts_ptr = counts_ptr + (kv_head.to(tl.int64) * num_chunks + chunk) * num_kv_blocks
+    for first in range(0, num_kv_blocks, BLOCK_E):
+        kv_block = first + tl.arange(0, BLOCK_E)
+        tl.store(own_counts_ptr + kv_block, tl.zeros([BLOCK_E], dtype=tl.int32), mask=kv_block < num_kv_blocks)
+    # Other threads add to what one has set to zero.
+    tl.debug_barrier()
+    num_rows = num_tokens * qheads_per_kvhead
+    origin = first_token.to(tl.int64) * num_heads + (first_kv_head + kv_head) * qheads_per_kvhead
+    chosen_slots = num_slots
+    if HAS_OWN:
+        chosen_slots = num_slots - 1
+    low = quotient(chunk * chunk_size, num_slots)
+    high = tl.minimum(low + quotient(chunk_size, num_slots), num_rows)
+    place = tl.arange(0, KEEP)
+    for first in range(low, high, BLOCK_M):
+        offs_m = first + tl.arange(0, BLOCK_M)
+        inside = offs_m < high
+        position = quotient(offs_m, qheads_per_kvhead)
+        token = first_token + position
+        row = query_rows(origin, offs_m, position, num_heads, qheads_per_kvhead)
+        picked = inside[:, None] & (place < num_past)[None, :]
+        block = tl.load(ids_ptr + row[:, None] * num_past + place[None, :], mask=picked, other=-1)
+        picked = picked & (block >= 0)
+        number = block + tl.load(first_block_ptr + token, mask=inside, other=0).to(tl.int32)[:, None]
+        kv_block = tl.load(kv_block_of_block_ptr + number, mask=picked, other=-1)
+        held = (kv_block >= 0).to(tl.int32)
+        slot = tl.cumsum(held, 1) - 1
+        entry_ptr = entry_kv_block_ptr + (kv_head.to(tl.int64) * num_rows + offs_m) * num_slots
+        for chosen in range(0, chosen_slots):
+            here = tl.max(tl.where((held > 0) & (slot == chosen), kv_block, -1), axis=1)
+            tl.store(entry_ptr + chosen, here, mask=inside)
+            tl.atomic_add(own_counts_ptr + here, 1, mask=inside & (here >= 0), sem="relaxed")
+        if HAS_OWN:
+            own = tl.load(own_kv_block_ptr + token, mask=inside, other=-1)
+            tl.store(entry_ptr + chosen_slots, own, mask=inside)
+            tl.atomic_add(own_counts_ptr + own, 1, mask=inside & (own >= 0), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -214,22 +279,25 @@ def build_index(work: Pass, ids_TNK: Tensor, fragment: DeviceFragment, first: Cu
     device, num_kv_blocks = ids_TNK.device, fragment.kv_blocks.count
     entries_per_kv_head = work.num_entries // work.num_kv_heads
     num_chunks, chunk_size = config.chunks(entries_per_kv_head, work.num_kv_heads)
+    gathers = fragment.gathers(ids_TNK.shape[2])
+    if gathers:
+        chunk_size = triton.cdiv(chunk_size, work.num_slots) * work.num_slots
+        num_chunks = triton.cdiv(entries_per_kv_head, chunk_size)
     entry_kv_blocks = torch.empty(work.num_entries, dtype=torch.int32, device=device)
     counts = torch.empty(work.num_kv_heads * num_chunks * num_kv_blocks, dtype=torch.int32, device=device)
-    dummy = ids_TNK
     grid = (num_chunks, work.num_kv_heads)
-    count_entries[grid](
-        ids_TNK,
-        dummy if fragment.first_block_T is None else fragment.first_block_T,
-        dummy if fragment.kv_block_of_block is None else fragment.kv_block_of_block,
-        dummy if fragment.own_kv_block_T is None else fragment.own_kv_block_T,
+    tables = (fragment.first_block_T, fragment.kv_block_of_block, fragment.own_kv_block_T)
+    arguments = (
+        ids_TNK, *(ids_TNK if table is None else table for table in tables),
         entry_kv_blocks, counts, work.tokens.start, work.num_tokens, work.first_kv_head, *ids_TNK.shape[1:],
         work.num_slots, num_kv_blocks, num_chunks, chunk_size, work.qheads_per_kvhead,
-        HAS_FIRST=fragment.first_block_T is not None,
-        HAS_TABLE=fragment.kv_block_of_block is not None,
-        HAS_OWN=fragment.own_kv_block_T is not None,
-        **config.tiles("count_entries"),
     )  # fmt: skip
+    first_T, table_M, own_T = (table is not None for table in tables)
+    if gathers:
+        gather_entries[grid](*arguments, HAS_OWN=own_T, **config.gather_tiles(ids_TNK.shape[2]))
+    else:
+        flags = {"HAS_FIRST": first_T, "HAS_TABLE": table_M, "HAS_OWN": own_T}
+        count_entries[grid](*arguments, **flags, **config.tiles("count_entries"))
     totals = torch.empty(work.num_kv_heads * num_kv_blocks, dtype=torch.int32, device=device)
     tiles = config.tiles("rank_chunks")
     rank_chunks[(triton.cdiv(num_kv_blocks, tiles["BLOCK_L"]), work.num_kv_heads)](

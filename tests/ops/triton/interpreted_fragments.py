@@ -68,6 +68,25 @@ def test_a_rank_of_two(rank, block_size):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_slots_of_blocks_at_hand(rank):
+    """A rank's keys hold fewer blocks of a document than a query chooses: its row has a slot for each of them, and not
+    for each id. The same bits."""
+    q, do, tasks = tasks_of(rank, 8, 7)
+    every = [(keys, ids, dataclasses.replace(fragment, most_held=None)) for keys, ids, fragment in tasks]
+    for (_, ids, fragment), (_, _, other) in zip(tasks, every, strict=True):
+        form = kernels.on_device(fragment, q.device)
+        assert form.gathers(7) and form.num_slots(7) < kernels.on_device(other, q.device).num_slots(7)
+        held = fragment.chosen_kv_blocks(ids, slice(None), slice(None))[..., :7] >= 0
+        assert int(held.sum(dim=2).max()) == fragment.most_held
+    out, lse = accumulated(kernels, tasks, q, torch.float32)
+    want_out, want_lse = accumulated(kernels, every, q, torch.float32)
+    assert torch.equal(out, want_out) and torch.equal(lse, want_lse)
+    torch.testing.assert_close(out, accumulated(gathered, tasks, q, torch.float32)[0], rtol=1e-5, atol=1e-5)
+    got, want = (gradients(kernels, these, q, do, out, lse) for these in (tasks, every))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_accumulators_of_both_precisions():
     """bf16 inputs into an fp32 accumulator and into a bf16 one."""
     q, _, tasks = tasks_of(1, 13, 2, torch.bfloat16)
