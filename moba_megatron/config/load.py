@@ -68,17 +68,33 @@ def split_name(path: str | Path) -> tuple[Path, str | None]:
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """What a file (`FILE.yaml` or `FILE.yaml:VARIANT`) and the files that its `base:` names say, unchecked, references
-    (`${...}`) as they stand."""
+    """The values of a file (`FILE.yaml` or `FILE.yaml:VARIANT`) and of its bases, unchecked, references (`${...}`)
+    unresolved."""
     path, variant = split_name(path)
     path = path.resolve()
     if path in seen:
         raise ConfigError([f"base: {path} includes itself"])
+    return with_bases(path, variant, read_mapping(path), seen)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The values of one file, without those of its bases."""
     if not path.is_file():
         raise ConfigError([f"no such configuration file: {path}"])
     tree = read_tree(path)
     if not isinstance(tree, dict):
         raise ConfigError([f"{path} must hold a mapping of sections"])
+    return tree
+
+
+def with_bases(path: Path, variant: str | None, tree: dict[str, Any], seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a file and of one of its variants, laid over those of its bases.
+
+    Args:
+        path: absolute path of the file.
+        tree: what `read_mapping` gave of it.
+        seen: the files that have it as a base.
+    """
     variants = tree.pop("variants", {})
     chosen = {} if variant is None else _variant(path, variants, variant)
     values = read_bases(path, tree.pop("base", []), seen)

@@ -16,7 +16,7 @@ from moba_megatron.config.load import config_from_tree, read_bases
 from moba_megatron.config.overrides import as_override
 from moba_megatron.config.schema import MOST_STEPS, Config
 from moba_megatron.config.sizes import matrix_parameters
-from moba_megatron.config.sweep_file import LearningRateRule, OptionKeys, SweepFile, explain_keys, read_sweep
+from moba_megatron.config.sweep_file import LearningRateRule, OptionKeys, SweepFile, explain_keys
 
 _WEIGHTS = "model.init_from="
 
@@ -49,11 +49,13 @@ class SweptRun:
             ConfigError: as `load_config`.
         """
         source = self.config.model.init_from
-        if self.start_from is None or source is None or Path(source).exists():
+        from_weights = self.start_from is not None and source is not None
+        weights_exist = from_weights and Path(str(source)).exists()
+        if not overrides and not weights_exist:
+            return self.config
+        if not from_weights or weights_exist:
             return config_from_tree(self.tree, [*self.overrides, *overrides])
         # A plan needs no weights, and those of another run may come later.
-        if not overrides:
-            return self.config
         own = [override for override in self.overrides if not override.startswith(_WEIGHTS)]
         config = config_from_tree(self.tree, [*own, *overrides])
         if any(override.startswith(_WEIGHTS) for override in overrides):
@@ -123,7 +125,7 @@ def swept_run(
         raise ConfigError([f"{', '.join(twice)}: set by an option and by the sweep's tokens, learning_rate or "
                            "warmup_share: let options set those"])  # fmt: skip
     overrides += [f"{key}={value}" for key, value in derived.items()]
-    config = config_from_tree(base, overrides)
+    config = config_from_tree(base, overrides) if derived else first
     if own.start_from is not None:
         if own.start_from not in before and "/" not in own.start_from:
             names = ", ".join(before) or "none"
@@ -141,13 +143,16 @@ def swept_run(
     return SweptRun(name, options, base, overrides, config, parameters, own.start_from)
 
 
-def run_of(path: Path, name: str) -> SweptRun:
+def run_of(path: Path, name: str, file: SweepFile) -> SweptRun:
     """A run of a sweep by its name, or its number in the order of the axes (from 0).
 
+    Args:
+        path: of the sweep.
+        file: what it holds.
+
     Raises:
-        ConfigError: there is none, or its configuration is wrong.
+        ConfigError: there is no such run, or its configuration is wrong.
     """
-    file = read_sweep(path)
     choices = list(choices_of(file))
     names = [run_name(options) for options, _ in choices]
     number = number_of(path, names, name)

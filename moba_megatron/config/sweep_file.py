@@ -113,11 +113,20 @@ class SweepFile(Section):
 
 
 def read_sweep(path: Path) -> SweepFile:
+    """The sweep of a file.
+
+    Raises:
+        ConfigError: with one line for each problem.
+    """
     if not path.is_file():
         raise ConfigError([f"no such sweep: {path}"])
+    return sweep_of(path, read_tree(path))
+
+
+def sweep_of(path: Path, values: Any) -> SweepFile:
+    """The sweep that a file holds, from its values. Raises as `read_sweep`."""
     try:
-        # References (`${...}`) stay as they are: those in options are to keys of the training configuration.
-        values = read_tree(path)
+        # References (`${...}`) stay unresolved: in options they refer to keys of the training configuration.
         refuse_missing(values, tuple(key for key in missing_keys(values) if key.endswith("model.init_from")))
         return SweepFile.model_validate(values)
     except ValidationError as error:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from moba_megatron.config import ConfigError, Section
-from moba_megatron.config.load import shortened
+from moba_megatron.config.load import explain
 from moba_megatron.config.overrides import refuse_missing, resolved, with_override
 from moba_megatron.config.reading import read_tree
 from moba_megatron.corpus.chat_options import Chat
@@ -328,7 +328,7 @@ def _checked(schema: type[S], values: Any) -> S:
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise ConfigError([_explain(item) for item in error.errors()]) from error
+        raise ConfigError([_explain(item, schema) for item in error.errors()]) from error
 
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
@@ -336,12 +336,12 @@ def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", exclude={"tokenizer": {"engine"}})
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, schema: type[Section]) -> str:
+    """As `explain`, without the value where that is a whole mapping."""
+    if error["type"] not in ("missing", "union_tag_not_found", "value_error"):
+        return explain(error, schema)
     key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key"
-    if error["type"] in ("missing", "union_tag_not_found"):
-        return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}"
-    if error["type"] == "value_error":
-        return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
-    return f"{key} = {shortened(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    why = (
+        str(error["ctx"]["error"]) if error["type"] == "value_error" else f"{error['msg'][0].lower()}{error['msg'][1:]}"
+    )
+    return f"{key}: {why}" if key else why
