@@ -44,7 +44,7 @@ def load_attention(source: str | Path | Mapping[str, Any] | AttentionConfig) -> 
     where = "" if isinstance(source, Mapping) else f"{source}: "
     values = dict(source) if isinstance(source, Mapping) else _values(Path(source))
     if not values:
-        raise ConfigError([f"{where}no setting of the attention: give at least block_size and top_k, or kind"])
+        raise ConfigError([f"{where}no attention setting: give at least block_size and top_k, or kind"])
     if not set(values) & set(AttentionFile.model_fields):
         values = {"attention": values}
     try:

@@ -61,7 +61,7 @@ def check_world(config: Config, world_size: int) -> int:
         microbatches = -(-samples // per_pass)
         if parallel.virtual_pipeline and microbatches % parallel.pipeline:
             raise ConfigError([
-                f"{key} = {samples} makes {microbatches} microbatches, but the interleaved schedule wants a multiple "
+                f"{key} = {samples} makes {microbatches} microbatches, but the interleaved schedule needs a multiple "
                 f"of parallel.pipeline = {parallel.pipeline}: use a multiple of {per_pass * parallel.pipeline}"
             ])  # fmt: skip
     return data_ranks
@@ -193,7 +193,7 @@ def _length_check(config: Config) -> tuple[bool, str]:
 def _data_checks(config: Config) -> list[tuple[bool, str]]:
     data = config.data
     return [
-        (value == [], f"{key} = []: a blend names nothing: give at least one entry with `path` and `weight`")
+        (value == [], f"{key} = []: the blend is empty: give at least one entry with `path` and `weight`")
         for key, value in (("data.train", data.train), ("data.validation", data.validation))
     ]
 
@@ -268,8 +268,8 @@ def _selection_checks(attention: AttentionConfig) -> list[tuple[bool, str]]:
         ),
         (
             attention.summary != "mean" and not selectors & {"top_k", "threshold"},
-            f"attention.summary = {attention.summary} has no effect with the selector {names}, which looks at no "
-            "scores: take it out",
+            f"attention.summary = {attention.summary} has no effect with the selector {names}, which uses no scores: "
+            f"take it out",
         ),
         (
             attention.backend == "flash_moba" and not attention.top_k_of_means,

@@ -1,8 +1,8 @@
-"""The families of Hugging Face models, one row each: what `config.json` leaves unsaid, what of it becomes our `model`
-section, which of our models the family computes, how its weights are named, and what an export says of it.
+"""The families of Hugging Face models, one row each: defaults of `config.json`, the keys of our `model` section, the
+models that the family can compute, the names of its weights, and the keys of an export.
 
-All are decoders of RMSNorm, SwiGLU and rotary embedding. They differ in biases, norms of queries and keys, in which
-layers and channels are rotated, in whether projections are stored apart, and in experts (`expert_families`).
+All are decoders of RMSNorm, SwiGLU and rotary embedding. They differ in biases, norms of queries and keys, rotated
+layers and channels, separate or joint projections, and experts (`expert_families`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one family of Hugging Face models is, and what tells families apart."""
+"""The description of one family of Hugging Face models, and the differences between families."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a Hugging Face `config.json` says of the rotary embedding, in the words of our `model` section.
+"""The rotary embedding of a Hugging Face `config.json` as our `model` section.
 
-It is said in two dialects: transformers 4 has `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`. Both
-are read, and may stand side by side as long as they agree.
+There are two formats: transformers 4 has `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`. Both are
+read. A file may have both if they agree.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def named_file(by: Path, name: object) -> Path:
         ValueError: it is not a name, or leads out of the folder.
     """
     if not isinstance(name, str) or not name.strip("./") or "\0" in name:
-        raise ValueError(f"{by} names the file {name!r}, which is not a name of a file")
+        raise ValueError(f"{by} names the file {name!r}, which is not a file name")
     path = by.parent / name
     folders = (os.path.realpath(by.parent), os.path.dirname(os.path.realpath(by)))
     real = os.path.realpath(path)

@@ -118,9 +118,7 @@ def refuse_missing(values: Any, needed_later: tuple[str, ...] = ()) -> None:
     """
     left = [key for key in missing_keys(values) if key not in needed_later]
     if left:
-        raise ConfigError(
-            [f"{key} = {MISSING}: this value is still to be given, for instance {key}=..." for key in left]
-        )
+        raise ConfigError([f"{key} = {MISSING}: give this value, for instance {key}=..." for key in left])
 
 
 def _place(section: Any, part: str, where: str) -> tuple[Any, Any]:

@@ -81,12 +81,12 @@ def pretrained_model_section(folder: str | Path) -> dict[str, Any]:
         ])  # fmt: skip
     section = config.get("model") if isinstance(config, dict) else None
     if not isinstance(section, dict):
-        raise ConfigError([f"model.init_from = {folder}: {path} says nothing of a model: it is damaged; copy it again"])
+        raise ConfigError([f"model.init_from = {folder}: {path} describes no model: it is damaged; copy it again"])
     data = config.get("data")
     length = data.get("sequence_length") if isinstance(data, dict) else None
     given = section.get("max_position_embeddings")
     if any(number is not None and not isinstance(number, int) for number in (length, given)):
-        raise ConfigError([f"model.init_from = {folder}: the lengths that {path} names are no numbers: copy it again"])
+        raise ConfigError([f"model.init_from = {folder}: the lengths that {path} names are not numbers: copy it again"])
     trained = length or 0
     window = max(section.get("max_position_embeddings") or 0, trained) or None
     return {**{key: value for key, value in section.items() if key != "init_from"}, "max_position_embeddings": window}

@@ -72,7 +72,7 @@ def read_json_object(path: str | Path, fix: str) -> dict[str, Any]:
         why = "it is nested too deep" if isinstance(error, RecursionError) else error
         raise ConfigError([f"{path} is damaged: {why}; {fix}"]) from error
     if not isinstance(found, dict):
-        raise ConfigError([f"{path} is damaged: it holds no object; {fix}"])
+        raise ConfigError([f"{path} is damaged: it does not hold an object; {fix}"])
     return found
 
 
@@ -111,6 +111,6 @@ def _refuse_huge(text: str, path: str | Path) -> yaml.Node | None:
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     if (found := size(root)) > _MOST_VALUES:
         raise ConfigError(
-            [f"{path} stands for {found:.3g} values, which are no settings: take out its aliases (`*name`)"]
+            [f"{path} stands for {found:.3g} values, too many for settings: take out its aliases (`*name`)"]
         )
     return root

@@ -41,7 +41,7 @@ def rotary_checks(model: ModelConfig) -> list[Check]:
         (
             scaling in ("none", "linear") and model.rotary_interpolation != 1.0,
             f"model.rotary_interpolation = {model.rotary_interpolation} with model.rotary_scaling = {scaling}: set "
-            "model.rotary_scaling = linear and say all of it by model.rotary_scaling_factor",
+            f"model.rotary_scaling = linear and put the whole factor into model.rotary_scaling_factor",
         ),
     ]
 
@@ -108,7 +108,8 @@ def _yarn_checks(model: ModelConfig) -> list[Check]:
         ),
         (
             factor == 1.0 and usual != 1.0,
-            "model.rotary_attention_factor = 1.0 with model.rotary_scaling = yarn may be left of a model without yarn: "
+            "model.rotary_attention_factor = 1.0 with model.rotary_scaling = yarn may be left over from a model "
+            "without yarn: "
             f"set it to null for {usual:.6g}, as the paper has it, or set rotary_mscale and rotary_mscale_all_dim to "
             "1.0 for scores that do not grow",
         ),

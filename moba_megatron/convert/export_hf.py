@@ -117,7 +117,7 @@ def source_of(exported: Exported) -> dict[str, Any]:
 def _check_parameters(exported: Exported, stored: StoredWeights, shapes: dict[str, Any]) -> None:
     problems = stored.problems(shapes, exported.model)
     if problems:
-        raise CheckpointError(f"{exported.checkpoint} does not fit its configuration: {'; '.join(problems)}")
+        raise CheckpointError(f"{exported.checkpoint} does not match its configuration: {'; '.join(problems)}")
 
 
 def _write_weights(

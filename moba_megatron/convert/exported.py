@@ -57,7 +57,7 @@ class Exported:
         if width := self.key_convolution:
             raise ConfigError([
                 f"attention.key_convolution = {width}: no plain model of transformers convolves its keys. Export it "
-                "with --self-contained, which brings the code for it, and load that with trust_remote_code=True"
+                f"with --self-contained, which adds the code, and load it with trust_remote_code=True"
             ])  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def open_exported(path: str | Path, tokenizer: str | None = None, *, own_code: b
                 f"{folder} has {found.fingerprint}: find the right one and {put}"
             )
     if config.model.vocab_size is None and found is None:
-        raise CheckpointError(f"{checkpoint} says neither model.vocab_size nor a tokenizer")
+        raise CheckpointError(f"{checkpoint} names neither model.vocab_size nor a tokenizer")
     model = sized(config.model, found.vocab_size if found else 0)
     exported = Exported(checkpoint, manifest, config, model, layers, found)
     if not own_code:

@@ -10,7 +10,7 @@ def half_precision_note(precision: str) -> str:
     """What becomes of F16 weights that are trained in `training.precision`, in words."""
     if precision == "bf16":
         return (
-            "F16 weights are rounded to bf16, which trains them without scaling the loss, but has 8 bits for their 11; "
+            "F16 weights are rounded to bf16, which needs no loss scaling, but has 8 bits of precision instead of 11; "
             "training.precision=fp32 keeps them"
         )
     return "F16 weights are trained in fp32, which keeps them"

@@ -95,7 +95,7 @@ def import_huggingface(
     if mixture is not None:
         notes.append(description(mixture))
     if half:
-        notes.append(f"the import holds F16 weights in fp32, as they are. In training, {half_precision_note('bf16')}")
+        notes.append(f"the import keeps F16 weights unchanged in fp32. In training, {half_precision_note('bf16')}")
     return goes_on, notes
 
 
@@ -167,8 +167,8 @@ def attention_section(values: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError([f"config.json: {error}"]) from error
     if settings.key_convolution:
         raise ConfigError([
-            f"config.json: moba_config has key_convolution = {settings.key_convolution}, whose filters are not read "
-            "from Hugging Face folders: start from the run or checkpoint that was exported"
+            f"config.json: moba_config has key_convolution = {settings.key_convolution}, whose filters cannot be read "
+            f"from Hugging Face folders: start from the exported run or checkpoint"
         ])  # fmt: skip
     full = [number for number, kind in enumerate(settings.layer_types, start=1) if kind == "full"]
     own: dict[int, dict[str, Any]] = {
@@ -191,7 +191,7 @@ def _selection_section(settings: MoBASettings) -> dict[str, Any]:
     if len(summaries) > 1 or len(thresholds) > 1:
         raise ConfigError([
             f"config.json: moba_config has layers of several summaries ({', '.join(sorted(summaries))}) or thresholds "
-            f"({', '.join(map(str, thresholds))}): attention.summary and attention.threshold say one for all"
+            f"({', '.join(map(str, thresholds))}): attention.summary and attention.threshold hold for all layers"
         ])  # fmt: skip
     (summary,), (threshold,) = summaries, thresholds
     return {"selector": settings.selection.selector, "summary": summary, "threshold": threshold}

@@ -92,7 +92,7 @@ def import_megatron(
             keep_origin(RunFolder(unfinished), model)
     if not flags:
         notes.append(
-            f"{folder} keeps no flags: numbers of heads, rotary base and epsilon are those of --model, unchecked"
+            f"{folder} has no flags: numbers of heads, rotary base and epsilon are those of --model, unchecked"
         )
     return config, notes
 
@@ -104,7 +104,7 @@ def _flags(folder: Path) -> dict[str, Any]:
         return read_flags(common) if common else {}
     except (RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{folder}: its flags cannot be read without running what it holds: {str(error).splitlines()[0]}"
+            f"{folder}: its flags cannot be read without running its code: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -161,7 +161,7 @@ def _model_section(path: Path) -> ModelConfig:
     except ValidationError as error:
         raise ConfigError([f"{path}: model.{explain(item, ModelConfig)}" for item in error.errors()]) from error
     if section.vocab_size is None:
-        raise ConfigError([f"{path}: model.vocab_size is not set: give the entries of the tokenizer's vocabulary"])
+        raise ConfigError([f"{path}: model.vocab_size is not set: give the size of the tokenizer's vocabulary"])
     return section
 
 

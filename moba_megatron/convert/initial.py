@@ -59,13 +59,13 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
     model = sized(config.model, vocab_size)
     differing = _differences(model, sized(given, vocab_size))
     problems = [
-        f"model.{key} = {ours}, but {source} has {theirs}: leave the key out, or set it to that"
+        f"model.{key} = {ours}, but {source} has {theirs}: leave the key out, or set it to the same"
         for key, (ours, theirs) in differing.items()
         if key in _FIXED or not key.startswith(_FREE)
     ]
     if model.num_moe_experts and given.num_moe_experts is None:
         problems = [
-            f"model.num_moe_experts = {model.num_moe_experts}, but {source} is dense: make a mixture of it by "
+            f"model.num_moe_experts = {model.num_moe_experts}, but {source} is dense: turn it into a mixture by "
             f"moba-megatron import-hf {source} OUT --upcycle-experts {model.num_moe_experts}, and start from that"
         ]
     if problems:
@@ -86,8 +86,8 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
     window = config.model.window
     if not rotary and window and config.data.sequence_length > window:
         lines.append(
-            f"data.sequence_length = {config.data.sequence_length} is longer than what {source} was made for, {window} "
-            "tokens, and its rotary embedding is unchanged: positions beyond are new to it; model.rotary_scaling "
+            f"data.sequence_length = {config.data.sequence_length} is longer than the {window} tokens of {source}, "
+            f"and the rotary embedding is unchanged: later positions are new to the model; model.rotary_scaling "
             "(yarn), rotary_interpolation or a larger rotary_base extend it"
         )
     return lines
@@ -98,7 +98,8 @@ def require_source(config: Config) -> None:
     if config.model.init_from == MISSING:
         raise ConfigError([
             f"model.init_from = {MISSING}: give the weights that this training starts from (a Hugging Face folder, a "
-            "run folder or a checkpoint), for instance model.init_from=models/Llama-3.1-8B; null draws them anew"
+            "run folder or a checkpoint), for instance model.init_from=models/Llama-3.1-8B; null starts from random "
+            "weights"
         ])  # fmt: skip
 
 
@@ -114,9 +115,9 @@ def describe_weights(config: Config, resume: Path | None) -> str:
     if resume is not None:
         return f"weights: from checkpoint {resume}, step {Manifest.read(resume).step}"
     if config.model.init_from is None:
-        return f"weights: drawn anew, seed {config.run.seed}"
+        return f"weights: random, seed {config.run.seed}"
     if config.model.init_from == MISSING:
-        return f"weights: still to be given, model.init_from = {MISSING}"
+        return f"weights: not given yet, model.init_from = {MISSING}"
     source = Path(config.model.init_from)
     if _is_huggingface(source):
         dtypes = sorted(set(SafetensorsFolder(source).dtypes.values()))
@@ -211,8 +212,8 @@ def _without_beginning(config: Config, tokenizer: Tokenizer) -> list[str]:
         return []
     token = tokenizer.decode(start)
     return [
-        f"data.train = {path}: its documents do not begin with {token!r}, with which the tokenizer begins a text; if "
-        f"the model was trained so (Llama, Mistral), prepare them with 'tokenizer.begin_of_document={token}'"
+        f"data.train = {path}: its documents do not begin with {token!r}, which the tokenizer puts before a text; if "
+        f"the model was trained with it (Llama, Mistral), prepare the data with 'tokenizer.begin_of_document={token}'"
     ]
 
 

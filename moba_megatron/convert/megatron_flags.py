@@ -73,7 +73,7 @@ def differences(flags: dict[str, Any], model: ModelConfig) -> list[str]:
         "add_bias_linear": False,
     }  # fmt: skip
     return found + [
-        f"the checkpoint was trained with {name} = {flags[name]}, our models have {value}"
+        f"the checkpoint was trained with {name} = {flags[name]}, but our models have {value}"
         for name, value in needed.items()
         if flags.get(name, value) != value
     ]

@@ -1,8 +1,8 @@
-"""Where a model comes from, for its card: the model that its weights began as, and that one's license.
+"""The source of a model for its card: the model of its first weights, and the license of that model.
 
-Known is what the source itself says: the head of its README.md, its config.json, or the name of its folder in the cache
-of Hugging Face's hub. A run keeps it in `RUN/origin.json` from its first step on, because the source may be gone when
-the run is exported; a run that starts from a run takes over what that one keeps.
+The facts come from the head of its README.md, its config.json, or the name of its folder in the cache of Hugging Face's
+hub. A run keeps them in `RUN/origin.json` from its first step on, because the source may be gone at the time of the
+export. A run that starts from another run copies that file.
 """
 
 from __future__ import annotations

@@ -86,13 +86,13 @@ def _export(folder: Path) -> Finding:
         check_export(folder, whole=True)
     except (CheckpointError, OSError) as error:
         return Finding(folder, "export", (str(error),))
-    held = "export" if (folder / SOURCE).is_file() else "a folder without digests: nothing to hold it against"
+    held = "export" if (folder / SOURCE).is_file() else "a folder without digests: nothing to compare it with"
     return Finding(folder, held)
 
 
 def _status(run: RunFolder) -> Finding:
     if not run.status.is_file():
-        return Finding(run.status, "not there: no process has trained here")
+        return Finding(run.status, "missing: no process has trained here")
     try:
         found = json.loads(run.status.read_text(encoding="utf-8"))
         words = f"{found['state']} at step {found['step']}"

@@ -51,7 +51,7 @@ def export_in_run(
     if found != wanted:
         raise CheckpointError(
             f"{folder} is not the export of {exported.checkpoint} ({SOURCE} and {CONFIG} say {found}, expected "
-            f"{wanted}): remove the folder, it will be made anew"
+            f"{wanted}): remove the folder; the next call exports again"
         )
     return folder
 

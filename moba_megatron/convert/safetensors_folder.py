@@ -93,7 +93,8 @@ class SafetensorsFolder:
                 problems.append(f"{file} cannot be read: {error}; fetch it again ({DOWNLOAD} {self.folder})")
         if index is not None and not problems:
             problems += [
-                f"{INDEX} puts {name} into {file}, where it is not: fetch the folder again ({DOWNLOAD} {self.folder})"
+                f"{INDEX} names {file} for {name}, which is not there: fetch the folder again ({DOWNLOAD} "
+                f"{self.folder})"
                 for name, file in index.items()
                 if not name.endswith(_IGNORED) and self.files.get(name) != file
             ]
@@ -129,8 +130,8 @@ class SafetensorsFolder:
         fetch = f"{DOWNLOAD} {self.folder}"
         if (self.folder / "adapter_config.json").is_file():
             return (
-                f"{self.folder} holds an adapter, not a model: add it to its model by peft (merge_and_unload) and "
-                "save_pretrained that"
+                f"{self.folder} holds an adapter, not a model: merge it into its model with peft (merge_and_unload) "
+                f"and save_pretrained the result"
             )
         for pattern, what in (
             ("*.gguf", "GGUF files of llama.cpp"),

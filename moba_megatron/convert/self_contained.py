@@ -23,7 +23,7 @@ def with_own_code(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str
         ConfigError: a model without MoBA layers, which any engine runs as it is.
     """
     if "moba_config" not in values:
-        raise ConfigError(["--self-contained: no layer attends by MoBA, so there is no code to bring: leave it out"])
+        raise ConfigError(["--self-contained: no layer uses MoBA, so no code is needed: leave the option out"])
     family, (plain,) = values["model_type"], values["architectures"]
     convolved = "key_convolution" in values["moba_config"]
     names = [CODE_FILE, KEYS_FILE] if convolved else [CODE_FILE]

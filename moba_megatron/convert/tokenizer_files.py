@@ -92,8 +92,8 @@ def tokenizer_class(folder: Path, tokenizer: Tokenizer) -> str:
     said = "; ".join(f"{name} reads {text!r} otherwise" for name, text in differing.items())
     raise ConfigError([
         f"{tokenizer.folder}: no class of transformers gives the ids of its tokenizer.json ({said}): settings in "
-        f"{CONFIG} change them, such as a special token that tokenizer.json does not have. They did not hold in "
-        "training: take them out"
+        f"{CONFIG} change them, such as a special token that is not in tokenizer.json. Training did not use these "
+        "settings: take them out"
     ])  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def blend_entries(value: str | list[BlendEntry] | None) -> list[BlendEntry]:
         return []
     if isinstance(value, list):
         if not value:
-            raise ConfigError(["a blend names nothing: give at least one entry with `path` and `weight`"])
+            raise ConfigError(["the blend is empty: give at least one entry with `path` and `weight`"])
         return [found for entry in value for found in _scaled(blend_entries(entry.path), entry.weight)]
     return _read_blend(Path(value)) if value.endswith(_ENDINGS) else [BlendEntry(path=value)]
 

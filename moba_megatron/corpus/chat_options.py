@@ -41,5 +41,5 @@ class Chat(Section):
     def _are_free(cls, value: dict[str, Any]) -> dict[str, Any]:
         taken = sorted(TAKEN & value.keys())
         if taken:
-            raise ValueError(f"{', '.join(taken)} cannot be set: `prepare` gives it to the template itself")
+            raise ValueError(f"{', '.join(taken)} cannot be set: `prepare` passes it to the template")
         return value

@@ -98,7 +98,7 @@ def _open_dataset(source_json: str) -> Any:
                 streaming=source.streaming,
             )
     except FileNotFoundError as error:
-        raise ValueError(f"no documents: datasets cannot load {source.path}: {error}") from error
+        raise ValueError(f"no documents: the library datasets cannot load {source.path}: {error}") from error
 
 
 def _readable_batches(batches: Iterator[Any], where: str) -> Iterator[Any]:

@@ -111,7 +111,7 @@ def read_index(prefix: str | Path) -> IndexSummary:
         fits = size == wanted
     if not fits or tokens < 0:
         raise ValueError(
-            f"{data} has {size} bytes, {prefix}.idx speaks of {wanted}: a copy was cut short, or the two do not belong "
+            f"{data} has {size} bytes, {prefix}.idx describes {wanted}: a copy was cut short, or the two do not belong "
             "together"
         )
     return IndexSummary(documents, tokens, index.dtype, size // itemsize)
@@ -200,13 +200,13 @@ def _load_index(prefix: Path) -> tuple[DocumentIndex, int]:
         version, code, sequences, documents = _HEADER.unpack(head[len(_MAGIC) :])
         names = {number: name for name, number in _DTYPE_CODES.items()}
         if version != 1 or code not in names:
-            raise ValueError(f"{idx}: version {version} with dtype code {code} is not known here (1 with 4 or 8)")
+            raise ValueError(f"{idx}: version {version} with dtype code {code} is not supported (1 with 4 or 8 is)")
         # Before anything is read: the counts may be anything. What megatron-core appends for several kinds of data may
         # follow.
         needed = len(head) + sequences * (LENGTH.itemsize + _OFFSET.itemsize) + documents * _OFFSET.itemsize
         if needed > (found := idx.stat().st_size) or documents < 1:
             raise ValueError(
-                f"{idx} is cut short or damaged: it speaks of {sequences} sequences in {documents - 1} documents, "
+                f"{idx} is cut short or damaged: it describes {sequences} sequences in {documents - 1} documents, "
                 f"which are {needed} bytes, but has {found}: copy it again"
             )
         lengths = np.fromfile(file, LENGTH, sequences)

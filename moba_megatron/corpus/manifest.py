@@ -1,4 +1,4 @@
-"""The manifest of a prepared dataset: what is in it, what it was made of, and by what."""
+"""The manifest of a prepared dataset: its contents, its sources, and the command that made it."""
 
 from __future__ import annotations
 
@@ -203,9 +203,7 @@ def load_manifest(folder: str | Path) -> DatasetManifest | None:
     if manifest.digest is not None:
         values = json.loads(data)
         if values.pop("digest") != _digest(values):
-            raise ValueError(
-                f"{path} was changed since it was written, and holds digests: copy it again, or prepare again"
-            )
+            raise ValueError(f"{path} was changed after it was written: copy it again, or prepare again")
     return manifest.model_copy(update={"digest": None})
 
 

@@ -39,7 +39,7 @@ def arguments_of(value: Any) -> dict[str, Any]:
         raise ValueError(f"chat_template_kwargs is {type(value).__name__}, not a mapping")
     taken = sorted(TAKEN & (value or {}).keys())
     if taken:
-        raise ValueError(f"chat_template_kwargs names {', '.join(taken)}, which is given to the template itself")
+        raise ValueError(f"chat_template_kwargs names {', '.join(taken)}, which `prepare` passes to the template")
     return value or {}
 
 

@@ -54,8 +54,8 @@ class Mix(Section):
         without = [number for number, source in enumerate(self.sources) if source.weight is None]
         if 0 < len(without) < len(self.sources):
             raise ValueError(
-                f"sources.{without[0]}.weight is not given, others are: give every source a weight, or none (then each "
-                "has that of its number of tokens)"
+                f"sources.{without[0]}.weight is not given, but others are: give every source a weight, or give none "
+                f"(then the weights are the numbers of tokens)"
             )
         edges = [item.at_least for item in self.lengths]
         if edges != sorted(set(edges)):
@@ -120,7 +120,7 @@ def make_views(mix: Mix, lengths: list[np.ndarray]) -> list[View]:
         if not found:
             longest = int(own.max(initial=0))
             raise ValueError(
-                f"{source.path} has no document of a length that is read (its longest has {longest} tokens): correct "
+                f"{source.path} has no document of a length in use (its longest has {longest} tokens): correct "
                 "`lengths`, or leave the source out"
             )
         total = sum(read for _, _, read in found)

@@ -16,8 +16,8 @@ def prepare_command(
         list[str],
         typer.Argument(
             metavar="[RECIPE] OUT [KEY=VALUE]...",
-            help="A recipe (YAML), the folder to make, and overrides of the recipe such as "
-            "tokenizer.vocab_size=8192. With --input or --dataset: the folder to make, and overrides.",
+            help="A recipe (YAML), the output folder, and overrides of the recipe such as tokenizer.vocab_size=8192. "
+            "With --input or --dataset: the output folder, and overrides.",
         ),
     ],
     input: Annotated[
@@ -31,7 +31,7 @@ def prepare_command(
     ] = None,
     kind: Annotated[
         Literal["files", "jsonl", "parquet", "arrow"] | None,
-        typer.Option(help="How to read every --input, whatever its name says."),
+        typer.Option(help="Kind of every --input, whatever its ending."),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Text without a recipe: a Hugging Face dataset, by name or local path.")
@@ -45,7 +45,7 @@ def prepare_command(
     ] = None,
     train_tokenizer: Annotated[
         int | None,
-        typer.Option(metavar="ENTRIES", help="Instead of --tokenizer: train a byte-level BPE of so many entries."),
+        typer.Option(metavar="ENTRIES", help="Instead of --tokenizer: train a byte-level BPE with this many entries."),
     ] = None,
     validation: Annotated[
         float, typer.Option(help="Share of the documents kept for validation, for --input and --dataset.")
@@ -62,12 +62,12 @@ def prepare_command(
         str | None,
         typer.Option(
             metavar="I/N",
-            help="Do share I of N only (I from 0), as one of N processes on machines that see the same files. When all "
+            help="Prepare only share I of N (I from 0), on one of N machines that see the same files. When all shares "
             "are done: moba-megatron prepare merge OUT.",
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace another dataset, or unfinished work on one, in OUT.")
+        bool, typer.Option("--overwrite", help="Replace another dataset in OUT, also an unfinished one.")
     ] = False,
 ) -> None:
     """Turn text into tokens that training reads.
@@ -113,7 +113,7 @@ def prepare_command(
 
 @one_door(apart=True)
 def merge_command(
-    out: Annotated[Path, typer.Argument(help="The folder that the shares were prepared for.")],
+    out: Annotated[Path, typer.Argument(help="The output folder of the shares.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another dataset in OUT.")] = False,
 ) -> None:
     """Join what `prepare RECIPE OUT --shard I/N` made on several machines.
@@ -162,8 +162,8 @@ def inspect_command(
 
 @one_door(apart=True)
 def blend_command(
-    recipe: Annotated[Path, typer.Argument(help="Which datasets, in which shares, by which lengths (YAML).")],
-    out: Annotated[Path, typer.Argument(help="Folder to make; data.train: OUT/blend.yaml reads it.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML file with datasets, their shares and lengths.")],
+    out: Annotated[Path, typer.Argument(help="Output folder; train with data.train: OUT/blend.yaml.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the recipe.")
     ] = None,

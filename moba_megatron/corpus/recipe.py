@@ -255,8 +255,8 @@ class Recipe(Section):
                 )
             if isinstance(source, RowsSource) and source.messages_column and self.tokenizer.kind == "bpe":
                 raise ValueError(
-                    f"sources.{number}.messages_column needs a chat template, which a newly trained tokenizer has not: "
-                    "use tokenizer.kind = pretrained"
+                    f"sources.{number}.messages_column needs a chat template, but a newly trained tokenizer has none: "
+                    f"use tokenizer.kind = pretrained"
                 )
         begin = self.tokenizer.begin_of_document if isinstance(self.tokenizer, PretrainedTokenizer) else "auto"
         if begin not in ("auto", "none") and not self.texts and not self.prompts:

@@ -77,7 +77,7 @@ def find_inputs(source: SourceBase, without: tuple[Path, ...] = ()) -> tuple[lis
             name for name in found.names if not os.path.realpath(found.root / name).startswith(tuple(folders))
         ]
     if not found.names:
-        passed = f" (but {len(found.left_out)} that are left out: {found.left_out[0][1]})" if found.left_out else ""
+        passed = f" (except {len(found.left_out)} that are skipped: {found.left_out[0][1]})" if found.left_out else ""
         raise ValueError(no_match(f"{where}{passed}"))
     stats = [(name, (found.root / name).stat()) for name in found.names]
     return [Input(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats], found.left_out

@@ -243,9 +243,9 @@ def _end_of_document(folder: Path, vocabulary: dict[str, int], named: str | None
     named = named or config.get(_EOD_KEY)
     token = named or (END_OF_DOCUMENT if END_OF_DOCUMENT in vocabulary else eos)
     if token is not None and not isinstance(token, str):
-        raise CorpusError(f"{folder} names {token!r} as eos_token, which is not a text: fetch {_CONFIG_FILE} again")
+        raise CorpusError(f"{folder} names {token!r} as eos_token, which is not a string: fetch {_CONFIG_FILE} again")
     if token is None:
-        raise CorpusError(f"{folder} names no eos_token: say which token ends a document (tokenizer.end_of_document)")
+        raise CorpusError(f"{folder} names no eos_token: name the token in tokenizer.end_of_document")
     if token not in vocabulary:
         raise CorpusError(f"the end-of-document token {token!r} is not in the vocabulary of {folder}")
     return token
@@ -275,5 +275,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}; fetch it again") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it holds no object; fetch it again")
+        raise ValueError(f"{path} is damaged: it does not hold an object; fetch it again")
     return found

@@ -97,10 +97,10 @@ def real_output(output: Path) -> Path:
     try:
         real = output.resolve() if output.is_symlink() else output
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{output} is a link that leads to no place: {error}") from error
+        raise ValueError(f"{output} is a broken link: {error}") from error
     if Path(os.path.abspath(real)).is_mount():
         raise ValueError(
-            f"{output} is a mount point, whose place no finished folder can take: name a folder in it, such as "
+            f"{output} is a mount point, which a finished folder cannot replace: name a folder in it, such as "
             f"{output / 'data'}"
         )
     return real
@@ -160,7 +160,7 @@ def open_workspace(
             return
         with open(space.folder / f"lock.{share[0]}-of-{share[1]}", "w", encoding="utf-8") as own:
             if not _try_lock(own):
-                raise ValueError(f"another process is at share {share[0]}/{share[1]} of {output} (it holds {own.name})")
+                raise ValueError(f"another process prepares share {share[0]}/{share[1]} of {output} (see {own.name})")
             yield space
 
 
@@ -290,7 +290,7 @@ def _plan_of(folder: Path) -> dict[str, Any]:
             raise ValueError("keys are missing")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{plan} is damaged ({error}): what it belongs to cannot be told; remove {folder}, and run again"
+            f"{plan} is damaged ({error}): its dataset is unknown; remove {folder}, and run again"
         ) from error
     return found
 

@@ -5,10 +5,10 @@ number of tokens). `ConcatenatedRows` takes them from `GPTDataset`'s own indices
 `PackedRows` has indices of its own (`packing`): whole documents, and every row in a new order in each epoch. Blends,
 seeds and the cache of indices are megatron-core's for both.
 
-A token is a target (its prediction counts) unless the dataset's loss mask says no, it is padding, or nothing before it
-announces it: it starts a document where documents do not see each other, or the rest of a cut document in any case.
-Boundaries come from the pieces, so neither padding nor a cut document can be mistaken for an end. The dense mask over
-pairs of tokens never exists.
+A token is a target (its prediction counts) with three exceptions: the dataset's loss mask excludes it; it is padding;
+or it has no earlier token to predict it from, at the start of a document (if documents do not see each other) or of the
+rest of a cut document. Boundaries come from the pieces, so neither padding nor a cut document can be mistaken for an
+end. The dense mask over pairs of tokens never exists.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ class ConcatenatedRows(GPTDataset):
             if wrong.size:
                 raise ConfigError([
                     f"{self.dataset_path}.bin: token {start + wrong[0]} of document {document} is id {ids[wrong[0]]}, "
-                    f"but data.tokenizer has {entries} entries: the file is damaged or of another tokenizer; copy it "
+                    f"but data.tokenizer has {entries} entries: the file is damaged or made with another tokenizer; "
+                    f"copy it "
                     "again, or prepare the data again"
                 ])  # fmt: skip
 

@@ -54,7 +54,7 @@ def _look_through(prefix: str, size: int, changed: int, data_size: int, digest: 
     """See `check_once`; once a process, until the file changes."""
     if digest and file_hash(Path(f"{prefix}.idx")) != digest:
         raise ValueError(
-            f"{prefix}.idx is not the file that manifest.json knows: its bytes have changed; copy it again, or prepare "
+            f"{prefix}.idx is not the file of manifest.json: its bytes have changed; copy it again, or prepare "
             "the data again"
         )
     check_index(prefix)

@@ -6,10 +6,9 @@
 the same model of transformers in memory. There is one decoding engine, so a checkpoint and its export generate the same
 text.
 
-There is one rule for what goes in and where it ends, too, that of transformers: a prompt gets what the tokenizer's
-template puts before a text (a token for its beginning, or nothing), and a text ends at the tokens that the generation
-settings name, or at the one that ended documents in training. A checkpoint has the tokenizer and the settings that its
-export would have.
+Prompts and ends of texts follow transformers in both cases. A prompt gets the tokens that the tokenizer's template puts
+before a text (a token for its beginning, or none). A text ends at the tokens of the generation settings, or at the
+end-of-document token of training. A checkpoint has the same tokenizer and settings as its export.
 
 A folder with a `config.json` is a Hugging Face folder, any other a run folder or a checkpoint. Weights keep their
 dtype, and go to the GPU if there is one.

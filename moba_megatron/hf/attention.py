@@ -70,7 +70,7 @@ def moba_attention_forward(
     if settings.key_convolution and not hasattr(module, "k_conv"):
         raise ValueError(
             f"this model's keys are convolved (moba_config: key_convolution = {settings.key_convolution}), and "
-            f"{type(module).__name__} has no such filters: load it by its own code, with trust_remote_code=True"
+            f"{type(module).__name__} has no such filters: load it with trust_remote_code=True, which runs its own code"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     _refuse_what_is_not_moba(dropout, causal, kwargs)
@@ -99,7 +99,7 @@ def _refuse_what_is_not_moba(dropout: float, causal: bool, kwargs: dict[str, Any
     if dropout:
         raise ValueError(f"MoBA has no dropout in attention, got {dropout}: set config.attention_dropout = 0.0")
     if not causal:
-        raise ValueError("this layer's attention is not causal, MoBA is: give it another attn_implementation")
+        raise ValueError("this layer's attention is not causal, but MoBA is: use another attn_implementation")
     for name, fix in NOT_MOBA.items():
         given = kwargs.get(name)
         if given is not None and given is not False:

@@ -40,7 +40,7 @@ def check_packing(mask: Tensor, stretches: Sequence[Segment], rows: int, length:
     if checked.keys() == given.keys() and all(checked[name] is given[name] for name in given):
         return
     if any(s.past for s in stretches):
-        raise ValueError(f"{' and '.join(given)} with a cache: packed rows cannot be continued, give each text a row")
+        raise ValueError(f"{' and '.join(given)} with a cache: packed rows cannot continue; give each text a row")
     # One tensor is mostly passed under both names: it is read once.
     tensors = {id(value): (name, value) for name, value in reversed(given.items())}
     for name, value in tensors.values():
@@ -80,7 +80,7 @@ def _compare(name: str, told: list[int], end: int, read: list[tuple[int, int]]) 
     inside = [t for t, at in zip(told, before, strict=True) if at >= 0 and starts[at] < t < read[at][1]]
     if missing or inside:
         raise ValueError(
-            f"{name} and position_ids tell of different documents: {name} begins them at {_shown(told)} of the rows "
+            f"{name} and position_ids describe different documents: {name} begins them at {_shown(told)} of the rows "
             f"laid end to end and ends at {end}, position_ids and attention_mask begin them at {_shown(starts)}. Pass "
             "position_ids that start again at 0 in each document, as transformers' DataCollatorWithFlattening does, "
             f"or leave {name} out"

@@ -112,7 +112,7 @@ class MoBASettings:
         unknown = values.keys() - _KEYS[version]
         if missing or unknown:
             raise ValueError(
-                f"moba_config lacks {sorted(missing)} and has unknown keys {sorted(unknown)}: {HOW_TO_SET}"
+                f"moba_config misses {sorted(missing)} and has unknown keys {sorted(unknown)}: {HOW_TO_SET}"
             )
         kinds = tuple(values.pop("layer_types", None) or ("moba",) * layers)
         if len(kinds) != layers:
@@ -122,14 +122,16 @@ class MoBASettings:
                 int(layer): (own["block_size"], own["top_k"]) for layer, own in values.pop("layer_sizes", {}).items()
             }
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"moba_config: layer_sizes must be as {EXAMPLE}, got {entry['layer_sizes']!r}") from error
+            raise ValueError(
+                f"moba_config: layer_sizes must be like {EXAMPLE}, not {entry['layer_sizes']!r}"
+            ) from error
         selection = _selection({key: values.pop(key) for key in _SELECTION if key in values})
         others = values.pop("layer_selections", {})
         try:
             selections = {int(layer): _selection(chosen) for layer, chosen in others.items()}
         except (AttributeError, TypeError) as error:
             raise ValueError(
-                f"moba_config: layer_selections must be as {EXAMPLE_OF_SELECTIONS}, got {others!r}"
+                f"moba_config: layer_selections must be like {EXAMPLE_OF_SELECTIONS}, got {others!r}"
             ) from error
         return cls(layer_types=kinds, layer_sizes=own, selection=selection, layer_selections=selections, **values)
 

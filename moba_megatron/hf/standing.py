@@ -38,9 +38,9 @@ def check_takes_attention(model: PreTrainedModel) -> None:
     """
     if not model._can_set_attn_implementation():
         raise ValueError(
-            f"transformers finds no place in the code of {type(model).__name__} that takes an attention by name, so it "
-            'would attend fully: ask for full attention by attn_implementation="sdpa" (or "eager") or, if it does take '
-            f'one, load it with attn_implementation="{NAME}", and let moba_megatron.hf.check_attends(model) look'
+            f"the code of {type(model).__name__} does not seem to use transformers' attention interface, so it would "
+            'attend fully: ask for full attention by attn_implementation="sdpa" (or "eager") or, if it does use the '
+            f'interface, load it with attn_implementation="{NAME}" and call moba_megatron.hf.check_attends(model)'
         )
 
 

@@ -157,7 +157,7 @@ def _by_kind(exchange: str | Mapping[str, str]) -> dict[str, str]:
     kinds = {"moba": exchange, "full": exchange} if isinstance(exchange, str) else dict(exchange)
     names = ("auto", *EXCHANGES)
     if set(kinds) != {"moba", "full"} or not set(kinds.values()) <= set(names):
-        raise ValueError(f"exchange = {exchange!r}: give one of {', '.join(names)}, or one for each of moba and full")
+        raise ValueError(f"exchange = {exchange!r}: give one of {', '.join(names)}, or one each for moba and full")
     return kinds
 
 

@@ -7,9 +7,9 @@ which the stage ends. Which layers are full is found in this order, the later ru
 2. `full_layers`, `full_every_n` and `last_n_full` make layers full;
 3. `layers` sets single layers, in every respect.
 
-A stage that leaves a setting out takes the one of the `attention` section. There is one exception: in a stage that sets
-`kind` but no `layers` of its own, the section's `layers` keep their sizes and lose their `kind`, because what a stage
-says itself is the later word: `{until: 1.0, kind: full}` makes every layer full.
+A stage that leaves a setting out takes the one of the `attention` section. There is one exception. If a stage sets
+`kind` but not `layers`, the `kind` of the stage wins over the `kind` in the section's `layers`; these keep only their
+sizes. So `{until: 1.0, kind: full}` makes every layer full.
 
 Sizes for a single layer that is full in every stage would have no effect and are refused.
 
@@ -82,7 +82,7 @@ class AttentionSchedule:
 
     def __post_init__(self):
         if len(self.stages) != len(self.until) or not self.stages:
-            raise ValueError(f"{len(self.stages)} stages and {len(self.until)} ends of stages: one end for each stage")
+            raise ValueError(f"{len(self.stages)} stages and {len(self.until)} ends: give one end for each stage")
         if len({len(layers) for layers in self.stages}) != 1:
             raise ValueError(f"stages with different numbers of layers: {[len(layers) for layers in self.stages]}")
         shares = (0.0, *self.until)

@@ -5,8 +5,8 @@ of the memory bandwidth, and the instructions of the selection. Work is counted 
 one (query, head, chosen past block); it moves a row of q to its block and a partial output in the inputs' dtype to its
 place, and combining reads that again. Keys and values of a block are read once, whatever reads follow from cache.
 
-Nothing here is a measurement of these kernels. The data sheets give peaks; the shares are named below with what stands
-behind them, and are the first thing to replace once a GPU has spoken.
+These are no measurements. The data sheets give peaks. The assumed shares of the peaks are below, with their reasons;
+replace them first when measurements exist.
 
 Legend: T tokens, N query heads, G key heads, D head size, B block size, K blocks per query, M blocks, E entries.
 """

@@ -1,4 +1,5 @@
-"""Bytes that the experts of one layer keep for its backward pass, and what they need while it runs, from sizes alone.
+"""Bytes that the experts of one layer keep for its backward pass, and the extra bytes while it runs, computed from
+sizes.
 
 Found by listing the tensors that autograd saves in megatron-core's layers, and compared with measured peaks. t tokens
 of a rank, K of E experts for each, r = t K rows (`expert_shape`), hidden h, expert width f, e bytes an element and p of

@@ -1,4 +1,4 @@
-"""Bytes that one layer keeps for its backward pass, and what one backward pass needs besides, from sizes alone.
+"""Bytes that one layer keeps for its backward pass, and the extra bytes of one backward pass, computed from sizes.
 
 Found by listing the tensors that autograd saves in our stack, and compared with measured peaks. t tokens of a rank,
 hidden h, feed-forward f, N query and G key heads of size D, e bytes an element. What one layer keeps:

@@ -160,7 +160,7 @@ def check_precision(config: Config) -> None:
     """
     if config.training.precision != "bf16":
         raise ConfigError([
-            f"training.precision = {config.training.precision}: the times of a GPU are modelled for bf16 alone: add "
+            f"training.precision = {config.training.precision}: times on GPUs are modelled only for bf16: add "
             "training.precision=bf16"
         ])  # fmt: skip
 

@@ -233,7 +233,7 @@ DIFFERENCES: tuple[Difference, ...] = (
     Difference("synchronize", "raises without CUDA; pipeline communication calls it", _synchronize),
     Difference(
         "current stream",
-        "starts CUDA, which is not there; megatron-core from 0.19 on asks for it at every reduction of gradients",
+        "starts CUDA, which is missing; megatron-core from 0.19 on calls it at every reduction of gradients",
         _current_stream,
     ),
     Difference(
@@ -254,7 +254,7 @@ DIFFERENCES: tuple[Difference, ...] = (
     ),
     Difference(
         "tracker warning",
-        "the RNG tracker warns at each use that the CPU generator changed; here it is the generator that is meant",
+        "the RNG tracker warns at each use that the CPU generator changed; here this is intended",
         _tracker_warning,
     ),
     Difference(
@@ -283,13 +283,13 @@ DIFFERENCES: tuple[Difference, ...] = (
     ),
     Difference(
         "product of routers",
-        "megatron-core 0.16 looks for Transformer Engine's product under a name that is not there without it",
+        "megatron-core 0.16 uses a name that is undefined without Transformer Engine",
         _product_of_routers,
         needed=_lacks_product_of_routers,
     ),
     Difference(
         "sizes of dispatch",
-        "tokens for experts are counted on a stream of the GPU, and brought to the host only from there",
+        "the counts of tokens for experts are copied to the host only from a stream of the GPU",
         _sizes_of_dispatch,
     ),
     Difference(

@@ -37,7 +37,7 @@ _KNOWN: dict[str, tuple[tuple[str, ...], tuple[str, ...], str, str]] = {
         ("transformer-engine", "transformer_engine"),
         "fused layers, fused Adam, fused full attention",
         "pip install --no-build-isolation 'transformer-engine[pytorch]' on a machine with CUDA, "
-        "or use a container that carries it",
+        "or use a container that has it",
     ),
     "apex": (
         ("amp_C", "fused_weight_gradient_mlp_cuda"),

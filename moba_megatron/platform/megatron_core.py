@@ -1,7 +1,8 @@
-"""What the installed megatron-core has and another release has not: asked of its code, never of its version.
+"""Features of the installed megatron-core that other releases do not have. The code tests for the feature, never for
+the version.
 
-Everything here works with megatron-core 0.16 to 0.19. Where a name or a default changed, the place that meets it asks
-for it: the checkpoint writer's queue and the streams of a CPU in `differences`, the parameters of the spec functions in
+Everything here works with megatron-core 0.16 to 0.19. If a name or a default changed, the code that uses it checks for
+it: the checkpoint writer's queue and the streams of a CPU in `differences`, the parameters of the spec functions in
 `model.specs`, the writer's name here.
 """
 

@@ -108,7 +108,7 @@ def read_result(point: Point) -> Result:
         return Result(point, "failed", step, "finished without an evaluation: set data.validation", seconds=seconds)
     last = losses[-1]
     if wrong := _not_a_result(last):
-        return Result(point, "failed", step, f"finished, but {wrong}: train it anew", seconds=seconds)
+        return Result(point, "failed", step, f"finished, but {wrong}: train it again", seconds=seconds)
     # Lines with a choice of blocks that is not the model's own ("choice") say nothing of the run.
     tasks = [line for line in at_end if line.get("kind", "losses") != "losses" and "choice" not in line]
     return Result(

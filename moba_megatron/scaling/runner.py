@@ -111,12 +111,12 @@ def run_sweep(
     todo = [point for point in points if before[point.name].state != "finished"]
     alone = [point for point in todo if point.start_from not in todo and not _may_start(point)]
     if alone:
-        raise ConfigError([f"{p.name} starts from {p.start_from.name}, which has not finished: run that one too"
+        raise ConfigError([f"{p.name} starts from {p.start_from.name}, which has not finished: run that one as well"
                            for p in alone])  # fmt: skip
     _check_sources([point for point in todo if before[point.name].step == 0])
     gpus = visible_gpus()
     if gpus and processes > len(gpus):
-        raise ConfigError([f"{processes} ranks of a training need as many GPUs, this machine has {len(gpus)}"])
+        raise ConfigError([f"{processes} ranks of a training need as many GPUs, but this machine has {len(gpus)}"])
     if len(todo) < len(points):
         console.print(f"{len(points) - len(todo)} of {len(points)} runs are finished already")
     threads = max(1, len(os.sched_getaffinity(0)) // (max(1, min(jobs, len(todo))) * processes))
@@ -127,7 +127,7 @@ def run_sweep(
     left = [point for point in finished if _evaluations_left(sweep, point)]
     if left and start.late:
         names = ", ".join(point.name for point in left)
-        console.print(f"not evaluated yet: {names}; the same command does it", markup=False)
+        console.print(f"not evaluated yet: {names}; run the same command again", markup=False)
     problems = [line for point in finished if not start.late for line in _evaluate(sweep, point, console)]
     if problems:
         raise ConfigError(problems)
@@ -234,14 +234,14 @@ def _run_all(todo: list[Point], start: _Starter, jobs: int, console: Console) ->
                 time.sleep(_POLL_SECONDS)
                 if not stopping and start.late:
                     stopping = True
-                    console.print("time is up: the runs save and stop; the same command goes on with them")
+                    console.print("time is up: the runs save and stop; the same command continues them")
                 if stopping:
                     start.stop(running)
                 running = [job for job in running if not _ended(job, progress, console)]
             for point in waiting if not stopping else []:
                 console.print(f"{point.name}: not started, {point.start_from.name} has not finished", markup=False)
         except KeyboardInterrupt:
-            console.print("stopping: the runs save; the same command goes on with them")
+            console.print("stopping: the runs save; the same command continues them")
             while running:
                 start.stop(running)
                 time.sleep(_POLL_SECONDS)

@@ -34,21 +34,21 @@ def plan_command(sweep: SweepArgument) -> None:
 def run_command(
     sweep: SweepArgument,
     only: Annotated[
-        list[str] | None, typer.Option(help="Names or numbers (from 0) of runs. Several times, or all.")
+        list[str] | None, typer.Option(help="Name or number (from 0) of a run; repeat it for several. Default: all.")
     ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(
-            min=1, max=4096, help="Trainings at once. Default: as many as the GPUs, else the cores, suffice for."
+            min=1, max=4096, help="Trainings at a time. Default: one for each --processes GPUs, or cores without GPUs."
         ),
     ] = None,
     processes: Annotated[int, typer.Option(min=1, max=4096, help="Ranks of each training, on this machine.")] = 1,
     minutes: Annotated[
-        float | None, typer.Option(min=0, help="Save and stop after so long; the same command goes on.")
+        float | None, typer.Option(min=0, help="Save and stop after this time; the same command continues.")
     ] = None,
     slurm: Annotated[
         str | None,
-        typer.Option(metavar="SCRIPT", help="Print the sbatch line of an array job that runs SCRIPT for each run."),
+        typer.Option(metavar="SCRIPT", help="Print the sbatch command of an array job that runs SCRIPT for each run."),
     ] = None,
 ) -> None:
     """Train what is not finished: skip what is done, continue what was cut. Ends with 1 if a run failed, with 3 if the

@@ -133,7 +133,7 @@ def _point(
 def _true_flops(config: Config) -> float:
     """Operations of the whole training, each stage of the attention schedule by its own pairs."""
     if config.model.vocab_size is None:
-        raise ConfigError(["model.vocab_size is not set: set it in the base, the output layer's operations count"])
+        raise ConfigError(["model.vocab_size is not set: set it in the base; the output layer's size depends on it"])
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
     total, first = 0.0, 0
     for number, stage in enumerate(schedule.stages):

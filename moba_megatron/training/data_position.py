@@ -72,7 +72,7 @@ class DataPosition:
         """The changes in words, one line each."""
         return [
             f"{key} changed after step {change['step']} (sample {change['consumed_samples']}): {before} became {now}; "
-            "its samples are read from the first one"
+            "the new order starts at its first sample"
             for change in self.changes
             for key, (before, now) in change["changed"].items()
         ]

@@ -98,9 +98,7 @@ def preflight_again(config: Config, ready: Preflight) -> Preflight:
 def _kept_no_longer(manifest: Manifest | None, position: DataPosition) -> list[str]:
     """Batches that the run meant to leave out and will not, in words."""
     lost = [entry["step"] for entry in manifest.skipped_batches if entry not in position.skipped] if manifest else []
-    return (
-        [f"the batches of steps {lost} are not left out any more: these steps take other samples now"] if lost else []
-    )
+    return [f"the batches of steps {lost} are no longer left out: these steps now have other samples"] if lost else []
 
 
 def _refuse_late_skips(config: Config, position: DataPosition) -> None:
@@ -166,7 +164,7 @@ def _check_dispatcher(config: Config, device: torch.device) -> None:
     if parallel.expert_dispatcher == "alltoall" and parallel.expert_tensor > 1 and device.type == "cpu":
         raise ConfigError([
             f"parallel.expert_tensor = {parallel.expert_tensor} with parallel.expert_dispatcher = alltoall: the CPU's "
-            "collectives (gloo) gather no unequal numbers of tokens; use expert_tensor 1, or allgather"
+            "collectives (gloo) cannot gather unequal numbers of tokens; use expert_tensor 1, or allgather"
         ])  # fmt: skip
 
 
@@ -200,8 +198,8 @@ def _full_attention(config: Config, schedule: AttentionSchedule, device: torch.d
     if config.parallel.context > 1:
         if wanted != "auto":
             raise ConfigError([
-                f"attention.full_backend = {wanted} with parallel.context = {config.parallel.context}: full layers run "
-                "through the exchanges there; use auto"
+                f"attention.full_backend = {wanted} with parallel.context = {config.parallel.context}: there full "
+                f"layers use the exchanges; use auto"
             ])  # fmt: skip
         return "the exchange (context parallelism)"
     model, dtype = config.model, DTYPES[config.training.precision]

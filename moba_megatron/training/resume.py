@@ -1,4 +1,4 @@
-"""From which checkpoint a run goes on, and whether it may: what of its settings differs from those of the run."""
+"""The checkpoint from which a run continues, and the settings that must not differ from it."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def find_resume(config: Config, schedule: AttentionSchedule, data: dict[str, str
             raise ConfigError([str(error)]) from error
         if "train" not in manifest.data:
             raise ConfigError([
-                f"{chosen} is an imported model, not a state of a training that could go on: choose another run.dir "
-                f"than {config.run.dir}, and start from these weights with model.init_from={RunFolder.of(chosen)}"
+                f"{chosen} is an imported model, not a training to continue: choose another run.dir than "
+                f"{config.run.dir}, and start from these weights with model.init_from={RunFolder.of(chosen)}"
             ])  # fmt: skip
         problems = differences(manifest, config, schedule, data)
         if problems:
@@ -125,7 +125,7 @@ def differences(manifest: Manifest, config: Config, schedule: AttentionSchedule,
         changed.append(("attention", f"attention: {line} in the run's schedule"))
     for name, key in (("tokenizer", "data.tokenizer"), ("train", "data.train")):
         if manifest.data.get(name) != data.get(name):
-            line = f"{key}: the files are not those that the run was trained on, or not in the same shares"
+            line = f"{key}: the files or their shares differ from those of the run"
             changed.append((key, line))
     problems = [
         f'{line}: set it back, or allow it by checkpoint.allow_changed=["{key}"]'

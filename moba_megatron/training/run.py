@@ -1,5 +1,4 @@
-"""A training run from configuration to result: everything is built here, in the order in which it depends on each
-other."""
+"""A training run from configuration to result: all parts are built here, each after those that it needs."""
 
 from __future__ import annotations
 
@@ -123,7 +122,7 @@ def _agree_on_resume(ready: Preflight) -> None:
     seen: list[str] = [""] * ready.world_size
     torch.distributed.all_gather_object(seen, str(ready.resume))
     if len(set(seen)) > 1:
-        raise CheckpointError(f"the ranks would resume from different checkpoints: {sorted(set(seen))}. Start again")
+        raise CheckpointError(f"the ranks found different checkpoints: {sorted(set(seen))}. Start again")
 
 
 def _build(config: Config, ready: Preflight) -> tuple[TrainingState, list[Any]]:

@@ -311,7 +311,7 @@ class Trainer:
         policy, diverged = self.config.training.on_divergence, StepDiverged("weights", str(error), None, None)
         if policy != "rollback":
             self.policy.record(number, diverged, "stop", self.ready.position, gathered(self.facts(number)))
-            more = "; leaving out a batch fixes no weights: use training.on_divergence=rollback" * (policy == "skip")
+            more = "; leaving out a batch cannot fix weights: use training.on_divergence=rollback" * (policy == "skip")
             raise TrainingDiverged(f"{error}{more}") from error
         back_to = self._answer(number, diverged)
         assert back_to is not None, "rollback goes back or raises"
@@ -322,7 +322,7 @@ class Trainer:
         with suppress(NotFinite):
             self.saver.wait()
         checkpoint, step = checkpoint_before(before, self.folder, self.ready.resume)
-        self.progress.say(f"going back to {checkpoint}, and on without the batch of step {before}")
+        self.progress.say(f"going back to {checkpoint}, to continue without the batch of step {before}")
         # Loading adds the steps of the checkpoint to those that were counted.
         self.state.scheduler.num_steps = 0
         verify = self.config.checkpoint.verify
@@ -373,8 +373,8 @@ class Trainer:
             result |= expert_metrics(tallies, self.config.model)
         if not math.isfinite(result["loss"]):
             raise TrainingDiverged(
-                f"validation after step {number}: the loss is {result['loss']}. The state after this step is of no "
-                "use; go on from a checkpoint before it with a lower optimizer.lr"
+                f"validation after step {number}: the loss is {result['loss']}. The weights after this step are "
+                f"useless; continue from a checkpoint before it with a lower optimizer.lr"
             )
         if self.writer:
             self.writer.evaluation({"step": number, "tokens": self.tokens_at(number), **result})
