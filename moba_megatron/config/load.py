@@ -3,9 +3,9 @@ overrides.
 
 `base:` is a path relative to the file that names it, or a list of them, later ones winning. `variants:` holds changes
 of the file by name, and `FILE.yaml:NAME` is the file with those of one; only the file itself has them, not the files
-that it is a base of. What the text of an override means follows from the type of its key (`overrides`). Unknown keys,
-wrong types and combinations that cannot work end as one `ConfigError` that lists every problem with its key, its value
-and the fix.
+that it is a base of. The type of a key decides how the text of an override is read (`overrides`). Unknown keys, wrong
+types and combinations that cannot work end as one `ConfigError` that lists every problem with its key, its value and
+the fix.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NEEDED_BY_TRAINING = ("model.init_from",)
 
 
 def config_from_tree(tree: dict[str, Any], overrides: list[str] | None = None) -> Config:
-    """A checked configuration from what `read_yaml` gave or from plain values."""
+    """A checked configuration from the result of `read_yaml` or from plain values."""
     for override in overrides or []:
         tree = _with_both_exchanges(with_override(tree, override, Config))
     return config_from_dict(resolved(tree))
@@ -38,8 +38,8 @@ def config_from_tree(tree: dict[str, Any], overrides: list[str] | None = None) -
 def config_from_dict(values: dict[str, Any]) -> Config:
     """A checked `Config` from plain values, as `load_config` makes it from files.
 
-    What the `model` section leaves out is taken from `model.init_from`, if there is one. Where that is still to be
-    given (`???`), it stays so: only a training needs it.
+    `model.init_from`, if set, gives the keys that the `model` section leaves out. It may still be missing (`???`): only
+    a training needs it.
 
     Raises:
         ConfigError: with one line for each unknown key, wrong type, value still to be given or impossible combination.
@@ -123,7 +123,7 @@ def _variant(path: Path, variants: Any, name: str) -> dict[str, Any]:
 
 
 def _unknown_names(config: Config) -> list[str]:
-    """Names of `checkpoint.allow_changed` that are no keys: they would allow nothing."""
+    """Names of `checkpoint.allow_changed` that are not keys and would have no effect."""
     return [
         f"checkpoint.allow_changed: {name!r} is neither a key nor a section{_near(name.split('.'), Config)}"
         for name in config.checkpoint.allow_changed
@@ -132,7 +132,7 @@ def _unknown_names(config: Config) -> list[str]:
 
 
 def _with_both_exchanges(tree: dict[str, Any]) -> dict[str, Any]:
-    """One word for both kinds of layers is written out, so that what is laid over it may change one of them."""
+    """Write one word for both kinds of layers as two keys, so that a later file may change one of them."""
     for section in (tree.get("parallel"), tree):
         if isinstance(section, dict) and isinstance(word := section.get("exchange"), str):
             section["exchange"] = {"moba": word, "full": word}
@@ -153,13 +153,13 @@ def explain(error: Any, schema: type[Section]) -> str:
 
 
 def shortened(value: Any) -> str:
-    """A value as Python writes it, cut where nobody would read on."""
+    """A value as Python writes it, cut to 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _near(location: list[str], schema: type[Section]) -> str:
-    """A name of the schema that is like an unknown one, as a question."""
+    """The name of the schema that is closest to an unknown one, as a question."""
     near = difflib.get_close_matches(location[-1], _known_keys(schema, location[:-1]), n=1, cutoff=0.5)
     return f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
 

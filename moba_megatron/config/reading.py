@@ -1,4 +1,4 @@
-"""Files of settings as plain values: whatever is wrong with one ends as a `ConfigError` that names it."""
+"""Files of settings as plain values. Any problem becomes a `ConfigError` that names the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moba_megatron.config.checks import ConfigError
 
 _MOST_VALUES = 200_000
-"""A file of settings with more is none: aliases (`*name`) can stand for any number of values in a few lines."""
+"""A larger file is not a settings file: a few lines of aliases (`*name`) can stand for any number of values."""
 
 
 def text_of(path: str | Path, fix: str = "save it as UTF-8") -> str:
@@ -78,7 +78,7 @@ def read_json_object(path: str | Path, fix: str) -> dict[str, Any]:
 
 @contextmanager
 def settings_of(path: str | Path) -> Iterator[None]:
-    """What libraries say of YAML that they cannot read, as a `ConfigError` that names the file."""
+    """Turn errors of the YAML libraries into a `ConfigError` that names the file."""
     try:
         yield
     except ConfigError:
@@ -93,8 +93,7 @@ def settings_of(path: str | Path) -> Iterator[None]:
 
 
 def _refuse_huge(text: str, path: str | Path) -> yaml.Node | None:
-    """The root of a YAML file. Raises for one that stands for more values than settings are, or that refers to
-    itself."""
+    """The root of a YAML file. Raises if it stands for too many values, or refers to itself."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node | None) -> int:

@@ -6,9 +6,9 @@ from moba_megatron.config.model import ModelConfig
 
 
 def matrix_parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Parameters that multiply every token: projections and feed-forward of all layers, and the output layer. Of a
-    mixture of experts the router, the shared expert and as many others as a token chooses, also where a capacity drops
-    some of its choices."""
+    """Parameters that multiply every token: projections and feed-forward of all layers, and the output layer. In a
+    mixture of experts: the router, the shared expert and the experts that a token chooses, even if a capacity drops
+    some of them."""
     hidden, size = model.hidden_size, model.head_size
     heads, kv_heads = model.num_attention_heads, model.query_groups
     attention = hidden * size * (heads + 2 * kv_heads) + heads * size * hidden

@@ -132,8 +132,8 @@ def swept_run(
             raise ConfigError(
                 [f"start_from = {own.start_from}: give a run before it ({names}) or the path of a folder"]
             )
-        # What is there may come later, so that its model cannot complete this one's. What the base leaves out is said
-        # here, or it would be taken from there.
+        # The weights may not exist yet, so their model cannot complete this one. All keys that the base leaves out are
+        # set here, or they would come from the weights later.
         model = config.model
         unsaid = {key: value for key, value in model.model_dump().items() if key not in model.model_fields_set}
         overrides += [as_override(f"model.{key}", value, Config) for key, value in unsaid.items() if value is not None]

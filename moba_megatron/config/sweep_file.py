@@ -16,10 +16,10 @@ of one option from each axis. An option is a mapping of overrides, `key.path: va
 and `learning_rate` are keys of the sweep that an option may set too. `start_from` makes a run begin with the weights of
 another run of the sweep, by its name, once that has finished; or with those of a folder, by its path.
 
-The size of a mixture of experts is that of what works for a token: its *active* parameters. Tokens and learning rates
-go by them, so that a dense model and a mixture of as many operations stand side by side.
+The size of a mixture of experts counts the parameters that process a token: its *active* parameters. Tokens and
+learning rates follow from them, so a dense model and a mixture with the same operations get the same.
 
-Here: what the file may say. `sweep` makes its runs.
+This module describes the file. `sweep` makes its runs.
 """
 
 from __future__ import annotations

@@ -48,13 +48,12 @@ def import_command(
 ) -> None:
     """Make a run folder from a Hugging Face model.
 
-    OUT gets config.yaml (a start for training in another run folder: python train.py OUT/config.yaml
-    run.dir=RUN data.train=PREFIX), tokenizer/ and
-    checkpoints/step_0, which evaluate, generate, export-hf and model.init_from take.
+    OUT gets config.yaml, tokenizer/ and checkpoints/step_0. evaluate, generate, export-hf and model.init_from accept
+    OUT. To train in another run folder: python train.py OUT/config.yaml run.dir=RUN data.train=PREFIX.
 
     A model that does not fit into the memory of one process needs no import: set model.init_from=HF_DIR in training.
 
-    With noise --verify holds the mixture against its own export, since its logits are no longer those of HF_DIR.
+    With noise, --verify compares the mixture with its own export, because its logits differ from those of HF_DIR.
     """
     from moba_megatron.convert.exported import open_exported
     from moba_megatron.convert.import_hf import import_huggingface
@@ -103,8 +102,8 @@ def import_megatron_command(
 ) -> None:
     """Make a run folder from a checkpoint of Megatron-LM or Megatron-Bridge.
 
-    Only the weights are read. With a schedule of several stages, MOBA_STAGE says which one it was trained in. OUT is
-    what import-hf makes: evaluate, generate, export-hf and model.init_from take it.
+    Only the weights are read. With a schedule of several stages, MOBA_STAGE names the stage of the training. OUT is
+    like that of import-hf: evaluate, generate, export-hf and model.init_from accept it.
     """
     from moba_megatron.convert.import_megatron import import_megatron
 
@@ -164,7 +163,7 @@ def export_command(
         ),
     ] = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face model. Needs no GPU, whatever the checkpoint was trained on."""
+    """Write a checkpoint as a Hugging Face model. It needs no GPU."""
     from moba_megatron.convert.export_hf import export_huggingface
     from moba_megatron.convert.exported import open_exported
     from moba_megatron.convert.verify import verify_conversion

@@ -72,7 +72,7 @@ def prepare_command(
 ) -> None:
     """Turn text into tokens that training reads.
 
-    By a recipe, or directly from files:
+    From a recipe, or directly from files:
 
         moba-megatron prepare data/python_stdlib.yaml data/prepared/python_stdlib
 
@@ -80,7 +80,7 @@ def prepare_command(
 
     OUT gets train and validation data in megatron-core's indexed format, tokenizer/ and manifest.json.
 
-    A run that was stopped continues where it was. Running it again when all is there does nothing.
+    To continue a stopped run, repeat the command. On a finished dataset it does nothing.
 
     There are also `prepare merge` (join the shares of several machines), `prepare inspect` (show and check a dataset)
     and `prepare blend` (mix datasets by weight and length); each has its own --help.
@@ -116,9 +116,9 @@ def merge_command(
     out: Annotated[Path, typer.Argument(help="The output folder of the shares.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another dataset in OUT.")] = False,
 ) -> None:
-    """Join what `prepare RECIPE OUT --shard I/N` made on several machines.
+    """Join the shares that `prepare RECIPE OUT --shard I/N` made on several machines.
 
-    Refused until every share is done. The bytes are those that one machine would have made.
+    Refused until every share is done. The result is the same, byte for byte, as from one machine.
     """
     from moba_megatron.corpus.prepare import merge_shares
 
@@ -135,7 +135,7 @@ def inspect_command(
         bool, typer.Option("--check", help="Read all files: sizes, hashes, index against data, loss mask, ids.")
     ] = False,
 ) -> None:
-    """Show what a prepared dataset holds, one of its documents, or whether it is whole."""
+    """Show the contents of a prepared dataset or one of its documents, or check all its files."""
     from moba_megatron.corpus.inspect import check_dataset, dataset_manifest, describe, read_document
 
     with with_note("run the same command again"):

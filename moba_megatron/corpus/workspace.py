@@ -1,8 +1,8 @@
 """Where `prepare` works: OUTPUT.partial, its lock, and the rules for what may be replaced.
 
-`OUTPUT.partial/plan.json` says which dataset the work belongs to (its identity), into how many shares it is divided and
-which engine encodes. Work of the same identity is continued, other work is refused unless `overwrite` is given. OUTPUT
-itself changes only by renames of whole folders.
+`OUTPUT.partial/plan.json` names the dataset of the work (its identity), the number of shares and the encoding engine.
+Work of the same identity is continued, other work is refused unless `overwrite` is given. OUTPUT itself changes only by
+renames of whole folders.
 
 A process that does all of the work holds `lock` for itself. Processes that do one share each, on one machine or many,
 hold it together, and each its own `lock.I-of-N`; what they make for all, they make under `lock.common`.

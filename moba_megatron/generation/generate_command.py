@@ -1,4 +1,4 @@
-"""`moba-megatron generate`: text from a trained model, as it comes."""
+"""`moba-megatron generate`: text from a trained model, printed as it is generated."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def generate_command(
         ),
     ] = True,
 ) -> None:
-    """Continue a prompt. The text goes to standard output as it comes, how the model attends to standard error."""
+    """Continue a prompt. The text goes to standard output as it is generated. Standard error shows the model's
+    attention."""
     from moba_megatron.generation.engine import continue_prompt
     from moba_megatron.generation.loading import load_generator
     from moba_megatron.generation.streaming import TextStream

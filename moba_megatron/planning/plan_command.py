@@ -1,4 +1,4 @@
-"""`moba-megatron plan`: what a configuration would take on GPUs that need not be there."""
+"""`moba-megatron plan`: estimates for a configuration on GPUs that this machine need not have."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def plan_command(
 
         moba-megatron plan models/Llama-3.1-8B --length 128K --gpus 8
 
-    Nothing is measured and no GPU is needed. Ends with 1 if the configuration's own layout does not fit these GPUs, and
-    with 2 for mistakes.
+    It measures nothing and needs no GPU. The exit code is 1 if the configuration's own layout does not fit these GPUs,
+    and 2 for mistakes.
     """
     from moba_megatron.planning.plan_cluster import plan_on
     from moba_megatron.planning.plan_target import planned

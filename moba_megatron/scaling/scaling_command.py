@@ -17,13 +17,13 @@ OutputOption = Annotated[Path | None, typer.Option(help="Folder to write into. D
 
 @scaling_app.callback()
 def scaling() -> None:
-    """Sweeps: a grid of training runs from one YAML file, the laws that they follow, and the report's figure 3."""
+    """Sweeps: a grid of training runs from one YAML file, their scaling laws, and figure 3 of the MoBA report."""
 
 
 @scaling_app.command("plan")
 @one_door(apart=True)
 def plan_command(sweep: SweepArgument) -> None:
-    """List the runs with parameters, tokens, learning rate, operations, and how each stands."""
+    """List the runs with parameters, tokens, learning rate, operations and state."""
     from moba_megatron.scaling.actions import show_plan
 
     show_plan(sweep)
@@ -51,8 +51,8 @@ def run_command(
         typer.Option(metavar="SCRIPT", help="Print the sbatch command of an array job that runs SCRIPT for each run."),
     ] = None,
 ) -> None:
-    """Train what is not finished: skip what is done, continue what was cut. Ends with 1 if a run failed, with 3 if the
-    time was up before all had finished."""
+    """Train the unfinished runs: skip finished ones, continue interrupted ones. The exit code is 1 if a run failed, and
+    3 if the time was up before all had finished."""
     from moba_megatron.scaling.actions import train_runs
 
     code = train_runs(sweep, only, jobs, processes, minutes, slurm)
@@ -72,7 +72,8 @@ def fit_command(sweep: SweepArgument, output: OutputOption = None) -> None:
 @scaling_app.command("plot")
 @one_door(apart=True)
 def plot_command(sweep: SweepArgument, output: OutputOption = None) -> None:
-    """Draw the sweep's figures as PNG: loss against compute with its laws and the gap below, and what else it names."""
+    """Draw the sweep's figures as PNG: loss against compute with laws and the gap below, and the other figures of the
+    file."""
     from moba_megatron.scaling.actions import draw_figures
 
     draw_figures(sweep, output)
@@ -81,7 +82,7 @@ def plot_command(sweep: SweepArgument, output: OutputOption = None) -> None:
 @scaling_app.command("table")
 @one_door(apart=True)
 def table_command(sweep: SweepArgument, output: OutputOption = None) -> None:
-    """Print results, gaps, laws and what the runs were made on as Markdown; with --output also into FOLDER/table.md."""
+    """Print results, gaps, laws and the machines of the runs as Markdown; with --output also into FOLDER/table.md."""
     from moba_megatron.scaling.actions import print_tables
 
     print_tables(sweep, output)
