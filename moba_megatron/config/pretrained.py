@@ -26,7 +26,7 @@ def with_pretrained_model(values: dict[str, Any]) -> dict[str, Any]:
     Nothing is read where the section is complete, as in every written configuration: the folder may be gone by then.
 
     Raises:
-        ConfigError: the folder is none that weights can come from.
+        ConfigError: weights cannot come from this folder.
     """
     model = values.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("init_from"), str):
@@ -63,7 +63,7 @@ def pretrained_model_section(folder: str | Path) -> dict[str, Any]:
     """The `model` section of a Hugging Face folder, of a checkpoint folder or of a run folder.
 
     Raises:
-        ConfigError: it is none of these, or a model that is not supported.
+        ConfigError: it is another kind of folder, or a model that is not supported.
     """
     folder = Path(folder)
     if (folder / "config.json").is_file():

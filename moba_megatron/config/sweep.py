@@ -31,7 +31,7 @@ class SweptRun:
         tree, overrides: the base, and what the run changes of it.
         config: the whole, as `train.py` would take it.
         parameters: active ones, without embeddings and norms.
-        start_from: the run of the sweep, by its name, or the folder whose weights it begins with; None for none.
+        start_from: the run of the sweep, by its name, or the folder, whose weights it starts with; None without one.
     """
 
     name: str
@@ -167,7 +167,7 @@ def number_of(path: Path, names: list[str], name: str) -> int:
     """The number of a run by its name or its number; digits alone are a number.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such run.
     """
     if name.isdecimal() and int(name) < len(names):
         return int(name)

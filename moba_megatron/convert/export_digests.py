@@ -29,7 +29,7 @@ def write_source(folder: Path, values: dict[str, Any]) -> None:
 
 
 def read_source(folder: Path, *, digest: bool = True) -> dict[str, Any] | None:
-    """What `exported_from.json` says, its digest left out; None where there is none.
+    """The contents of `exported_from.json` without its digest; None where there is none.
 
     Args:
         digest: hold it against that digest.

@@ -7,7 +7,7 @@ F16 = "F16"
 
 
 def half_precision_note(precision: str) -> str:
-    """What becomes of F16 weights that are trained in `training.precision`, in words."""
+    """A note on F16 weights that are trained in `training.precision`."""
     if precision == "bf16":
         return (
             "F16 weights are rounded to bf16, which needs no loss scaling, but has 8 bits of precision instead of 11; "

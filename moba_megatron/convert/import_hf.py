@@ -63,7 +63,7 @@ def import_huggingface(
         advance: told parameters done and in all, after each.
 
     Returns:
-        The configuration that was written, and what is to be said about the import.
+        The written configuration, and notes about the import.
 
     Raises:
         ConfigError: `out` is taken, or a model that is not supported, not whole or not finite, or that no mixture is

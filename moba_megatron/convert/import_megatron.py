@@ -57,7 +57,7 @@ def import_megatron(
         tokenizer: Hugging Face folder. Default: `model`, if it is one with a tokenizer.
 
     Returns:
-        The configuration that was written, and what is to be said about the import.
+        The written configuration, and notes about the import.
 
     Raises:
         CheckpointError: no such checkpoint, or parameters that are not those of the model.
@@ -112,7 +112,7 @@ def find_iteration(source: Path) -> Path:
     """The checkpoint folder that a path means.
 
     Raises:
-        CheckpointError: there is none, or one of another format.
+        CheckpointError: no checkpoint, or one of another format.
     """
     if (source / LATEST).is_file():
         name = (source / LATEST).read_text(encoding="utf-8").strip()

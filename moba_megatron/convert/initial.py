@@ -46,7 +46,7 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
         vocab_size: entries of `data.tokenizer`, which count where `model.vocab_size` is not set.
 
     Returns:
-        What is to be said about it beside `describe_weights`, one line each.
+        Further notes besides `describe_weights`, one line each.
 
     Raises:
         ConfigError: with one line for each size, tensor or tokenizer that does not fit.
@@ -159,7 +159,7 @@ def _verify_together(export: Path) -> None:
 
 
 def sized(model: ModelConfig, vocab_size: int) -> ModelConfig:
-    """A `model` section with every size stated, so that two of them compare."""
+    """A `model` section with every size given, to compare two of them."""
     return model.model_copy(
         update={
             "vocab_size": model.vocab_size or vocab_size,
@@ -179,7 +179,7 @@ def log_progress(done: int, total: int) -> None:
 
 def _check_key_convolution(config: Config, checkpoint: Path) -> None:
     """Its filters are parameters: a checkpoint has them or not. Plain Hugging Face weights start with filters of zero,
-    which do nothing."""
+    which have no effect."""
     ours, theirs = config.attention.key_convolution, saved_config(checkpoint).attention.key_convolution
     if ours != theirs:
         instead = "leave it out" if theirs is None else f"set it to {theirs}"
@@ -195,7 +195,7 @@ def _all_chats(recipe: dict[str, Any]) -> bool:
 
 
 def _without_beginning(config: Config, tokenizer: Tokenizer) -> list[str]:
-    """A line where the tokenizer begins texts with a token of its own, and the data do not."""
+    """A line if the tokenizer puts a token before texts, and the data do not have it."""
     try:
         path = blend_entries(config.data.train)[0].path
         manifest = load_manifest(Path(path).parent)
@@ -236,7 +236,7 @@ def _differences(ours: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[obje
 
 
 def _check_tokenizer(config: Config, source: Path, tokenizer: Tokenizer) -> None:
-    """Weights mean what they mean for the ids of one tokenizer only. Which of its tokens ends documents is free."""
+    """Weights are valid only for the ids of one tokenizer. Which of its tokens ends documents is free."""
     folder, theirs = source, ""
     if not _is_huggingface(source):
         checkpoint = _find(source)

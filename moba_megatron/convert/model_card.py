@@ -141,7 +141,7 @@ def _attention(name: str, values: dict[str, Any]) -> str:
 
 
 def _said(settings: MoBASettings) -> dict[str, Any]:
-    """What the words for a selector leave open."""
+    """The values for the placeholders of a selector's text."""
     return {
         "summary": _FITS[settings.selection.summary],
         "threshold": settings.selection.threshold,
@@ -183,7 +183,7 @@ def _experts(model: ModelConfig) -> dict[str, str]:
 
 
 def evaluation_table(lines: list[dict[str, Any]], step: int) -> str:
-    """What `moba-megatron evaluate` found out about the model of a step, as a section of the card; empty if nothing.
+    """The results of `moba-megatron evaluate` for the model of a step, as a section of the card; empty if nothing.
 
     Args:
         lines: of `evaluations.jsonl`. The last one counts where several say the same; those of attentions that are not
@@ -204,7 +204,7 @@ def evaluation_table(lines: list[dict[str, Any]], step: int) -> str:
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:
-    """The results of a line of `evaluations.jsonl`, by what a reader of the card would call them."""
+    """The results of a line of `evaluations.jsonl`, with names for a reader of the card."""
     kind = line.get("kind")
     if kind == "losses":
         data = f"on {Path(str(line.get('data'))).name}, {line.get('samples')} samples (nats per token)"
@@ -223,7 +223,7 @@ def _numbers(line: dict[str, Any]) -> dict[str, float]:
 
 
 def _losses(exported: Exported) -> dict[str, str]:
-    """What the run folder recorded of this step's evaluation."""
+    """The evaluation of this step in the run folder."""
     lines = training_records(read_json_lines(RunFolder.of(exported.checkpoint).evaluations))
     for values in reversed(lines):
         if values["step"] == exported.manifest.step:

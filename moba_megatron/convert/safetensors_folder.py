@@ -62,7 +62,7 @@ class SafetensorsFolder:
         return tensor
 
     def problems(self, expected: dict[str, tuple[int, ...]]) -> list[str]:
-        """Hold names, shapes and dtypes against what a model needs; one line for each that does not fit."""
+        """Compare names, shapes and dtypes with those that a model needs; one line for each that does not fit."""
         lines = [f"{name} is missing" for name in expected if name not in self.shapes]
         lines += [f"{name} is not part of this model" for name in self.shapes if name not in expected]
         for name in expected.keys() & self.shapes.keys():
@@ -126,7 +126,7 @@ class SafetensorsFolder:
         raise ConfigError([self._without_weights()])
 
     def _without_weights(self) -> str:
-        """What a folder without weights may be, and the way to one that has them."""
+        """The likely kind of a folder without weights, and the way to one with weights."""
         fetch = f"{DOWNLOAD} {self.folder}"
         if (self.folder / "adapter_config.json").is_file():
             return (

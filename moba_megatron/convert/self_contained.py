@@ -16,8 +16,8 @@ def with_own_code(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str
     """The contents of config.json that name the files of code, and those files: `CODE_FILE`, and where keys are
     convolved `KEYS_FILE`.
 
-    The architecture gets a name of its own, so that an engine that goes by names refuses the model instead of running
-    it with full attention.
+    The architecture gets its own name. So an engine that selects models by name refuses it instead of running it with
+    full attention.
 
     Raises:
         ConfigError: a model without MoBA layers, which any engine runs as it is.

@@ -33,11 +33,11 @@ _SHARED = "mlp.shared_experts."
 
 @dataclass(frozen=True)
 class Upcycling:
-    """What becomes of a dense model.
+    """The settings of the mixture.
 
     Attributes:
         experts: of every layer.
-        experts_per_token: of which a token passes so many.
+        experts_per_token: experts that process each token.
         noise: standard deviation of what is added to each number of an expert, in units of the standard deviation of
             its tensor.
         seed: of the router and the noise.
@@ -49,7 +49,7 @@ class Upcycling:
     seed: int = 1234
 
     def problems(self) -> list[str]:
-        """What of this cannot be, one line each."""
+        """Impossible settings, one line each."""
         chosen = f"--experts-per-token = {self.experts_per_token}"
         return [
             line
@@ -123,7 +123,7 @@ def mixture_of(model: ModelConfig, upcycling: Upcycling) -> ModelConfig:
 
 
 def description(mixture: ModelConfig) -> str:
-    """What was made, in a line."""
+    """A line about the result."""
     shared = ", and a shared expert whose output is 0 at first" if mixture.moe_shared_expert_intermediate_size else ""
     return (
         f"{mixture.num_moe_experts} experts in each layer; experts for each token: {mixture.moe_router_topk}{shared}; "

@@ -35,7 +35,7 @@ def written_positions(model: ModelConfig, length: int, family: Family) -> int:
 
 
 def written_rope(model: ModelConfig, length: int, family: Family) -> dict[str, Any]:
-    """The rotary embedding in the words of transformers 4 and 5.
+    """The rotary embedding with the keys of transformers 4 and 5.
 
     Args:
         length: what is written as `max_position_embeddings`.

@@ -39,7 +39,7 @@ def blend_entries(value: str | list[BlendEntry] | None) -> list[BlendEntry]:
             may stand in a list too; its own weights then divide the weight of its entry.
 
     Raises:
-        ConfigError: a blend that names nothing, or a blend file that is missing or holds something else.
+        ConfigError: an empty blend, or a blend file that is missing or holds something else.
     """
     if value is None:
         return []

@@ -1,6 +1,6 @@
 """Conversations as documents: the tokenizer's chat template, with the assistant's turns as what is learned.
 
-A template that marks the assistant's part with `{% generation %}` says itself what counts. Of any other the
+A template that marks the assistant's part with `{% generation %}` defines the tokens that count. Of any other the
 conversation is rendered up to each assistant's turn, with the prompt for an answer, and once more with that turn: what
 is new counts, the end-of-turn token included. A template that writes earlier turns otherwise once later ones follow
 (Qwen 3 drops the thoughts of earlier answers) cannot be cut this way; of such a conversation each answer becomes a
@@ -127,7 +127,7 @@ class ChatTemplate:
 
     @staticmethod
     def fingerprint(folder: str | Path) -> str:
-        """Hash (32 hex digits) of what decides how conversations of a tokenizer folder are written."""
+        """Hash (32 hex digits) of all settings of a tokenizer folder that decide how conversations are written."""
         digest = hashlib.blake2b(digest_size=16)
         for name in _TEMPLATE_FILES:
             path = Path(folder) / name
@@ -255,7 +255,7 @@ class ChatTemplate:
         return message
 
     def _refuse_special(self, values: Any) -> None:
-        """Nothing of a row may be read as a special token, wherever the template writes it."""
+        """No text of a row may become a special token, wherever the template writes it."""
         for text in texts_in(values):
             normalized = self.normalize(text)
             found = next((token for token in self.special if token in text or token in normalized), None)

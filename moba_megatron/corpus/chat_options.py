@@ -21,7 +21,7 @@ def _iso(value: Any) -> Any:
 
 
 class Chat(Section):
-    """What the chat template gets beside the messages."""
+    """Inputs of the chat template besides the messages."""
 
     template_arguments: dict[str, Any] = {}
     """Variables that the template reads, such as `{enable_thinking: false}` or `{date_string: 26 Jul 2024}`."""

@@ -192,7 +192,7 @@ def _lengths(rows: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
 
 
 def _with_beginning(encoded: Encoded, begin: list[int]) -> Encoded:
-    """The same with these ids before each document, but before none that begins with them already."""
+    """The same with these ids before each document, unless it begins with them already."""
     edges = np.cumsum(encoded.lengths)[:-1]
     rows = np.split(encoded.ids, edges)
     put = [row[: len(begin)].tolist() != begin for row in rows]

@@ -30,7 +30,7 @@ _WILD = "*?["
 
 @dataclass
 class Found:
-    """What a path or a pattern means.
+    """The files of a path or a pattern.
 
     Attributes:
         root: the folder that names are relative to.
@@ -72,7 +72,7 @@ def no_match(where: str) -> str:
 
 
 def split_pattern(path: str) -> tuple[str, str]:
-    """(folder, pattern relative to it) of a path with a pattern in it. What exists is taken literally.
+    """(folder, pattern relative to it) of a path with a pattern in it. An existing path is taken literally.
 
     >>> split_pattern("no/such/**/*.txt")
     ('no/such', '**/*.txt')

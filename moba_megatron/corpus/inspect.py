@@ -33,7 +33,7 @@ def dataset_manifest(folder: Path) -> DatasetManifest:
 
 
 def describe(manifest: DatasetManifest) -> str:
-    """The manifest in words: all but the identity."""
+    """The manifest as text: all but the identity."""
     lines = [
         f"made {manifest.created} in {manifest.seconds:.1f} s by: {manifest.command or 'unknown'}",
         "versions: " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),

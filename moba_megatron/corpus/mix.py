@@ -43,7 +43,7 @@ def make_blend(mix: Mix, output: Path, overwrite: bool = False) -> str:
     """Write the views, `blend.yaml`, a manifest, the tokenizer and a picture into the folder `output`.
 
     Returns:
-        What is in it, in words, with the distribution of lengths that training will read.
+        Its contents as text, with the distribution of lengths that training will read.
 
     Raises:
         ValueError: a source that is missing or has no manifest, sources of different tokenizers, ranges without any

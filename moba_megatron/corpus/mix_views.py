@@ -1,5 +1,5 @@
-"""The recipe of a blend, the views that it makes of prepared datasets, and what they will make training read: a table
-and a picture of the lengths, before and after."""
+"""The recipe of a blend, its views of prepared datasets, and the resulting mix for training: a table and a picture of
+the lengths, before and after."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def length_shares(views: Sequence[View]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def describe_mix(views: Sequence[View]) -> str:
-    """The views and the resulting distribution of lengths, in words."""
+    """The views and the resulting distribution of lengths, as text."""
     total = sum(view.tokens for view in views)
     width = max(len(view.name) for view in views)
     lines = [f"{'view':<{width}} {'documents':>11} {'tokens':>15} {'occurs':>7} {'is read':>7} {'times':>7}"]

@@ -126,7 +126,7 @@ def prepare_share(
 
 
 def merge_shares(output: Path, overwrite: bool = False) -> DatasetManifest:
-    """Join what `prepare_share` made into OUTPUT.
+    """Join the results of `prepare_share` into OUTPUT.
 
     Raises:
         ValueError: no such work, inputs that changed since, or parts that are not done yet.

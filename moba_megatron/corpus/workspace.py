@@ -4,7 +4,7 @@
 Work of the same identity is continued, other work is refused unless `overwrite` is given. OUTPUT itself changes only by
 renames of whole folders.
 
-A process that does all of the work holds `lock` for itself. Processes that do one share each, on one machine or many,
+A process that does all the work holds `lock` exclusively. Processes that do one share each, on one machine or many,
 hold it together, and each its own `lock.I-of-N`; what they make for all, they make under `lock.common`.
 """
 
@@ -65,7 +65,7 @@ class Workspace:
 
     @contextmanager
     def common(self, waiting: Callable[[], None]) -> Iterator[None]:
-        """What only one process at a time may do. `waiting` is called if another one is at it."""
+        """Work that only one process at a time may do. `waiting` is called if another one is at it."""
         with open(self.folder / "lock.common", "w", encoding="utf-8") as lock:
             if not _try_lock(lock):
                 waiting()
@@ -252,7 +252,7 @@ def unfinished_identity(output: Path) -> Identity:
     """The identity of the work that is under way for `output`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no unfinished work.
     """
     found = _plan_of(work_folder(output))
     if not found:
@@ -278,7 +278,7 @@ def _try_lock(lock: TextIO, shared: bool = False) -> bool:
 
 
 def _plan_of(folder: Path) -> dict[str, Any]:
-    """Contents of plan.json; empty where there is none."""
+    """Contents of plan.json; empty without one."""
     plan = folder / "plan.json"
     if not plan.is_file():
         return {}

@@ -67,9 +67,9 @@ class ValidationSummary:
     validation_tokens: int
     """Tokens on disk, over all entries of a blend; 0 without validation data."""
     identity: dict[str, str]
-    """What the work was done with, to be recorded and compared: `tokenizer` is the tokenizer's fingerprint; `train` (of
-    `check_data`) and `validation` (of `check_validation`) are digests of the data, of its first MiB and its size, and
-    of the shares of a blend."""
+    """The identity of data and tokenizer, to be recorded and compared: `tokenizer` is the tokenizer's fingerprint;
+    `train` (of `check_data`) and `validation` (of `check_validation`) are digests of the data, of its first MiB and its
+    size, and of the shares of a blend."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def check_data(config: Config) -> DataSummary:
 
 
 def check_validation(config: Config) -> ValidationSummary:
-    """Hold the validation data alone against the configuration, as `check_data` does: training data need not be there.
+    """Check only the validation data against the configuration, as `check_data` does: training data need not be there.
 
     Raises:
         ConfigError: as `check_data`, and where `data.validation` is not set.
@@ -119,7 +119,7 @@ def check_validation(config: Config) -> ValidationSummary:
 
 
 def training_tokenizer(config: Config) -> Path:
-    """Folder of the tokenizer: `data.tokenizer`; where there is none, the copy that the run has kept of it."""
+    """Folder of the tokenizer: `data.tokenizer`, or, if that is missing, the copy in the run folder."""
     named, kept = Path(config.data.tokenizer), Path(config.run.dir) / "tokenizer"
     return kept if not named.is_dir() and kept.is_dir() else named
 
@@ -302,7 +302,7 @@ def _check_entry(key: str, path: str, samples: int, tokenizer: Tokenizer, config
 
 
 def _samples_there(path: str, index: IndexSummary, config: Config) -> tuple[int, str]:
-    """Different samples that a dataset makes (at least so many), and what there is, in words."""
+    """The number of different samples that a dataset makes (at least), and its contents as text."""
     length = config.data.sequence_length
     if config.data.packing == "concatenate":
         there = max(index.tokens - 1, 0) // length

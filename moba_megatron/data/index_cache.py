@@ -21,7 +21,7 @@ def index_folder(config: Config, key: str) -> Path:
 
 
 def index_lines(config: Config) -> list[str]:
-    """What is to be said about the folders, one line for each split whose indices do not lie beside the data."""
+    """Notes on the folders, one line for each split whose indices are not beside the data."""
     if config.data.index_cache is not None:
         return []
     keys = [key for key in ("train", "validation") if getattr(config.data, key)]
@@ -33,10 +33,10 @@ def index_lines(config: Config) -> list[str]:
 
 
 def check_index_folder(config: Config, key: str) -> list[str]:
-    """What keeps indices of a split from being written, as a problem with its fix; empty if nothing does.
+    """The problem that prevents writing indices of a split, with its fix; empty if nothing does.
 
     Raises:
-        ConfigError: a blend that names nothing.
+        ConfigError: an empty blend.
     """
     if not getattr(config.data, key) or writable(folder := index_folder(config, key)):
         return []

@@ -42,7 +42,7 @@ _MOST_CHECKED = 1000
 
 @dataclass(frozen=True)
 class DatasetTokenizer:
-    """What megatron-core's dataset classes ask of a tokenizer, and what their cache keys must know."""
+    """The parts of a tokenizer that megatron-core's dataset classes need, and the values for their cache keys."""
 
     vocab_size: int
     eod: int
@@ -116,7 +116,7 @@ class ConcatenatedRows(GPTDataset):
         return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in sample.items()}
 
     def summary(self) -> PackingSummary:
-        """What one epoch of this dataset is like."""
+        """Statistics of one epoch of this dataset."""
         return summarise_concatenation(self.dataset.sequence_lengths, self.config.sequence_length)
 
     def _pieces(self, number: int) -> np.ndarray:
@@ -130,7 +130,7 @@ class ConcatenatedRows(GPTDataset):
         return pieces[pieces[:, 2] > 0]
 
     def refuse_foreign(self, number: int) -> None:
-        """Raise for a token of a sample that is none of the vocabulary, naming the file and the document."""
+        """Raise for a token of a sample outside the vocabulary; the error names the file and the document."""
         entries = self.config.tokenizer.vocab_size
         for document, start, size in self._pieces(number).tolist():
             ids = self.dataset.get(document, start, size)
@@ -205,8 +205,8 @@ class PackedRows(ConcatenatedRows):
 
 
 class KnownTokens:
-    """A dataset of the classes here, or a blend of them, that refuses a sample with an id that is none of the
-    vocabulary: such an id would read beyond the embedding, or nothing of it."""
+    """A dataset of the classes here, or a blend of them. It refuses a sample with an id outside the vocabulary, which
+    has no row in the embedding."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset

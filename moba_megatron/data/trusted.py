@@ -1,4 +1,4 @@
-"""What a start knows of the files that it did not make in this run: each is looked through once, by rank 0 alone.
+"""The checks of files that this start did not write: each is looked through once, by rank 0 alone.
 
 `checked.json` in the folder of sample indices remembers which indices of datasets were found in order, by path, size
 and time of change. `digests.json` holds digests of the sample indices themselves, which rank 0 compares whenever it
@@ -68,9 +68,8 @@ def first_rank() -> bool:
 
 
 def remove_changed(dataset: Any, folder: Path) -> list[str]:
-    """Hold the sample indices that a dataset was opened with against their digests, and remove those that have changed
-    and those that nothing is known of; the digests of indices that were just made are written down. Call under the
-    folder's lock.
+    """Compare the sample indices of a dataset with their digests, and remove those that have changed or have no digest;
+    the digests of indices that were just made are written down. Call under the folder's lock.
 
     Args:
         dataset: of megatron-core, or a blend of several.

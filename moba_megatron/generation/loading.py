@@ -1,4 +1,4 @@
-"""From a path to a model, in one of two forms.
+"""Load a model from a path, in one of two forms.
 
 `open_model` gives a checkpoint's model as it trains, in megatron-core: for losses, routing and scores.
 
@@ -92,7 +92,7 @@ def open_model(path: str | Path, tokenizer_fingerprint: str, vocab_size: int, *,
     Args:
         tokenizer_fingerprint: of the tokenizer that is at hand.
         vocab_size: size of that tokenizer, used where the configuration leaves `model.vocab_size` to it.
-        verify: hold the files against their digests, as `checkpoint.verify` of the run says; False: never.
+        verify: compare the files with their digests, according to `checkpoint.verify` of the run; False: never.
 
     Raises:
         ValueError: torchrun started several of these.
@@ -119,7 +119,7 @@ def open_model(path: str | Path, tokenizer_fingerprint: str, vocab_size: int, *,
 
 
 def load_generator(path: Path, decode: str | None = None, *, verify: bool = True) -> Generator:
-    """Load what generates text.
+    """Load a model that generates text.
 
     Args:
         path: a Hugging Face folder, a run folder (its newest checkpoint is used) or a checkpoint folder.

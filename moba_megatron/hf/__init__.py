@@ -50,13 +50,13 @@ def configure(
     summary: str = "mean",
     threshold: float | None = None,
 ) -> MoBASettings:
-    """Let a transformers model attend by MoBA from now on, and what is saved and loaded of it.
+    """Switch a transformers model to MoBA, also after it is saved and loaded again.
 
     Args:
         model: a model of transformers; its text configuration gets `moba_config`.
         block_size: tokens per block.
         top_k: blocks per query, its own counted.
-        last_n_full: so many last layers attend fully.
+        last_n_full: number of last layers that attend fully.
         decode: how new tokens attend to a cache: `full` (the MoBA report's way) or `moba`.
         selector, summary, threshold: how past blocks are chosen, as for `moba_attention`.
 

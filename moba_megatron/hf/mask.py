@@ -103,7 +103,7 @@ def _refuse_gaps(real: Tensor) -> None:
 
 
 def _not_moba(mask_function: Callable, first: Tensor, real: Tensor, begins: Tensor, slots: Tensor) -> str | None:
-    """What a mask does that MoBA does not, in words."""
+    """The difference between a mask and MoBA, for a message."""
     batch_size = first.shape[0]
     if (real & ~_sees(mask_function, slots, first, batch_size)).any():
         return "the mask hides early tokens of a document (a window): MoBA attends to all past tokens"

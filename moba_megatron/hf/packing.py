@@ -1,9 +1,9 @@
-"""What collators for packed rows say beside `position_ids`, compared with it.
+"""Further arguments of collators for packed rows, compared with `position_ids`.
 
 Trainers that pack (TRL's `packing` and `padding_free`, transformers' `DataCollatorWithFlattening`) also pass where the
 documents of a batch begin: `cu_seq_lens_q` and `cu_seq_lens_k`, boundaries in the rows laid end to end, and `seq_idx`,
-the document of each token. MoBA reads documents from the mask and `position_ids` (`mask.segments`). The others must say
-the same, and then add nothing. `max_length_q` and `max_length_k` only size the kernels of others.
+the document of each token. MoBA reads documents from the mask and `position_ids` (`mask.segments`). The others must
+describe the same documents; then they are ignored. `max_length_q` and `max_length_k` only size the kernels of others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SHOWN = 8
 
 
 def check_packing(mask: Tensor, stretches: Sequence[Segment], rows: int, length: int, told: Mapping[str, Any]) -> None:
-    """Hold what else is told of packing against the documents that were read; once per forward pass.
+    """Compare other arguments about packing with the documents that were read; once per forward pass.
 
     Args:
         mask: what `moba_mask` returned; it carries the note that this was done.

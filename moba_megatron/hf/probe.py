@@ -1,4 +1,4 @@
-"""Whether a model really attends by what is registered as "moba": asked of the model, not of its configuration."""
+"""Check that a model really uses the attention registered as "moba": asked of the model, not of its configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a transformers configuration says about MoBA: the entry `moba_config`.
+"""The settings of MoBA in a transformers configuration: the entry `moba_config`.
 
 It is a plain dictionary, so that `save_pretrained` writes it into config.json and `from_pretrained` brings it back:
 
@@ -12,7 +12,7 @@ the top level because transformers refuses names of its own `layer_types` that i
 Blocks that are chosen otherwise than by top-k of their means have `selector`, `summary` and `threshold` in the words of
 `ops.selection`, layers that differ in this from the others an entry in `layer_selections`: `{"1": {"selector":
 "recent"}}`. A model whose keys are convolved has `key_convolution`, the filters' width. Such entries have version 2, so
-that readers of before refuse them instead of attending otherwise.
+older readers refuse them instead of using another attention.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class MoBASettings:
         """Read `config.moba_config`.
 
         Raises:
-            ValueError: there is none, it has other keys than those above, another version, or as many layers as the
-                model has not.
+            ValueError: no such entry, other keys than those above, another version, or a different number of layers
+            than the model.
         """
         entry = getattr(config, "moba_config", None)
         if not isinstance(entry, Mapping):
@@ -100,7 +100,7 @@ class MoBASettings:
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any], layers: int) -> MoBASettings:
-        """Read the entry `moba_config` of a model of so many layers. Raises as `from_config`."""
+        """Read the entry `moba_config` of a model with this number of layers. Raises as `from_config`."""
         values = dict(entry)
         version = values.pop("version", VERSION)
         if version not in _KEYS:
@@ -112,7 +112,7 @@ class MoBASettings:
         unknown = values.keys() - _KEYS[version]
         if missing or unknown:
             raise ValueError(
-                f"moba_config misses {sorted(missing)} and has unknown keys {sorted(unknown)}: {HOW_TO_SET}"
+                f"moba_config lacks {sorted(missing)} and has unknown keys {sorted(unknown)}: {HOW_TO_SET}"
             )
         kinds = tuple(values.pop("layer_types", None) or ("moba",) * layers)
         if len(kinds) != layers:
@@ -172,7 +172,7 @@ class MoBASettings:
 
 
 def _selection(words: Mapping[str, Any]) -> Selection:
-    """Raises ValueError where the words are none that `ops.selection` knows, or do not go together."""
+    """Raises ValueError for words that `ops.selection` does not know, or that contradict each other."""
     unknown = words.keys() - set(_SELECTION)
     if unknown:
         raise ValueError(f"moba_config: a selection of blocks has {', '.join(_SELECTION)}, got {sorted(unknown)}")

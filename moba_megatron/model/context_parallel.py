@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class ContextParallel:
-    """What a core attention does when its sequence lies on several ranks.
+    """The work of a core attention whose sequence is on several ranks.
 
     Args:
         config, pg_collection: as megatron-core passes them to a core attention. Without a collection its global groups
@@ -138,7 +138,7 @@ def check_layout(
 
 
 def _decide(kind: str, wanted: str, sizes: RankSizes, cp_groups: ContextGroups, backend: str) -> str:
-    """What `auto`, or `dispatch` in a full layer, means for a call."""
+    """The exchange that `auto`, or `dispatch` in a full layer, stands for in a call."""
     size = cp_groups.whole.size()
     # Without groups for two levels the first one has a single rank, so that a2a+p2p is not chosen.
     levels = (1, size) if cp_groups.inner is None else (cp_groups.inner.size(), cp_groups.outer.size())

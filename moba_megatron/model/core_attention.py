@@ -6,8 +6,8 @@ keys and values `[sk, b, ng, hn]` (b sequences of one length), or with a pack of
 and grouped queries need nothing here: each rank attends with its own heads, and keys are never repeated.
 
 The module has no parameters. What it computes is the attribute `attention`, which may change between steps
-(`set_attention_stage`): block-sparse or full attention over the same projections. Nothing else in it changes, so
-activation recomputation, which runs it twice, is exact.
+(`set_attention_stage`): block-sparse or full attention over the same projections. It has no other state, so activation
+recomputation, which runs it twice, is exact.
 
 Sequences of a batch are laid end to end, as documents of one pack. At b = 1 that is a view; otherwise one copy each of
 queries, keys and values.
@@ -15,7 +15,7 @@ queries, keys and values.
 Under context parallelism the tokens are this rank's zigzag shard of each sequence or document (`parallel.layout`), the
 boundaries are those of the whole pack, padded, and `parallel.attention` does the work over the groups that
 megatron-core hands over. How its ranks exchange is a parameter of ours, one for each kind of layer; the layer's own
-`cp_comm_type` knows fewer words and is not looked at.
+`cp_comm_type` has fewer choices and is ignored.
 """
 
 from __future__ import annotations

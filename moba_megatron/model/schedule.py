@@ -33,7 +33,7 @@ class LayerAttention:
     """How one layer attends: `full`, or `moba` with `block_size` (tokens) and `top_k` (blocks; the current one counts),
     chosen as `selection` says.
 
-    A full layer has none of these, so that two schedules are equal where they compute the same.
+    A full layer has none of these, so two schedules with the same computation are equal.
 
     >>> print(LayerAttention("moba", 512, 3), LayerAttention("moba", 512, 3, Selection("recent")), sep="; ")
     moba B=512 K=3; moba B=512 K=3 recent
@@ -70,7 +70,7 @@ FULL = LayerAttention("full")
 
 @dataclass(frozen=True)
 class AttentionSchedule:
-    """What every layer attends to in every stage.
+    """The attention of every layer in every stage.
 
     Attributes:
         stages: for each stage one entry per layer, layer 1 first.
@@ -126,7 +126,7 @@ class AttentionSchedule:
     def stage_at(self, step: int, steps: int) -> int:
         """The stage (counted from 0) that holds at `step`, counted from 1: the step that is about to be taken.
 
-        A stage whose share is less than half a step has no step at all.
+        A stage shorter than half a step has no step.
 
         Raises:
             ValueError: if `step` is not one of 1 to `steps`.
@@ -199,7 +199,7 @@ class AttentionSchedule:
         return "\n".join(lines)
 
     def differences(self, other: AttentionSchedule) -> list[str]:
-        """What `other` has that this schedule has not, one line each; empty if they are equal."""
+        """Differences of `other` from this schedule, one line each; empty if they are equal."""
         if self.num_layers != other.num_layers:
             return [f"{self.num_layers} layers against {other.num_layers}"]
         if self.until != other.until:

@@ -106,7 +106,7 @@ class AttentionSizes:
 
 @dataclass(frozen=True)
 class Work:
-    """What one kernel does.
+    """The work of one kernel.
 
     Attributes:
         products: floating-point operations on the matrix units.

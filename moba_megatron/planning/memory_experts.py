@@ -24,7 +24,7 @@ from moba_megatron.planning.expert_shape import ExpertShape
 
 
 def expert_layer_bytes(shape: ExpertShape, cuda: bool) -> int:
-    """What the experts and the router of one layer keep."""
+    """Bytes that the experts and the router of one layer keep."""
     row = shape.row_bytes + (3 if cuda else 6) * shape.ffn * shape.width + shape.score_bytes + 8
     choice = 8 + shape.score_bytes
     score = shape.score_bytes + 1 + 4 * shape.losses
@@ -32,7 +32,7 @@ def expert_layer_bytes(shape: ExpertShape, cuda: bool) -> int:
 
 
 def expert_working_bytes(shape: ExpertShape) -> int:
-    """What is alive at once on the way through the experts of one layer, beside what is kept."""
+    """Extra bytes in memory at once in the experts of one layer."""
     # A rank with one expert needs no order of experts: what has arrived is what it keeps.
     several = shape.local > 1
     back = shape.rows * shape.row_bytes * (1 + several)

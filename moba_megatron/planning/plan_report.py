@@ -32,7 +32,7 @@ MEMORY_PARTS = {
 
 
 def assumptions(cluster: Cluster, mixture: bool = False) -> list[str]:
-    """What every figure stands on, one line each.
+    """The assumptions behind the numbers, one line each.
 
     Args:
         mixture: whether the model is a mixture of experts.
@@ -110,7 +110,7 @@ def memory_table(estimates: dict[str, MemoryEstimate], title: str = "memory per 
 
 
 def print_alternatives(console: Console, plan: RunPlan, found: list[Alternative]) -> None:
-    """What else could be computed again in the configuration's own layout, and what that costs."""
+    """Other choices of recomputation in the configuration's own layout, and their costs."""
     table = Table("memory of this layout", "GiB", "s/step", "fits")
     own, room = Saving.in_use(plan.config), MEMORY_SHARE * plan.cluster.gpu.memory
     for one in found:

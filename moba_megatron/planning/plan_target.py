@@ -29,7 +29,7 @@ class Target:
 def planned(
     path: Path, overrides: list[str] | None, length: str | None, *, gpu: str, count: int | None, per_node: int
 ) -> Target:
-    """What the command was asked to plan.
+    """The arguments of the command.
 
     Args:
         path: a YAML configuration, or a Hugging Face folder.

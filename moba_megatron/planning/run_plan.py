@@ -18,7 +18,7 @@ from moba_megatron.planning.plan_time import StepTime, step_time
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a configuration takes on a cluster.
+    """The estimates for a configuration on a cluster.
 
     Attributes:
         memory: of a rank of each pipeline stage.
@@ -83,7 +83,7 @@ class Alternative:
 
 
 def alternatives(config: Config, schedule: AttentionSchedule, vocab_size: int, cluster: Cluster) -> list[Alternative]:
-    """What each way to save memory would cost a configuration in its own layout.
+    """The cost of each way to save memory, for a configuration in its own layout.
 
     Raises:
         ConfigError: sizes that do not fit the number of GPUs or each other.
@@ -153,7 +153,7 @@ def plan_run(config: Config, schedule: AttentionSchedule, vocab_size: int, clust
 
 
 def check_precision(config: Config) -> None:
-    """Refuse what there is no model of times for.
+    """Refuse configurations for which there is no model of times.
 
     Raises:
         ConfigError: another precision than bf16.

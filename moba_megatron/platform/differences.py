@@ -1,9 +1,10 @@
-"""What megatron-core assumes (CUDA, with fused libraries) and this machine lacks: every difference, in one table.
+"""Assumptions of megatron-core (CUDA, with fused libraries) that do not hold on this machine: every difference, in one
+table.
 
-megatron-core reaches for CUDA in a handful of places. Each row of `DIFFERENCES` names one of them, says why it is
-needed and gives the replacement as (owner, attribute, new value). `apply` puts the rows in place, once, at the start
-of a process; `restore` takes them back (for tests). `torch.cuda.is_available()` stays as it is, so code that asks is
-not misled. Modules that took a reference before `apply` keep the original; megatron-core looks all of these up when it
+megatron-core reaches for CUDA in a handful of places. Each row of `DIFFERENCES` names one of them, gives the reason,
+and has the replacement as (owner, attribute, new value). `apply` puts the rows in place, once, at the start of a
+process; `restore` takes them back (for tests). `torch.cuda.is_available()` stays as it is, so code that asks is not
+misled. Modules that took a reference before `apply` keep the original; megatron-core looks all of these up when it
 needs them.
 """
 

@@ -1,5 +1,5 @@
-"""What a launcher tells a process by its environment, checked before anything waits for anybody: torchrun's variables,
-and those of the same names that batch systems and pods set."""
+"""The environment variables of a launcher, checked before any process waits for another: torchrun's variables, and
+those of the same names that batch systems and pods set."""
 
 from __future__ import annotations
 

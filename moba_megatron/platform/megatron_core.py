@@ -52,7 +52,7 @@ CAPABILITIES = (
 
 
 def missing_capabilities() -> list[Capability]:
-    """What the installed megatron-core lacks of what a later supported release has."""
+    """Features of later supported releases that the installed megatron-core lacks."""
     return [capability for capability in CAPABILITIES if not capability.present()]
 
 
@@ -70,7 +70,7 @@ def imported_elsewhere() -> str | None:
 
 
 def save_arguments() -> dict[str, Any]:
-    """What `dist_checkpointing.save` must be told. From 0.17 on its writer has to be named: the default is that of
+    """The arguments for `dist_checkpointing.save`. From 0.17 on its writer has to be named: the default is that of
     another package (nvidia-resiliency-ext), which need not be there."""
     from megatron.core import dist_checkpointing
 

@@ -1,4 +1,4 @@
-"""What the commands of `moba-megatron scaling` do with a sweep file."""
+"""The work of the `moba-megatron scaling` commands."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Scaling laws from the runs of a sweep.
 
 `power_law`: L(C) = a C^b, the straight line of the report's figure 3 (arXiv 2502.13189), by least squares of the
-logarithms under a soft-L1 loss, so that one bad run does not carry the line.
+    logarithms under a soft-L1 loss, so one bad run does not dominate the fit.
 
 `chinchilla`: L(N, D) = E + A / N^alpha + B / D^beta (arXiv 2203.15556, section 3.3 and appendix D.3), by the Huber loss
 of the logarithms (delta 1e-3), minimised by L-BFGS from a grid of starts.

@@ -2,7 +2,7 @@
 
 Each point is `python train.py BASE key=value ...` in a process of its own. What is finished is skipped; what was cut
 continues from its newest checkpoint, because that is what `train.py` does in a run folder; what starts from another run
-waits for it. A run that fails leaves its words in RUN/sweep.log, the others go on, and the sweep ends with an error
+waits for it. If a run fails, its output is in RUN/sweep.log, the other runs continue, and the sweep ends with an error
 that lists it. After `minutes`, or on Ctrl-C, runs are sent SIGTERM: they save and end, and the same command goes on
 later.
 """
@@ -69,7 +69,7 @@ def visible_gpus() -> list[str]:
 
 
 def default_jobs(processes: int) -> int:
-    """Trainings at once if nobody says: each has GPUs, or without any cores, of its own."""
+    """Default number of trainings at a time: each has its own GPUs, or without GPUs its own cores."""
     return max(1, (len(visible_gpus()) or len(os.sched_getaffinity(0))) // processes)
 
 
@@ -91,13 +91,13 @@ def run_sweep(
     minutes: float | None = None,
     console: Console | None = None,
 ) -> list[Result]:
-    """Run what is not finished among some points; returns how they all stand afterwards.
+    """Run the unfinished ones among some points; return the results of all.
 
     Args:
         jobs: trainings at once; each gets its share of the cores, or its own `run.threads` if that is less, and GPUs of
             its own as far as they go.
         processes: ranks of each training (torchrun on this machine).
-        minutes: stop after so long, with checkpoints. None: run to the end.
+        minutes: stop after this time, with checkpoints. None: run to the end.
 
     Raises:
         ConfigError: a run of the sweep is running already, its folder holds another run, the run that it starts from
@@ -266,7 +266,7 @@ def _ended(job: Job, progress: Progress, console: Console) -> bool:
 
 
 def describe(result: Result) -> str:
-    """One phrase on how a run stands."""
+    """The state of a run in one phrase."""
     if result.state == "finished":
         trailing = "" if result.trailing_loss is None else f", trailing {result.trailing_loss:.4f}"
         return f"finished, validation loss {result.loss:.4f}{trailing}, {result.seconds / 60:.1f} minutes of steps"
@@ -278,7 +278,7 @@ def describe(result: Result) -> str:
 
 
 def _evaluations_left(sweep: Sweep, point: Point) -> list[str]:
-    """The sweep's evaluations that a finished run has not had."""
+    """The sweep's evaluations that a finished run still needs."""
     done_file = point.folder / _EVALUATED
     done = done_file.read_text(encoding="utf-8").splitlines() if done_file.is_file() else []
     return [arguments for arguments in sweep.file.evaluate if arguments not in done]

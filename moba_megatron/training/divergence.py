@@ -81,7 +81,7 @@ class Spikes:
         self.losses.extend(losses)
 
     def judge(self, loss: float) -> str | None:
-        """Why a loss is a spike, or None.
+        """The reason why a loss is a spike, or None.
 
         >>> spikes = Spikes(threshold=10, window=100)
         >>> spikes.remember([2.0, 2.1] * 10)
@@ -130,14 +130,14 @@ class SkippedBatches:
 
 @dataclass(frozen=True)
 class Answer:
-    """What is done about a step that diverged: `skip` or `rollback`, and the step whose batch is left out."""
+    """The reaction to a step that diverged: `skip` or `rollback`, and the step whose batch is left out."""
 
     action: str
     blamed: int
 
 
 class DivergencePolicy:
-    """Decides as `training.on_divergence` says, the same on every rank, and writes it down on one."""
+    """Decides by `training.on_divergence`, the same on every rank, and records the decision on one."""
 
     def __init__(self, config: Config, folder: RunFolder, dataset: Dataset, writes: bool):
         self.config, self.folder, self.dataset, self.writes = config, folder, dataset, writes

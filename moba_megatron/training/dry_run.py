@@ -1,4 +1,5 @@
-"""`train.py --dry-run`: what would run, without processes or weights; of data that is here, its packing."""
+"""`train.py --dry-run`: the model and layout of a run, without processes or weights; of data that is here, its
+packing."""
 
 from __future__ import annotations
 

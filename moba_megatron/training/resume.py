@@ -47,10 +47,10 @@ FREE = (
 
 
 def find_resume(config: Config, schedule: AttentionSchedule, data: dict[str, str]) -> Path | None:
-    """The checkpoint that this run continues from, or None for a new run.
+    """The checkpoint from which this run continues, or None for a new run.
 
     Args:
-        data: what identifies tokenizer and training data, as a checkpoint's manifest records it.
+        data: the identity of tokenizer and training data, as a checkpoint's manifest records it.
 
     Raises:
         ConfigError: the run folder or the named checkpoint cannot be used, with every difference in the way.
@@ -108,7 +108,7 @@ def _named_checkpoint(named: Path, own: Path | None) -> Path:
 
 
 def differences(manifest: Manifest, config: Config, schedule: AttentionSchedule, data: dict[str, str]) -> list[str]:
-    """What of a checkpoint's run differs and may not: one line each, with both values and the way to allow it."""
+    """Forbidden differences from a checkpoint's run: one line each, with both values and the way to allow it."""
     allowed = (*FREE, *config.checkpoint.allow_changed)
 
     def free(key: str) -> bool:

@@ -160,7 +160,7 @@ def _data_changes(ready: Preflight) -> dict[str, Any]:
 def _conclude(
     config: Config, ready: Preflight, folder: RunFolder, progress: ProgressView, end: LoopEnd, rank: int
 ) -> Outcome:
-    """Draw plots, write the status, and say what there is and how to go on."""
+    """Draw plots, write the status, and print the results and the command to continue."""
     state = "finished" if end.step == config.training.steps else "stopped" if end.signal else "paused"
     if rank == 0:
         plots, problem = _draw(folder)

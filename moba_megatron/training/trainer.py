@@ -49,7 +49,7 @@ from moba_megatron.training.saving import Saver
 from moba_megatron.training.step_metrics import context_metrics, expert_metrics, gpu_metrics
 from moba_megatron.training.watch import Watch
 
-# Steps whose median says how long the rest will take.
+# Number of steps whose median gives the estimate of the time left.
 RECENT_STEPS = 20
 
 
@@ -201,8 +201,8 @@ class Trainer:
             number: this step's number, from 1.
 
         Returns:
-            The mean loss over the tokens of the global batch, the gradient norm before clipping, the learning rate that
-            was used, times in seconds, and what docs/run_folder.md lists beside them.
+            The mean loss over the tokens of the global batch, the gradient norm before clipping, the learning rate,
+            times in seconds, and the other metrics of docs/run_folder.md.
 
         Raises:
             StepDiverged: on every rank, if loss or gradient norm are not finite on any, or the loss is a spike that is
@@ -282,8 +282,7 @@ class Trainer:
         return read_tallies(self.state.model, self.config.model, self.device).cpu()
 
     def pass_over(self, number: int, why: str) -> dict[str, Any]:
-        """Leave the next global batch out: data and learning rate go on, nothing else does. Returns the line of
-        metrics."""
+        """Leave the next global batch out: only data and learning rate advance. Returns the line of metrics."""
         self.attend_as_at(number)
         for batches in self.batches:
             for _ in range(self.num_microbatches):
@@ -299,7 +298,7 @@ class Trainer:
         )
 
     def _answer(self, number: int, diverged: StepDiverged) -> int | None:
-        """Do what `training.on_divergence` says. Returns the step that the run has gone back to, None if it goes on."""
+        """Apply `training.on_divergence`. Returns the step to which the run has gone back, or None if it continues."""
         position, facts = self.ready.position, gathered(self.facts(number))
         answer = self.policy.answer(number, diverged, facts, self.skipped, position)
         self.skipped.add(answer.blamed, f"in step {number} {diverged.why}", self.config, position)

@@ -67,7 +67,7 @@ def test_blends_that_name_nothing(tmp_path: Path, text: str, message: str):
         blend_entries(str(tmp_path / "blend.yaml"))
     with pytest.raises(ConfigError, match="no such blend file"):
         blend_entries(str(tmp_path / "none.yaml"))
-    with pytest.raises(ConfigError, match="names nothing"):
+    with pytest.raises(ConfigError, match="the blend is empty"):
         blend_entries([])
 
 

@@ -206,7 +206,7 @@ def test_rows_may_hold_arguments_and_other_forms_of_messages(tmp_path: Path):
         ({"messages": turns("a", "b"), "tools": [{"<s>": 1}]}, "holds '<s>'"),
         ({"messages": turns("a", "b"), "tools": "nothing"}, "not JSON"),
         ({"messages": turns("a", "b"), "tools": "3"}, "tools is int, not a list"),
-        ({"messages": turns("a", "b"), "arguments": {"tokenize": True}}, "names tokenize, which is given"),
+        ({"messages": turns("a", "b"), "arguments": {"tokenize": True}}, "names tokenize, which `prepare` passes"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "text": "cap"}]}, *turns("", "b")[1:]]}, "image"),
         ({"messages": turns("a", "b"), "arguments": [1]}, "chat_template_kwargs is list, not a mapping"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, *turns("", "b")[1:]]}, "of type image"),
