@@ -1,4 +1,5 @@
-"""What no single setting can know: combinations that cannot work, and sizes that do not fit the number of processes."""
+"""Checks of several settings together: combinations that cannot work, and sizes that do not fit the number of
+processes."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ class ConfigError(ValueError):
 
     def __init__(self, problems: list[str] | str):
         if isinstance(problems, str):
-            # megatron-core raises what a layer raised anew, from its text, with the layer's name added.
+            # megatron-core raises an error of a layer again, from its text, with the layer's name added.
             self.problems = [problems]
             super().__init__(problems)
             return
@@ -30,7 +31,7 @@ def check_world(config: Config, world_size: int) -> int:
     """Hold the parallel sizes against the number of processes; return the data-parallel size.
 
     Raises:
-        ConfigError: naming both numbers and what would fit.
+        ConfigError: the error names both numbers and valid ones.
     """
     parallel, training = config.parallel, config.training
     model_ranks = parallel.model_ranks
@@ -68,7 +69,7 @@ def check_world(config: Config, world_size: int) -> int:
 
 
 def combination_problems(config: Config) -> list[str]:
-    """What no single field can know: one line for each combination that cannot work."""
+    """Checks of several fields together: one line for each combination that cannot work."""
     return [
         text
         for wrong, text in [

@@ -49,14 +49,14 @@ def unwritten(model: ModelConfig) -> list[str]:
 
 
 def uniform(model: ModelConfig) -> str | None:
-    """What Mixtral does not compute: dense layers, and weights that do not add up to 1."""
+    """Settings that Mixtral cannot compute: dense layers, and weights that do not add up to 1."""
     if not all(model.expert_layers):
         return f"model.moe_layer_freq = {model.moe_layer_freq}"
     return f"model.moe_router_pre_softmax = {model.moe_router_pre_softmax}" if model.moe_router_pre_softmax else None
 
 
 def without_shared(model: ModelConfig) -> str | None:
-    """What Qwen 2 MoE does not compute: layers without a shared expert."""
+    """Settings that Qwen 2 MoE cannot compute: layers without a shared expert."""
     size = model.moe_shared_expert_intermediate_size
     return f"model.moe_shared_expert_intermediate_size = {size}" if size is None else None
 

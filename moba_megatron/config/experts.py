@@ -28,7 +28,7 @@ def expert_checks(config: Config) -> list[Check]:
 
 
 def _without_experts(model: ModelConfig, parallel: ParallelConfig) -> list[Check]:
-    """Settings that mean nothing in a dense model."""
+    """Settings that have no effect in a dense model."""
     sections = (("model", model, "moe_"), ("parallel", parallel, "expert"))
     return [
         (

@@ -15,7 +15,7 @@ MOBA_IN_TRANSFORMERS = (
     "moba_megatron.hf.configure gives MoBA to every model of transformers that takes its attention from "
     "AttentionInterface, without Megatron (docs/transformers.md)"
 )
-"""The way to go on with a model that our layers do not compute."""
+"""The way forward with a model that our layers cannot compute."""
 # The differences between families, and the values of a model without any of them.
 MARKS: dict[str, Any] = {
     "add_qkv_bias": False,

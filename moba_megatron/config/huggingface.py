@@ -72,10 +72,10 @@ def family_of_folder(folder: str | Path) -> Family:
 
 
 def model_section(values: Values) -> dict[str, Any]:
-    """The `model` section of what `read_huggingface_config` gave.
+    """The `model` section from the result of `read_huggingface_config`.
 
     Raises:
-        ConfigError: a rotary embedding that is not supported, or said in two ways that differ.
+        ConfigError: a rotary embedding that is not supported, or two entries that contradict each other.
     """
     heads, family = values["num_attention_heads"], FAMILIES[values["model_type"]]
     return {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def named_file(by: Path, name: object) -> Path:
-    """The file of a name that another file holds, whether it is there or not.
+    """The path of a file that another file names; it need not exist.
 
     A link counts as what it leads to: within the folder, or to where the file that names it really lies (the cache of
     the Hugging Face hub is made of such links).

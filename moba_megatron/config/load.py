@@ -2,8 +2,8 @@
 overrides.
 
 `base:` is a path relative to the file that names it, or a list of them, later ones winning. `variants:` holds changes
-of the file by name, and `FILE.yaml:NAME` is the file with those of one; only the file itself has them, not the files
-that it is a base of. The type of a key decides how the text of an override is read (`overrides`). Unknown keys, wrong
+of the file by name, and `FILE.yaml:NAME` is the file with those of one; they hold only for the file itself, not when it
+is a base of another. The type of a key decides how the text of an override is read (`overrides`). Unknown keys, wrong
 types and combinations that cannot work end as one `ConfigError` that lists every problem with its key, its value and
 the fix.
 """
@@ -57,7 +57,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
 
 
 def split_name(path: str | Path) -> tuple[Path, str | None]:
-    """A file and the name of a part of it; None where the whole file is meant.
+    """A file and the name of a part of it; None for the whole file.
 
     >>> split_name("a/b.yaml:256gpus"), split_name("a/b.yaml")
     ((PosixPath('a/b.yaml'), '256gpus'), (PosixPath('a/b.yaml'), None))
@@ -92,7 +92,7 @@ def with_bases(path: Path, variant: str | None, tree: dict[str, Any], seen: tupl
 
     Args:
         path: absolute path of the file.
-        tree: what `read_mapping` gave of it.
+        tree: the result of `read_mapping`.
         seen: the files that have it as a base.
     """
     variants = tree.pop("variants", {})
@@ -102,7 +102,7 @@ def with_bases(path: Path, variant: str | None, tree: dict[str, Any], seen: tupl
 
 
 def read_bases(path: Path, bases: Any, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """What the files say that the `base:` of a file names, each laid over those before it."""
+    """The values of the files in the `base:` of a file, later ones winning."""
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, Sequence) or not all(isinstance(base, str) and "\0" not in base for base in bases):
         raise ConfigError([f"{path}: base = {bases!r} must be a path or a list of paths"])

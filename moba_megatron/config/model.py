@@ -198,14 +198,14 @@ class ModelConfig(Section):
 
     @property
     def attention_factor(self) -> float:
-        """`rotary_attention_factor`, or what it is by default."""
+        """`rotary_attention_factor`, or its default."""
         if self.rotary_attention_factor is not None or self.rotary_scaling != "yarn":
             return self.rotary_attention_factor or 1.0
         return yarn_attention_factor(self.rotary_scaling_factor, self.rotary_mscale, self.rotary_mscale_all_dim)
 
 
 def yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
-    """What YaRN multiplies queries and keys by (arXiv 2309.00071, equation 22), and DeepSeek's form of it.
+    """Factor of YaRN on queries and keys (arXiv 2309.00071, equation 22), and DeepSeek's form of it.
 
     >>> round(yarn_attention_factor(4.0, None, None), 4), yarn_attention_factor(40.0, 0.707, 0.707)
     (1.1386, 1.0)
@@ -218,7 +218,7 @@ def yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: f
 
 
 def longrope_attention_factor(factor: float, original: int) -> float:
-    """What LongRoPE multiplies queries and keys by (arXiv 2402.13753), as transformers has it.
+    """Factor of LongRoPE on queries and keys (arXiv 2402.13753), as in transformers.
 
     Args:
         factor: the new length over the old one.

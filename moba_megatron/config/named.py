@@ -1,4 +1,4 @@
-"""A configuration by what a user calls it: a file, a variant of a file, or a run of a sweep."""
+"""A configuration by its name: a file, a variant of a file, or a run of a sweep."""
 
 from __future__ import annotations
 

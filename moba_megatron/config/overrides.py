@@ -164,7 +164,7 @@ def _kind_key(union: list[type[BaseModel]]) -> str | None:
 
 
 def _kinds(section: type[BaseModel], key: str) -> tuple[Any, ...]:
-    """The words that a key without a default may have."""
+    """The values that a key without a default may have."""
     field = section.model_fields.get(key)
     if field is None or not field.is_required() or typing.get_origin(field.annotation) is not typing.Literal:
         return ()
@@ -206,7 +206,7 @@ def _members(allowed: list[Any]) -> list[type[BaseModel]]:
 
 
 def _alternatives(annotation: Any) -> Iterator[Any]:
-    """The types of a union, without what annotates them."""
+    """The types of a union, without annotations."""
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
         yield from _alternatives(typing.get_args(annotation)[0])

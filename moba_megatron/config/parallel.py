@@ -1,4 +1,4 @@
-"""The section `parallel`: over how many ranks model, sequence and optimizer are split, and what they exchange."""
+"""The section `parallel`: the numbers of ranks for model, sequence and optimizer, and their exchanges."""
 
 from __future__ import annotations
 

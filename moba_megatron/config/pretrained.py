@@ -1,4 +1,4 @@
-"""`model.init_from` fills the `model` section: what a configuration leaves out is as in the model it starts from."""
+"""`model.init_from` fills the `model` section: keys that a configuration leaves out come from the source model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ YOUNGER = {
 def with_pretrained_model(values: dict[str, Any]) -> dict[str, Any]:
     """Configuration values whose `model` section is completed from the folder `model.init_from`.
 
-    Nothing is read where the section is complete, as in every written configuration: the folder may be gone by then.
+    The folder is not read if the section is complete, as in every written configuration: the folder may be gone by
+    then.
 
     Raises:
         ConfigError: weights cannot come from this folder.
@@ -51,8 +52,8 @@ def with_pretrained_model(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _before_yarn(source: dict[str, Any]) -> dict[str, Any]:
-    """What a `model` section that adds `yarn` takes of one without it: the factor on queries and keys is another, and
-    the original length is the one that the source was made for."""
+    """Settings that a `model` section with `yarn` takes from one without it: the factor on queries and keys is another,
+    and the original length is the one that the source was made for."""
     kept = {key: value for key, value in source.items() if key != "rotary_attention_factor"}
     if source.get("rotary_scaling", "none") in ("none", "linear") and source.get("max_position_embeddings"):
         kept["rotary_original_length"] = source["max_position_embeddings"]

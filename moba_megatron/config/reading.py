@@ -100,7 +100,7 @@ def _refuse_huge(text: str, path: str | Path) -> yaml.Node | None:
         if not isinstance(node, yaml.MappingNode | yaml.SequenceNode):
             return 1
         if id(node) not in sizes:
-            sizes[id(node)] = _MOST_VALUES  # an alias of what it lies in
+            sizes[id(node)] = _MOST_VALUES  # an alias of a node above it
             parts = node.value
             if isinstance(node, yaml.MappingNode):
                 parts = [part for pair in node.value for part in pair]

@@ -1,4 +1,4 @@
-"""Settings of the rotary embedding that cannot work together, or that nothing would read."""
+"""Settings of the rotary embedding that contradict each other or have no effect."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from moba_megatron.config.model import ModelConfig
 Check = tuple[bool, str]
 """(wrong, what to say)."""
 
-# The kinds of scaling that read a setting, and its value where nothing was asked for. Those of llama3 and the original
-# length are not here: models of any kind have always had them at other values.
+# The kinds of scaling that read a setting, and its default value. Those of llama3 and the original length are not here:
+# models of any kind have always had them at other values.
 _READ_BY: dict[str, tuple[tuple[str, ...], object]] = {
     "rotary_scaling_factor": (("linear", "llama3", "yarn"), 1.0),
     "rotary_beta_fast": (("yarn",), 32.0),
@@ -78,7 +78,7 @@ def _without_effect(model: ModelConfig) -> list[Check]:
         )
         for key, (kinds, unused) in _READ_BY.items()
     ]
-    # 1.0 is what files of earlier versions say of every model.
+    # Files of earlier versions have 1.0 for every model.
     factor = model.rotary_attention_factor
     found.append((
         scaling not in ("yarn", "longrope") and factor not in (None, 1.0),

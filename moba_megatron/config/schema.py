@@ -1,7 +1,7 @@
 """Every setting, with its type, its bounds, its unit and the reason for its default.
 
 The docstring below a field is its documentation: `docs/configuration.md` is made from it. Paths are relative to the
-working directory. Sizes are in tokens unless the field says otherwise.
+working directory. Sizes are in tokens unless the field names another unit.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ OTHER_MODULES = {
     "mla_up_proj": "belongs to multi-latent attention",
     "gdn_norm_out": "belongs to gated delta networks",
 }
-"""What megatron-core can compute again and this project cannot, with the reason."""
+"""Parts that megatron-core can recompute but this project cannot, with the reason."""
 
 
 class TrainingConfig(Section):

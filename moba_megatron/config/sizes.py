@@ -20,7 +20,8 @@ def matrix_parameters(model: ModelConfig, vocab_size: int) -> int:
 
 
 def shared_parameters(model: ModelConfig) -> int:
-    """What every token passes in the feed-forward of a layer with experts: the router and the shared expert."""
+    """Parameters that process every token in the feed-forward of a layer with experts: the router and the shared
+    expert."""
     return router_parameters(model) + 3 * model.hidden_size * (model.moe_shared_expert_intermediate_size or 0)
 
 

@@ -28,8 +28,8 @@ class SweptRun:
     Attributes:
         name: also that of its folder.
         options: the option of each axis.
-        tree, overrides: the base, and what the run changes of it.
-        config: the whole, as `train.py` would take it.
+        tree, overrides: the base, and the changes of the run.
+        config: the complete configuration, as in `train.py`.
         parameters: active ones, without embeddings and norms.
         start_from: the run of the sweep, by its name, or the folder, whose weights it starts with; None without one.
     """
@@ -196,7 +196,7 @@ def _own_values(own: OptionKeys) -> dict[str, Any]:
 
 
 def _to_be_derived(file: SweepFile) -> list[str]:
-    """Stand-ins for what follows from the size of the model, which a base may leave out."""
+    """Placeholders for settings that follow from the size of the model and may be missing in the base."""
     tokens = file.tokens or file.tokens_per_parameter
     steps = [f"training.steps={MOST_STEPS}"] if tokens else []
     return steps + (["optimizer.lr=1", "optimizer.min_lr=0"] if file.learning_rate else [])

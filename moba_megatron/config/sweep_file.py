@@ -81,14 +81,14 @@ class Figure(Section):
 
 
 class SweepFile(Section):
-    """What a sweep's YAML may hold."""
+    """The contents of a sweep's YAML file."""
 
     base: str | list[str]
     """Training configuration, relative to this file; or several, later ones winning."""
     dir: str
     """Folder of the runs."""
     overrides: dict[str, Any] = {}
-    """What all runs change of the base; an option may change it again."""
+    """Changes of the base for all runs; an option may change them again."""
     axes: dict[str, dict[str, dict[str, Any]]] = Field(min_length=1)
     """For each axis its options, and for each option its overrides."""
     skip: list[dict[str, str]] = []
@@ -102,8 +102,8 @@ class SweepFile(Section):
     warmup_share: float | None = Field(default=None, ge=0, lt=1)
     """Share of the steps that warm up; None: `optimizer.warmup_steps` of the base."""
     best_of: list[str] = []
-    """Axes, such as learning rates, of which fits and figures take only the best option of each combination of the
-    others."""
+    """Axes, such as learning rates or seeds. Fits and figures use only the best option of these axes for each
+    combination of the others."""
     evaluate: list[str] = []
     """Arguments of `moba-megatron evaluate RUN ...` to run after each training, one string a call."""
     columns: list[str] = ["*"]

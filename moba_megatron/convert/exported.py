@@ -20,7 +20,7 @@ from moba_megatron.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class Exported:
-    """What is known about a checkpoint that is exported: its settings, the attention of its last step, its tokenizer.
+    """Facts about an exported checkpoint: its settings, the attention of its last step, its tokenizer.
 
     Attributes:
         config: on one rank.
@@ -67,7 +67,7 @@ def open_exported(path: str | Path, tokenizer: str | None = None, *, own_code: b
     Args:
         path: a checkpoint folder, or a run folder for its newest one.
         tokenizer: folder of the tokenizer, where it is no longer at `data.tokenizer`.
-        own_code: whether the model may need code that transformers has not (convolved keys).
+        own_code: whether the model may need code that is not in transformers (convolved keys).
 
     Raises:
         CheckpointError: no complete checkpoint, or not the tokenizer that it was trained with.

@@ -106,7 +106,7 @@ def huggingface_config(
 def moba_config(
     layers: tuple[LayerAttention, ...], decode: str, key_convolution: int | None = None
 ) -> dict[str, Any] | None:
-    """The entry `moba_config` for the layers of a model; None if all of them attend fully, to keys as they are.
+    """The entry `moba_config` for the layers of a model; None if all layers use full attention without convolved keys.
 
     Args:
         decode: how new tokens attend to a cache, `full` or `moba`.

@@ -1,9 +1,9 @@
-"""F16 weights: old checkpoints have them, and nothing trains in them here."""
+"""F16 weights: old checkpoints have them, but training does not support F16."""
 
 from __future__ import annotations
 
 F16 = "F16"
-"""The dtype, in the words of safetensors."""
+"""The dtype, as safetensors writes it."""
 
 
 def half_precision_note(precision: str) -> str:

@@ -185,7 +185,7 @@ def _selection_section(settings: MoBASettings) -> dict[str, Any]:
     chosen = [settings.selection, *settings.layer_selections.values()]
     if all(selection.is_plain for selection in chosen):
         return {}
-    # One summary and one threshold serve all layers whose selector asks for them.
+    # All layers share one summary and one threshold, if their selector needs them.
     summaries = {selection.summary for selection in chosen if selection.uses_scores} or {"mean"}
     thresholds = {selection.threshold for selection in chosen if selection.threshold is not None} or {None}
     if len(summaries) > 1 or len(thresholds) > 1:
@@ -212,7 +212,7 @@ def _configuration(
 def start_of_training(
     out: Path, *, model: dict[str, Any], attention: dict[str, Any], sequence_length: int, exact: str
 ) -> dict[str, Any]:
-    """Configuration values of an imported model, to go on from.
+    """Configuration values of an imported model, to start a training from.
 
     Args:
         out: its run folder.
