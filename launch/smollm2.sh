@@ -13,7 +13,7 @@ sweeps=configs/real/smollm2_135m end=$((SECONDS + ${MINUTES:-50} * 60))
 minutes_left() {
     local left=$(((end - SECONDS) / 60))
     if ((left <= 0)); then
-        echo "time is up: the same command goes on" >&2
+        echo "time is up: the same command continues" >&2
         exit 3
     fi
     echo "$left"

@@ -31,7 +31,7 @@ moba-megatron prepare data/python_twins.yaml data/prepared/python_twins
 for name in ${@:-seeds scaling_8k more_blocks chinchilla hybrid_stages granularity selection_variants needle_variants layer_hybrid continued_pretraining scaling_32k mixtures}; do
     left=$(((end - SECONDS) / 60))
     if ((left <= 0)); then
-        echo "time is up: the same command goes on with $name"
+        echo "time is up: the same command continues $name"
         exit "$failed"
     fi
     case $name in
@@ -43,7 +43,7 @@ for name in ${@:-seeds scaling_8k more_blocks chinchilla hybrid_stages granulari
     case $code in
         0) ;;
         1) failed=1 ;;  # shown as failed below
-        3) echo "time is up: the same command goes on with $name"; exit "$failed" ;;
+        3) echo "time is up: the same command continues $name"; exit "$failed" ;;
         *) exit "$code" ;;
     esac
     moba-megatron scaling plot "configs/twins/$name.yaml" --output "docs/results/$name"

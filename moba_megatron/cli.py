@@ -1,7 +1,7 @@
 """The installed command `moba-megatron`: a thin door.
 
-Each command lives in its part of the package. Its module holds the signature and the help, and imports what does the
-work (torch, megatron-core, transformers) when the command is called: `--help` answers at once.
+Each command is in its part of the package. Its module has the signature and the help, and imports the rest (torch,
+megatron-core, transformers) only when the command is called. So `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Commands(TyperGroup):
         return list(COMMANDS)
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> tuple[str | None, TyperCommand | None, list[str]]:
-        """Two words name a command where there is one of that name."""
+        """Two words name a command if one has that name."""
         pair = " ".join(args[:2])
         return super().resolve_command(ctx, [pair, *args[2:]] if pair in COMMANDS else args)
 

@@ -35,15 +35,15 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 # What the system says, and the fix.
 _FIXES = {
     errno.ENOENT: "no such file or folder: correct the path",
-    errno.EACCES: "not permitted: give this user the right to it, or name another place",
-    errno.EPERM: "not permitted: give this user the right to it, or name another place",
-    errno.EROFS: "lies on a disk that can only be read: name another place",
-    errno.EISDIR: "is a folder, and a file is needed: correct the path",
-    errno.ENOTDIR: "leads through something that is not a folder: correct the path",
-    errno.EEXIST: "is there already: name another place, or move it away",
+    errno.EACCES: "not permitted: give this user access, or name another place",
+    errno.EPERM: "not permitted: give this user access, or name another place",
+    errno.EROFS: "is on a read-only disk: name another place",
+    errno.EISDIR: "is a folder, not a file: correct the path",
+    errno.ENOTDIR: "leads through a file: correct the path",
+    errno.EEXIST: "exists already: name another place, or move it away",
     errno.ENOTEMPTY: "is a folder that is not empty: name another place, or move it away",
-    errno.ENAMETOOLONG: "is too long a name for this disk: shorten it",
-    errno.ELOOP: "is a link that leads to itself: correct it",
+    errno.ENAMETOOLONG: "has a name that is too long for this disk: shorten it",
+    errno.ELOOP: "is a link to itself: correct it",
     errno.EMFILE: "too many open files: raise the limit (ulimit -n), or use fewer workers",
     errno.ENFILE: "too many open files on this machine: close some, or use fewer workers",
     errno.EIO: "the disk fails to read or write it (input/output error): see the system's log, and try another disk",
@@ -53,7 +53,7 @@ _FIXES = {
 
 
 def explained(error: BaseException) -> str | None:
-    """What a user is told of an exception, without a traceback; None for a bug of ours."""
+    """The message for a user about an exception, without a traceback; None for a bug of ours."""
     if isinstance(error, OSError) or _no_space(str(error)):
         return _with_notes(error, describe_os_error(error))
     if "EADDRINUSE" in str(error):  # PyTorch's store, in its own class
@@ -71,8 +71,8 @@ def explained(error: BaseException) -> str | None:
 
 
 def describe_os_error(error: BaseException) -> str:
-    """An error of the system: which file, what is wrong, and the fix. Of a full disk also how much was needed
-    (`error.needed`, bytes, where the writer knows it) and how much is there."""
+    """An error of the system: the file, the problem and the fix. For a full disk also the bytes needed (`error.needed`,
+    if the writer knows it) and the free bytes."""
     path, number = _path_of(error), getattr(error, "errno", None)
     if number in _FULL or _no_space(str(error)):
         return _full_disk(path, error)
@@ -114,7 +114,7 @@ def one_door(apart: bool = False) -> Iterator[None]:
 
 @contextmanager
 def with_note(note: str) -> Iterator[None]:
-    """Add to errors of the system and to Ctrl-C what to do after them."""
+    """Add the next step for the user to system errors and to Ctrl-C."""
     try:
         yield
     except (OSError, KeyboardInterrupt, MemoryError) as error:
@@ -141,7 +141,7 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _of_a_reader(error: BaseException) -> bool:
-    """Whether a library that reads files says that it cannot read one."""
+    """Whether an error of a library means that it cannot read a file."""
     for kind in type(error).__mro__:
         if (kind.__module__.split(".")[0], kind.__name__) in _READERS:
             return True
@@ -173,7 +173,7 @@ def _last(traceback: TracebackType | None) -> TracebackType | None:
 
 
 def _no_space(text: str) -> bool:
-    """Whether a library says in its own words that a disk is full: Rust, NumPy, PyTorch."""
+    """Whether the message of a library means that a disk is full: Rust, NumPy, PyTorch."""
     return (
         "No space left on device" in text
         or "PytorchStreamWriter failed writing" in text

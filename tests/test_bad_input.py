@@ -156,7 +156,7 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for 
 CONFIGURATIONS = [
     Case("file missing", "plan|none.yaml", "none.yaml"),
     Case("file is a folder", "plan|some.yaml", "some.yaml", {"some.yaml": None}),
-    Case("file name too long", f"plan|{'x' * 300}.yaml", "too long a name"),
+    Case("file name too long", f"plan|{'x' * 300}.yaml", "a name that is too long"),
     configuration("empty", "", "run: missing"),
     configuration("list", "- a\n- b\n", "c.yaml must hold a mapping"),
     configuration("scalar", "text", "c.yaml must hold a mapping"),
@@ -400,7 +400,7 @@ RUNS = [
     Case("plan length", "plan|c.yaml|--length|x", "--length", {"c.yaml": GOOD_TEXT}),
     Case("plan output is a folder", "plan|c.yaml|training.precision=bf16|--json|some", "some",
          {"c.yaml": GOOD_TEXT, "some": None}),
-    Case("plan output below a file", "plan|c.yaml|--json|c.yaml/x", "c.yaml: is there already", {"c.yaml": GOOD_TEXT}),
+    Case("plan output below a file", "plan|c.yaml|--json|c.yaml/x", "c.yaml: exists already", {"c.yaml": GOOD_TEXT}),
     Case("bench lengths", "bench|--lengths|x", "--lengths"),
     Case("bench blocks", "bench|--blocks|x", "--blocks"),
     Case("no such command", "nothing", "nothing"),

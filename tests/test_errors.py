@@ -122,12 +122,12 @@ def test_what_a_worker_raises_is_told_apart_as_well():
 
 SYSTEM = {
     "missing": (lambda folder: open(folder / "none"), "none: no such file or folder: correct the path"),
-    "folder": (lambda folder: open(folder), "is a folder, and a file is needed"),
-    "below a file": (lambda folder: open(folder / "file/x"), "file/x: leads through something that is not a folder"),
-    "too long": (lambda folder: open(folder / ("x" * 300)), "is too long a name"),
+    "folder": (lambda folder: open(folder), "is a folder, not a file"),
+    "below a file": (lambda folder: open(folder / "file/x"), "file/x: leads through a file"),
+    "too long": (lambda folder: open(folder / ("x" * 300)), "has a name that is too long"),
     "zero": (lambda folder: open(f"{folder}/a\0b"), "null byte"),
-    "loop": (lambda folder: open(folder / "loop"), "is a link that leads to itself"),
-    "there": (lambda folder: os.mkdir(folder), "is there already"),
+    "loop": (lambda folder: open(folder / "loop"), "is a link to itself"),
+    "there": (lambda folder: os.mkdir(folder), "exists already"),
     "not empty": (lambda folder: os.rmdir(folder), "is a folder that is not empty"),
 }
 

@@ -1,7 +1,7 @@
 """The attention of a model that another script builds and trains: the `attention` section without the rest.
 
-Megatron-LM, Megatron-Bridge and the like have flags of their own for model, data and optimizer. What they cannot be
-told is how each layer attends; that is this file.
+Megatron-LM, Megatron-Bridge and the like have their own flags for model, data and optimizer. They have none for the
+attention of each layer; this file has these settings.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moba_megatron.config.section import Section
 
 
 class AttentionFile(Section):
-    """Which layers attend how, and what context-parallel ranks exchange."""
+    """The attention of each layer, and the exchange of context-parallel ranks."""
 
     attention: AttentionConfig
     """As the section `attention` of a training configuration."""
@@ -44,7 +44,7 @@ def load_attention(source: str | Path | Mapping[str, Any] | AttentionConfig) -> 
     where = "" if isinstance(source, Mapping) else f"{source}: "
     values = dict(source) if isinstance(source, Mapping) else _values(Path(source))
     if not values:
-        raise ConfigError([f"{where}no setting of the attention: give at least block_size and top_k, or kind"])
+        raise ConfigError([f"{where}no attention setting: give at least block_size and top_k, or kind"])
     if not set(values) & set(AttentionFile.model_fields):
         values = {"attention": values}
     try:

@@ -1,4 +1,5 @@
-"""What no single setting can know: combinations that cannot work, and sizes that do not fit the number of processes."""
+"""Checks of several settings together: combinations that cannot work, and sizes that do not fit the number of
+processes."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ class ConfigError(ValueError):
 
     def __init__(self, problems: list[str] | str):
         if isinstance(problems, str):
-            # megatron-core raises what a layer raised anew, from its text, with the layer's name added.
+            # megatron-core raises an error of a layer again, from its text, with the layer's name added.
             self.problems = [problems]
             super().__init__(problems)
             return
@@ -30,7 +31,7 @@ def check_world(config: Config, world_size: int) -> int:
     """Hold the parallel sizes against the number of processes; return the data-parallel size.
 
     Raises:
-        ConfigError: naming both numbers and what would fit.
+        ConfigError: the error names both numbers and valid ones.
     """
     parallel, training = config.parallel, config.training
     model_ranks = parallel.model_ranks
@@ -61,14 +62,14 @@ def check_world(config: Config, world_size: int) -> int:
         microbatches = -(-samples // per_pass)
         if parallel.virtual_pipeline and microbatches % parallel.pipeline:
             raise ConfigError([
-                f"{key} = {samples} makes {microbatches} microbatches, but the interleaved schedule wants a multiple "
+                f"{key} = {samples} makes {microbatches} microbatches, but the interleaved schedule needs a multiple "
                 f"of parallel.pipeline = {parallel.pipeline}: use a multiple of {per_pass * parallel.pipeline}"
             ])  # fmt: skip
     return data_ranks
 
 
 def combination_problems(config: Config) -> list[str]:
-    """What no single field can know: one line for each combination that cannot work."""
+    """Checks of several fields together: one line for each combination that cannot work."""
     return [
         text
         for wrong, text in [
@@ -193,7 +194,7 @@ def _length_check(config: Config) -> tuple[bool, str]:
 def _data_checks(config: Config) -> list[tuple[bool, str]]:
     data = config.data
     return [
-        (value == [], f"{key} = []: a blend names nothing: give at least one entry with `path` and `weight`")
+        (value == [], f"{key} = []: the blend is empty: give at least one entry with `path` and `weight`")
         for key, value in (("data.train", data.train), ("data.validation", data.validation))
     ]
 
@@ -268,8 +269,8 @@ def _selection_checks(attention: AttentionConfig) -> list[tuple[bool, str]]:
         ),
         (
             attention.summary != "mean" and not selectors & {"top_k", "threshold"},
-            f"attention.summary = {attention.summary} has no effect with the selector {names}, which looks at no "
-            "scores: take it out",
+            f"attention.summary = {attention.summary} has no effect with the selector {names}, which uses no scores: "
+            f"take it out",
         ),
         (
             attention.share_selection != "none" and not selectors <= {"top_k", "threshold"},

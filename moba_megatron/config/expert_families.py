@@ -1,10 +1,10 @@
-"""Mixtures of experts in transformers: what the keys of a `config.json` mean for our `model` section and back, and what
-of our section none of its families has.
+"""Mixtures of experts in transformers: the keys of a `config.json` as our `model` section and back, and the settings
+that no family of transformers has.
 
 The families differ in little: all experts of a layer are SwiGLU layers of one width, and a router of softmax scores
-chooses `num_experts_per_tok` of them. `norm_topk_prob: true` makes the weights of the chosen ones add up to 1, which is
-the softmax over them alone (`moe_router_pre_softmax: false`); Mixtral always does so. Qwen may leave layers dense, and
-Qwen 2 has an expert besides that all tokens pass, behind a gate.
+chooses `num_experts_per_tok` of them. With `norm_topk_prob: true` the weights of the chosen experts add up to 1: a
+softmax over these experts (`moe_router_pre_softmax: false`). Mixtral always does so. Qwen may have dense layers in
+between, and Qwen 2 has a shared expert with a gate for all tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def unwritten(model: ModelConfig) -> list[str]:
     ]
     if getattr(model, SINKHORN) == "sinkhorn":
         fix = _OTHER_TRAINING.format("aux_loss")
-        lines.append(f"model.{SINKHORN} = sinkhorn: no mixture of experts in transformers weighs as it does; {fix}")
+        lines.append(f"model.{SINKHORN} = sinkhorn: no mixture of experts in transformers weighs so; {fix}")
     if model.moe_shared_expert_intermediate_size is not None and not model.moe_shared_expert_gate:
         lines.append(
             "model.moe_shared_expert_gate = False: in transformers a shared expert has a gate (Qwen 2 MoE); "
@@ -49,14 +49,14 @@ def unwritten(model: ModelConfig) -> list[str]:
 
 
 def uniform(model: ModelConfig) -> str | None:
-    """What Mixtral does not compute: dense layers, and weights that do not add up to 1."""
+    """Settings that Mixtral cannot compute: dense layers, and weights that do not add up to 1."""
     if not all(model.expert_layers):
         return f"model.moe_layer_freq = {model.moe_layer_freq}"
     return f"model.moe_router_pre_softmax = {model.moe_router_pre_softmax}" if model.moe_router_pre_softmax else None
 
 
 def without_shared(model: ModelConfig) -> str | None:
-    """What Qwen 2 MoE does not compute: layers without a shared expert."""
+    """Settings that Qwen 2 MoE cannot compute: layers without a shared expert."""
     size = model.moe_shared_expert_intermediate_size
     return f"model.moe_shared_expert_intermediate_size = {size}" if size is None else None
 
@@ -130,8 +130,8 @@ def _problems(values: Values, *, normalised: bool, said: str) -> list[str]:
         found.append(f"num_experts_per_tok = {chosen} is over num_experts = {experts}: correct it")
     if chosen == 1 and normalised:
         found.append(
-            f"num_experts_per_tok = 1, and {said}: the chosen expert weighs 1 whatever the router says, which "
-            f"therefore learns nothing; {MOBA_IN_TRANSFORMERS}"
+            f"num_experts_per_tok = 1, and {said}: the chosen expert always has weight 1, so the router learns "
+            f"nothing; {MOBA_IN_TRANSFORMERS}"
         )
     return found
 

@@ -28,7 +28,7 @@ def expert_checks(config: Config) -> list[Check]:
 
 
 def _without_experts(model: ModelConfig, parallel: ParallelConfig) -> list[Check]:
-    """Settings that mean nothing in a dense model."""
+    """Settings that have no effect in a dense model."""
     sections = (("model", model, "moe_"), ("parallel", parallel, "expert"))
     return [
         (
@@ -72,8 +72,8 @@ def _choice_checks(model: ModelConfig, experts: int) -> list[Check]:
         ),
         (
             chosen == 1 and softmax and not model.moe_router_pre_softmax and not sinkhorn,
-            "model.moe_router_topk = 1 weighs the chosen expert by 1, whatever the router says, so that it learns "
-            "nothing: set model.moe_router_pre_softmax: true",
+            "model.moe_router_topk = 1 always gives the chosen expert weight 1, so the router learns nothing: set "
+            "model.moe_router_pre_softmax: true",
         ),
         (
             (groups is None) != (group_topk is None),
@@ -115,7 +115,7 @@ def _balance_checks(model: ModelConfig) -> list[Check]:
         (
             balancing == "sinkhorn" and model.moe_router_enable_expert_bias,
             "model.moe_router_enable_expert_bias = true has no effect with model.moe_router_load_balancing_type = "
-            "sinkhorn, which balances by itself: use none",
+            "sinkhorn, which balances the load without one: use none",
         ),
     ]
 
@@ -141,8 +141,8 @@ def _layout_checks(config: Config, experts: int) -> list[Check]:
         ],
         (
             parallel.tensor > 1 and not parallel.sequence,
-            f"parallel.tensor = {parallel.tensor} with experts needs parallel.sequence: true, so that no token is sent "
-            "to its experts twice",
+            f"parallel.tensor = {parallel.tensor} with experts needs parallel.sequence: true, or tokens would be sent "
+            f"to their experts twice",
         ),
         (
             parallel.expert_dispatcher == "allgather" and parallel.context > 1 and config.packed,
@@ -167,9 +167,9 @@ def _capacity_checks(config: Config) -> list[Check]:
         ),
         (
             factor is not None and (padded or config.data.packing != "concatenate"),
-            f"model.moe_expert_capacity_factor = {factor}: padding would take the places of tokens; there is some with "
-            "parallel.context above 1 on packs of documents, and with data.packing other than concatenate: take the "
-            "factor out, or change these",
+            f"model.moe_expert_capacity_factor = {factor}: padding would displace tokens; packs of documents have "
+            f"padding if parallel.context is above 1 or data.packing is not concatenate: take out the factor, or "
+            "change these",
         ),
         (
             model.moe_pad_expert_input_to_capacity and parallel.expert_dispatcher == "flex",

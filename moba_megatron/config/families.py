@@ -1,8 +1,8 @@
-"""The families of Hugging Face models, one row each: what `config.json` leaves unsaid, what of it becomes our `model`
-section, which of our models the family computes, how its weights are named, and what an export says of it.
+"""The families of Hugging Face models, one row each: defaults of `config.json`, the keys of our `model` section, the
+models that the family can compute, the names of its weights, and the keys of an export.
 
-All are decoders of RMSNorm, SwiGLU and rotary embedding. They differ in biases, norms of queries and keys, in which
-layers and channels are rotated, in whether projections are stored apart, and in experts (`expert_families`).
+All are decoders of RMSNorm, SwiGLU and rotary embedding. They differ in biases, norms of queries and keys, rotated
+layers and channels, separate or joint projections, and experts (`expert_families`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def _window_if_used(values: Values) -> int | None:
 
 
 def _window_if_ever_left(values: Values) -> int | None:
-    """Phi-4-mini says a window of twice its positions."""
+    """Phi-4-mini names a window of twice its positions."""
     window = values.get("sliding_window")
     return None if window is None or window >= values["max_position_embeddings"] else window
 
@@ -103,7 +103,7 @@ FAMILIES = {
         fused=True,
         scalings=("none", "longrope"),
         short_longrope=True,
-        # What transformers makes of them in this family.
+        # Their meaning in transformers in this family.
         rope_names={"su": "longrope", "yarn": "longrope"},
         fits_width=lambda model: model.head_size * model.num_attention_heads == model.hidden_size,
         own_code=("configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM"),

@@ -1,4 +1,4 @@
-"""What one family of Hugging Face models is, and what tells families apart."""
+"""The description of one family of Hugging Face models, and the differences between families."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ MOBA_IN_TRANSFORMERS = (
     "moba_megatron.hf.configure gives MoBA to every model of transformers that takes its attention from "
     "AttentionInterface, without Megatron (docs/transformers.md)"
 )
-"""The way to go on with a model that our layers do not compute."""
-# What tells families apart, and its value in a model that has nothing of it.
+"""The way forward with a model that our layers cannot compute."""
+# The differences between families, and the values of a model without any of them.
 MARKS: dict[str, Any] = {
     "add_qkv_bias": False,
     "qk_layernorm": False,
@@ -46,7 +46,7 @@ class Family:
     Attributes:
         architecture: its class in transformers.
         defaults: what is there without being said in `config.json`.
-        rope_theta: base of the rotary embedding that is there without being said.
+        rope_theta: default base of the rotary embedding.
         always: what this kind means in our `model` section.
         may: settings of ours that a model of this kind may have or not, of those that tell families apart.
         section: these settings from a `config.json`.
@@ -55,7 +55,7 @@ class Family:
         window: the window of attention that a `config.json` asks for.
         fused: queries, keys and values are one tensor, gate and up projection another.
         scalings: kinds of rotary scaling that it knows by name; others are written as `longrope`.
-        short_longrope: `longrope` is said by its short and long factors alone, where the rest follows from lengths.
+        short_longrope: `longrope` is given only by its short and long factors; the rest follows from lengths.
         rope_names: other names of kinds of rotary scaling.
         fits_width: whether its class takes these heads in a stream of this width.
         own_code: what `auto_map` may name, because transformers has the same under this name.

@@ -1,7 +1,8 @@
-"""What a Hugging Face `config.json` says, in the words of our `model` section.
+"""A Hugging Face `config.json` as our `model` section.
 
 Supported are the rows of `families.FAMILIES`: decoders of RMSNorm, SwiGLU and rotary embedding. Everything else is
-refused by name, with a way to go on: a model that is almost right gives plausible text and wrong numbers.
+refused; the error names the key and a way forward. A model that is almost right would give plausible text and wrong
+numbers.
 """
 
 from __future__ import annotations
@@ -71,10 +72,10 @@ def family_of_folder(folder: str | Path) -> Family:
 
 
 def model_section(values: Values) -> dict[str, Any]:
-    """The `model` section of what `read_huggingface_config` gave.
+    """The `model` section from the result of `read_huggingface_config`.
 
     Raises:
-        ConfigError: a rotary embedding that is not supported, or said in two ways that differ.
+        ConfigError: a rotary embedding that is not supported, or two entries that contradict each other.
     """
     heads, family = values["num_attention_heads"], FAMILIES[values["model_type"]]
     return {
@@ -122,8 +123,8 @@ def _unsupported(values: Values, family: Family) -> list[str]:
             ),
             (
                 _has_own_code(values, family) and not ours,
-                "auto_map asks for code of its own, which is never run: if the model is the same without, take "
-                "auto_map out of config.json",
+                "auto_map names code of its own, which is never run: if the model needs no such code, take auto_map "
+                "out of config.json",
             ),
             (
                 "quantization_config" in values,
@@ -150,8 +151,8 @@ def _unsupported(values: Values, family: Family) -> list[str]:
             (
                 window is not None,
                 f"sliding_window = {window}: attention within a window is not supported; set sliding_window: null in "
-                "config.json, which changes nothing for texts within the window; beyond it, training has to get used "
-                "to the rest",
+                "config.json, which changes nothing for texts within the window; for longer texts the model must be "
+                "trained",
             ),
             (
                 bool(kinds),

@@ -1,7 +1,7 @@
-"""What a Hugging Face `config.json` says of the rotary embedding, in the words of our `model` section.
+"""The rotary embedding of a Hugging Face `config.json` as our `model` section.
 
-It is said in two dialects: transformers 4 has `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`. Both
-are read, and may stand side by side as long as they agree.
+There are two formats: transformers 4 has `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`. Both are
+read. A file may have both if they agree.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def rotary_section(values: Values, family: Family) -> dict[str, Any]:
     """The settings of the rotary embedding in our `model` section.
 
     Raises:
-        ConfigError: one that is not supported, or said in two ways that differ.
+        ConfigError: one that is not supported, or two entries that contradict each other.
     """
     rope = _rope(values, family)
     kind = rope.get("rope_type", "default")
@@ -73,7 +73,7 @@ def rotary_section(values: Values, family: Family) -> dict[str, Any]:
 
 
 def _yarn_section(rope: dict[str, Any], implied: float) -> dict[str, Any]:
-    """Settings of `yarn`, with what transformers takes where a number is missing, null or 0.
+    """Settings of `yarn`, with the defaults of transformers if a number is missing, null or 0.
 
     Args:
         implied: the factor where none is said: the new length over the old one.
@@ -102,7 +102,7 @@ def _yarn_section(rope: dict[str, Any], implied: float) -> dict[str, Any]:
 
 
 def _rope(values: Values, family: Family) -> dict[str, Any]:
-    """The rotary embedding from either dialect, in the words of transformers 5."""
+    """The rotary embedding from either format, with the keys of transformers 5."""
     said = []
     for key in ("rope_parameters", "rope_scaling"):
         if values.get(key):

@@ -1,5 +1,5 @@
-"""What the entries of a Hugging Face `config.json` must be, of those that are read here: a number in quotes or a list
-in the place of a word would otherwise be found late, or not at all."""
+"""The valid values of the entries of a Hugging Face `config.json` that are read here: a number in quotes or a list in
+the place of a word would otherwise be found late, or not at all."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ _ROPE_TYPES: dict[str, Check] = {
 
 
 def wrong_types(values: dict[str, Any]) -> list[str]:
-    """Entries that are not what they must be, one line each. `null` is not an entry."""
+    """Entries with wrong values, one line each. `null` is not an entry."""
     problems = list(_wrong(values, _TYPES))
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(values.get(key), dict):

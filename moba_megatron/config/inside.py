@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def named_file(by: Path, name: object) -> Path:
-    """The file of a name that another file holds, whether it is there or not.
+    """The path of a file that another file names; it need not exist.
 
     A link counts as what it leads to: within the folder, or to where the file that names it really lies (the cache of
     the Hugging Face hub is made of such links).
@@ -19,7 +19,7 @@ def named_file(by: Path, name: object) -> Path:
         ValueError: it is not a name, or leads out of the folder.
     """
     if not isinstance(name, str) or not name.strip("./") or "\0" in name:
-        raise ValueError(f"{by} names the file {name!r}, which is not a name of a file")
+        raise ValueError(f"{by} names the file {name!r}, which is not a file name")
     path = by.parent / name
     folders = (os.path.realpath(by.parent), os.path.dirname(os.path.realpath(by)))
     real = os.path.realpath(path)

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def literal(value: Any) -> Any:
-    """A value, however nested, in whose strings every `${` is escaped, so that looking up references gives them back.
+    """A nested value with every `${` in its strings escaped, so that resolving references returns it unchanged.
 
     >>> print(literal({"dir": "runs/${x}"}))
     {'dir': 'runs/\\\\${x}'}

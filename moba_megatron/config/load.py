@@ -2,10 +2,10 @@
 overrides.
 
 `base:` is a path relative to the file that names it, or a list of them, later ones winning. `variants:` holds changes
-of the file by name, and `FILE.yaml:NAME` is the file with those of one; only the file itself has them, not the files
-that it is a base of. What the text of an override means follows from the type of its key (`overrides`). Unknown keys,
-wrong types and combinations that cannot work end as one `ConfigError` that lists every problem with its key, its value
-and the fix.
+of the file by name, and `FILE.yaml:NAME` is the file with those of one; they hold only for the file itself, not when it
+is a base of another. The type of a key decides how the text of an override is read (`overrides`). Unknown keys, wrong
+types and combinations that cannot work end as one `ConfigError` that lists every problem with its key, its value and
+the fix.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NEEDED_BY_TRAINING = ("model.init_from",)
 
 
 def config_from_tree(tree: dict[str, Any], overrides: list[str] | None = None) -> Config:
-    """A checked configuration from what `read_yaml` gave or from plain values."""
+    """A checked configuration from the result of `read_yaml` or from plain values."""
     for override in overrides or []:
         tree = _with_both_exchanges(with_override(tree, override, Config))
     return config_from_dict(resolved(tree))
@@ -38,8 +38,8 @@ def config_from_tree(tree: dict[str, Any], overrides: list[str] | None = None) -
 def config_from_dict(values: dict[str, Any]) -> Config:
     """A checked `Config` from plain values, as `load_config` makes it from files.
 
-    What the `model` section leaves out is taken from `model.init_from`, if there is one. Where that is still to be
-    given (`???`), it stays so: only a training needs it.
+    `model.init_from`, if set, gives the keys that the `model` section leaves out. It may still be missing (`???`): only
+    a training needs it.
 
     Raises:
         ConfigError: with one line for each unknown key, wrong type, value still to be given or impossible combination.
@@ -57,7 +57,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
 
 
 def split_name(path: str | Path) -> tuple[Path, str | None]:
-    """A file and the name of a part of it; None where the whole file is meant.
+    """A file and the name of a part of it; None for the whole file.
 
     >>> split_name("a/b.yaml:256gpus"), split_name("a/b.yaml")
     ((PosixPath('a/b.yaml'), '256gpus'), (PosixPath('a/b.yaml'), None))
@@ -68,17 +68,33 @@ def split_name(path: str | Path) -> tuple[Path, str | None]:
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """What a file (`FILE.yaml` or `FILE.yaml:VARIANT`) and the files that its `base:` names say, unchecked, references
-    (`${...}`) as they stand."""
+    """The values of a file (`FILE.yaml` or `FILE.yaml:VARIANT`) and of its bases, unchecked, references (`${...}`)
+    unresolved."""
     path, variant = split_name(path)
     path = path.resolve()
     if path in seen:
         raise ConfigError([f"base: {path} includes itself"])
+    return with_bases(path, variant, read_mapping(path), seen)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The values of one file, without those of its bases."""
     if not path.is_file():
         raise ConfigError([f"no such configuration file: {path}"])
     tree = read_tree(path)
     if not isinstance(tree, dict):
         raise ConfigError([f"{path} must hold a mapping of sections"])
+    return tree
+
+
+def with_bases(path: Path, variant: str | None, tree: dict[str, Any], seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a file and of one of its variants, laid over those of its bases.
+
+    Args:
+        path: absolute path of the file.
+        tree: the result of `read_mapping`.
+        seen: the files that have it as a base.
+    """
     variants = tree.pop("variants", {})
     chosen = {} if variant is None else _variant(path, variants, variant)
     values = read_bases(path, tree.pop("base", []), seen)
@@ -86,7 +102,7 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def read_bases(path: Path, bases: Any, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """What the files say that the `base:` of a file names, each laid over those before it."""
+    """The values of the files in the `base:` of a file, later ones winning."""
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, Sequence) or not all(isinstance(base, str) and "\0" not in base for base in bases):
         raise ConfigError([f"{path}: base = {bases!r} must be a path or a list of paths"])
@@ -107,7 +123,7 @@ def _variant(path: Path, variants: Any, name: str) -> dict[str, Any]:
 
 
 def _unknown_names(config: Config) -> list[str]:
-    """Names of `checkpoint.allow_changed` that are no keys: they would allow nothing."""
+    """Names of `checkpoint.allow_changed` that are not keys and would have no effect."""
     return [
         f"checkpoint.allow_changed: {name!r} is neither a key nor a section{_near(name.split('.'), Config)}"
         for name in config.checkpoint.allow_changed
@@ -116,7 +132,7 @@ def _unknown_names(config: Config) -> list[str]:
 
 
 def _with_both_exchanges(tree: dict[str, Any]) -> dict[str, Any]:
-    """One word for both kinds of layers is written out, so that what is laid over it may change one of them."""
+    """Write one word for both kinds of layers as two keys, so that a later file may change one of them."""
     for section in (tree.get("parallel"), tree):
         if isinstance(section, dict) and isinstance(word := section.get("exchange"), str):
             section["exchange"] = {"moba": word, "full": word}
@@ -137,13 +153,13 @@ def explain(error: Any, schema: type[Section]) -> str:
 
 
 def shortened(value: Any) -> str:
-    """A value as Python writes it, cut where nobody would read on."""
+    """A value as Python writes it, cut to 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _near(location: list[str], schema: type[Section]) -> str:
-    """A name of the schema that is like an unknown one, as a question."""
+    """The name of the schema that is closest to an unknown one, as a question."""
     near = difflib.get_close_matches(location[-1], _known_keys(schema, location[:-1]), n=1, cutoff=0.5)
     return f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
 

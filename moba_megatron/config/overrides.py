@@ -1,11 +1,11 @@
-"""`key.path=value` on the command line: what a value means is decided by the type of its key.
+"""`key.path=value` on the command line: the type of the key decides how the value is read.
 
-A key whose type is a string takes the text as it stands: `run.dir=runs/exp #2`, `2024_11_05`, `007`, `12:30:45`,
-`true` and `${x}` are these very characters. Where the type allows none, the word `null` means none; where it allows a
-list as well, a value that begins with `[` is YAML. All other values are YAML, as in a file: numbers, lists,
-`${other.key}`. A key that the schema does not know is left to the schema to refuse.
+A key whose type is a string takes the text literally: `run.dir=runs/exp #2`, `2024_11_05`, `007`, `12:30:45`, `true`
+and `${x}` are these characters. If the type also allows None, the word `null` means None; if it also allows a list, a
+value that begins with `[` is YAML. All other values are YAML, as in a file: numbers, lists, `${other.key}`. Unknown
+keys are refused later by the schema.
 
-`???` in a file stands for a value that is still to be given.
+`???` in a file is a value that the user must give.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ MISSING = "???"
 def with_override(tree: dict[str, Any], override: str, schema: type[BaseModel]) -> dict[str, Any]:
     """A tree of plain values with one `key.path=value` applied; references (`${...}`) are not looked up.
 
-    Members of a list are named by their number (`sources.0.path` or `sources[0].path`). A mapping is laid over one that
-    is there, key by key; but where it names another kind of a union it takes its place. Where the kind alone is named,
-    what the new kind does not know is dropped.
+    Members of a list are named by their number (`sources.0.path` or `sources[0].path`). A mapping is merged into an
+    existing one, key by key; if it names another kind of a union, it replaces it. If only the kind is named, keys that
+    the new kind does not have are dropped.
 
     Raises:
         ConfigError: not of this form, a value that is not YAML, a number outside of a list.
@@ -56,19 +56,19 @@ def with_override(tree: dict[str, Any], override: str, schema: type[BaseModel]) 
 
 
 def as_override(key: str, value: Any, schema: type[BaseModel]) -> str:
-    """The override that says of a key what a YAML file says of it with this value, references (`${...}`) among it."""
+    """The override with the same meaning as this value of a key in a YAML file, also for references (`${...}`)."""
     allowed = types_of(key, schema)
     parent, _, name = key.rpartition(".")
     if isinstance(value, str) and (not _text_alone(allowed) or _stands_for_itself(value, allowed)):
         return f"{key}={value}"
     if _text_alone(allowed) and parent and not (value is None and type(None) in allowed):
-        # What the text of a string cannot say stands in YAML one level above.
+        # A string that an override cannot express is given as YAML one level above.
         key, value = parent, {name: value}
     return f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
 def merged(below: Any, above: Any) -> Any:
-    """Mappings laid over each other key by key, in depth; of everything else the upper one."""
+    """Merge mappings key by key, at all depths; for other values take the upper one."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
     result = dict(below)
@@ -80,7 +80,7 @@ def merged(below: Any, above: Any) -> Any:
 
 
 def resolved(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree with every reference (`${...}`) replaced by what it refers to.
+    """The tree with every reference (`${...}`) replaced by its value.
 
     Raises:
         ConfigError: a reference to nothing.
@@ -95,7 +95,7 @@ def resolved(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def missing_keys(values: Any, prefix: str = "") -> Iterator[str]:
-    """Paths of the keys whose value is still to be given (`???`)."""
+    """Paths of the keys whose value the user must give (`???`)."""
     if isinstance(values, str) and values == MISSING:
         yield prefix
     items: Iterable[tuple[Any, Any]] = ()
@@ -108,7 +108,7 @@ def missing_keys(values: Any, prefix: str = "") -> Iterator[str]:
 
 
 def refuse_missing(values: Any, needed_later: tuple[str, ...] = ()) -> None:
-    """Raise if a value is still to be given.
+    """Raise if a value is missing (`???`).
 
     Args:
         needed_later: keys that may wait.
@@ -118,13 +118,11 @@ def refuse_missing(values: Any, needed_later: tuple[str, ...] = ()) -> None:
     """
     left = [key for key in missing_keys(values) if key not in needed_later]
     if left:
-        raise ConfigError(
-            [f"{key} = {MISSING}: this value is still to be given, for instance {key}=..." for key in left]
-        )
+        raise ConfigError([f"{key} = {MISSING}: give this value, for instance {key}=..." for key in left])
 
 
 def _place(section: Any, part: str, where: str) -> tuple[Any, Any]:
-    """Under which key or number of a mapping or list a part of a path is, and what is there now."""
+    """The key or number of a part of a path in a mapping or list, and its current value."""
     if isinstance(section, list):
         if not part.isdecimal() or int(part) >= len(section):
             there = f"0 to {len(section) - 1}" if section else "none, it is empty"
@@ -142,7 +140,7 @@ def _put(section: Any, place: Any, value: Any, allowed: list[Any]) -> None:
 
 
 def _drop_keys_of_others(section: Any, place: Any, before: Any, union: list[type[BaseModel]]) -> None:
-    """Where the kind of a section was changed alone: what the new kind does not know goes."""
+    """If only the kind of a section was changed, remove the keys that the new kind does not have."""
     if not isinstance(section, dict) or place != _kind_key(union) or section[place] == before:
         return
     chosen = [member for member in union if section[place] in _kinds(member, place)]
@@ -159,14 +157,14 @@ def _another_kind(before: dict[str, Any], now: dict[str, Any], union: list[type[
 
 
 def _kind_key(union: list[type[BaseModel]]) -> str | None:
-    """The key that tells the members of a union of sections apart; None for one section alone."""
+    """The key that distinguishes the members of a union of sections; None for a single section."""
     if len(union) < 2:
         return None
     return next((name for name in union[0].model_fields if all(_kinds(member, name) for member in union)), None)
 
 
 def _kinds(section: type[BaseModel], key: str) -> tuple[Any, ...]:
-    """The words that a key without a default may have."""
+    """The values that a key without a default may have."""
     field = section.model_fields.get(key)
     if field is None or not field.is_required() or typing.get_origin(field.annotation) is not typing.Literal:
         return ()
@@ -185,7 +183,7 @@ def _types_below(allowed: list[Any], part: str, section: Any) -> Iterator[Any]:
     """The types that a part of a path may have below these types.
 
     Args:
-        section: what is there now; of a union of sections its kind is taken, if that has the part.
+        section: the current value; in a union of sections its kind decides, if that kind has the part.
     """
     union = _members(allowed)
     kind = _kind_key(union)
@@ -208,7 +206,7 @@ def _members(allowed: list[Any]) -> list[type[BaseModel]]:
 
 
 def _alternatives(annotation: Any) -> Iterator[Any]:
-    """The types of a union, without what annotates them."""
+    """The types of a union, without annotations."""
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
         yield from _alternatives(typing.get_args(annotation)[0])
@@ -220,7 +218,7 @@ def _alternatives(annotation: Any) -> Iterator[Any]:
 
 
 def _text_alone(allowed: list[Any]) -> bool:
-    """Whether a value of these types is a string, or else none or a list."""
+    """Whether a value of these types is a string, or None or a list."""
     return (
         bool(allowed)
         and any(map(_is_text, allowed))
@@ -229,7 +227,7 @@ def _text_alone(allowed: list[Any]) -> bool:
 
 
 def _stands_for_itself(text: str, allowed: list[Any]) -> bool:
-    """Whether an override and a file mean the same by a text, where a string is asked for."""
+    """Whether a text means the same in an override and in a file, if the key is a string."""
     return text != "" and "${" not in text and not _none(text, allowed) and not _list(text, allowed)
 
 

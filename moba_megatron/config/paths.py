@@ -1,4 +1,4 @@
-"""What is said about paths that lead nowhere."""
+"""The message about paths that do not exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`model.init_from` fills the `model` section: what a configuration leaves out is as in the model it starts from."""
+"""`model.init_from` fills the `model` section: keys that a configuration leaves out come from the source model."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ YOUNGER = {
 def with_pretrained_model(values: dict[str, Any]) -> dict[str, Any]:
     """Configuration values whose `model` section is completed from the folder `model.init_from`.
 
-    Nothing is read where the section is complete, as in every written configuration: the folder may be gone by then.
+    The folder is not read if the section is complete, as in every written configuration: the folder may be gone by
+    then.
 
     Raises:
-        ConfigError: the folder is none that weights can come from.
+        ConfigError: weights cannot come from this folder.
     """
     model = values.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("init_from"), str):
@@ -51,8 +52,8 @@ def with_pretrained_model(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _before_yarn(source: dict[str, Any]) -> dict[str, Any]:
-    """What a `model` section that adds `yarn` takes of one without it: the factor on queries and keys is another, and
-    the original length is the one that the source was made for."""
+    """Settings that a `model` section with `yarn` takes from one without it: the factor on queries and keys is another,
+    and the original length is the one that the source was made for."""
     kept = {key: value for key, value in source.items() if key != "rotary_attention_factor"}
     if source.get("rotary_scaling", "none") in ("none", "linear") and source.get("max_position_embeddings"):
         kept["rotary_original_length"] = source["max_position_embeddings"]
@@ -63,7 +64,7 @@ def pretrained_model_section(folder: str | Path) -> dict[str, Any]:
     """The `model` section of a Hugging Face folder, of a checkpoint folder or of a run folder.
 
     Raises:
-        ConfigError: it is none of these, or a model that is not supported.
+        ConfigError: it is another kind of folder, or a model that is not supported.
     """
     folder = Path(folder)
     if (folder / "config.json").is_file():
@@ -81,12 +82,12 @@ def pretrained_model_section(folder: str | Path) -> dict[str, Any]:
         ])  # fmt: skip
     section = config.get("model") if isinstance(config, dict) else None
     if not isinstance(section, dict):
-        raise ConfigError([f"model.init_from = {folder}: {path} says nothing of a model: it is damaged; copy it again"])
+        raise ConfigError([f"model.init_from = {folder}: {path} describes no model: it is damaged; copy it again"])
     data = config.get("data")
     length = data.get("sequence_length") if isinstance(data, dict) else None
     given = section.get("max_position_embeddings")
     if any(number is not None and not isinstance(number, int) for number in (length, given)):
-        raise ConfigError([f"model.init_from = {folder}: the lengths that {path} names are no numbers: copy it again"])
+        raise ConfigError([f"model.init_from = {folder}: the lengths that {path} names are not numbers: copy it again"])
     trained = length or 0
     window = max(section.get("max_position_embeddings") or 0, trained) or None
     return {**{key: value for key, value in section.items() if key != "init_from"}, "max_position_embeddings": window}

@@ -1,4 +1,4 @@
-"""Files of settings as plain values: whatever is wrong with one ends as a `ConfigError` that names it."""
+"""Files of settings as plain values. Any problem becomes a `ConfigError` that names the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moba_megatron.config.checks import ConfigError
 
 _MOST_VALUES = 200_000
-"""A file of settings with more is none: aliases (`*name`) can stand for any number of values in a few lines."""
+"""A larger file is not a settings file: a few lines of aliases (`*name`) can stand for any number of values."""
 
 
 def text_of(path: str | Path, fix: str = "save it as UTF-8") -> str:
@@ -72,13 +72,13 @@ def read_json_object(path: str | Path, fix: str) -> dict[str, Any]:
         why = "it is nested too deep" if isinstance(error, RecursionError) else error
         raise ConfigError([f"{path} is damaged: {why}; {fix}"]) from error
     if not isinstance(found, dict):
-        raise ConfigError([f"{path} is damaged: it holds no object; {fix}"])
+        raise ConfigError([f"{path} is damaged: it does not hold an object; {fix}"])
     return found
 
 
 @contextmanager
 def settings_of(path: str | Path) -> Iterator[None]:
-    """What libraries say of YAML that they cannot read, as a `ConfigError` that names the file."""
+    """Turn errors of the YAML libraries into a `ConfigError` that names the file."""
     try:
         yield
     except ConfigError:
@@ -93,15 +93,14 @@ def settings_of(path: str | Path) -> Iterator[None]:
 
 
 def _refuse_huge(text: str, path: str | Path) -> yaml.Node | None:
-    """The root of a YAML file. Raises for one that stands for more values than settings are, or that refers to
-    itself."""
+    """The root of a YAML file. Raises if it stands for too many values, or refers to itself."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node | None) -> int:
         if not isinstance(node, yaml.MappingNode | yaml.SequenceNode):
             return 1
         if id(node) not in sizes:
-            sizes[id(node)] = _MOST_VALUES  # an alias of what it lies in
+            sizes[id(node)] = _MOST_VALUES  # an alias of a node above it
             parts = node.value
             if isinstance(node, yaml.MappingNode):
                 parts = [part for pair in node.value for part in pair]
@@ -111,6 +110,6 @@ def _refuse_huge(text: str, path: str | Path) -> yaml.Node | None:
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     if (found := size(root)) > _MOST_VALUES:
         raise ConfigError(
-            [f"{path} stands for {found:.3g} values, which are no settings: take out its aliases (`*name`)"]
+            [f"{path} stands for {found:.3g} values, too many for settings: take out its aliases (`*name`)"]
         )
     return root

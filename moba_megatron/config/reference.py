@@ -16,16 +16,15 @@ from moba_megatron.config.schema import AttentionStage, BlendEntry, Config, Laye
 HEAD = """# Configuration reference
 
 Made from the schema by `python -m moba_megatron.config.reference`; do not edit. A configuration is a YAML file with
-these sections. `base: other.yaml`, or a list of files of which later ones win, is taken over first;
-`section.key=value` on the command line wins over all files. There the value of a key whose type is a string is the
-text as it stands (`run.dir=runs/exp #2`, `007`, `true`); `key=null` means none where the type allows it,
-`'key=[...]'` a list where it allows one. All other values are YAML (`'key=[a,b]'`). Members of lists have numbers
-(`data.train.0.weight=2`). `${other.key}` in a file is the value of that key, `???` one that is still to be given. A
-base is relative to the file it stands in, all other paths to the working directory; a leading `~` is the home folder.
-Sizes are in tokens unless said otherwise.
+these sections. `base: other.yaml` names a file to start from, or a list of files, later ones winning; the file itself
+wins over them. `section.key=value` on the command line wins over all files. There a string is taken literally
+(`run.dir=runs/exp #2`, `007`, `true`). `key=null` means none, and `'key=[...]'` a list, if the type allows them. All
+other values are YAML (`'key=[a,b]'`). Items of lists have numbers (`data.train.0.weight=2`). In a file `${other.key}`
+is the value of another key, and `???` a value that the user must give. A base is relative to its own file, all other
+paths to the working directory; a leading `~` is the home folder. Sizes are in tokens unless said otherwise.
 
-A name after a file is a part of it: `FILE.yaml:NAME` takes one of the file's `variants:` (sections laid over the
-file), and `SWEEP.yaml:RUN` one run of a sweep ([scaling.md](scaling.md)).
+A name after a file selects a part of it: `FILE.yaml:NAME` is the file with the changes of one of its `variants:`, and
+`SWEEP.yaml:RUN` one run of a sweep ([scaling.md](scaling.md)).
 """
 
 

@@ -1,4 +1,4 @@
-"""Settings of the rotary embedding that cannot work together, or that nothing would read."""
+"""Settings of the rotary embedding that contradict each other or have no effect."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from moba_megatron.config.model import ModelConfig
 Check = tuple[bool, str]
 """(wrong, what to say)."""
 
-# The kinds of scaling that read a setting, and its value where nothing was asked for. Those of llama3 and the original
-# length are not here: models of any kind have always had them at other values.
+# The kinds of scaling that read a setting, and its default value. Those of llama3 and the original length are not here:
+# models of any kind have always had them at other values.
 _READ_BY: dict[str, tuple[tuple[str, ...], object]] = {
     "rotary_scaling_factor": (("linear", "llama3", "yarn"), 1.0),
     "rotary_beta_fast": (("yarn",), 32.0),
@@ -41,7 +41,7 @@ def rotary_checks(model: ModelConfig) -> list[Check]:
         (
             scaling in ("none", "linear") and model.rotary_interpolation != 1.0,
             f"model.rotary_interpolation = {model.rotary_interpolation} with model.rotary_scaling = {scaling}: set "
-            "model.rotary_scaling = linear and say all of it by model.rotary_scaling_factor",
+            f"model.rotary_scaling = linear and put the whole factor into model.rotary_scaling_factor",
         ),
     ]
 
@@ -78,7 +78,7 @@ def _without_effect(model: ModelConfig) -> list[Check]:
         )
         for key, (kinds, unused) in _READ_BY.items()
     ]
-    # 1.0 is what files of earlier versions say of every model.
+    # Files of earlier versions have 1.0 for every model.
     factor = model.rotary_attention_factor
     found.append((
         scaling not in ("yarn", "longrope") and factor not in (None, 1.0),
@@ -108,7 +108,8 @@ def _yarn_checks(model: ModelConfig) -> list[Check]:
         ),
         (
             factor == 1.0 and usual != 1.0,
-            "model.rotary_attention_factor = 1.0 with model.rotary_scaling = yarn may be left of a model without yarn: "
+            "model.rotary_attention_factor = 1.0 with model.rotary_scaling = yarn may be left over from a model "
+            "without yarn: "
             f"set it to null for {usual:.6g}, as the paper has it, or set rotary_mscale and rotary_mscale_all_dim to "
             "1.0 for scores that do not grow",
         ),

@@ -1,7 +1,7 @@
 """Every setting, with its type, its bounds, its unit and the reason for its default.
 
 The docstring below a field is its documentation: `docs/configuration.md` is made from it. Paths are relative to the
-working directory. Sizes are in tokens unless the field says otherwise.
+working directory. Sizes are in tokens unless the field names another unit.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ LayerNumber = Annotated[int, Field(strict=False)]
 
 class RunConfig(Section):
     dir: str
-    """Folder of this run: resolved config, metrics, evaluations, checkpoints, plots. Made if missing; a run already in
-    it is resumed (see `checkpoint.resume`)."""
+    """Folder of this run: resolved config, metrics, evaluations, checkpoints, plots. Made if missing. If it already
+    holds a run, that run is resumed (see `checkpoint.resume`)."""
     seed: int = Field(default=1234, ge=0, le=2**32 - 1)
     """Seed of weights, dropout and data order. The first weights are the same at every parallel layout; a CPU and a GPU
-    draw different ones."""
+    give different ones."""
     threads: int | None = Field(default=None, ge=1, le=4096)
     """CPU threads per process. Default: the cores of this machine divided by the processes on it."""
     stall_seconds: float | None = Field(default=300.0, ge=1, le=10**6)
-    """After so many seconds without a step, an evaluation or a checkpoint, say which rank is silent or slow and what
-    it waits in; the run goes on waiting. None: never."""
+    """After this many seconds without a step, an evaluation or a checkpoint, report which rank is silent or slow, and
+    where it waits. The run continues to wait. None: never."""
 
 
 class LayerAttentionOverride(Section):
@@ -49,7 +49,7 @@ class LayerAttentionOverride(Section):
 
 
 class AttentionStage(Section):
-    """What changes from some point of the training on. Whatever is left out is as in `attention`."""
+    """One stage of the training. Settings that it leaves out are as in `attention`."""
 
     until: float = Field(gt=0, le=1)
     """Share of the training tokens at which this stage ends; the last stage ends at 1."""
@@ -75,27 +75,29 @@ class AttentionConfig(Section):
     """Which layers attend how, and when (MoBA report, sections 2.2 and 3.2)."""
 
     kind: AttentionKind = "moba"
-    """`moba`: block-sparse attention. `full`: causal attention over everything."""
+    """`moba`: block-sparse attention. `full`: causal attention to all tokens."""
     block_size: int = Field(default=512, ge=1, le=LONGEST)
     """Tokens per block (B). 512 is the report's choice at 8K."""
     top_k: int = Field(default=3, ge=1, le=LONGEST)
     """Blocks per query (K), the current block counted. 3 is the report's choice at 8K."""
     selector: AttentionSelector = "top_k"
-    """Which K - 1 past blocks a query of a MoBA layer attends. `top_k`: the best-scored, as in MoBA (with `top_k: 2`
-    LongHeads). `recent`: the nearest, a sliding window of blocks. `sink_recent`: the document's first block and the K -
-    2 nearest. `threshold`: the best-scored until `threshold` is reached, at most K - 1 (VMoBA)."""
+    """How a query of a MoBA layer chooses its K - 1 past blocks. `top_k`: those with the best scores, as in MoBA (with
+    `top_k: 2` LongHeads). `recent`: the nearest, a sliding window of blocks. `sink_recent`: the document's first block
+    and the K - 2 nearest. `threshold`: those with the best scores until `threshold` is reached, at most K - 1
+    (VMoBA)."""
     summary: Literal["mean", "min_max"] = "mean"
-    """What blocks are scored by: the `mean` of their keys, or by `min_max`, the largest score that a key within the
-    block's channel-wise bounds could have (Quest)."""
+    """How blocks are scored: by the `mean` of their keys, or by `min_max`, the largest score possible for a key within
+    the block's bounds in each channel (Quest)."""
     threshold: float | None = Field(default=None, gt=0, le=1)
     """For the selector `threshold`: the share of the softmax over the scores of all past blocks (scaled by 1/sqrt(head
-    size)) that the chosen ones have to reach."""
+    size)) that the chosen blocks must reach."""
     share_selection: Literal["none", "mean", "max"] = "none"
     """Whether the query heads of a key head choose the same blocks: `none`, or by the `mean` or the `max` of their
     scores (as NSA and MSA do). Keys are then read once for all of them."""
     key_convolution: Literal[3, 5] | None = None
-    """Tokens that a causal convolution of the keys reads, with SiLU and a residual, one filter for each channel
-    (FlashMoBA). It adds parameters to every layer, full ones as well, and starts as doing nothing. Default: none."""
+    """Width (tokens) of a causal convolution of the keys, with SiLU, a residual and one filter for each channel
+    (FlashMoBA). It adds parameters to every layer, also to full ones. They start at zero, without effect. Default: no
+    convolution."""
     last_n_full: int = Field(default=0, ge=0, le=MOST_LAYERS)
     """The last N layers attend fully (the report: 3 of 32)."""
     full_every_n: int | None = Field(default=None, ge=1, le=MOST_LAYERS)
@@ -108,12 +110,12 @@ class AttentionConfig(Section):
     """Stages of the training, in order; empty: one stage. `[{until: 0.9}, {until: 1.0, kind: full}]` is the report's
     sparse first, full at the end."""
     backend: Literal["auto", "reference", "gathered", "triton", "flash_moba"] = "auto"
-    """What computes MoBA. `auto` is decided once, at start, and written into the run's config.yaml. `flash_moba` is
-    another package, with block means in the weights' precision; `auto` never takes it."""
+    """Implementation of MoBA. `auto` is decided once, at the start, and written into the run's config.yaml.
+    `flash_moba` is another package, with block means in the precision of the weights; `auto` never takes it."""
     full_backend: Literal["auto", "torch", "torch_flash", "cudnn", "flash_attn", "flash_attn_3", "flash_attn_4"] = (
         "auto"
     )
-    """What computes full attention outside Transformer Engine layers and without context parallelism. `auto`: the
+    """Implementation of full attention outside Transformer Engine layers and without context parallelism. `auto`: the
     first of flash-attn 3 (Hopper), flash-attn-4 (Hopper, Blackwell) and flash-attn 2 that is installed, else `torch`,
     PyTorch's choice among its fused kernels."""
     workspace_bytes: int | None = Field(default=None, ge=1)
@@ -148,22 +150,22 @@ class DataConfig(Section):
     validation: str | list[BlendEntry] | None = None
     """The same for validation. None: no evaluation."""
     tokenizer: str
-    """Folder of the Hugging Face tokenizer that made the data. Data made with another one is refused."""
+    """Folder of the Hugging Face tokenizer that made the data. Data made with another tokenizer is refused."""
     sequence_length: int = Field(ge=2, le=LONGEST)
     """Tokens per sample."""
     index_cache: str | None = None
     """Folder of the sample indices that rank 0 builds from the data, on a disk that all machines see; runs may share
-    it. Default: `index_cache/` beside the data, or in the run folder where the data's cannot be written to."""
+    it. Default: `index_cache/` beside the data, or in the run folder if that place is not writable."""
     packing: Literal["concatenate", "best_fit", "document"] = "concatenate"
     """`concatenate`: documents are joined by the end-of-document token and cut into samples (GPT style). `best_fit`:
-    whole documents share a sample so that it is as full as possible; only documents longer than a sample are cut.
-    `document`: one document a sample, long ones only. Samples of the last two end in padding, which never counts."""
+    samples are filled with whole documents as far as possible; only documents longer than a sample are cut. `document`:
+    one long document a sample. With the last two, samples may end in padding, which never counts."""
     min_document_length: int | None = Field(default=None, ge=2, le=2**31 - 1)
-    """With `packing: document`: shorter documents are left out, the end-of-document token counted; longer ones than a
-    sample are cut into samples, and so short a rest is left out too. Default: those that fill a sample."""
+    """With `packing: document`: shorter documents are left out (the end-of-document token counts). Documents longer
+    than a sample are cut into samples, and a rest below this length is left out too. Default: a whole sample."""
     cross_document_attention: bool = False
-    """False: a document attends to itself only; blocks and positions start anew at each document of a sample (packed
-    sequences). True: a sample is one sequence."""
+    """False: tokens attend only within their document; blocks and positions start again at each document of a sample
+    (packed sequences). True: a sample is one sequence."""
 
 
 RecomputedModule = Literal["core_attn", "mlp", "moe", "shared_experts"]
@@ -173,14 +175,14 @@ OTHER_MODULES = {
     "mla_up_proj": "belongs to multi-latent attention",
     "gdn_norm_out": "belongs to gated delta networks",
 }
-"""What megatron-core can compute again and this project cannot, with the reason."""
+"""Parts that megatron-core can recompute but this project cannot, with the reason."""
 
 
 class TrainingConfig(Section):
     steps: int = Field(ge=1, le=MOST_STEPS)
-    """Optimizer steps of the whole run: the horizon of the schedules and of the data order. A resumed run keeps it."""
+    """Optimizer steps of the whole run: schedules and data order are for this number. A resumed run keeps it."""
     stop_after: int | None = Field(default=None, ge=1, le=MOST_STEPS)
-    """End this process early, after that step, with a checkpoint; the horizon stays."""
+    """End this process early, after this step, with a checkpoint; schedules still count `steps`."""
     global_batch_size: int = Field(ge=1, le=2**24)
     """Samples per optimizer step over all ranks."""
     micro_batch_size: int = Field(default=1, ge=1, le=2**24)
@@ -188,40 +190,42 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     """`bf16`: weights and activations in bf16 with fp32 main weights, gradients and optimizer state."""
     recompute: Literal["none", "selective", "full"] | list[RecomputedModule] = "none"
-    """What the backward pass computes again: `full` whole layers, `selective` the core attention, or a list of parts:
-    `core_attn`, `mlp` (dense feed-forward layers), `moe` (layers of experts; their tokens are sent once more),
-    `shared_experts`. `[mlp]` keeps attention, the dearest part of long sequences to repeat."""
+    """Parts that the backward pass computes again: `full` layers, `selective` (the core attention), or a list:
+    `core_attn`, `mlp` (dense feed-forward layers), `moe` (layers of experts; their tokens are sent again),
+    `shared_experts`. `[mlp]` does not repeat the attention, the slowest part of long sequences."""
     recompute_layers: int | None = Field(default=None, ge=1)
-    """With `recompute: full`: only the first so many layers of each pipeline stage (of each chunk of layers with
-    `parallel.virtual_pipeline`) are computed again; the others keep all. None: every layer."""
+    """With `recompute: full`: number of layers that are computed again, the first ones of each pipeline stage (with
+    `parallel.virtual_pipeline` of each chunk of layers). None: all layers."""
     mlp_chunk_size: int | None = Field(default=None, ge=1, le=LONGEST)
-    """Tokens that a dense feed-forward takes at a time. Its activations are not kept; the backward pass makes those of
-    one chunk again at a time, which costs what `recompute: [mlp]` does and needs less memory at once. None: all."""
+    """Tokens that a dense feed-forward processes at a time. The backward pass computes its activations again, one chunk
+    at a time: as slow as `recompute: [mlp]`, with a lower peak of memory. None: all tokens at once."""
     gradient_precision: Literal["fp32", "bf16"] = "fp32"
-    """What gradients are accumulated and sent in. `bf16` takes half the memory and half the bytes, and adds
-    microbatches with less precision; ranks are still summed in fp32. It needs `precision: bf16` and
+    """Precision in which gradients are accumulated and sent. `bf16` needs half the memory and traffic, and sums over
+    microbatches are less precise; sums over ranks stay in fp32. It needs `precision: bf16` and
     `parallel.distributed_optimizer`."""
     loss_chunk_size: int | None = Field(default=None, ge=1, le=LONGEST)
     """Tokens per chunk of the loss: at most chunk x vocabulary logits are in memory at once. None: 512 on a CPU, 4096
     on a GPU, where each chunk reads and writes the fp32 gradient of the output weight once."""
     on_divergence: Literal["stop", "skip", "rollback"] = "stop"
     """What happens when the loss or the gradient norm is not finite, before the update. `stop`: the run ends. `skip`:
-    the step is counted, and changes nothing. `rollback`: the run goes back to its newest checkpoint, and on without
-    the batch that made it diverge."""
+    the step counts, but changes no weights. `rollback`: the run goes back to its newest checkpoint, and continues
+    without the batch that diverged."""
     max_divergences: int = Field(default=3, ge=1)
-    """So many steps of one process may be skipped or rolled back; at the next one the run ends."""
+    """Number of steps that one process may skip or roll back; the next one ends the run."""
     skip_batches: list[Annotated[int, Field(ge=1)]] = []
-    """Steps, counted from 1, whose batch is left out: they are counted, and change nothing."""
+    """Steps, from 1, whose batch is left out: they count, but change no weights."""
     spike_threshold: float | None = Field(default=10.0, gt=0)
-    """A loss over the median of the last `spike_window` losses by more than so many of their spreads (1.4826 x median
-    absolute deviation, which a normal distribution has as its deviation) is recorded as a spike. None: never."""
+    """A loss is recorded as a spike if it exceeds the median of the last `spike_window` losses by more than this many
+    spreads. A spread is 1.4826 x the median absolute deviation (for a normal distribution, the standard deviation).
+    None: never."""
     spike_window: int = Field(default=100, ge=20)
-    """Losses that a spike is compared with; at least 20 have to be there."""
+    """Number of earlier losses that a loss is compared with; at least 20 must exist."""
     on_spike: Literal["record", "as_divergence"] = "record"
-    """`record`: a spike is written down only. `as_divergence`: it is treated as `on_divergence` says."""
+    """`record`: a spike is only recorded. `as_divergence`: it is handled by `on_divergence`."""
     replay: int | None = Field(default=None, ge=1)
-    """Run this step of the run in `run.dir` again, from the newest checkpoint before it, and write what was found
-    (loss, norm, what is not finite in which layer) into RUN/replay/step_N.json. Nothing else of the run changes."""
+    """Compute this step of the run in `run.dir` again, from the newest checkpoint before it, and write the loss, the
+    gradient norm and the layers with values that are not finite into RUN/replay/step_N.json. The run itself does not
+    change."""
 
     @field_validator("recompute", mode="before")
     @classmethod
@@ -281,21 +285,22 @@ class CheckpointConfig(Section):
     every: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     """Steps between checkpoints. None: only at the end and when stopped."""
     keep: int = Field(default=2, ge=1, le=MOST_STEPS)
-    """How many checkpoints stay on disk, the newest ones."""
+    """Number of checkpoints that stay on disk, the newest ones."""
     resume: str = "auto"
-    """`auto`: continue from the newest checkpoint in the run folder, else start. `never`: start, and refuse a run
-    folder that already holds a run. A path: a run folder without checkpoints starts from that `step_N` folder; one
-    that has its own continues from its newest."""
+    """`auto`: continue from the newest checkpoint in the run folder; without one, start a new run. `never`: start a new
+    run, and refuse a folder that already holds one. A path: start from this `step_N` folder, or continue from the run's
+    own newest checkpoint if it has one."""
     asynchronous: bool = True
-    """Write checkpoints in the background while training goes on."""
+    """Write checkpoints in the background during training."""
     on_save_error: Literal["stop", "continue"] = "stop"
-    """What happens when a checkpoint cannot be written, as on a full disk. `stop`: the run ends. `continue`: it goes
-    on, and tries again with the next one; the last one of a process has to succeed. Older ones stay in any case."""
+    """What happens when a checkpoint cannot be written, as on a full disk. `stop`: the run ends. `continue`: it
+    continues, and saves again at the next regular step; the last save of a process must succeed. Older checkpoints stay
+    in both cases."""
     verify: bool = True
-    """Before loading, hold the checkpoint's files against their recorded digests."""
+    """Before loading, compare the checkpoint's files with their recorded digests."""
     allow_changed: list[str] = []
     """Keys or sections, such as `attention` or `training.steps`, that may differ from the run that is resumed.
-    Everything else that shapes the numbers must be the same; sizes of the parallel layout may always change."""
+    Other settings that change the results must be the same; sizes of the parallel layout may always change."""
 
 
 class EvaluationConfig(Section):
@@ -304,8 +309,8 @@ class EvaluationConfig(Section):
     samples: int = Field(default=32, ge=1, le=2**31 - 1)
     """Validation samples per evaluation, always the same ones, spread over the data-parallel ranks."""
     trailing_tokens: int | None = Field(default=None, ge=1, le=LONGEST)
-    """Trailing loss is the loss over the last so many positions of the window. A position counts the tokens before it
-    in its document, so with `data.cross_document_attention` off only documents that fill the window have any.
+    """The trailing loss is the loss over this many last positions of the window. A position is the number of earlier
+    tokens in the document, so with `data.cross_document_attention: false` only documents that fill the window count.
     Default: a sixteenth of the sequence, as the report's last 2K of 32K."""
     position_buckets: int = Field(default=16, ge=1, le=LONGEST)
     """Number of equal ranges of positions for the loss by position."""

@@ -1,5 +1,4 @@
-"""What every section of the configuration has in common: it is strict, documented below its fields, and knows which of
-them are paths."""
+"""The base of every section of the configuration: it is strict, documents each field below it, and marks the paths."""
 
 from __future__ import annotations
 

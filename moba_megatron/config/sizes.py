@@ -6,9 +6,9 @@ from moba_megatron.config.model import ModelConfig
 
 
 def matrix_parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Parameters that multiply every token: projections and feed-forward of all layers, and the output layer. Of a
-    mixture of experts the router, the shared expert and as many others as a token chooses, also where a capacity drops
-    some of its choices."""
+    """Parameters that multiply every token: projections and feed-forward of all layers, and the output layer. In a
+    mixture of experts: the router, the shared expert and the experts that a token chooses, even if a capacity drops
+    some of them."""
     hidden, size = model.hidden_size, model.head_size
     heads, kv_heads = model.num_attention_heads, model.query_groups
     attention = hidden * size * (heads + 2 * kv_heads) + heads * size * hidden
@@ -20,7 +20,8 @@ def matrix_parameters(model: ModelConfig, vocab_size: int) -> int:
 
 
 def shared_parameters(model: ModelConfig) -> int:
-    """What every token passes in the feed-forward of a layer with experts: the router and the shared expert."""
+    """Parameters that process every token in the feed-forward of a layer with experts: the router and the shared
+    expert."""
     return router_parameters(model) + 3 * model.hidden_size * (model.moe_shared_expert_intermediate_size or 0)
 
 

@@ -16,7 +16,7 @@ from moba_megatron.config.load import config_from_tree, read_bases
 from moba_megatron.config.overrides import as_override
 from moba_megatron.config.schema import MOST_STEPS, Config
 from moba_megatron.config.sizes import matrix_parameters
-from moba_megatron.config.sweep_file import LearningRateRule, OptionKeys, SweepFile, explain_keys, read_sweep
+from moba_megatron.config.sweep_file import LearningRateRule, OptionKeys, SweepFile, explain_keys
 
 _WEIGHTS = "model.init_from="
 
@@ -28,10 +28,10 @@ class SweptRun:
     Attributes:
         name: also that of its folder.
         options: the option of each axis.
-        tree, overrides: the base, and what the run changes of it.
-        config: the whole, as `train.py` would take it.
+        tree, overrides: the base, and the changes of the run.
+        config: the complete configuration, as in `train.py`.
         parameters: active ones, without embeddings and norms.
-        start_from: the run of the sweep, by its name, or the folder whose weights it begins with; None for none.
+        start_from: the run of the sweep, by its name, or the folder, whose weights it starts with; None without one.
     """
 
     name: str
@@ -49,11 +49,13 @@ class SweptRun:
             ConfigError: as `load_config`.
         """
         source = self.config.model.init_from
-        if self.start_from is None or source is None or Path(source).exists():
+        from_weights = self.start_from is not None and source is not None
+        weights_exist = from_weights and Path(str(source)).exists()
+        if not overrides and not weights_exist:
+            return self.config
+        if not from_weights or weights_exist:
             return config_from_tree(self.tree, [*self.overrides, *overrides])
         # A plan needs no weights, and those of another run may come later.
-        if not overrides:
-            return self.config
         own = [override for override in self.overrides if not override.startswith(_WEIGHTS)]
         config = config_from_tree(self.tree, [*own, *overrides])
         if any(override.startswith(_WEIGHTS) for override in overrides):
@@ -123,15 +125,15 @@ def swept_run(
         raise ConfigError([f"{', '.join(twice)}: set by an option and by the sweep's tokens, learning_rate or "
                            "warmup_share: let options set those"])  # fmt: skip
     overrides += [f"{key}={value}" for key, value in derived.items()]
-    config = config_from_tree(base, overrides)
+    config = config_from_tree(base, overrides) if derived else first
     if own.start_from is not None:
         if own.start_from not in before and "/" not in own.start_from:
             names = ", ".join(before) or "none"
             raise ConfigError(
                 [f"start_from = {own.start_from}: give a run before it ({names}) or the path of a folder"]
             )
-        # What is there may come later, so that its model cannot complete this one's. What the base leaves out is said
-        # here, or it would be taken from there.
+        # The weights may not exist yet, so their model cannot complete this one. All keys that the base leaves out are
+        # set here, or they would come from the weights later.
         model = config.model
         unsaid = {key: value for key, value in model.model_dump().items() if key not in model.model_fields_set}
         overrides += [as_override(f"model.{key}", value, Config) for key, value in unsaid.items() if value is not None]
@@ -141,13 +143,16 @@ def swept_run(
     return SweptRun(name, options, base, overrides, config, parameters, own.start_from)
 
 
-def run_of(path: Path, name: str) -> SweptRun:
+def run_of(path: Path, name: str, file: SweepFile) -> SweptRun:
     """A run of a sweep by its name, or its number in the order of the axes (from 0).
 
+    Args:
+        path: of the sweep.
+        file: what it holds.
+
     Raises:
-        ConfigError: there is none, or its configuration is wrong.
+        ConfigError: there is no such run, or its configuration is wrong.
     """
-    file = read_sweep(path)
     choices = list(choices_of(file))
     names = [run_name(options) for options, _ in choices]
     number = number_of(path, names, name)
@@ -162,7 +167,7 @@ def number_of(path: Path, names: list[str], name: str) -> int:
     """The number of a run by its name or its number; digits alone are a number.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such run.
     """
     if name.isdecimal() and int(name) < len(names):
         return int(name)
@@ -191,7 +196,7 @@ def _own_values(own: OptionKeys) -> dict[str, Any]:
 
 
 def _to_be_derived(file: SweepFile) -> list[str]:
-    """Stand-ins for what follows from the size of the model, which a base may leave out."""
+    """Placeholders for settings that follow from the size of the model and may be missing in the base."""
     tokens = file.tokens or file.tokens_per_parameter
     steps = [f"training.steps={MOST_STEPS}"] if tokens else []
     return steps + (["optimizer.lr=1", "optimizer.min_lr=0"] if file.learning_rate else [])

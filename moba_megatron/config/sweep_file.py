@@ -16,10 +16,10 @@ of one option from each axis. An option is a mapping of overrides, `key.path: va
 and `learning_rate` are keys of the sweep that an option may set too. `start_from` makes a run begin with the weights of
 another run of the sweep, by its name, once that has finished; or with those of a folder, by its path.
 
-The size of a mixture of experts is that of what works for a token: its *active* parameters. Tokens and learning rates
-go by them, so that a dense model and a mixture of as many operations stand side by side.
+The size of a mixture of experts counts the parameters that process a token: its *active* parameters. Tokens and
+learning rates follow from them, so a dense model and a mixture with the same operations get the same.
 
-Here: what the file may say. `sweep` makes its runs.
+This module describes the file. `sweep` makes its runs.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ class Figure(Section):
 
 
 class SweepFile(Section):
-    """What a sweep's YAML may hold."""
+    """The contents of a sweep's YAML file."""
 
     base: str | list[str]
     """Training configuration, relative to this file; or several, later ones winning."""
     dir: str
     """Folder of the runs."""
     overrides: dict[str, Any] = {}
-    """What all runs change of the base; an option may change it again."""
+    """Changes of the base for all runs; an option may change them again."""
     axes: dict[str, dict[str, dict[str, Any]]] = Field(min_length=1)
     """For each axis its options, and for each option its overrides."""
     skip: list[dict[str, str]] = []
@@ -102,8 +102,8 @@ class SweepFile(Section):
     warmup_share: float | None = Field(default=None, ge=0, lt=1)
     """Share of the steps that warm up; None: `optimizer.warmup_steps` of the base."""
     best_of: list[str] = []
-    """Axes, such as learning rates, of which fits and figures take only the best option of each combination of the
-    others."""
+    """Axes, such as learning rates or seeds. Fits and figures use only the best option of these axes for each
+    combination of the others."""
     evaluate: list[str] = []
     """Arguments of `moba-megatron evaluate RUN ...` to run after each training, one string a call."""
     columns: list[str] = ["*"]
@@ -113,11 +113,20 @@ class SweepFile(Section):
 
 
 def read_sweep(path: Path) -> SweepFile:
+    """The sweep of a file.
+
+    Raises:
+        ConfigError: with one line for each problem.
+    """
     if not path.is_file():
         raise ConfigError([f"no such sweep: {path}"])
+    return sweep_of(path, read_tree(path))
+
+
+def sweep_of(path: Path, values: Any) -> SweepFile:
+    """The sweep that a file holds, from its values. Raises as `read_sweep`."""
     try:
-        # References (`${...}`) stay as they are: those in options are to keys of the training configuration.
-        values = read_tree(path)
+        # References (`${...}`) stay unresolved: in options they refer to keys of the training configuration.
         refuse_missing(values, tuple(key for key in missing_keys(values) if key.endswith("model.init_from")))
         return SweepFile.model_validate(values)
     except ValidationError as error:

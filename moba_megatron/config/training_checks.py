@@ -125,7 +125,7 @@ def _divergence_checks(config: Config) -> list[tuple[bool, str]]:
     return [
         (
             training.on_divergence == "rollback" and config.checkpoint.every is None,
-            "training.on_divergence = rollback needs checkpoint.every: there is no checkpoint to go back to otherwise",
+            "training.on_divergence = rollback needs checkpoint.every: otherwise there is no checkpoint to go back to",
         ),
         (
             training.on_spike == "as_divergence" and training.spike_threshold is None,

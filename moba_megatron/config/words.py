@@ -1,4 +1,4 @@
-"""Numbers that would fit, in words."""
+"""Lists of valid numbers for messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def nearest_multiples(value: int, unit: int) -> str:
-    """The multiples of `unit` on both sides of `value`, in words.
+    """The multiples of `unit` on both sides of `value`, for a message.
 
     >>> nearest_multiples(100, 8), nearest_multiples(3, 8)
     ('96 or 104', '8')
@@ -25,7 +25,7 @@ def divisors(number: int) -> list[int]:
 
 
 def one_of(choices: Sequence[object]) -> str:
-    """Choices in words.
+    """Choices for a message.
 
     >>> one_of([1, 2, 4])
     '1, 2 or 4'

@@ -39,7 +39,8 @@ def number_of_expert(rest: str) -> tuple[int, str] | None:
 
 
 def expert_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """What a layer with experts has in the place of a feed-forward layer, by the rest of its canonical name."""
+    """The parameters of a layer with experts that replace the feed-forward layer, by the rest of their canonical
+    names."""
     if model.num_moe_experts is None:
         return {}
     hidden, width, shared = model.hidden_size, model.expert_ffn_size, model.moe_shared_expert_intermediate_size

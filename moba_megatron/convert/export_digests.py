@@ -1,7 +1,7 @@
-"""What an export says of its files: sizes and digests in `exported_from.json`, which carries a digest of itself.
+"""Sizes and digests of an export's files in `exported_from.json`, which also has its own digest.
 
-People edit an export's model card and settings and put files beside it, so only what nobody writes by hand is held
-against the digests where a folder is loaded; an export that a run folder keeps for itself is held as a whole.
+Users edit an export's model card and settings, and add files. So when a folder is loaded, only files that nobody writes
+by hand are compared with their digests. An export inside a run folder is compared as a whole.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def write_source(folder: Path, values: dict[str, Any]) -> None:
 
 
 def read_source(folder: Path, *, digest: bool = True) -> dict[str, Any] | None:
-    """What `exported_from.json` says, its digest left out; None where there is none.
+    """The contents of `exported_from.json` without its digest; None where there is none.
 
     Args:
         digest: hold it against that digest.
@@ -45,12 +45,12 @@ def read_source(folder: Path, *, digest: bool = True) -> dict[str, Any] | None:
         recorded = values.pop(OWN_DIGEST, None)
         files = values.get("files", {})
         if digest and recorded is not None and recorded != digest_values(values):
-            raise ValueError("it has changed since it was written (its digest does not fit)")
+            raise ValueError("it has changed since it was written (its digest differs)")
         for name, entry in files.items():
             named_file(path, name)
             entry.keys()
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Make the export anew") from error
+        raise CheckpointError(f"{path} is damaged: {error}. Export again") from error
     return values
 
 
@@ -81,6 +81,6 @@ def refuse_damage(folder: Path, problems: list[str]) -> None:
     """Raise CheckpointError if there are problems."""
     if problems:
         raise CheckpointError(
-            f"{folder} is damaged: {'; '.join(problems)}. Make the export anew, or leave its digests alone with "
-            "--no-verify (in training: checkpoint.verify=false) if this was meant"
+            f"{folder} is damaged: {'; '.join(problems)}. Export again. If you changed the files on purpose, skip the "
+            f"digests with --no-verify (in training: checkpoint.verify=false)"
         )

@@ -61,7 +61,7 @@ def export_huggingface(
         length: tokens that the model can take, for `max_position_embeddings`. Default: what it was trained on, or what
             the model that it started from was made for, if that is more.
         shard_bytes: largest file of weights. Twice as much memory is used, or twice that of the largest tensor.
-        verify: hold the checkpoint's files against their digests, as its `checkpoint.verify` says; False: never.
+        verify: compare the checkpoint's files with their digests, according to its `checkpoint.verify`; False: never.
         advance: told parameters done and in all, after each.
 
     Returns:
@@ -117,7 +117,7 @@ def source_of(exported: Exported) -> dict[str, Any]:
 def _check_parameters(exported: Exported, stored: StoredWeights, shapes: dict[str, Any]) -> None:
     problems = stored.problems(shapes, exported.model)
     if problems:
-        raise CheckpointError(f"{exported.checkpoint} does not fit its configuration: {'; '.join(problems)}")
+        raise CheckpointError(f"{exported.checkpoint} does not match its configuration: {'; '.join(problems)}")
 
 
 def _write_weights(

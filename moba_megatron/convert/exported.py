@@ -20,7 +20,7 @@ from moba_megatron.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class Exported:
-    """What is known about a checkpoint that is exported: its settings, the attention of its last step, its tokenizer.
+    """Facts about an exported checkpoint: its settings, the attention of its last step, its tokenizer.
 
     Attributes:
         config: on one rank.
@@ -57,7 +57,7 @@ class Exported:
         if width := self.key_convolution:
             raise ConfigError([
                 f"attention.key_convolution = {width}: no plain model of transformers convolves its keys. Export it "
-                "with --self-contained, which brings the code for it, and load that with trust_remote_code=True"
+                f"with --self-contained, which adds the code, and load it with trust_remote_code=True"
             ])  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def open_exported(path: str | Path, tokenizer: str | None = None, *, own_code: b
     Args:
         path: a checkpoint folder, or a run folder for its newest one.
         tokenizer: folder of the tokenizer, where it is no longer at `data.tokenizer`.
-        own_code: whether the model may need code that transformers has not (convolved keys).
+        own_code: whether the model may need code that is not in transformers (convolved keys).
 
     Raises:
         CheckpointError: no complete checkpoint, or not the tokenizer that it was trained with.
@@ -92,7 +92,7 @@ def open_exported(path: str | Path, tokenizer: str | None = None, *, own_code: b
                 f"{folder} has {found.fingerprint}: find the right one and {put}"
             )
     if config.model.vocab_size is None and found is None:
-        raise CheckpointError(f"{checkpoint} says neither model.vocab_size nor a tokenizer")
+        raise CheckpointError(f"{checkpoint} names neither model.vocab_size nor a tokenizer")
     model = sized(config.model, found.vocab_size if found else 0)
     exported = Exported(checkpoint, manifest, config, model, layers, found)
     if not own_code:

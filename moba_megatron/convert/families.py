@@ -1,10 +1,11 @@
 """Our model as a plain model of transformers: the contents of an exported `config.json`.
 
-It is the kind that the model came from (`model.export_as`), or the first that computes it: biases on queries, keys and
-values make it a Qwen 2, norms of queries and keys a Qwen 3, channels without rotation a Phi-3, layers without it a
-SmolLM3, nothing of it a Llama (or, where the heads do not divide the width, which transformers refuses for Llama, a
-Mistral without a window: the same computation). A mixture of experts is a Mixtral, with norms of queries and keys a
-Qwen 3 MoE, with a shared expert a Qwen 2 MoE. What differs between kinds stands in `config.families`.
+The family is the one that the model came from (`model.export_as`), or the first one with the same computation. Biases
+on queries, keys and values make it a Qwen 2, norms of queries and keys a Qwen 3, channels without rotation a Phi-3,
+layers without rotation a SmolLM3. Without these it is a Llama. transformers refuses a Llama whose heads do not divide
+the width; then it is a Mistral without a window, the same computation. A mixture of experts is a Mixtral, with norms of
+queries and keys a Qwen 3 MoE, with a shared expert a Qwen 2 MoE. `config.families` has the differences between
+families.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.model.schedule import LayerAttention
 
 T = TypeVar("T")
-_TAKES_ITSELF = "exports and generation need one; moba-megatron evaluate takes the checkpoint itself"
+_TAKES_ITSELF = "exports and generation need one; moba-megatron evaluate reads the checkpoint"
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -54,7 +55,7 @@ def refusals(model: ModelConfig) -> list[str]:
     refused = [
         f"{family.architecture} not {family.refuses(model)}" for family in FAMILIES.values() if family.has_experts
     ]
-    return [f"no mixture of experts in transformers computes this one: {', '.join(refused)}"]
+    return [f"no mixture of experts in transformers computes this model: {', '.join(refused)}"]
 
 
 def huggingface_config(
@@ -105,7 +106,7 @@ def huggingface_config(
 def moba_config(
     layers: tuple[LayerAttention, ...], decode: str, key_convolution: int | None = None
 ) -> dict[str, Any] | None:
-    """The entry `moba_config` for the layers of a model; None if all of them attend fully, to keys as they are.
+    """The entry `moba_config` for the layers of a model; None if all layers use full attention without convolved keys.
 
     Args:
         decode: how new tokens attend to a cache, `full` or `moba`.

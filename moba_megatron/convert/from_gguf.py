@@ -1,7 +1,7 @@
 """A GGUF file as a Hugging Face folder in fp32: `python -m moba_megatron.convert.from_gguf FILE.gguf OUT`.
 
-Small models are often handed around as GGUF files with quantized weights. Training goes on from the numbers that these
-stand for. transformers' own loader reads them; by itself it would keep them quantized, and such a model can't be saved.
+Small models are often published as GGUF files with quantized weights. Training continues from the dequantized weights.
+transformers' loader reads the files; by default it would keep weights quantized, and such a model cannot be saved.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moba_megatron.errors import one_door
 
-_VERIFY = "Hold the logits of both models against each other in fp32, and fail if they differ."
+_VERIFY = "Compare the logits of both models in fp32, and fail if they differ."
 
 
 @one_door()
@@ -21,40 +21,39 @@ def import_command(
     check: Annotated[bool, typer.Option("--verify", help=_VERIFY)] = False,
     unread: Annotated[
         bool,
-        typer.Option("--no-verify", help="Leave the digests alone that an export of ours has, which are read first."),
+        typer.Option("--no-verify", help="Skip the check of the digests in our own exports."),
     ] = False,
     experts: Annotated[
         int | None,
         typer.Option(
             "--upcycle-experts",
             metavar="N",
-            help="Make a mixture of N experts of a dense model, each a copy of its feed-forward. Default: import it as "
-            "it is.",
+            help="Turn a dense model into a mixture of N experts, each a copy of its feed-forward. Default: import it "
+            "unchanged.",
         ),
     ] = None,
     experts_per_token: Annotated[
-        int | None, typer.Option(help="With --upcycle-experts: experts that a token passes. Default: 2.")
+        int | None, typer.Option(help="With --upcycle-experts: experts that process a token. Default: 2.")
     ] = None,
     noise: Annotated[
         float | None,
         typer.Option(
             help="With --upcycle-experts: standard deviation of the noise on each expert's weights, in units of the "
-            "standard deviation of the tensor. Default: 0, with which the first logits are those of the dense model."
+            "standard deviation of the tensor. Default: 0; then the first logits equal those of the dense model."
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="With --upcycle-experts: of the routers and the noise. Default: 1234.")
+        int | None, typer.Option(min=0, help="With --upcycle-experts: seed of routers and noise. Default: 1234.")
     ] = None,
 ) -> None:
     """Make a run folder from a Hugging Face model.
 
-    OUT gets config.yaml (a start for training in another run folder: python train.py OUT/config.yaml
-    run.dir=RUN data.train=PREFIX), tokenizer/ and
-    checkpoints/step_0, which evaluate, generate, export-hf and model.init_from take.
+    OUT gets config.yaml, tokenizer/ and checkpoints/step_0. evaluate, generate, export-hf and model.init_from accept
+    OUT. To train in another run folder: python train.py OUT/config.yaml run.dir=RUN data.train=PREFIX.
 
     A model that does not fit into the memory of one process needs no import: set model.init_from=HF_DIR in training.
 
-    With noise --verify holds the mixture against its own export, since its logits are no longer those of HF_DIR.
+    With noise, --verify compares the mixture with its own export, because its logits differ from those of HF_DIR.
     """
     from moba_megatron.convert.exported import open_exported
     from moba_megatron.convert.import_hf import import_huggingface
@@ -88,14 +87,14 @@ def import_megatron_command(
     model: Annotated[
         Path,
         typer.Option(
-            help="What the model is: the Hugging Face folder that it started from, a run folder, or a YAML file with "
-            "a `model` section."
+            help="Description of the model: the Hugging Face folder that it started from, a run folder, or a YAML "
+            "file with a `model` section."
         ),
     ],
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of the sequences that it was trained on.")],
+    sequence_length: Annotated[int, typer.Option(min=2, help="Sequence length of its training, in tokens.")],
     attention: Annotated[
         Path | None,
-        typer.Option(help="How it attends: the file that MOBA_CONFIG named in training. Default: MOBA_CONFIG."),
+        typer.Option(help="The attention settings: the file that MOBA_CONFIG named in training. Default: MOBA_CONFIG."),
     ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Hugging Face folder of the tokenizer. Default: that of --model.")
@@ -103,8 +102,8 @@ def import_megatron_command(
 ) -> None:
     """Make a run folder from a checkpoint of Megatron-LM or Megatron-Bridge.
 
-    Only the weights are read. With a schedule of several stages, MOBA_STAGE says which one it was trained in. OUT is
-    what import-hf makes: evaluate, generate, export-hf and model.init_from take it.
+    Only the weights are read. With a schedule of several stages, MOBA_STAGE names the stage of the training. OUT is
+    like that of import-hf: evaluate, generate, export-hf and model.init_from accept it.
     """
     from moba_megatron.convert.import_megatron import import_megatron
 
@@ -132,27 +131,27 @@ def export_command(
     out: Annotated[Path, typer.Argument(help="Hugging Face folder to make; it must not exist.")],
     decode: Annotated[
         Literal["full", "moba"],
-        typer.Option(help="How new tokens attend to the cache: to everything, as in the MoBA report, or by MoBA."),
+        typer.Option(help="Attention of new tokens to the cache: full, as in the MoBA report, or moba."),
     ] = "full",
     self_contained: Annotated[
         bool,
         typer.Option(
             "--self-contained",
-            help="Add the attention as a file of Python, for transformers with trust_remote_code=True and without "
-            "this package.",
+            help="Add the attention as a Python file, so that transformers needs trust_remote_code=True but not this "
+            "package.",
         ),
     ] = False,
     length: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Tokens that the model can take (max_position_embeddings in config.json): engines refuse longer "
-            "prompts. Any number is taken as it is. Default: data.sequence_length of the training, or the window of "
-            "the model that it started from, if that is more.",
+            help="Longest text of the model in tokens (max_position_embeddings in config.json): engines refuse longer "
+            "prompts. The number is not checked. Default: the larger of data.sequence_length in training and the "
+            "window of the source model.",
         ),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder of the tokenizer, if it is no longer where the run had it.")
+        Path | None, typer.Option(help="Folder of the tokenizer, if it was moved since the training.")
     ] = None,
     shard_gigabytes: Annotated[float, typer.Option(min=0.001, help="Largest file of weights, 10^9 bytes.")] = 4.0,
     check: Annotated[bool, typer.Option("--verify", help=_VERIFY)] = False,
@@ -160,12 +159,11 @@ def export_command(
         bool,
         typer.Option(
             "--no-verify",
-            help="Leave the digests of the checkpoint's files alone, which are read first unless checkpoint.verify is "
-            "off.",
+            help="Skip the check of the checkpoint's digests (it is done unless checkpoint.verify is off).",
         ),
     ] = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face model. Needs no GPU, whatever the checkpoint was trained on."""
+    """Write a checkpoint as a Hugging Face model. It needs no GPU."""
     from moba_megatron.convert.export_hf import export_huggingface
     from moba_megatron.convert.exported import open_exported
     from moba_megatron.convert.verify import verify_conversion

@@ -63,7 +63,7 @@ def import_huggingface(
         advance: told parameters done and in all, after each.
 
     Returns:
-        The configuration that was written, and what is to be said about the import.
+        The written configuration, and notes about the import.
 
     Raises:
         ConfigError: `out` is taken, or a model that is not supported, not whole or not finite, or that no mixture is
@@ -95,7 +95,7 @@ def import_huggingface(
     if mixture is not None:
         notes.append(description(mixture))
     if half:
-        notes.append(f"the import holds F16 weights in fp32, as they are. In training, {half_precision_note('bf16')}")
+        notes.append(f"the import keeps F16 weights unchanged in fp32. In training, {half_precision_note('bf16')}")
     return goes_on, notes
 
 
@@ -167,8 +167,8 @@ def attention_section(values: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError([f"config.json: {error}"]) from error
     if settings.key_convolution:
         raise ConfigError([
-            f"config.json: moba_config has key_convolution = {settings.key_convolution}, whose filters are not read "
-            "from Hugging Face folders: start from the run or checkpoint that was exported"
+            f"config.json: moba_config has key_convolution = {settings.key_convolution}, whose filters cannot be read "
+            f"from Hugging Face folders: start from the exported run or checkpoint"
         ])  # fmt: skip
     full = [number for number, kind in enumerate(settings.layer_types, start=1) if kind == "full"]
     own: dict[int, dict[str, Any]] = {
@@ -185,7 +185,7 @@ def _selection_section(settings: MoBASettings) -> dict[str, Any]:
     chosen = [settings.selection, *settings.layer_selections.values()]
     if all(selection.is_plain for selection in chosen):
         return {}
-    # One summary and one threshold serve all layers whose selector asks for them.
+    # All layers share one summary and one threshold, if their selector needs them.
     summaries = {selection.summary for selection in chosen if selection.uses_scores} or {"mean"}
     shares = {selection.share_selection for selection in chosen if selection.uses_scores} or {"none"}
     thresholds = {selection.threshold for selection in chosen if selection.threshold is not None} or {None}
@@ -193,7 +193,7 @@ def _selection_section(settings: MoBASettings) -> dict[str, Any]:
         raise ConfigError([
             f"config.json: moba_config has layers of several summaries ({', '.join(sorted(summaries))}) or thresholds "
             f"({', '.join(map(str, thresholds))}) or of several share_selection ({', '.join(sorted(shares))}): "
-            "attention.summary, attention.threshold and attention.share_selection say one for all"
+            "attention.summary, attention.threshold and attention.share_selection hold for all layers"
         ])  # fmt: skip
     (summary,), (threshold,), (share,) = summaries, thresholds, shares
     shared = {"share_selection": share} if share != "none" else {}
@@ -215,7 +215,7 @@ def _configuration(
 def start_of_training(
     out: Path, *, model: dict[str, Any], attention: dict[str, Any], sequence_length: int, exact: str
 ) -> dict[str, Any]:
-    """Configuration values of an imported model, to go on from.
+    """Configuration values of an imported model, to start a training from.
 
     Args:
         out: its run folder.

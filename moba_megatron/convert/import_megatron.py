@@ -57,7 +57,7 @@ def import_megatron(
         tokenizer: Hugging Face folder. Default: `model`, if it is one with a tokenizer.
 
     Returns:
-        The configuration that was written, and what is to be said about the import.
+        The written configuration, and notes about the import.
 
     Raises:
         CheckpointError: no such checkpoint, or parameters that are not those of the model.
@@ -92,7 +92,7 @@ def import_megatron(
             keep_origin(RunFolder(unfinished), model)
     if not flags:
         notes.append(
-            f"{folder} keeps no flags: numbers of heads, rotary base and epsilon are those of --model, unchecked"
+            f"{folder} has no flags: numbers of heads, rotary base and epsilon are those of --model, unchecked"
         )
     return config, notes
 
@@ -104,7 +104,7 @@ def _flags(folder: Path) -> dict[str, Any]:
         return read_flags(common) if common else {}
     except (RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{folder}: its flags cannot be read without running what it holds: {str(error).splitlines()[0]}"
+            f"{folder}: its flags cannot be read without running its code: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -112,7 +112,7 @@ def find_iteration(source: Path) -> Path:
     """The checkpoint folder that a path means.
 
     Raises:
-        CheckpointError: there is none, or one of another format.
+        CheckpointError: no checkpoint, or one of another format.
     """
     if (source / LATEST).is_file():
         name = (source / LATEST).read_text(encoding="utf-8").strip()
@@ -162,7 +162,7 @@ def _model_section(path: Path) -> ModelConfig:
     except ValidationError as error:
         raise ConfigError([f"{path}: model.{explain(item, ModelConfig)}" for item in error.errors()]) from error
     if section.vocab_size is None:
-        raise ConfigError([f"{path}: model.vocab_size is not set: give the entries of the tokenizer's vocabulary"])
+        raise ConfigError([f"{path}: model.vocab_size is not set: give the size of the tokenizer's vocabulary"])
     return section
 
 

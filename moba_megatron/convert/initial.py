@@ -46,7 +46,7 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
         vocab_size: entries of `data.tokenizer`, which count where `model.vocab_size` is not set.
 
     Returns:
-        What is to be said about it beside `describe_weights`, one line each.
+        Further notes besides `describe_weights`, one line each.
 
     Raises:
         ConfigError: with one line for each size, tensor or tokenizer that does not fit.
@@ -59,13 +59,13 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
     model = sized(config.model, vocab_size)
     differing = _differences(model, sized(given, vocab_size))
     problems = [
-        f"model.{key} = {ours}, but {source} has {theirs}: leave the key out, or set it to that"
+        f"model.{key} = {ours}, but {source} has {theirs}: leave the key out, or set it to the same"
         for key, (ours, theirs) in differing.items()
         if key in _FIXED or not key.startswith(_FREE)
     ]
     if model.num_moe_experts and given.num_moe_experts is None:
         problems = [
-            f"model.num_moe_experts = {model.num_moe_experts}, but {source} is dense: make a mixture of it by "
+            f"model.num_moe_experts = {model.num_moe_experts}, but {source} is dense: turn it into a mixture by "
             f"moba-megatron import-hf {source} OUT --upcycle-experts {model.num_moe_experts}, and start from that"
         ]
     if problems:
@@ -86,8 +86,8 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
     window = config.model.window
     if not rotary and window and config.data.sequence_length > window:
         lines.append(
-            f"data.sequence_length = {config.data.sequence_length} is longer than what {source} was made for, {window} "
-            "tokens, and its rotary embedding is unchanged: positions beyond are new to it; model.rotary_scaling "
+            f"data.sequence_length = {config.data.sequence_length} is longer than the {window} tokens of {source}, "
+            f"and the rotary embedding is unchanged: later positions are new to the model; model.rotary_scaling "
             "(yarn), rotary_interpolation or a larger rotary_base extend it"
         )
     return lines
@@ -98,7 +98,8 @@ def require_source(config: Config) -> None:
     if config.model.init_from == MISSING:
         raise ConfigError([
             f"model.init_from = {MISSING}: give the weights that this training starts from (a Hugging Face folder, a "
-            "run folder or a checkpoint), for instance model.init_from=models/Llama-3.1-8B; null draws them anew"
+            "run folder or a checkpoint), for instance model.init_from=models/Llama-3.1-8B; null starts from random "
+            "weights"
         ])  # fmt: skip
 
 
@@ -114,9 +115,9 @@ def describe_weights(config: Config, resume: Path | None) -> str:
     if resume is not None:
         return f"weights: from checkpoint {resume}, step {Manifest.read(resume).step}"
     if config.model.init_from is None:
-        return f"weights: drawn anew, seed {config.run.seed}"
+        return f"weights: random, seed {config.run.seed}"
     if config.model.init_from == MISSING:
-        return f"weights: still to be given, model.init_from = {MISSING}"
+        return f"weights: not given yet, model.init_from = {MISSING}"
     source = Path(config.model.init_from)
     if _is_huggingface(source):
         dtypes = sorted(set(SafetensorsFolder(source).dtypes.values()))
@@ -158,7 +159,7 @@ def _verify_together(export: Path) -> None:
 
 
 def sized(model: ModelConfig, vocab_size: int) -> ModelConfig:
-    """A `model` section with every size stated, so that two of them compare."""
+    """A `model` section with every size given, to compare two of them."""
     return model.model_copy(
         update={
             "vocab_size": model.vocab_size or vocab_size,
@@ -178,7 +179,7 @@ def log_progress(done: int, total: int) -> None:
 
 def _check_key_convolution(config: Config, checkpoint: Path) -> None:
     """Its filters are parameters: a checkpoint has them or not. Plain Hugging Face weights start with filters of zero,
-    which do nothing."""
+    which have no effect."""
     ours, theirs = config.attention.key_convolution, saved_config(checkpoint).attention.key_convolution
     if ours != theirs:
         instead = "leave it out" if theirs is None else f"set it to {theirs}"
@@ -194,7 +195,7 @@ def _all_chats(recipe: dict[str, Any]) -> bool:
 
 
 def _without_beginning(config: Config, tokenizer: Tokenizer) -> list[str]:
-    """A line where the tokenizer begins texts with a token of its own, and the data do not."""
+    """A line if the tokenizer puts a token before texts, and the data do not have it."""
     try:
         path = blend_entries(config.data.train)[0].path
         manifest = load_manifest(Path(path).parent)
@@ -211,8 +212,8 @@ def _without_beginning(config: Config, tokenizer: Tokenizer) -> list[str]:
         return []
     token = tokenizer.decode(start)
     return [
-        f"data.train = {path}: its documents do not begin with {token!r}, with which the tokenizer begins a text; if "
-        f"the model was trained so (Llama, Mistral), prepare them with 'tokenizer.begin_of_document={token}'"
+        f"data.train = {path}: its documents do not begin with {token!r}, which the tokenizer puts before a text; if "
+        f"the model was trained with it (Llama, Mistral), prepare the data with 'tokenizer.begin_of_document={token}'"
     ]
 
 
@@ -235,7 +236,7 @@ def _differences(ours: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[obje
 
 
 def _check_tokenizer(config: Config, source: Path, tokenizer: Tokenizer) -> None:
-    """Weights mean what they mean for the ids of one tokenizer only. Which of its tokens ends documents is free."""
+    """Weights are valid only for the ids of one tokenizer. Which of its tokens ends documents is free."""
     folder, theirs = source, ""
     if not _is_huggingface(source):
         checkpoint = _find(source)

@@ -141,8 +141,8 @@ def huggingface_shapes(model: ModelConfig, arrangement: Arrangement = APART) -> 
 def pieces(
     name: str, model: ModelConfig, rank: int = 0, ranks: int = 1, *, arrangement: Arrangement = APART
 ) -> list[Piece]:
-    """What a parameter (by canonical name) shares with Hugging Face tensors, on one of `ranks` ranks that split it:
-    tensor-parallel ones, or of an expert those that share it.
+    """The parts that a parameter (by canonical name) shares with Hugging Face tensors, on one of `ranks` ranks that
+    split it: tensor-parallel ones, or of an expert those that share it.
 
     Rows of the vocabulary's padding are in no piece.
 

@@ -32,7 +32,7 @@ def read_flags(common: bytes) -> dict[str, Any]:
 
 
 def differences(flags: dict[str, Any], model: ModelConfig) -> list[str]:
-    """What a `model` section says otherwise than the flags, one line each."""
+    """Differences between a `model` section and the flags, one line each."""
     heads = flags.get("num_attention_heads")
     theirs = {
         "num_layers": flags.get("num_layers"),
@@ -73,13 +73,13 @@ def differences(flags: dict[str, Any], model: ModelConfig) -> list[str]:
         "add_bias_linear": False,
     }  # fmt: skip
     return found + [
-        f"the checkpoint was trained with {name} = {flags[name]}, our models have {value}"
+        f"the checkpoint was trained with {name} = {flags[name]}, but our models have {value}"
         for name, value in needed.items()
         if flags.get(name, value) != value
     ]
 
 
-# What of a mixture of experts its weights do not show; for both sides None is none.
+# Settings of a mixture of experts that its weights do not show; None means none in both formats.
 _ROUTING = (
     *("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor"),
     *("moe_router_num_groups", "moe_router_group_topk", "moe_expert_capacity_factor"),

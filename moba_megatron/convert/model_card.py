@@ -1,5 +1,5 @@
-"""The README of an exported model: how to run it, what it was trained on, what other engines make of it, how it does,
-and what it comes from."""
+"""The README of an exported model: how to run it, its training, its behaviour in other engines, its evaluations, and
+its source."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _MOBA = (
     + """. `moba_config` in
 `config.json` says so.
 
-**Engines that do not know `moba_config` run this model with full attention.** vLLM and SGLang do, and so does
-transformers where it is told to use another attention. Up to {covered:,} tokens of context that is the same; beyond,
-the numbers are others than those it was trained with. In transformers 5, loading it fails where nothing has registered
-the attention; transformers 4 takes full attention without a word unless it is named:
+**Engines that do not know `moba_config` run this model with full attention.** vLLM and SGLang do so, and so does
+transformers if you name another attention. Up to {covered:,} tokens of context the results are the same; beyond, they
+differ from the training. transformers 5 refuses to load the model if no package has registered the attention;
+transformers 4 silently uses full attention unless you name the attention:
 
 ```python
 {load}
@@ -38,9 +38,9 @@ the attention; transformers 4 takes full attention without a word unless it is n
 _CONVOLVED = """## Attention
 
 {sparse}Keys are convolved over {width} tokens before attention (FlashMoBA, arXiv 2511.11571), in all layers, by filters
-that only the code of this folder reads. `moba_config` in `config.json` says so.
+that only the code of this folder reads. `moba_config` in `config.json` names them.
 
-**Engines that run this model without that code run another model**, with plain keys and full attention, at any length.
+**Without that code an engine runs another model**, with plain keys and full attention, at any length.
 
 ```python
 {load}
@@ -147,7 +147,7 @@ def _attention(name: str, values: dict[str, Any]) -> str:
 
 
 def _said(settings: MoBASettings) -> dict[str, Any]:
-    """What the words for a selector leave open."""
+    """The values for the placeholders of a selector's text."""
     return {
         "summary": _FITS[settings.selection.summary],
         "threshold": settings.selection.threshold,
@@ -179,17 +179,17 @@ def _experts(model: ModelConfig) -> dict[str, str]:
     if model.num_moe_experts is None:
         return {}
     total, active = parameter_counts(model)
-    shared = ", and one that all tokens pass" if model.moe_shared_expert_intermediate_size else ""
+    shared = ", and one for all tokens" if model.moe_shared_expert_intermediate_size else ""
     layers = sum(model.expert_layers)
     return {
-        "parameters": f"{total:,}, of which a token passes {active:,}",
+        "parameters": f"{total:,}, {active:,} active for a token",
         "experts": f"{model.moe_router_topk} of {model.num_moe_experts} for each token{shared}, in {layers} of "
         f"{model.num_layers} layers",
     }
 
 
 def evaluation_table(lines: list[dict[str, Any]], step: int) -> str:
-    """What `moba-megatron evaluate` found out about the model of a step, as a section of the card; empty if nothing.
+    """The results of `moba-megatron evaluate` for the model of a step, as a section of the card; empty if nothing.
 
     Args:
         lines: of `evaluations.jsonl`. The last one counts where several say the same; those of attentions that are not
@@ -210,7 +210,7 @@ def evaluation_table(lines: list[dict[str, Any]], step: int) -> str:
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:
-    """The results of a line of `evaluations.jsonl`, by what a reader of the card would call them."""
+    """The results of a line of `evaluations.jsonl`, with names for a reader of the card."""
     kind = line.get("kind")
     if kind == "losses":
         data = f"on {Path(str(line.get('data'))).name}, {line.get('samples')} samples (nats per token)"
@@ -229,7 +229,7 @@ def _numbers(line: dict[str, Any]) -> dict[str, float]:
 
 
 def _losses(exported: Exported) -> dict[str, str]:
-    """What the run folder recorded of this step's evaluation."""
+    """The evaluation of this step in the run folder."""
     lines = training_records(read_json_lines(RunFolder.of(exported.checkpoint).evaluations))
     for values in reversed(lines):
         if values["step"] == exported.manifest.step:

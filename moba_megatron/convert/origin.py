@@ -1,8 +1,8 @@
-"""Where a model comes from, for its card: the model that its weights began as, and that one's license.
+"""The source of a model for its card: the model of its first weights, and the license of that model.
 
-Known is what the source itself says: the head of its README.md, its config.json, or the name of its folder in the cache
-of Hugging Face's hub. A run keeps it in `RUN/origin.json` from its first step on, because the source may be gone when
-the run is exported; a run that starts from a run takes over what that one keeps.
+The facts come from the head of its README.md, its config.json, or the name of its folder in the cache of Hugging Face's
+hub. A run keeps them in `RUN/origin.json` from its first step on, because the source may be gone at the time of the
+export. A run that starts from another run copies that file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _IN_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
 def origin_of(source: str | Path) -> dict[str, Any]:
-    """What is known of a Hugging Face folder, a run folder or a checkpoint: some of `base_model` (a name on the hub),
+    """Facts about a Hugging Face folder, a run folder or a checkpoint: some of `base_model` (a name on the hub),
     `license`, `license_name` and `license_link`, in the words of model cards."""
     source = Path(source)
     if not (source / CONFIG).is_file():
@@ -37,7 +37,7 @@ def origin_of(source: str | Path) -> dict[str, Any]:
 
 
 def keep_origin(run: RunFolder, source: str | Path) -> None:
-    """Write what is known of the source of a run's first weights into the run folder; nothing where nothing is."""
+    """Write the facts about the source of a run's first weights into the run folder; nothing where nothing is."""
     if known := origin_of(source):
         run.path.mkdir(parents=True, exist_ok=True)
         write_whole(run.origin, json.dumps(known, indent=1) + "\n")
@@ -49,7 +49,7 @@ def read_origin(run: RunFolder) -> dict[str, Any]:
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """The head of a folder's README.md; empty where there is none that can be read."""
+    """The head of a folder's README.md; empty without a readable one."""
     path = folder / README
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, flags=re.DOTALL)

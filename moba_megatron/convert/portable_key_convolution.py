@@ -84,7 +84,7 @@ class ConvolvedAttention(LlamaAttention):
     ) -> tuple[Tensor, Tensor | None]:
         name, size = self.config._attn_implementation, self.head_dim
         if name not in KNOWN_MASKS or (attention_mask is not None and attention_mask.dim() != 4):
-            raise ValueError(f"convolved keys need masks as {', '.join(KNOWN_MASKS)} have them, got {name}")
+            raise ValueError(f"convolved keys need a mask for {', '.join(KNOWN_MASKS)}, got one for {name}")
         shape = (*hidden_states.shape[:-1], -1, size)
         query, key, value = (p(hidden_states).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "k_norm"):

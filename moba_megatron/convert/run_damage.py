@@ -1,4 +1,4 @@
-"""What is wrong with a run folder: its checkpoints, its exports and its records, each by name."""
+"""The damage of a run folder: its checkpoints, its exports and its records, each by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moba_megatron.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class Finding:
-    """A part of a run folder, what is known of it in a few words, and what is wrong with it, one line each."""
+    """A part of a run folder, a short description, and its problems, one line each."""
 
     path: Path
     words: str
@@ -30,7 +30,7 @@ def checkpoint_findings(path: Path, advance: Callable[[str], None] = lambda what
     """Look at a checkpoint, at an export, or at all of both in a run folder.
 
     Raises:
-        CheckpointError: it is none of them.
+        CheckpointError: it is something else.
     """
     if (path / SOURCE).is_file():
         yield _export(path)
@@ -86,13 +86,13 @@ def _export(folder: Path) -> Finding:
         check_export(folder, whole=True)
     except (CheckpointError, OSError) as error:
         return Finding(folder, "export", (str(error),))
-    held = "export" if (folder / SOURCE).is_file() else "a folder without digests: nothing to hold it against"
+    held = "export" if (folder / SOURCE).is_file() else "a folder without digests: nothing to compare it with"
     return Finding(folder, held)
 
 
 def _status(run: RunFolder) -> Finding:
     if not run.status.is_file():
-        return Finding(run.status, "not there: no process has trained here")
+        return Finding(run.status, "missing: no process has trained here")
     try:
         found = json.loads(run.status.read_text(encoding="utf-8"))
         words = f"{found['state']} at step {found['step']}"

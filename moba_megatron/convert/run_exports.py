@@ -29,8 +29,8 @@ def export_in_run(
         advance, verify: as in `export_huggingface`; the files of an export that is used again are verified likewise.
 
     Raises:
-        CheckpointError: the folder there is no export of this checkpoint as this version writes it, or is damaged.
-        ConfigError, CheckpointError: as `export_huggingface`.
+        CheckpointError: the folder is not an export of this checkpoint by this version, or is damaged. ConfigError,
+        CheckpointError: as `export_huggingface`.
     """
     folder = (run or RunFolder.of(exported.checkpoint)).exports / exported.checkpoint.name
     if not folder.exists():
@@ -51,13 +51,13 @@ def export_in_run(
     if found != wanted:
         raise CheckpointError(
             f"{folder} is not the export of {exported.checkpoint} ({SOURCE} and {CONFIG} say {found}, expected "
-            f"{wanted}): remove the folder, it will be made anew"
+            f"{wanted}): remove the folder; the next call exports again"
         )
     return folder
 
 
 def _read_again(folder: Path) -> dict[str, Any]:
-    """What an export says of its source, without the digests of its files."""
+    """The record of an export's source, without the digests of its files."""
     # An export of another checkpoint is not a damaged one: digests come after.
     found = read_source(folder, digest=False) or {}
     if found and "files" not in found:

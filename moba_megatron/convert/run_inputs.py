@@ -1,7 +1,7 @@
-"""What a run was given, found again from any working directory: its tokenizer, which it keeps a copy of, and its data.
+"""The inputs of a run, found from any working directory: its tokenizer, of which it keeps a copy, and its data.
 
-Relative paths of a configuration count from the working directory. Where nothing is there, they count from the one that
-the run was last started in, which `environment.json` names.
+Relative paths of a configuration count from the working directory. If nothing exists there, they count from the working
+directory of the run's last start (`environment.json`).
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class SafetensorsFolder:
         return tensor
 
     def problems(self, expected: dict[str, tuple[int, ...]]) -> list[str]:
-        """Hold names, shapes and dtypes against what a model needs; one line for each that does not fit."""
+        """Compare names, shapes and dtypes with those that a model needs; one line for each that does not fit."""
         lines = [f"{name} is missing" for name in expected if name not in self.shapes]
         lines += [f"{name} is not part of this model" for name in self.shapes if name not in expected]
         for name in expected.keys() & self.shapes.keys():
@@ -93,7 +93,8 @@ class SafetensorsFolder:
                 problems.append(f"{file} cannot be read: {error}; fetch it again ({DOWNLOAD} {self.folder})")
         if index is not None and not problems:
             problems += [
-                f"{INDEX} puts {name} into {file}, where it is not: fetch the folder again ({DOWNLOAD} {self.folder})"
+                f"{INDEX} names {file} for {name}, which is not there: fetch the folder again ({DOWNLOAD} "
+                f"{self.folder})"
                 for name, file in index.items()
                 if not name.endswith(_IGNORED) and self.files.get(name) != file
             ]
@@ -125,12 +126,12 @@ class SafetensorsFolder:
         raise ConfigError([self._without_weights()])
 
     def _without_weights(self) -> str:
-        """What a folder without weights may be, and the way to one that has them."""
+        """The likely kind of a folder without weights, and the way to one with weights."""
         fetch = f"{DOWNLOAD} {self.folder}"
         if (self.folder / "adapter_config.json").is_file():
             return (
-                f"{self.folder} holds an adapter, not a model: add it to its model by peft (merge_and_unload) and "
-                "save_pretrained that"
+                f"{self.folder} holds an adapter, not a model: merge it into its model with peft (merge_and_unload) "
+                f"and save_pretrained the result"
             )
         for pattern, what in (
             ("*.gguf", "GGUF files of llama.cpp"),

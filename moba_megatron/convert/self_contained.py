@@ -16,14 +16,14 @@ def with_own_code(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str
     """The contents of config.json that name the files of code, and those files: `CODE_FILE`, and where keys are
     convolved `KEYS_FILE`.
 
-    The architecture gets a name of its own, so that an engine that goes by names refuses the model instead of running
-    it with full attention.
+    The architecture gets its own name. So an engine that selects models by name refuses it instead of running it with
+    full attention.
 
     Raises:
         ConfigError: a model without MoBA layers, which any engine runs as it is.
     """
     if "moba_config" not in values:
-        raise ConfigError(["--self-contained: no layer attends by MoBA, so there is no code to bring: leave it out"])
+        raise ConfigError(["--self-contained: no layer uses MoBA, so no code is needed: leave the option out"])
     family, (plain,) = values["model_type"], values["architectures"]
     convolved = "key_convolution" in values["moba_config"]
     names = [CODE_FILE, KEYS_FILE] if convolved else [CODE_FILE]

@@ -68,7 +68,7 @@ class StoredWeights:
         return found
 
     def _place(self, name: str) -> tuple[str, list[int]]:
-        """The key that a parameter is stored under, and its numbers in the first dimensions of what lies there."""
+        """The key of a stored parameter, and its indices in the first dimensions of the stored tensor."""
         layer, rest = layer_of(name)
         if layer is None:
             return name, []

@@ -40,13 +40,13 @@ _SPECIAL_TOKENS = 8
 
 
 def copy_tokenizer_files(source: Path, folder: Path) -> None:
-    """Copy what there is of a tokenizer, and of generation settings beside it."""
+    """Copy the files of a tokenizer, and the generation settings beside it."""
     copy_files(source, folder, FILES)
 
 
 def complete_tokenizer_config(folder: Path, eos_token: str) -> None:
-    """Write what transformers needs and the folder does not say: the class that reads any `tokenizer.json`, and the
-    token that ends a text."""
+    """Write the settings that transformers needs and the folder lacks: the class that reads any `tokenizer.json`, and
+    the token that ends a text."""
     values = _read(folder / CONFIG)
     defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos_token}
     if "eos_token" in _read(folder / "special_tokens_map.json"):
@@ -92,8 +92,8 @@ def tokenizer_class(folder: Path, tokenizer: Tokenizer) -> str:
     said = "; ".join(f"{name} reads {text!r} otherwise" for name, text in differing.items())
     raise ConfigError([
         f"{tokenizer.folder}: no class of transformers gives the ids of its tokenizer.json ({said}): settings in "
-        f"{CONFIG} change them, such as a special token that tokenizer.json does not have. They did not hold in "
-        "training: take them out"
+        f"{CONFIG} change them, such as a special token that is not in tokenizer.json. Training did not use these "
+        "settings: take them out"
     ])  # fmt: skip
 
 

@@ -1,12 +1,12 @@
 """A dense model becomes a mixture of experts (sparse upcycling, arXiv 2212.05055).
 
-Every expert starts as a copy of the layer's feed-forward, and the weights of the chosen ones add up to 1, so that
-whatever is chosen the layer gives what it gave: without noise the first logits are those of the dense model. The router
-is drawn like any weight. Equal experts of a router of zeros would be chosen by the order of equal numbers, for all
-tokens alike; drawn ones get tokens of their own, and therefore gradients of their own.
+Every expert starts as a copy of the layer's feed-forward, and the weights of the chosen experts add up to 1. So the
+output of the layer does not depend on the choice: without noise the first logits equal those of the dense model. The
+router starts with random weights. With a router of zeros all tokens would choose the same experts; with random weights
+experts get different tokens, and so different gradients.
 
-Biases on queries, keys and values (Qwen 2) are known to transformers only beside a shared expert. Such a model gets one
-as wide as the feed-forward, whose down projection and gate start at 0: it adds nothing at first.
+transformers supports biases on queries, keys and values (Qwen 2) in a mixture only together with a shared expert. Such
+a model gets one as wide as the feed-forward. Its down projection and gate start at 0, so its output is 0 at first.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _SHARED = "mlp.shared_experts."
 
 @dataclass(frozen=True)
 class Upcycling:
-    """What becomes of a dense model.
+    """The settings of the mixture.
 
     Attributes:
         experts: of every layer.
-        experts_per_token: of which a token passes so many.
+        experts_per_token: experts that process each token.
         noise: standard deviation of what is added to each number of an expert, in units of the standard deviation of
             its tensor.
         seed: of the router and the noise.
@@ -49,7 +49,7 @@ class Upcycling:
     seed: int = 1234
 
     def problems(self) -> list[str]:
-        """What of this cannot be, one line each."""
+        """Impossible settings, one line each."""
         chosen = f"--experts-per-token = {self.experts_per_token}"
         return [
             line
@@ -57,8 +57,8 @@ class Upcycling:
                 (self.experts < 2, f"--upcycle-experts = {self.experts}: a mixture has at least 2 experts"),
                 (
                     self.experts_per_token < 2,
-                    f"{chosen}: the weights of the chosen experts add up to 1, so one alone would weigh 1 whatever the "
-                    "router says, which would learn nothing: use 2 or more",
+                    f"{chosen}: the weights of the chosen experts add up to 1, so a single expert would always have "
+                    f"weight 1 and its router would learn nothing: use 2 or more",
                 ),
                 (
                     self.experts_per_token > self.experts >= 2,
@@ -87,9 +87,7 @@ def asked_for(
         return Upcycling(experts, **given)
     if given:
         options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ConfigError(
-            [f"{options}: of a mixture of experts that is made here: add --upcycle-experts, or leave out"]
-        )
+        raise ConfigError([f"{options}: only for upcycling: add --upcycle-experts, or leave out"])
     return None
 
 
@@ -125,13 +123,11 @@ def mixture_of(model: ModelConfig, upcycling: Upcycling) -> ModelConfig:
 
 
 def description(mixture: ModelConfig) -> str:
-    """What was made, in a line."""
-    shared = (
-        ", beside a shared expert that adds nothing at first" if mixture.moe_shared_expert_intermediate_size else ""
-    )
+    """A line about the result."""
+    shared = ", and a shared expert whose output is 0 at first" if mixture.moe_shared_expert_intermediate_size else ""
     return (
-        f"{mixture.num_moe_experts} experts in each layer, of which a token passes {mixture.moe_router_topk}{shared}; "
-        f"training goes on with model.moe_aux_loss_coeff = {mixture.moe_aux_loss_coeff:g}"
+        f"{mixture.num_moe_experts} experts in each layer; experts for each token: {mixture.moe_router_topk}{shared}; "
+        f"training uses model.moe_aux_loss_coeff = {mixture.moe_aux_loss_coeff:g}"
     )
 
 

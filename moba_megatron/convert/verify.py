@@ -1,11 +1,11 @@
-"""The gate of a conversion: logits of our model against those of transformers, in fp32.
+"""The check of a conversion: compare the logits of our model with those of transformers, in fp32.
 
-Weights that come back bit for bit prove little: wrong rotary metadata, a wrong epsilon or a wrong order of heads leave
-them as they are. So our model, filled from the checkpoint, and transformers' model, loaded from the Hugging Face
+Weights that return bit for bit prove little: with wrong rotary metadata, a wrong epsilon or a wrong order of heads they
+would still be the same. So our model, filled from the checkpoint, and transformers' model, loaded from the Hugging Face
 folder, read the same tokens under full attention: random ones, real ones, and a text longer than the rotary embedding's
-original length. A model with MoBA layers reads random tokens once more, under its own attention on both sides, and
-always so many that the last of them leave blocks out in every MoBA layer: up to `block_size * top_k` tokens MoBA is
-full attention, and a comparison would prove nothing about it.
+original length. A model with MoBA layers also reads random tokens with its own attention on both sides. The text is so
+long that its last tokens leave out blocks in every MoBA layer, because up to `block_size * top_k` tokens MoBA equals
+full attention.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def read_weights(
 def copy_parameter(
     parameter: Tensor, name: str, weights: SafetensorsFolder, model: ModelConfig, arrangement: Arrangement
 ) -> None:
-    """Fill what this rank has of a parameter.
+    """Fill this rank's part of a parameter.
 
     Args:
         name: canonical.
@@ -110,8 +110,7 @@ def rank_and_ranks(name: str) -> tuple[int, int]:
 
 
 def canonical_parameters(chunk: torch.nn.Module) -> list[tuple[str, Tensor]]:
-    """What a checkpoint holds of a chunk's weights: parameters, and the biases of balanced routers, by canonical
-    name."""
+    """A chunk's weights in a checkpoint: parameters, and the biases of balanced routers, by canonical name."""
     # A chunk may hold no layer at all: the embedding or the loss alone.
     first = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
     experts = chunk.config.num_moe_experts or 0

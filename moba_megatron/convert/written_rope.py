@@ -1,11 +1,11 @@
 """The rotary embedding of an exported `config.json`.
 
-It is written in both dialects, and with both places of the original length, because transformers 4 reads base 10000,
-silently, where only the words of transformers 5 are there.
+It is written in the formats of transformers 4 and 5, with the original length in both places. Without its own keys
+transformers 4 would silently use base 10000.
 
-Published Phi-3 models say `longrope` by its two lists alone, and transformers 4 takes nothing else beside them in this
-family: the factor on queries and keys then follows from the lengths. It is written so where that gives the right one.
-Otherwise it is said, and transformers 4 refuses to load the model.
+Published Phi-3 models give `longrope` only by its two lists, and transformers 4 accepts nothing else in this family:
+the factor on queries and keys then follows from the lengths. The export omits the factor if it follows correctly.
+Otherwise it writes the factor, and transformers 4 refuses to load the model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def written_positions(model: ModelConfig, length: int, family: Family) -> int:
 
 
 def written_rope(model: ModelConfig, length: int, family: Family) -> dict[str, Any]:
-    """The rotary embedding in the words of transformers 4 and 5.
+    """The rotary embedding with the keys of transformers 4 and 5.
 
     Args:
         length: what is written as `max_position_embeddings`.

@@ -39,13 +39,13 @@ def blend_entries(value: str | list[BlendEntry] | None) -> list[BlendEntry]:
             may stand in a list too; its own weights then divide the weight of its entry.
 
     Raises:
-        ConfigError: a blend that names nothing, or a blend file that is missing or holds something else.
+        ConfigError: an empty blend, or a blend file that is missing or holds something else.
     """
     if value is None:
         return []
     if isinstance(value, list):
         if not value:
-            raise ConfigError(["a blend names nothing: give at least one entry with `path` and `weight`"])
+            raise ConfigError(["the blend is empty: give at least one entry with `path` and `weight`"])
         return [found for entry in value for found in _scaled(blend_entries(entry.path), entry.weight)]
     return _read_blend(Path(value)) if value.endswith(_ENDINGS) else [BlendEntry(path=value)]
 

@@ -1,6 +1,6 @@
 """Conversations as documents: the tokenizer's chat template, with the assistant's turns as what is learned.
 
-A template that marks the assistant's part with `{% generation %}` says itself what counts. Of any other the
+A template that marks the assistant's part with `{% generation %}` defines the tokens that count. Of any other the
 conversation is rendered up to each assistant's turn, with the prompt for an answer, and once more with that turn: what
 is new counts, the end-of-turn token included. A template that writes earlier turns otherwise once later ones follow
 (Qwen 3 drops the thoughts of earlier answers) cannot be cut this way; of such a conversation each answer becomes a
@@ -37,12 +37,12 @@ from moba_megatron.corpus.messages import (
 )
 from moba_megatron.corpus.tokenizer import template_files
 
-NO_TOOLS_WRITTEN = "rows have tools, which the chat template does not write"
+NO_TOOLS_WRITTEN = "rows have tools, but the chat template does not use them"
 _TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json")
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ANY_MARK = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 _NO_CLOCK = "asks for the time of day"
-_NO_FORMAT = "computes how it asks for the time of day"
+_NO_FORMAT = "computes the format in which it asks for the time of day"
 # What `sharegpt` sets call roles.
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 _PROBES = {role: f"a probe of what the {role} says" for role in ("system", "user", "assistant")}
@@ -127,7 +127,7 @@ class ChatTemplate:
 
     @staticmethod
     def fingerprint(folder: str | Path) -> str:
-        """Hash (32 hex digits) of what decides how conversations of a tokenizer folder are written."""
+        """Hash (32 hex digits) of all settings of a tokenizer folder that decide how conversations are written."""
         digest = hashlib.blake2b(digest_size=16)
         for name in _TEMPLATE_FILES:
             path = Path(folder) / name
@@ -181,8 +181,8 @@ class ChatTemplate:
         """Raise where the template asked for what it does not get."""
         if _NO_FORMAT in str(error):
             raise CorpusError(
-                f"the chat template in {self.folder} {_NO_FORMAT}, which chat.now cannot serve: set what it takes "
-                "instead by chat.template_arguments, or write the format into the template"
+                f"the chat template in {self.folder} {_NO_FORMAT}, which chat.now cannot serve: give its date by "
+                f"chat.template_arguments, or write the format into the template"
             ) from error
         if _NO_CLOCK in str(error):
             raise CorpusError(self._no_clock()) from error
@@ -190,7 +190,7 @@ class ChatTemplate:
     def _no_clock(self) -> str:
         return (
             f"the chat template in {self.folder} {_NO_CLOCK} (strftime_now), which would make the data depend on the "
-            "day they are prepared: set chat.now: 2024-07-26, or what the template takes instead of it by "
+            "day they are prepared: set chat.now: 2024-07-26, or give the template its date by "
             "chat.template_arguments, such as {date_string: 26 Jul 2024}"
         )
 
@@ -255,7 +255,7 @@ class ChatTemplate:
         return message
 
     def _refuse_special(self, values: Any) -> None:
-        """Nothing of a row may be read as a special token, wherever the template writes it."""
+        """No text of a row may become a special token, wherever the template writes it."""
         for text in texts_in(values):
             normalized = self.normalize(text)
             found = next((token for token in self.special if token in text or token in normalized), None)
@@ -269,8 +269,8 @@ class ChatTemplate:
         for token in self.not_ours:
             if token in text:
                 raise CorpusError(
-                    f"the chat template in {self.folder} writes {token!r}, which tokenizer_config.json has and "
-                    "tokenizer.json has not, so that its ids would be those of its letters: load the folder by "
+                    f"the chat template in {self.folder} writes {token!r}, which is in tokenizer_config.json but not "
+                    f"in tokenizer.json, so it would be encoded letter by letter: load the folder by "
                     "transformers.AutoTokenizer and save it again"
                 )
 
@@ -280,7 +280,7 @@ class ChatTemplate:
             return [self._marked(turns, tools, arguments)]
         answers = list(self._answers(turns, tools, arguments))
         if not answers:
-            raise ValueError("it begins with the assistant, and nothing asks for that turn")
+            raise ValueError("it begins with a turn of the assistant, which has no prompt")
         segments: list[Segment] = []
         done = ""
         for asked, answered in answers:
@@ -304,7 +304,8 @@ class ChatTemplate:
             answered = self._render(turns[: place + 1], tools, arguments, False)
             if not answered.startswith(asked):
                 raise ValueError(
-                    "the chat template writes an answer otherwise than its own prompt for one: mark what counts with "
+                    "the chat template starts an answer differently from its own generation prompt: mark the tokens "
+                    "that count with "
                     "{% generation %}"
                 )
             yield asked, answered

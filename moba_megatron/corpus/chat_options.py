@@ -21,7 +21,7 @@ def _iso(value: Any) -> Any:
 
 
 class Chat(Section):
-    """What the chat template gets beside the messages."""
+    """Inputs of the chat template besides the messages."""
 
     template_arguments: dict[str, Any] = {}
     """Variables that the template reads, such as `{enable_thinking: false}` or `{date_string: 26 Jul 2024}`."""
@@ -41,5 +41,5 @@ class Chat(Section):
     def _are_free(cls, value: dict[str, Any]) -> dict[str, Any]:
         taken = sorted(TAKEN & value.keys())
         if taken:
-            raise ValueError(f"{', '.join(taken)} cannot be set: `prepare` gives it to the template itself")
+            raise ValueError(f"{', '.join(taken)} cannot be set: `prepare` passes it to the template")
         return value

@@ -15,7 +15,7 @@ _SHOWN = 5
 _HEAD = 4096
 _TABLES = (".csv", ".tsv", ".xls", ".xlsx", ".ods")
 _PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ", b"PK\x03\x04")
-_HOW = "say what it is, by a recipe or `--kind jsonl`, or give it another ending"
+_HOW = "name its kind by a recipe or `--kind jsonl`, or give it another ending"
 
 
 def direct_sources(
@@ -80,8 +80,8 @@ def _kind_of(path: str) -> tuple[str, str | None, list[str]]:
     if len(kinds) > 1:
         found = ", ".join(f"{len(own)} of kind {kind} ({own[0]})" for kind, own in sorted(kinds.items()))
         raise ValueError(
-            f"{path} holds files of several kinds: {found}: give one --input for each, or --kind for how all are to be "
-            "read"
+            f"{path} holds files of several kinds: {found}: give one --input for each, or --kind to read all of them "
+            f"as one kind"
         )
     ((kind, own),) = kinds.items()
     lines = [f"{path}: {len(other):,} of {len(names):,} files are left out ({_endings(other)})"] if other else []
@@ -119,7 +119,7 @@ def kind_of_file(path: str) -> str:
     lower = name.lower()
     if lower.endswith(_TABLES) or lower.endswith(tuple(f"{t}{c}" for t in _TABLES for c in COMPRESSED)):
         raise ValueError(
-            f'{path}: tables of this kind are not read. As rows of Parquet: python -c "import pandas; '
+            f'{path}: this kind of table is not supported. Convert it to Parquet: python -c "import pandas; '
             f"pandas.read_csv('{name}').to_parquet('{os.path.splitext(name)[0]}.parquet')\""
         )
     head = head_of(path, _HEAD)
@@ -130,7 +130,7 @@ def kind_of_file(path: str) -> str:
             return "jsonl"
         raise ValueError(f"{path} looks like JSON, but its ending is not known: {_HOW}")
     if lower.endswith(COMPRESSED) or head.startswith(_PACKED):
-        raise ValueError(f"{path} is compressed, which is read of JSON Lines alone: unpack it, or {_HOW}")
+        raise ValueError(f"{path} is compressed; only JSON Lines may be: unpack it, or {_HOW}")
     return "files"
 
 

@@ -68,7 +68,7 @@ class Document:
     """Where one row gives several documents: hash of what they have in common, so that none of them can be in another
     split than the others."""
     notes: tuple[str, ...] = ()
-    """What the manifest counts of documents that are kept."""
+    """Counts of kept documents for the manifest."""
 
     @property
     def text(self) -> str:
@@ -76,7 +76,7 @@ class Document:
 
     @property
     def prompt(self) -> str:
-        """What comes before the first target."""
+        """The tokens before the first target."""
         return "".join(text for text, _ in takewhile(lambda segment: not segment[1], self.segments))
 
     @property
@@ -94,7 +94,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """What could not be a document."""
+    """An input that could not become a document."""
 
     number: int
     """As in `Document`."""
@@ -141,7 +141,7 @@ def make_segmented(
     row_digest: bytes | None = None,
     notes: tuple[str, ...] = (),
 ) -> Document | Skipped:
-    """A document of which some segments are targets and others are not. Empty segments vanish. The rest is as in
+    """A document with some segments that are targets and others that are not. Empty segments vanish. The rest is as in
     `Document`."""
     try:
         pieces = [text.encode() for text, _ in segments]
@@ -161,7 +161,8 @@ def text_hash(data: bytes) -> bytes:
 
 @contextmanager
 def whole_file(path: str, *errors: type[Exception]) -> Iterator[None]:
-    """Turn what a library says of a damaged file into an error of the corpus; one of the system has a number and stays.
+    """Turn an error of a library about a damaged file into an error of the corpus; one of the system has a number and
+    stays.
 
     Args:
         errors: of the library, beside OSError.

@@ -34,7 +34,7 @@ class Duplicates:
     first_documents: np.ndarray
     """[shards + 1] int64: number of each shard's first document, and of all."""
     bits: np.memmap | None
-    """[documents / 8] uint8, one bit a document: 1 for a duplicate. None if there is no document."""
+    """[documents / 8] uint8, one bit a document: 1 for a duplicate. None without documents."""
 
     def kept(self, shard: int, records: np.ndarray, start: int) -> np.ndarray:
         """[records] bool: whether the documents of a piece of a shard's `documents` file, from record `start` of it,

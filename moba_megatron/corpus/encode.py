@@ -1,4 +1,4 @@
-"""What one worker does: read a part of a source, divide its documents into splits, encode them, write a shard.
+"""The work of one worker: read a part of a source, divide its documents into splits, encode them, write a shard.
 
 A worker process ends itself when the process that started it is gone.
 """
@@ -48,7 +48,7 @@ _BATCH_DOCUMENTS = 4096
 
 @dataclass
 class Progress:
-    """What all workers have done so far, for the progress bar of the process that shows it."""
+    """The progress of all workers, for the progress bar of the process that shows it."""
 
     text: Synchronized[int]
     """UTF-8 bytes of text read and encoded."""
@@ -66,7 +66,7 @@ _progress: Progress | None = None
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """What all shards of a dataset share."""
+    """Settings that all shards of a dataset share."""
 
     recipe_json: str
     work: Path
@@ -107,7 +107,7 @@ def choose_split(recipe: Recipe, source: SourceBase, document: Document) -> str 
 
 
 def encode_part(job: EncodeJob, number: int, part: Part) -> None:
-    """Read, encode and write one part, in place of what there is of it.
+    """Read, encode and write one part, and replace any earlier output of it.
 
     Raises:
         EngineMismatch: gigatoken and `tokenizers` differ on the sample.

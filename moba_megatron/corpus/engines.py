@@ -25,7 +25,7 @@ from moba_megatron.corpus.tokenizer import Beginnings, Tokenizer
 Engine = Literal["gigatoken", "tokenizers"]
 
 END_IN_TEXT = "documents contain the text of the end-of-document token, read as plain text"
-PROMPT_RUNS_ON = "documents do not begin with the ids of their prompt alone: a token covers its end and what follows"
+PROMPT_RUNS_ON = "documents do not begin with the ids of their prompt: a token covers its end and the next text"
 
 _SAMPLE_TEXTS = 16
 _SAMPLE_CHARACTERS = 2048
@@ -168,7 +168,7 @@ def choose_engine(tokenizer: Tokenizer, wanted: Literal["auto", "tokenizers"], t
     if wanted == "tokenizers":
         return "tokenizers", "set in the recipe"
     if not texts:
-        return "tokenizers", "which tells prompts from answers"
+        return "tokenizers", "which separates prompts from answers"
     if importlib.util.find_spec("gigatoken") is None:
         return "tokenizers", "gigatoken is not installed"
     try:
@@ -192,7 +192,7 @@ def _lengths(rows: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
 
 
 def _with_beginning(encoded: Encoded, begin: list[int]) -> Encoded:
-    """The same with these ids before each document, but before none that begins with them already."""
+    """The same with these ids before each document, unless it begins with them already."""
     edges = np.cumsum(encoded.lengths)[:-1]
     rows = np.split(encoded.ids, edges)
     put = [row[: len(begin)].tolist() != begin for row in rows]

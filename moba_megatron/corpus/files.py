@@ -1,11 +1,11 @@
-"""Files as they lie about: which files a path or a pattern means, and what kind of file each is.
+"""Input files: the files that a path or a pattern names, and the kind of each.
 
-A path that exists is that path, whatever characters it has; only what does not exist is read as a pattern, in which
-`**` is any number of folders. Links are followed, in folders and in patterns alike. A file that several names lead to
-is taken once, under its own name rather than a link's; a link to a folder that it lies in ends there.
+A path that exists is taken literally, whatever its characters. Only a path that does not exist is a pattern, in which
+`**` is any number of folders. Links are followed in folders and in patterns. A file with several names is read once,
+under its own name rather than a link's. A link to a folder above it is not followed.
 
-What is left out is told of: hidden files and folders (`.git`, `.ipynb_checkpoints`, `._name`), unless the pattern names
-them by a dot of its own, further names of a file, and links that lead nowhere.
+The skipped files are reported: hidden files and folders (`.git`, `.ipynb_checkpoints`, `._name`) unless the pattern
+itself has the dot, further names of a file, and broken links.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WILD = "*?["
 
 @dataclass
 class Found:
-    """What a path or a pattern means.
+    """The files of a path or a pattern.
 
     Attributes:
         root: the folder that names are relative to.
@@ -72,7 +72,7 @@ def no_match(where: str) -> str:
 
 
 def split_pattern(path: str) -> tuple[str, str]:
-    """(folder, pattern relative to it) of a path with a pattern in it. What exists is taken literally.
+    """(folder, pattern relative to it) of a path with a pattern in it. An existing path is taken literally.
 
     >>> split_pattern("no/such/**/*.txt")
     ('no/such', '**/*.txt')
@@ -123,7 +123,7 @@ class _Walk:
             return
         own = (status.st_dev, status.st_ino)
         if own in above:
-            self.left_out.append((folder, "a link to a folder that it lies in"))
+            self.left_out.append((folder, "a link to a folder above it"))
             return
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name

@@ -74,7 +74,7 @@ def merge_shards(plan: PreparePlan, tokenizer: Tokenizer, space: Workspace) -> D
 
 
 def check_columns(plan: PreparePlan, complete: set[int], incomplete: Mapping[int, Incomplete | IncompleteRow]) -> None:
-    """Look for a source of which no row has the columns that are read.
+    """Look for a source in which no row has the named columns.
 
     Args:
         complete: numbers of the sources of which some row has them.

@@ -98,7 +98,7 @@ def _open_dataset(source_json: str) -> Any:
                 streaming=source.streaming,
             )
     except FileNotFoundError as error:
-        raise ValueError(f"no documents: datasets cannot load {source.path}: {error}") from error
+        raise ValueError(f"no documents: the library datasets cannot load {source.path}: {error}") from error
 
 
 def _readable_batches(batches: Iterator[Any], where: str) -> Iterator[Any]:
@@ -108,7 +108,7 @@ def _readable_batches(batches: Iterator[Any], where: str) -> Iterator[Any]:
 
 @contextmanager
 def _readable(where: str) -> Iterator[None]:
-    """Turn what `datasets` says of data that it cannot read into an error of the corpus; one of the system stays."""
+    """Turn an error of `datasets` about unreadable data into an error of the corpus; one of the system stays."""
     from datasets.exceptions import DatasetsError
 
     try:

@@ -6,8 +6,8 @@ number of documents (uint64 each), the length of each sequence in tokens (int32)
 (int64), and the first sequence of each document with the total at the end (int64). Here a document is one sequence that
 ends in the end-of-document id.
 
-A *view* is an index of its own over a `.bin` that is a symbolic link to another dataset's: some of its documents, in
-place. megatron-core reads it like any dataset.
+A *view* has its own index, and its `.bin` is a symbolic link to another dataset's: some of its documents, in place.
+megatron-core reads it like any dataset.
 
 The bytes equal those of megatron-core's own `IndexedDatasetBuilder` fed document by document, without importing it:
 workers start in a fraction of a second.
@@ -74,7 +74,7 @@ def _offsets(lengths: Iterable[np.ndarray], itemsize: int) -> Iterator[np.ndarra
 
 @dataclass(frozen=True)
 class IndexSummary:
-    """What the index of a dataset says."""
+    """The index of a dataset."""
 
     documents: int
     tokens: int
@@ -111,7 +111,7 @@ def read_index(prefix: str | Path) -> IndexSummary:
         fits = size == wanted
     if not fits or tokens < 0:
         raise ValueError(
-            f"{data} has {size} bytes, {prefix}.idx speaks of {wanted}: a copy was cut short, or the two do not belong "
+            f"{data} has {size} bytes, {prefix}.idx describes {wanted}: a copy was cut short, or the two do not belong "
             "together"
         )
     return IndexSummary(documents, tokens, index.dtype, size // itemsize)
@@ -132,7 +132,7 @@ def check_index(prefix: str | Path) -> None:
     documents of a dataset that is no view follow each other without a gap.
 
     Raises:
-        ValueError: as `read_index`; naming the first document that cannot be as it is said to be.
+        ValueError: as `read_index`; the error names the first impossible document.
     """
     read_index(prefix)
     index, documents = _load_index(Path(prefix))
@@ -158,13 +158,14 @@ def check_index(prefix: str | Path) -> None:
 
 
 def foreign_id(prefix: str | Path, vocab_size: int, tokens: int | None = None) -> str | None:
-    """Look for an id that is none of a vocabulary.
+    """Look for an id outside a vocabulary.
 
     Args:
         tokens: how many of PREFIX.bin are looked at, from its start; None: all.
 
     Returns:
-        Which document holds the first one, in words that go on as `entries of ...`; None if there is none.
+        A message that names the document of the first such id, to be continued by the vocabulary's name; None without
+        such an id.
     """
     index, _ = _load_index(Path(prefix))
     ids = np.memmap(f"{prefix}.bin", index.dtype, "r") if index.lengths.any() else np.empty(0, index.dtype)
@@ -200,13 +201,13 @@ def _load_index(prefix: Path) -> tuple[DocumentIndex, int]:
         version, code, sequences, documents = _HEADER.unpack(head[len(_MAGIC) :])
         names = {number: name for name, number in _DTYPE_CODES.items()}
         if version != 1 or code not in names:
-            raise ValueError(f"{idx}: version {version} with dtype code {code} is not known here (1 with 4 or 8)")
+            raise ValueError(f"{idx}: version {version} with dtype code {code} is not supported (1 with 4 or 8 is)")
         # Before anything is read: the counts may be anything. What megatron-core appends for several kinds of data may
         # follow.
         needed = len(head) + sequences * (LENGTH.itemsize + _OFFSET.itemsize) + documents * _OFFSET.itemsize
         if needed > (found := idx.stat().st_size) or documents < 1:
             raise ValueError(
-                f"{idx} is cut short or damaged: it speaks of {sequences} sequences in {documents - 1} documents, "
+                f"{idx} is cut short or damaged: it describes {sequences} sequences in {documents - 1} documents, "
                 f"which are {needed} bytes, but has {found}: copy it again"
             )
         lengths = np.fromfile(file, LENGTH, sequences)

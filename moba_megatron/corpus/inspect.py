@@ -33,7 +33,7 @@ def dataset_manifest(folder: Path) -> DatasetManifest:
 
 
 def describe(manifest: DatasetManifest) -> str:
-    """The manifest in words: all but the identity."""
+    """The manifest as text: all but the identity."""
     lines = [
         f"made {manifest.created} in {manifest.seconds:.1f} s by: {manifest.command or 'unknown'}",
         "versions: " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
@@ -93,7 +93,7 @@ def check_dataset(folder: Path) -> Iterator[tuple[str, str | None]]:
     try:
         found = Tokenizer(folder / "tokenizer").fingerprint
         wrong = (
-            None if found == manifest.tokenizer.fingerprint else f"the manifest says another fingerprint than {found}"
+            None if found == manifest.tokenizer.fingerprint else f"the manifest has another fingerprint than {found}"
         )
     except ValueError as error:
         wrong = str(error)
@@ -126,7 +126,7 @@ def _check_split(prefix: Path, manifest: DatasetManifest, split: str) -> None:
             f"{found[0]} documents and {found[1]} tokens, but the manifest says {stats.documents} and {stats.tokens}"
         )
     if (stats.target_tokens is not None) != loss_mask_path(prefix).is_file():
-        raise ValueError(f"the manifest and {loss_mask_path(prefix)} do not fit: copy the folder again")
+        raise ValueError(f"the manifest and {loss_mask_path(prefix)} do not match: copy the folder again")
     check_loss_mask(prefix, index.dtype.itemsize, wanted=stats.target_tokens is not None)
     ids = np.memmap(f"{prefix}.bin", index.dtype, "r")
     ends = _ends(index)

@@ -92,7 +92,7 @@ def _json_object(line: bytes, number: int) -> dict | Skipped:
     except ValueError as error:
         return Skipped(number, f"not JSON: {error}")
     except RecursionError:
-        return Skipped(number, "not JSON that can be read: nested too deep")
+        return Skipped(number, "unreadable JSON: nested too deep")
     return row if isinstance(row, dict) else Skipped(number, f"a JSON {type(row).__name__}, not an object")
 
 

@@ -51,6 +51,6 @@ def check_loss_mask(prefix: str | Path, token_bytes: int, wanted: bool = False) 
     mask = np.memmap(path, np.uint8, "r")
     largest = int(mask[:_CHUNK].max(initial=0))
     if largest > 1:
-        raise ValueError(f"{path} holds the byte {largest}: only 0 (does not count) and 1 (counts) have a meaning")
+        raise ValueError(f"{path} holds the byte {largest}: only 0 (does not count) and 1 (counts) are valid")
     if not any(mask[start : start + _CHUNK].any() for start in range(0, tokens, _CHUNK)):
         raise ValueError(f"{path} is 0 everywhere, so no token would count: prepare the data again, or remove it")

@@ -1,4 +1,4 @@
-"""The manifest of a prepared dataset: what is in it, what it was made of, and by what."""
+"""The manifest of a prepared dataset: its contents, its sources, and the command that made it."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class TokenizerStats(Section):
     eod_token: str
     eod_id: int
     begin_of_documents: str = ""
-    """What texts begin with, or prompts where texts begin with nothing; conversations begin as their template says."""
+    """The first token of texts, or of prompts if texts have none; conversations begin as their template says."""
     engine: str
     """Which library encoded."""
     engine_reason: str
@@ -107,16 +107,16 @@ class DatasetManifest(Section):
     """`train` and, unless the recipe keeps nothing apart, `validation`."""
     unigram_loss: float | None
     """Nats per token of the validation split under the frequencies of ids in the training split (one added to each):
-    what a model reaches that knows nothing but how common each token is. None without validation."""
+    the loss of a model that knows only the frequency of each token. None without validation."""
     tokenizer: TokenizerStats
     sources: list[SourceStats]
     filtered: int
     """Documents left out by the recipe's filters."""
     skipped: list[SkippedEntry]
-    """What could not be a document, the first 1000."""
+    """The first 1000 inputs that could not become documents."""
     skipped_total: int
     notes: dict[str, int] = {}
-    """What is to be known of documents that were kept, and of how many (duplicates included that were left out)."""
+    """Notes about kept documents, and the number of each (with duplicates that were left out)."""
     duplicates: list[DuplicateEntry] = []
     """Documents left out because their text was there before, the first 1000."""
     duplicates_total: int = 0
@@ -125,7 +125,7 @@ class DatasetManifest(Section):
     command: str = ""
     """That finished the dataset."""
     identity: dict[str, Any]
-    """What another `prepare` into the same folder must agree with: recipe, inputs, tokenizer."""
+    """The identity that another `prepare` into the same folder must have: recipe, inputs, tokenizer."""
     seconds: float = Field(ge=0)
     """Wall time of the process that finished the dataset."""
     workers: int
@@ -203,9 +203,7 @@ def load_manifest(folder: str | Path) -> DatasetManifest | None:
     if manifest.digest is not None:
         values = json.loads(data)
         if values.pop("digest") != _digest(values):
-            raise ValueError(
-                f"{path} was changed since it was written, and holds digests: copy it again, or prepare again"
-            )
+            raise ValueError(f"{path} was changed after it was written: copy it again, or prepare again")
     return manifest.model_copy(update={"digest": None})
 
 

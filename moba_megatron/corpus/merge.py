@@ -1,4 +1,4 @@
-"""Shards joined, in their order, into the indexed format, with memory that grows neither with their number nor size."""
+"""Join shards, in their order, into the indexed format, in constant memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Runs = list[tuple[int, bool]]
 
 @dataclass
 class Merged:
-    """What `merge` saw on its way."""
+    """Counts of a merge."""
 
     counts: np.ndarray
     """[vocab_size] int64: how often each id occurs."""

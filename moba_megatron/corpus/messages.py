@@ -1,4 +1,4 @@
-"""What rows hold of conversations: messages, tools and arguments, as values or as JSON; contents, also in parts."""
+"""Conversations in rows: messages, tools and arguments, as values or as JSON; contents, also in parts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def message_list(value: Any) -> list:
     """A list of messages, as it is or as JSON, all of it or each of them.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is something else.
     """
     value = _parsed(value)
     if not isinstance(value, list):
@@ -25,7 +25,7 @@ def message_list(value: Any) -> list:
 
 
 def tool_list(value: Any) -> list:
-    """A list of tools, likewise; a single schema is one, and nothing is none."""
+    """A list of tools, likewise; a single schema is a list of one, and None an empty list."""
     value = _parsed(value)
     value = [value] if isinstance(value, dict) else value
     if value is not None and not isinstance(value, list):
@@ -39,7 +39,7 @@ def arguments_of(value: Any) -> dict[str, Any]:
         raise ValueError(f"chat_template_kwargs is {type(value).__name__}, not a mapping")
     taken = sorted(TAKEN & (value or {}).keys())
     if taken:
-        raise ValueError(f"chat_template_kwargs names {', '.join(taken)}, which is given to the template itself")
+        raise ValueError(f"chat_template_kwargs names {', '.join(taken)}, which `prepare` passes to the template")
     return value or {}
 
 

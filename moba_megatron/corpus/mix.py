@@ -1,6 +1,6 @@
 """`moba-megatron prepare blend`: a mix of prepared datasets by weight and by document length.
 
-Long documents are rare and come from few places, so training on long documents alone also changes what is read: more
+Long documents are rare and have few sources, so training only on long documents also changes the mix of sources: more
 books and code, less of the web. Here each dataset keeps its share of the tokens, and *within* it the documents of some
 lengths are read more often than they occur: per-source length upsampling (arXiv 2402.10171).
 
@@ -43,7 +43,7 @@ def make_blend(mix: Mix, output: Path, overwrite: bool = False) -> str:
     """Write the views, `blend.yaml`, a manifest, the tokenizer and a picture into the folder `output`.
 
     Returns:
-        What is in it, in words, with the distribution of lengths that training will read.
+        Its contents as text, with the distribution of lengths that training will read.
 
     Raises:
         ValueError: a source that is missing or has no manifest, sources of different tokenizers, ranges without any

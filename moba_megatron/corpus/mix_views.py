@@ -1,5 +1,5 @@
-"""The recipe of a blend, the views that it makes of prepared datasets, and what they will make training read: a table
-and a picture of the lengths, before and after."""
+"""The recipe of a blend, its views of prepared datasets, and the resulting mix for training: a table and a picture of
+the lengths, before and after."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Mix(Section):
         without = [number for number, source in enumerate(self.sources) if source.weight is None]
         if 0 < len(without) < len(self.sources):
             raise ValueError(
-                f"sources.{without[0]}.weight is not given, others are: give every source a weight, or none (then each "
-                "has that of its number of tokens)"
+                f"sources.{without[0]}.weight is not given, but others are: give every source a weight, or give none "
+                f"(then the weights are the numbers of tokens)"
             )
         edges = [item.at_least for item in self.lengths]
         if edges != sorted(set(edges)):
@@ -120,7 +120,7 @@ def make_views(mix: Mix, lengths: list[np.ndarray]) -> list[View]:
         if not found:
             longest = int(own.max(initial=0))
             raise ValueError(
-                f"{source.path} has no document of a length that is read (its longest has {longest} tokens): correct "
+                f"{source.path} has no document of a length in use (its longest has {longest} tokens): correct "
                 "`lengths`, or leave the source out"
             )
         total = sum(read for _, _, read in found)
@@ -141,7 +141,7 @@ def length_shares(views: Sequence[View]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def describe_mix(views: Sequence[View]) -> str:
-    """The views and the resulting distribution of lengths, in words."""
+    """The views and the resulting distribution of lengths, as text."""
     total = sum(view.tokens for view in views)
     width = max(len(view.name) for view in views)
     lines = [f"{'view':<{width}} {'documents':>11} {'tokens':>15} {'occurs':>7} {'is read':>7} {'times':>7}"]

@@ -88,7 +88,7 @@ def prepare(recipe: Recipe, output: Path, workers: int | None = None, overwrite:
         # Again under the lock: another run may have published since.
         found = existing_dataset(output, plan.identity, overwrite)
         if found is not None:
-            console.print(f"{output} was finished by another run meanwhile: nothing to do")
+            console.print(f"{output} was finished meanwhile by another run: nothing to do")
             space.discard()
             return found
         try:
@@ -126,7 +126,7 @@ def prepare_share(
 
 
 def merge_shares(output: Path, overwrite: bool = False) -> DatasetManifest:
-    """Join what `prepare_share` made into OUTPUT.
+    """Join the results of `prepare_share` into OUTPUT.
 
     Raises:
         ValueError: no such work, inputs that changed since, or parts that are not done yet.
@@ -141,7 +141,7 @@ def merge_shares(output: Path, overwrite: bool = False) -> DatasetManifest:
     plan = plan_preparation(Recipe.model_validate(identity["recipe"]), output)
     if plan.identity != identity:
         raise ValueError(
-            f"{work_folder(output)} was made of other inputs than there are now "
+            f"{work_folder(output)} was made from other inputs "
             f"({differences(identity, plan.identity)}): restore them, or prepare anew with --overwrite"
         )
     found = _finished(output, plan, overwrite, console)
@@ -256,7 +256,7 @@ def _encode(plan: PreparePlan, space: Workspace, own: list[int], workers: int, c
 def _make_shards(plan: PreparePlan, job: EncodeJob, own: list[int], workers: int, console: Console) -> None:
     todo = [(n, plan.parts[n]) for n in own if shard_stats(job.work, n, job.engine) is None]
     if len(todo) < len(own):
-        console.print(f"continuing: {len(own) - len(todo)} of {len(own)} parts are there already")
+        console.print(f"continuing: {len(own) - len(todo)} of {len(own)} parts are done already")
     sizes = [plan.parts[n].size for n in own]
     spawn = multiprocessing.get_context("spawn")
     progress = EncodingProgress(spawn.Value("q", 0), spawn.Value("q", 0))

@@ -16,8 +16,8 @@ def prepare_command(
         list[str],
         typer.Argument(
             metavar="[RECIPE] OUT [KEY=VALUE]...",
-            help="A recipe (YAML), the folder to make, and overrides of the recipe such as "
-            "tokenizer.vocab_size=8192. With --input or --dataset: the folder to make, and overrides.",
+            help="A recipe (YAML), the output folder, and overrides of the recipe such as tokenizer.vocab_size=8192. "
+            "With --input or --dataset: the output folder, and overrides.",
         ),
     ],
     input: Annotated[
@@ -31,7 +31,7 @@ def prepare_command(
     ] = None,
     kind: Annotated[
         Literal["files", "jsonl", "parquet", "arrow"] | None,
-        typer.Option(help="How to read every --input, whatever its name says."),
+        typer.Option(help="Kind of every --input, whatever its ending."),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Text without a recipe: a Hugging Face dataset, by name or local path.")
@@ -45,7 +45,7 @@ def prepare_command(
     ] = None,
     train_tokenizer: Annotated[
         int | None,
-        typer.Option(metavar="ENTRIES", help="Instead of --tokenizer: train a byte-level BPE of so many entries."),
+        typer.Option(metavar="ENTRIES", help="Instead of --tokenizer: train a byte-level BPE with this many entries."),
     ] = None,
     validation: Annotated[
         float, typer.Option(help="Share of the documents kept for validation, for --input and --dataset.")
@@ -62,17 +62,17 @@ def prepare_command(
         str | None,
         typer.Option(
             metavar="I/N",
-            help="Do share I of N only (I from 0), as one of N processes on machines that see the same files. When all "
+            help="Prepare only share I of N (I from 0), on one of N machines that see the same files. When all shares "
             "are done: moba-megatron prepare merge OUT.",
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace another dataset, or unfinished work on one, in OUT.")
+        bool, typer.Option("--overwrite", help="Replace another dataset in OUT, also an unfinished one.")
     ] = False,
 ) -> None:
     """Turn text into tokens that training reads.
 
-    By a recipe, or directly from files:
+    From a recipe, or directly from files:
 
         moba-megatron prepare data/python_stdlib.yaml data/prepared/python_stdlib
 
@@ -80,7 +80,7 @@ def prepare_command(
 
     OUT gets train and validation data in megatron-core's indexed format, tokenizer/ and manifest.json.
 
-    A run that was stopped continues where it was. Running it again when all is there does nothing.
+    To continue a stopped run, repeat the command. On a finished dataset it does nothing.
 
     There are also `prepare merge` (join the shares of several machines), `prepare inspect` (show and check a dataset)
     and `prepare blend` (mix datasets by weight and length); each has its own --help.
@@ -113,12 +113,12 @@ def prepare_command(
 
 @one_door(apart=True)
 def merge_command(
-    out: Annotated[Path, typer.Argument(help="The folder that the shares were prepared for.")],
+    out: Annotated[Path, typer.Argument(help="The output folder of the shares.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another dataset in OUT.")] = False,
 ) -> None:
-    """Join what `prepare RECIPE OUT --shard I/N` made on several machines.
+    """Join the shares that `prepare RECIPE OUT --shard I/N` made on several machines.
 
-    Refused until every share is done. The bytes are those that one machine would have made.
+    Refused until every share is done. The result is the same, byte for byte, as from one machine.
     """
     from moba_megatron.corpus.prepare import merge_shares
 
@@ -135,7 +135,7 @@ def inspect_command(
         bool, typer.Option("--check", help="Read all files: sizes, hashes, index against data, loss mask, ids.")
     ] = False,
 ) -> None:
-    """Show what a prepared dataset holds, one of its documents, or whether it is whole."""
+    """Show the contents of a prepared dataset or one of its documents, or check all its files."""
     from moba_megatron.corpus.inspect import check_dataset, dataset_manifest, describe, read_document
 
     with with_note("run the same command again"):
@@ -162,8 +162,8 @@ def inspect_command(
 
 @one_door(apart=True)
 def blend_command(
-    recipe: Annotated[Path, typer.Argument(help="Which datasets, in which shares, by which lengths (YAML).")],
-    out: Annotated[Path, typer.Argument(help="Folder to make; data.train: OUT/blend.yaml reads it.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML file with datasets, their shares and lengths.")],
+    out: Annotated[Path, typer.Argument(help="Output folder; train with data.train: OUT/blend.yaml.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the recipe.")
     ] = None,

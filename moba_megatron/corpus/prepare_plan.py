@@ -1,5 +1,5 @@
-"""What `prepare` is about to do, decided before anything is written: inputs, parts, and the identity of the result; and
-names, for people, of places in the inputs."""
+"""The plan of `prepare`, made before anything is written: inputs, parts, and the identity of the result; and names, for
+people, of places in the inputs."""
 
 from __future__ import annotations
 

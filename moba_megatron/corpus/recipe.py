@@ -1,4 +1,4 @@
-"""Corpus recipes: which text, which documents of it, which tokenizer, which part is kept for validation.
+"""Corpus recipes: the text, the choice of documents, the tokenizer, and the share for validation.
 
 A recipe is a YAML file in `data/` (or a `Recipe` made in Python), as strict as the training configuration: an unknown
 key, a wrong type or an impossible value is an error that names the key. Overrides are `key.path=value`; members of a
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from moba_megatron.config import ConfigError, Section
-from moba_megatron.config.load import shortened
+from moba_megatron.config.load import explain
 from moba_megatron.config.overrides import refuse_missing, resolved, with_override
 from moba_megatron.config.reading import read_tree
 from moba_megatron.corpus.chat_options import Chat
@@ -41,7 +41,7 @@ class FilesSource(SourceBase):
 
 
 class StdlibSource(SourceBase):
-    """The standard library of the Python that runs: real source code, long files among it, on every machine."""
+    """The standard library of the running Python: real source code on every machine, with some long files."""
 
     kind: Literal["python_stdlib"]
     pattern: str = "**/*.py"
@@ -51,22 +51,22 @@ class StdlibSource(SourceBase):
 
 
 class RowsSource(SourceBase):
-    """What sources of rows have in common: which columns make a document.
+    """The base of sources with rows: the columns that make a document.
 
     Either `text_column`, or `prompt_column` with `answer_column`, or `messages_column`. The last two make data with a
-    loss mask: of a prompt and its answer, the answer's tokens are learned; of a conversation, rendered by the
-    tokenizer's chat template, those of the assistant's turns.
+    loss mask. With a prompt and an answer only the answer counts. With a conversation, written by the tokenizer's chat
+    template, only the assistant's turns count.
     """
 
     text_column: str | None = None
     """Column of the text. Default: `text`, unless the other columns are named."""
     prompt_column: str | None = None
-    """Column of the text that comes first and is not learned."""
+    """Column of the prompt, which does not count in the loss."""
     answer_column: str | None = None
-    """Column of the text that follows and is learned."""
+    """Column of the answer, which counts in the loss."""
     messages_column: str | None = None
-    """Column of a list of messages, each with `role` and `content` (or `from` and `value`). Where rows have them,
-    `tools` (of the tools column) and `chat_template_kwargs` are given to the template too."""
+    """Column of a list of messages, each with `role` and `content` (or `from` and `value`). Rows may also have `tools`
+    (in the tools column) and `chat_template_kwargs` for the template."""
     tools_column: str | None = None
     """Column of the tools of a conversation, a list of JSON schemas. Default: `tools`, in rows that have it."""
 
@@ -162,11 +162,11 @@ class TrainedTokenizer(Section):
     vocab_size: int = Field(ge=257, le=2**24)
     """Entries, the 256 bytes and the end-of-document token included."""
     max_training_bytes: int | None = Field(default=None, ge=1)
-    """Train on the first so many bytes of the corpus only, in the order of the sources. None: on all of it, which costs
-    a second pass and memory for the distinct words."""
+    """Train only on this many first bytes of the corpus, in the order of the sources. None: on all of it, which needs a
+    second pass and memory for the distinct words."""
     engine: Literal["auto", "tokenizers"] = "auto"
-    """What encodes. `auto`: gigatoken where it is installed, supports the tokenizer and gives the same ids as
-    `tokenizers` on a sample of every shard."""
+    """The library that encodes. `auto`: gigatoken if it is installed, supports the tokenizer and gives the same ids as
+    `tokenizers` on a sample of every shard; else `tokenizers`."""
 
 
 class PretrainedTokenizer(Section):
@@ -176,11 +176,11 @@ class PretrainedTokenizer(Section):
     path: str
     """Folder with `tokenizer.json`."""
     end_of_document: str | None = None
-    """Token that ends each document. None: `<|endoftext|>` where the tokenizer has it, else its `eos_token`."""
+    """Token that ends each document. None: `<|endoftext|>` if the tokenizer has it, else its `eos_token`."""
     begin_of_document: Literal["auto", "none"] | Begin = "auto"
-    """How documents begin. `auto`: those with a prompt as the tokenizer begins a text that somebody sends, often with
-    a token of its own such as `<|begin_of_text|>`; plain texts with nothing. `none`: with nothing. Anything else is
-    the token that all of them begin with. Conversations always begin as their chat template says."""
+    """How documents begin. `auto`: prompts begin with the tokenizer's own first token, such as `<|begin_of_text|>`, if
+    it has one; nothing is added to plain texts. `none`: nothing is added. Anything else is the first token of all
+    documents. Conversations always begin as their chat template says."""
     engine: Literal["auto", "tokenizers"] = "auto"
     """As in `bpe`."""
 
@@ -200,12 +200,12 @@ class Filters(Section):
     """Longest row (a line of JSONL, a text in a table) or file, in bytes. Longer ones are skipped and listed, before
     they are in memory as a whole."""
     keep_column: str | None = None
-    """Boolean column of the rows: those with true are kept."""
+    """Boolean column of the rows: rows with true are kept."""
     drop_column: str | None = None
-    """Boolean column of the rows: those with false are kept."""
+    """Boolean column of the rows: rows with false are kept."""
     exact_duplicates: Literal["keep", "drop"] = "keep"
-    """`drop`: of documents with the same text, over all sources and both splits, only the first is kept, in the order
-    of the sources and of the documents in them."""
+    """`drop`: keep only the first of several documents with the same text, over all sources and both splits, in the
+    order of the sources and their documents."""
 
     @model_validator(mode="after")
     def _rising(self) -> Filters:
@@ -223,9 +223,8 @@ class Filters(Section):
 
 
 class Split(Section):
-    """How documents of sources with `split: hash` are divided: by a hash of the file's relative path, or of the text
-    itself for rows, so that order, machine and number of workers do not matter and equal rows never fall on both
-    sides."""
+    """How documents of sources with `split: hash` are divided: by a hash of the file's relative path, or for rows of
+    the text. So order, machine and number of workers do not matter, and equal rows are never in both splits."""
 
     validation: float = Field(default=0.05, ge=0, lt=1)
     """Share of the documents (not of the tokens) for validation."""
@@ -237,13 +236,13 @@ class Recipe(Section):
     sources: list[Source] = Field(min_length=1)
     """Where the text comes from; the documents keep this order."""
     tokenizer: Annotated[TrainedTokenizer | PretrainedTokenizer, Field(discriminator="kind")]
-    """What turns it into tokens."""
+    """The tokenizer."""
     chat: Chat = Chat()
     """How conversations are written."""
     filters: Filters = Filters()
     """Which documents are kept."""
     split: Split = Split()
-    """Which documents are kept apart for validation."""
+    """Which documents go to validation."""
 
     @model_validator(mode="after")
     def _sources_serve(self) -> Recipe:
@@ -255,8 +254,8 @@ class Recipe(Section):
                 )
             if isinstance(source, RowsSource) and source.messages_column and self.tokenizer.kind == "bpe":
                 raise ValueError(
-                    f"sources.{number}.messages_column needs a chat template, which a newly trained tokenizer has not: "
-                    "use tokenizer.kind = pretrained"
+                    f"sources.{number}.messages_column needs a chat template, but a newly trained tokenizer has none: "
+                    f"use tokenizer.kind = pretrained"
                 )
         begin = self.tokenizer.begin_of_document if isinstance(self.tokenizer, PretrainedTokenizer) else "auto"
         if begin not in ("auto", "none") and not self.texts and not self.prompts:
@@ -328,20 +327,20 @@ def _checked(schema: type[S], values: Any) -> S:
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise ConfigError([_explain(item) for item in error.errors()]) from error
+        raise ConfigError([_explain(item, schema) for item in error.errors()]) from error
 
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe decides the dataset, as plain values: all but the engine that encodes."""
+    """The settings of a recipe that decide the dataset, as plain values: all except the encoding engine."""
     return recipe.model_dump(mode="json", exclude={"tokenizer": {"engine"}})
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, schema: type[Section]) -> str:
+    """As `explain`, without the value where that is a whole mapping."""
+    if error["type"] not in ("missing", "union_tag_not_found", "value_error"):
+        return explain(error, schema)
     key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key"
-    if error["type"] in ("missing", "union_tag_not_found"):
-        return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}"
-    if error["type"] == "value_error":
-        return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
-    return f"{key} = {shortened(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    why = (
+        str(error["ctx"]["error"]) if error["type"] == "value_error" else f"{error['msg'][0].lower()}{error['msg'][1:]}"
+    )
+    return f"{key}: {why}" if key else why

@@ -89,7 +89,7 @@ def no_column(missing: list[str]) -> str:
 def missing_columns(where: str, reason: str, present: Iterable[str]) -> str:
     """Text of the error for rows at `where` that lack columns. `reason` is that of `no_column`."""
     known = ", ".join(sorted(present)) or "none"
-    return f"{where}: {reason} (there are: {known}); correct the recipe's columns, such as text_column"
+    return f"{where}: {reason} (columns: {known}); correct the recipe's columns, such as text_column"
 
 
 def _named(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Shards: what one worker makes of one part of the corpus.
+"""Shards: the output of one worker for one part of the corpus.
 
 A shard is a folder WORK/shards/NUMBER that appears under its final name in one rename, complete, or not at all. For
 each split it holds `SPLIT.bin` with ids, `SPLIT.lengths` with int32 lengths and, for data with a loss mask, a byte per
@@ -24,7 +24,7 @@ MAX_LISTED = 1000
 """Skipped documents and duplicates that are listed by name; more are counted only."""
 
 RECORD = np.dtype([("hash", "<u8", 2), ("split", "u1"), ("number", "<u8"), ("characters", "<u4"), ("bytes", "<u4")])
-"""What the search for duplicates must know: hash of the text, place in SPLITS, number in the part, size."""
+"""The input of the search for duplicates: hash of the text, place in SPLITS, number in the part, size."""
 
 
 class TextSize(Section):

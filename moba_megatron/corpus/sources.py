@@ -1,4 +1,4 @@
-"""Sources of text, cut into parts that can be read alone.
+"""Sources of text, divided into parts that can be read separately.
 
 A source lists its inputs (files with sizes, or rows of a dataset) and is cut into *parts*: some small files, a byte
 range of a JSONL file, row groups of a Parquet file, record batches of an Arrow file, a range of rows. Parts depend on
@@ -6,10 +6,10 @@ the inputs only, never on the number of workers; read one after the other they g
 Compressed JSONL cannot be entered in the middle: one file is one part. A part is read as a stream, so memory holds one
 record at a time.
 
-What cannot be a document (bytes that are not UTF-8, a line that is not JSON, a row without text) comes out as `Skipped`
+What cannot be a document (bytes that are not UTF-8, a line that is not JSON, a row without text) becomes a `Skipped`
 with its place and reason; what would make the corpus another one (a column of another type, a truncated file) is an
-error. So is a column that no row of a source has, which one part cannot know: whoever reads all parts tells it from
-the rows that came out as `Incomplete`. A part gives up by itself only when its first 1,000 rows are such.
+error. So is a column that no row of a source has, which one part cannot know: whoever reads all parts tells it from the
+rows that came out as `Incomplete`. A part gives up by itself only when its first 1,000 rows are such.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def find_inputs(source: SourceBase, without: tuple[Path, ...] = ()) -> tuple[lis
             name for name in found.names if not os.path.realpath(found.root / name).startswith(tuple(folders))
         ]
     if not found.names:
-        passed = f" (but {len(found.left_out)} that are left out: {found.left_out[0][1]})" if found.left_out else ""
+        passed = f" (except {len(found.left_out)} that are skipped: {found.left_out[0][1]})" if found.left_out else ""
         raise ValueError(no_match(f"{where}{passed}"))
     stats = [(name, (found.root / name).stat()) for name in found.names]
     return [Input(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats], found.left_out

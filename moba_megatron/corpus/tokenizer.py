@@ -1,4 +1,4 @@
-"""Tokenizers: Hugging Face folders, byte-level BPE training, and what decides ids.
+"""Tokenizers: Hugging Face folders, byte-level BPE training, and the fingerprint of a tokenizer.
 
 A tokenizer is a folder with `tokenizer.json`. Beside text and ids this package needs two things of it: the token that
 ends a document, and a *fingerprint*, a hash of everything that decides which ids a text gets. Data carries the
@@ -129,7 +129,7 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what decides the ids: see `fingerprint`."""
+        """Hash of all settings that decide the ids: see `fingerprint`."""
         return _fingerprint(self.folder, self.eod_id)
 
     def beginnings(self, begin_of_document: str) -> Beginnings:
@@ -154,7 +154,7 @@ class Tokenizer:
 
 
 def fingerprint(folder: str | Path, end_of_document: str | None = None) -> str:
-    """Hash (32 hex digits) of what decides the ids that a tokenizer folder gives: normalizer, pre-tokenizer, model,
+    """Hash (32 hex digits) of all settings of a tokenizer folder that decide its ids: normalizer, pre-tokenizer, model,
     added tokens and the end-of-document id. Chat templates, decoders, names and file layout do not enter.
 
     Args:
@@ -223,7 +223,7 @@ def copy_tokenizer(source: str | Path, folder: str | Path, end_of_document: str 
 
 
 def copy_files(source: Path, folder: Path, names: Sequence[str] = TOKENIZER_FILES) -> None:
-    """Copy what there is of a tokenizer: the files of these names, and chat templates; `folder` is there."""
+    """Copy the files of a tokenizer: the files of these names, and chat templates; `folder` is there."""
     for path in (*(source / name for name in names), *template_files(source)):
         if path.is_file():
             target = folder / path.relative_to(source)
@@ -243,9 +243,9 @@ def _end_of_document(folder: Path, vocabulary: dict[str, int], named: str | None
     named = named or config.get(_EOD_KEY)
     token = named or (END_OF_DOCUMENT if END_OF_DOCUMENT in vocabulary else eos)
     if token is not None and not isinstance(token, str):
-        raise CorpusError(f"{folder} names {token!r} as eos_token, which is not a text: fetch {_CONFIG_FILE} again")
+        raise CorpusError(f"{folder} names {token!r} as eos_token, which is not a string: fetch {_CONFIG_FILE} again")
     if token is None:
-        raise CorpusError(f"{folder} names no eos_token: say which token ends a document (tokenizer.end_of_document)")
+        raise CorpusError(f"{folder} names no eos_token: name the token in tokenizer.end_of_document")
     if token not in vocabulary:
         raise CorpusError(f"the end-of-document token {token!r} is not in the vocabulary of {folder}")
     return token
@@ -275,5 +275,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}; fetch it again") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it holds no object; fetch it again")
+        raise ValueError(f"{path} is damaged: it does not hold an object; fetch it again")
     return found

@@ -1,10 +1,10 @@
 """Where `prepare` works: OUTPUT.partial, its lock, and the rules for what may be replaced.
 
-`OUTPUT.partial/plan.json` says which dataset the work belongs to (its identity), into how many shares it is divided and
-which engine encodes. Work of the same identity is continued, other work is refused unless `overwrite` is given. OUTPUT
-itself changes only by renames of whole folders.
+`OUTPUT.partial/plan.json` names the dataset of the work (its identity), the number of shares and the encoding engine.
+Work of the same identity is continued, other work is refused unless `overwrite` is given. OUTPUT itself changes only by
+renames of whole folders.
 
-A process that does all of the work holds `lock` for itself. Processes that do one share each, on one machine or many,
+A process that does all the work holds `lock` exclusively. Processes that do one share each, on one machine or many,
 hold it together, and each its own `lock.I-of-N`; what they make for all, they make under `lock.common`.
 """
 
@@ -65,7 +65,7 @@ class Workspace:
 
     @contextmanager
     def common(self, waiting: Callable[[], None]) -> Iterator[None]:
-        """What only one process at a time may do. `waiting` is called if another one is at it."""
+        """Work that only one process at a time may do. `waiting` is called if another one is at it."""
         with open(self.folder / "lock.common", "w", encoding="utf-8") as lock:
             if not _try_lock(lock):
                 waiting()
@@ -97,10 +97,10 @@ def real_output(output: Path) -> Path:
     try:
         real = output.resolve() if output.is_symlink() else output
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{output} is a link that leads to no place: {error}") from error
+        raise ValueError(f"{output} is a broken link: {error}") from error
     if Path(os.path.abspath(real)).is_mount():
         raise ValueError(
-            f"{output} is a mount point, whose place no finished folder can take: name a folder in it, such as "
+            f"{output} is a mount point, which a finished folder cannot replace: name a folder in it, such as "
             f"{output / 'data'}"
         )
     return real
@@ -160,7 +160,7 @@ def open_workspace(
             return
         with open(space.folder / f"lock.{share[0]}-of-{share[1]}", "w", encoding="utf-8") as own:
             if not _try_lock(own):
-                raise ValueError(f"another process is at share {share[0]}/{share[1]} of {output} (it holds {own.name})")
+                raise ValueError(f"another process prepares share {share[0]}/{share[1]} of {output} (see {own.name})")
             yield space
 
 
@@ -252,7 +252,7 @@ def unfinished_identity(output: Path) -> Identity:
     """The identity of the work that is under way for `output`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no unfinished work.
     """
     found = _plan_of(work_folder(output))
     if not found:
@@ -278,7 +278,7 @@ def _try_lock(lock: TextIO, shared: bool = False) -> bool:
 
 
 def _plan_of(folder: Path) -> dict[str, Any]:
-    """Contents of plan.json; empty where there is none."""
+    """Contents of plan.json; empty without one."""
     plan = folder / "plan.json"
     if not plan.is_file():
         return {}
@@ -290,7 +290,7 @@ def _plan_of(folder: Path) -> dict[str, Any]:
             raise ValueError("keys are missing")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{plan} is damaged ({error}): what it belongs to cannot be told; remove {folder}, and run again"
+            f"{plan} is damaged ({error}): its dataset is unknown; remove {folder}, and run again"
         ) from error
     return found
 

@@ -3,8 +3,8 @@
 Which samples a rank gets follows megatron-core's pretraining sampler: a pass of all D ranks takes the next
 `micro_batch_size` x D samples in order, rank r the r-th run of `micro_batch_size` of them. The order of samples is thus
 the same for any D, and a run that has consumed n samples continues with sample n at any D. A last pass that the samples
-do not fill is filled with samples whose loss mask is 0: no sample is lost, none counts twice, all ranks make the same
-number of passes.
+do not fill is filled with samples whose loss mask is 0: no sample is lost or counts twice, and all ranks make the same
+    number of passes.
 
 Where documents do not see each other the samples of a microbatch are packed into one row, `[1, b * s]`, with
 `cu_seqlens`: a document ends where its sample's `cu_seqlens` say so, and at the end of each sample. Of a sample without
@@ -136,7 +136,7 @@ def context_part(
 
     Args:
         batch: the whole batch, the same on all ranks of the group.
-        tokens_multiple: what the tokens of a rank must be a multiple of: the tensor-parallel size under sequence
+        tokens_multiple: the tokens of a rank must be a multiple of this: the tensor-parallel size under sequence
             parallelism. The last document of a pack is padded further for it.
         pad_id: token id of padding. Its label and its loss mask are 0, its positions go on from its document's.
 
@@ -176,7 +176,7 @@ def context_part(
 
 
 def packed_seq_params(batch: Batch) -> PackedSeqParams | None:
-    """What megatron-core's layers need to know of a packed batch; None for one that is not packed."""
+    """The `PackedSeqParams` of a packed batch for megatron-core's layers; None for one that is not packed."""
     if "cu_seqlens" not in batch:
         return None
     cu_seqlens, longest = batch["cu_seqlens"], batch["max_seqlen"]

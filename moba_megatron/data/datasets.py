@@ -1,15 +1,15 @@
 """megatron-core's GPT datasets for a training configuration.
 
 Blending, caching and, where documents are concatenated, sampling are megatron-core's own
-(`BlendedMegatronDatasetBuilder`, `GPTDataset`); `packing_datasets` holds what is ours. The order of samples follows
-from `run.seed` and the number of samples alone; the number of processes has no part in it. Validation has a seed of its
-own that never changes: its first `evaluation.samples` samples are the same in every evaluation of every run.
+(`BlendedMegatronDatasetBuilder`, `GPTDataset`); `packing_datasets` holds what is ours. The order of samples depends
+only on `run.seed` and the number of samples, not on the number of processes. Validation has a fixed seed: its first
+`evaluation.samples` samples are the same in every evaluation of every run.
 
-megatron-core stores its sample indices in `data.index_cache`, by default in `index_cache/` beside the first file of
-each split, so that evaluation needs the validation data alone, or where that cannot be written to in the run folder
-(`index_cache`). Its cache keys know paths and settings but not contents, so a digest of the data is added to
-them: data made anew at the same path never meets an old index. Rank 0 cleans up and builds under a file lock, so that
-runs on the same data do not meet in half-written files. The folder must be writable by rank 0 and visible to all.
+megatron-core stores its sample indices in `data.index_cache`. The default is `index_cache/` beside the first file of
+each split, so evaluation needs only the validation data; if that folder is not writable, it is the run folder
+(`index_cache`). megatron-core's cache keys depend on paths and settings but not on contents. So a digest of the data is
+added to them: new data at the same path never use an old index. Rank 0 cleans up and builds under a file lock, so runs
+on the same data never read half-written files. The folder must be writable by rank 0 and visible to all.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class ValidationSummary:
     validation_tokens: int
     """Tokens on disk, over all entries of a blend; 0 without validation data."""
     identity: dict[str, str]
-    """What the work was done with, to be recorded and compared: `tokenizer` is the tokenizer's fingerprint; `train` (of
-    `check_data`) and `validation` (of `check_validation`) are digests of the data, of its first MiB and its size, and
-    of the shares of a blend."""
+    """The identity of data and tokenizer, to be recorded and compared: `tokenizer` is the tokenizer's fingerprint;
+    `train` (of `check_data`) and `validation` (of `check_validation`) are digests of the data, of its first MiB and its
+    size, and of the shares of a blend."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def check_data(config: Config) -> DataSummary:
 
 
 def check_validation(config: Config) -> ValidationSummary:
-    """Hold the validation data alone against the configuration, as `check_data` does: training data need not be there.
+    """Check only the validation data against the configuration, as `check_data` does: training data need not be there.
 
     Raises:
         ConfigError: as `check_data`, and where `data.validation` is not set.
@@ -119,7 +119,7 @@ def check_validation(config: Config) -> ValidationSummary:
 
 
 def training_tokenizer(config: Config) -> Path:
-    """Folder of the tokenizer: `data.tokenizer`; where there is none, the copy that the run has kept of it."""
+    """Folder of the tokenizer: `data.tokenizer`, or, if that is missing, the copy in the run folder."""
     named, kept = Path(config.data.tokenizer), Path(config.run.dir) / "tokenizer"
     return kept if not named.is_dir() and kept.is_dir() else named
 
@@ -278,7 +278,7 @@ def _check_entry(key: str, path: str, samples: int, tokenizer: Tokenizer, config
     except ValueError as error:
         raise ValueError(f"{key} = {path}: {error}{counted_from(path)}") from error
     if manifest is None:
-        logger.warning("%s = %s has no manifest: that data.tokenizer made it cannot be checked", key, path)
+        logger.warning("%s = %s has no manifest, so its tokenizer cannot be checked", key, path)
         if wrong := foreign_id(path, tokenizer.vocab_size, _SAMPLED_TOKENS):
             raise ValueError(f"{key} = {path}: {wrong} of data.tokenizer")
     elif manifest.tokenizer.fingerprint != tokenizer.fingerprint:
@@ -302,7 +302,7 @@ def _check_entry(key: str, path: str, samples: int, tokenizer: Tokenizer, config
 
 
 def _samples_there(path: str, index: IndexSummary, config: Config) -> tuple[int, str]:
-    """Different samples that a dataset makes (at least so many), and what there is, in words."""
+    """The number of different samples that a dataset makes (at least), and its contents as text."""
     length = config.data.sequence_length
     if config.data.packing == "concatenate":
         there = max(index.tokens - 1, 0) // length
@@ -311,7 +311,7 @@ def _samples_there(path: str, index: IndexSummary, config: Config) -> tuple[int,
     tokens, there = usable(lengths, rules)
     text = f"{there} samples of data.sequence_length = {length}"
     if rules.kind == "best_fit":
-        return there, f"{tokens} tokens in documents of two and more, {text}"
+        return there, f"{tokens} tokens in documents of at least two tokens, {text}"
     return there, (
         f"{text}: {np.count_nonzero(lengths >= rules.min_document_length)} of its {len(lengths)} documents have "
         f"data.min_document_length = {rules.min_document_length} tokens or more, the longest has "

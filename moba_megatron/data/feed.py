@@ -20,8 +20,8 @@ def rank_batches(
     """Microbatches from sample `consumed_samples` on, up to `num_samples` in all, each with its `packed_seq_params`
     (None if it is not packed).
 
-    Every rank of a model-parallel group reads the same batches itself: nothing is broadcast. Context-parallel ranks
-    read the same samples too, and keep their part of each.
+    Every rank of a model-parallel group reads the same batches; there is no broadcast. Context-parallel ranks read the
+    same samples too, and keep their part of each.
 
     Raises:
         ConfigError: a sample with an id over the tokenizer's, as damaged files have; it names file and document.

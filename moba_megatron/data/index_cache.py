@@ -21,29 +21,29 @@ def index_folder(config: Config, key: str) -> Path:
 
 
 def index_lines(config: Config) -> list[str]:
-    """What is to be said about the folders, one line for each split whose indices do not lie beside the data."""
+    """Notes on the folders, one line for each split whose indices are not beside the data."""
     if config.data.index_cache is not None:
         return []
     keys = [key for key in ("train", "validation") if getattr(config.data, key)]
     return [
-        f"data.index_cache: {index_folder(config, key)} (beside data.{key} nothing can be written)"
+        f"data.index_cache: {index_folder(config, key)} (the folder of data.{key} is not writable)"
         for key in keys
         if index_folder(config, key) != _beside(config, key)
     ]
 
 
 def check_index_folder(config: Config, key: str) -> list[str]:
-    """What keeps indices of a split from being written, as a problem with its fix; empty if nothing does.
+    """The problem that prevents writing indices of a split, with its fix; empty if nothing does.
 
     Raises:
-        ConfigError: a blend that names nothing.
+        ConfigError: an empty blend.
     """
     if not getattr(config.data, key) or writable(folder := index_folder(config, key)):
         return []
-    fix = "give data.index_cache a folder that can be written to, on a disk that all machines see"
+    fix = "set data.index_cache to a writable folder on a disk that all machines see"
     if config.data.index_cache is not None:
-        return [f"data.index_cache = {folder} cannot be written to: {fix}{counted_from(folder)}"]
-    return [f"data.{key}: neither {_beside(config, key)} nor {folder} can be written to: {fix}"]
+        return [f"data.index_cache = {folder} is not writable: {fix}{counted_from(folder)}"]
+    return [f"data.{key}: neither {_beside(config, key)} nor {folder} is writable: {fix}"]
 
 
 def writable(folder: Path) -> bool:

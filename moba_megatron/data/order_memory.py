@@ -16,7 +16,7 @@ _COUNTS = Path("/sys/fs/cgroup/memory.stat")
 
 
 def order_problem(config: Config, documents: int, samples_per_epoch: float) -> str | None:
-    """What is wrong with the number of samples of a run, in words; None if their order fits.
+    """The problem with the number of samples of a run; None if their order fits.
 
     Args:
         documents: of all training data together.

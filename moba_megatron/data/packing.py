@@ -1,13 +1,13 @@
 """Which documents share a row: packing as integer arithmetic over the lengths of documents.
 
-A document longer than a row is cut into pieces of a whole row and a rest. `document` gives each piece a row of its own.
+A document longer than a row is cut into pieces of a whole row and a rest. `document` gives each piece its own row.
 `best_fit` puts each piece into the row whose free room is the smallest that holds it, longest pieces first (best-fit
 decreasing, arXiv 2404.10830): only documents longer than a row are cut, and rows of real text end up more than 99%
 full. Pieces of one length follow each other, so a row takes as many of them as it holds in one step; the different free
 rooms are kept in one sorted list.
 
-The last token of a document has nothing to predict, so a piece of one token is left out. Which documents meet in a row
-follows from their lengths and, among equals, from the seed.
+The last token of a document has no next token to predict, so a piece of one token is left out. Which documents meet in
+a row follows from their lengths and, among equals, from the seed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PackingRules:
 
     @property
     def unique_identifiers(self) -> dict[str, Any]:
-        """What megatron-core's cache keys must know."""
+        """The values for megatron-core's cache keys."""
         return asdict(self)
 
 
@@ -66,8 +66,9 @@ class Packing:
 
 @dataclass(frozen=True)
 class PackingSummary:
-    """What a packing does to a dataset. `documents_cut` and `rows_of_one_document` are expected numbers where documents
-    are concatenated. The latter are what trailing losses are made of where documents do not see each other."""
+    """Statistics of a packing of a dataset. `documents_cut` and `rows_of_one_document` are expected numbers where
+    documents are concatenated. The latter are what trailing losses are made of where documents do not see each
+    other."""
 
     kind: str
     row_length: int
@@ -172,7 +173,7 @@ def pack_documents(lengths: np.ndarray, rules: PackingRules, seed: int) -> Packi
 
 
 def row_order(rows: int, samples: int, seed: int) -> np.ndarray:
-    """The row of each sample: every row once, in an order of its own, in each epoch. [samples] uint32.
+    """The row of each sample: every row once in each epoch, in a new order. [samples] uint32.
 
     Sample i is the same for any number of samples.
     """
@@ -182,7 +183,7 @@ def row_order(rows: int, samples: int, seed: int) -> np.ndarray:
 
 
 def summarise_packing(lengths: np.ndarray, packing: Packing, rules: PackingRules) -> PackingSummary:
-    """What a packing of documents of these lengths comes to."""
+    """Statistics of a packing of documents of these lengths."""
     tokens = int(packing.pieces[:, 2].sum(dtype=np.int64))
     used = np.unique(packing.pieces[:, 0])
     return PackingSummary(
@@ -199,7 +200,7 @@ def summarise_packing(lengths: np.ndarray, packing: Packing, rules: PackingRules
 
 
 def summarise_concatenation(lengths: np.ndarray, row_length: int) -> PackingSummary:
-    """What joining documents of these lengths, in an order by chance, and cutting the stream comes to."""
+    """Statistics of joining documents of these lengths in random order and cutting the stream."""
     rows = max(int(lengths.sum(dtype=np.int64)) - 1, 0) // row_length
     return PackingSummary(
         kind="concatenate",

@@ -5,10 +5,10 @@ number of tokens). `ConcatenatedRows` takes them from `GPTDataset`'s own indices
 `PackedRows` has indices of its own (`packing`): whole documents, and every row in a new order in each epoch. Blends,
 seeds and the cache of indices are megatron-core's for both.
 
-A token is a target (its prediction counts) unless the dataset's loss mask says no, it is padding, or nothing before it
-announces it: it starts a document where documents do not see each other, or the rest of a cut document in any case.
-Boundaries come from the pieces, so neither padding nor a cut document can be mistaken for an end. The dense mask over
-pairs of tokens never exists.
+A token is a target (its prediction counts) with three exceptions: the dataset's loss mask excludes it; it is padding;
+or it has no earlier token to predict it from, at the start of a document (if documents do not see each other) or of the
+rest of a cut document. Boundaries come from the pieces, so neither padding nor a cut document can be mistaken for an
+end. The dense mask over pairs of tokens never exists.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MOST_CHECKED = 1000
 
 @dataclass(frozen=True)
 class DatasetTokenizer:
-    """What megatron-core's dataset classes ask of a tokenizer, and what their cache keys must know."""
+    """The parts of a tokenizer that megatron-core's dataset classes need, and the values for their cache keys."""
 
     vocab_size: int
     eod: int
@@ -116,7 +116,7 @@ class ConcatenatedRows(GPTDataset):
         return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in sample.items()}
 
     def summary(self) -> PackingSummary:
-        """What one epoch of this dataset is like."""
+        """Statistics of one epoch of this dataset."""
         return summarise_concatenation(self.dataset.sequence_lengths, self.config.sequence_length)
 
     def _pieces(self, number: int) -> np.ndarray:
@@ -130,7 +130,7 @@ class ConcatenatedRows(GPTDataset):
         return pieces[pieces[:, 2] > 0]
 
     def refuse_foreign(self, number: int) -> None:
-        """Raise for a token of a sample that is none of the vocabulary, naming the file and the document."""
+        """Raise for a token of a sample outside the vocabulary; the error names the file and the document."""
         entries = self.config.tokenizer.vocab_size
         for document, start, size in self._pieces(number).tolist():
             ids = self.dataset.get(document, start, size)
@@ -138,7 +138,8 @@ class ConcatenatedRows(GPTDataset):
             if wrong.size:
                 raise ConfigError([
                     f"{self.dataset_path}.bin: token {start + wrong[0]} of document {document} is id {ids[wrong[0]]}, "
-                    f"but data.tokenizer has {entries} entries: the file is damaged or of another tokenizer; copy it "
+                    f"but data.tokenizer has {entries} entries: the file is damaged or made with another tokenizer; "
+                    f"copy it "
                     "again, or prepare the data again"
                 ])  # fmt: skip
 
@@ -204,8 +205,8 @@ class PackedRows(ConcatenatedRows):
 
 
 class KnownTokens:
-    """A dataset of the classes here, or a blend of them, that refuses a sample with an id that is none of the
-    vocabulary: such an id would read beyond the embedding, or nothing of it."""
+    """A dataset of the classes here, or a blend of them. It refuses a sample with an id outside the vocabulary, which
+    has no row in the embedding."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset

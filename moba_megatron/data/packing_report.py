@@ -1,4 +1,4 @@
-"""What packing does to the data, in words: how full rows are, how many documents are cut. One line a dataset."""
+"""The effect of packing on the data, as text: how full rows are, how many documents are cut. One line a dataset."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moba_megatron.data.packing_datasets import document_lengths
 
 
 def packing_lines(train: Any, validation: Any = None) -> list[str]:
-    """Of the datasets that `build_datasets` made; cheap, but not nothing where there are very many documents."""
+    """Of the datasets that `build_datasets` made; cheap, but noticeable with very many documents."""
     return [
         f"packing of data.{key} = {part.dataset_path}: {part.summary()}"
         for key, dataset in (("train", train), ("validation", validation))
@@ -28,8 +28,8 @@ def packing_lines(train: Any, validation: Any = None) -> list[str]:
 
 
 def expected_packing_lines(config: Config) -> list[str]:
-    """The same of the data that a configuration names, without building or writing anything. Data that is not here
-    gives a line that says so."""
+    """The same of the data that a configuration names, without building or writing anything. Missing data gives a line
+    with the reason."""
     lines = []
     for key, seed in (("train", config.run.seed), ("validation", 0)):
         try:

@@ -1,4 +1,4 @@
-"""What a start knows of the files that it did not make in this run: each is looked through once, by rank 0 alone.
+"""The checks of files that this start did not write: each is looked through once, by rank 0 alone.
 
 `checked.json` in the folder of sample indices remembers which indices of datasets were found in order, by path, size
 and time of change. `digests.json` holds digests of the sample indices themselves, which rank 0 compares whenever it
@@ -54,7 +54,7 @@ def _look_through(prefix: str, size: int, changed: int, data_size: int, digest: 
     """See `check_once`; once a process, until the file changes."""
     if digest and file_hash(Path(f"{prefix}.idx")) != digest:
         raise ValueError(
-            f"{prefix}.idx is not the file that manifest.json knows: its bytes have changed; copy it again, or prepare "
+            f"{prefix}.idx is not the file of manifest.json: its bytes have changed; copy it again, or prepare "
             "the data again"
         )
     check_index(prefix)
@@ -68,9 +68,8 @@ def first_rank() -> bool:
 
 
 def remove_changed(dataset: Any, folder: Path) -> list[str]:
-    """Hold the sample indices that a dataset was opened with against their digests, and remove those that have changed
-    and those that nothing is known of; the digests of indices that were just made are written down. Call under the
-    folder's lock.
+    """Compare the sample indices of a dataset with their digests, and remove those that have changed or have no digest;
+    the digests of indices that were just made are written down. Call under the folder's lock.
 
     Args:
         dataset: of megatron-core, or a blend of several.

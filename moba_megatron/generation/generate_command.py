@@ -1,4 +1,4 @@
-"""`moba-megatron generate`: text from a trained model, as it comes."""
+"""`moba-megatron generate`: text from a trained model, printed as it is generated."""
 
 from __future__ import annotations
 
@@ -24,33 +24,34 @@ def generate_command(
         typer.Argument(help="Run folder (its newest checkpoint is used), checkpoint folder or Hugging Face folder."),
     ],
     prompt: Annotated[str | None, typer.Option(help="Beginning of the text.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="File with the beginning of the text, UTF-8.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the prompt, UTF-8.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens.")] = 128,
     decode: Annotated[
         Decode | None,
         typer.Option(
-            help="How new tokens attend in MoBA layers: full (to everything, as the MoBA report does) or moba (to "
-            "chosen blocks, as in training). Default: as config.json says, full for a checkpoint."
+            help="Attention of new tokens in MoBA layers: full (to all tokens, as in the MoBA report) or moba (to "
+            "chosen blocks, as in training). Default: the setting in config.json; full for a checkpoint."
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.8,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")] = 0.8,
     top_p: Annotated[
-        float, typer.Option(help="Sample from the most likely tokens with this share of probability.")
+        float, typer.Option(help="Sample from the most likely tokens that together have this probability.")
     ] = 0.95,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     prefill_tokens: Annotated[
-        int, typer.Option(min=3, help="Tokens of the prompt taken at a time; fewer need less memory.")
+        int, typer.Option(min=3, help="Tokens of the prompt processed at a time; fewer need less memory.")
     ] = 4096,
     verify: Annotated[
         bool,
         typer.Option(
             " /--no-verify",
             show_default=False,
-            help="Leave the digests of the files alone, which are read first unless checkpoint.verify is off.",
+            help="Skip the check of the files' digests (it is done unless checkpoint.verify is off).",
         ),
     ] = True,
 ) -> None:
-    """Continue a prompt. The text goes to standard output as it comes, how the model attends to standard error."""
+    """Continue a prompt. The text goes to standard output as it is generated. Standard error shows the model's
+    attention."""
     from moba_megatron.generation.engine import continue_prompt
     from moba_megatron.generation.loading import load_generator
     from moba_megatron.generation.streaming import TextStream
@@ -82,7 +83,7 @@ def generate_command(
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
-        raise ValueError("give --prompt or --prompt-file, one of the two")
+        raise ValueError("give either --prompt or --prompt-file")
     if file is None:
         return prompt
     try:

@@ -1,4 +1,4 @@
-"""From a path to a model, in one of two forms.
+"""Load a model from a path, in one of two forms.
 
 `open_model` gives a checkpoint's model as it trains, in megatron-core: for losses, routing and scores.
 
@@ -6,10 +6,9 @@
 the same model of transformers in memory. There is one decoding engine, so a checkpoint and its export generate the same
 text.
 
-There is one rule for what goes in and where it ends, too, that of transformers: a prompt gets what the tokenizer's
-template puts before a text (a token for its beginning, or nothing), and a text ends at the tokens that the generation
-settings name, or at the one that ended documents in training. A checkpoint has the tokenizer and the settings that its
-export would have.
+Prompts and ends of texts follow transformers in both cases. A prompt gets the tokens that the tokenizer's template puts
+before a text (a token for its beginning, or none). A text ends at the tokens of the generation settings, or at the
+end-of-document token of training. A checkpoint has the same tokenizer and settings as its export.
 
 A folder with a `config.json` is a Hugging Face folder, any other a run folder or a checkpoint. Weights keep their
 dtype, and go to the GPU if there is one.
@@ -103,7 +102,7 @@ def open_model(
     Args:
         tokenizer_fingerprint: of the tokenizer that is at hand.
         vocab_size: size of that tokenizer, used where the configuration leaves `model.vocab_size` to it.
-        verify: hold the files against their digests, as `checkpoint.verify` of the run says; False: never.
+        verify: compare the files with their digests, according to `checkpoint.verify` of the run; False: never.
         parallel: the layout, which fits the number of processes; None: one rank.
 
     Raises:
@@ -135,7 +134,7 @@ def open_model(
 
 
 def load_generator(path: Path, decode: str | None = None, *, verify: bool = True) -> Generator:
-    """Load what generates text.
+    """Load a model that generates text.
 
     Args:
         path: a Hugging Face folder, a run folder (its newest checkpoint is used) or a checkpoint folder.

@@ -35,7 +35,7 @@ class TextStream:
         self._flush()
 
     def end(self) -> None:
-        """Write what was held back."""
+        """Write the text that was held back."""
         self._flush()
 
     def _pending(self) -> str:

@@ -9,13 +9,13 @@ transformers' interface (Llama, Qwen, Mistral, ...) then attends by MoBA:
     moba.configure(model, block_size=512, top_k=3, last_n_full=3)
     model.generate(**inputs, past_key_values=moba.MoBACache())
 
-A checkpoint whose configuration has a `moba_config` needs only `from_pretrained(path)`, and so does what such a model
-is saved as; `attn_implementation="sdpa"` asks for full attention.
+A checkpoint whose configuration has a `moba_config` needs only `from_pretrained(path)`, also after it is saved again;
+`attn_implementation="sdpa"` asks for full attention.
 
-`settings` is what the configuration says, `standing` lets it decide where no attention is named, `mask` reads padding
-and packing, `packing` holds what trainers say of it besides against that, `attention` attends, `cache` is a cache with
-block summaries, `prefill` takes a long prompt in pieces, `probe` asks a model whether it attends so. Needs torch and
-transformers 4.57 or newer.
+`settings` reads the configuration, and `standing` applies it if the caller names no attention. `mask` reads padding and
+packing, and `packing` compares them with other arguments of trainers. `attention` is the attention, `cache` a cache
+with block summaries. `prefill` processes a long prompt in pieces, and `probe` checks that a model uses MoBA. Needs
+torch and transformers 4.57 or newer.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def configure(
     threshold: float | None = None,
     share_selection: str = "none",
 ) -> MoBASettings:
-    """Let a transformers model attend by MoBA from now on, and what is saved and loaded of it.
+    """Switch a transformers model to MoBA, also after it is saved and loaded again.
 
     Args:
         model: a model of transformers; its text configuration gets `moba_config`.
         block_size: tokens per block.
         top_k: blocks per query, its own counted.
-        last_n_full: so many last layers attend fully.
+        last_n_full: number of last layers that attend fully.
         decode: how new tokens attend to a cache: `full` (the MoBA report's way) or `moba`.
         selector, summary, threshold, share_selection: how past blocks are chosen, as for `moba_attention`.
 

@@ -4,12 +4,12 @@ Three cases, by where the queries' documents begin (`mask.segments`):
 
 1. All documents begin in this call: training, evaluation, a prompt. Their tokens, without padding, are one pack for
    `moba_attention` or `full_attention`, with gradients, and by the GPU kernels where they run.
-2. One new token of a document whose past is in a cache: decoding. In `moba` layers the configuration's `decode` says
-   whether it attends to its blocks or to everything; in `full` layers it attends to everything.
-3. Several new tokens with a past: a further piece of a prompt. MoBA in `moba` layers, in either decode mode.
+2. One new token of a document whose past is in a cache: decoding. In `moba` layers the configuration's `decode` decides
+whether it attends to its blocks or to all tokens; in `full` layers it attends to everything. 3. Several new tokens with
+a past: a further piece of a prompt. MoBA in `moba` layers, in either decode mode.
 
 Cases 2 and 3 have no gradient; asking for one raises. Whatever is not causal MoBA over whole documents raises too:
-there is no silent way to dense attention.
+nothing falls back silently to dense attention.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def moba_attention_forward(
     if settings.key_convolution and not hasattr(module, "k_conv"):
         raise ValueError(
             f"this model's keys are convolved (moba_config: key_convolution = {settings.key_convolution}), and "
-            f"{type(module).__name__} has no such filters: load it by its own code, with trust_remote_code=True"
+            f"{type(module).__name__} has no such filters: load it with trust_remote_code=True, which runs its own code"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     _refuse_what_is_not_moba(dropout, causal, kwargs)
@@ -99,7 +99,7 @@ def _refuse_what_is_not_moba(dropout: float, causal: bool, kwargs: dict[str, Any
     if dropout:
         raise ValueError(f"MoBA has no dropout in attention, got {dropout}: set config.attention_dropout = 0.0")
     if not causal:
-        raise ValueError("this layer's attention is not causal, MoBA is: give it another attn_implementation")
+        raise ValueError("this layer's attention is not causal, but MoBA is: use another attn_implementation")
     for name, fix in NOT_MOBA.items():
         given = kwargs.get(name)
         if given is not None and given is not False:

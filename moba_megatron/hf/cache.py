@@ -86,7 +86,7 @@ class BlockSummaries:
             self.values = wider
 
     def crop(self, slots: int) -> None:
-        """Forget the blocks that reach beyond so many slots."""
+        """Forget the blocks beyond this number of slots."""
         self.blocks = [
             min(known, max(0, slots - first) // self.block_size)
             for known, first in zip(self.blocks, self.first, strict=True)

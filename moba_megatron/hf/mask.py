@@ -63,7 +63,7 @@ def moba_mask(
             f"the cache has dropped its first {kv_offset} tokens (a window): MoBA needs a cache of all tokens"
         )
     if use_vmap:
-        raise ValueError("this model lays a mask of its own over the causal one: MoBA takes causal masks only")
+        raise ValueError("this model combines the causal mask with its own: MoBA supports only causal masks")
     slots = torch.arange(end, device=device)
     real = torch.ones(batch_size, end, dtype=torch.bool, device=device)
     if attention_mask is not None:
@@ -103,10 +103,10 @@ def _refuse_gaps(real: Tensor) -> None:
 
 
 def _not_moba(mask_function: Callable, first: Tensor, real: Tensor, begins: Tensor, slots: Tensor) -> str | None:
-    """What a mask does that MoBA does not, in words."""
+    """The difference between a mask and MoBA, for a message."""
     batch_size = first.shape[0]
     if (real & ~_sees(mask_function, slots, first, batch_size)).any():
-        return "the mask hides early tokens of a document (a window): MoBA attends its whole past"
+        return "the mask hides early tokens of a document (a window): MoBA attends to all past tokens"
     inside = real[:, 1:] & ~begins[:, 1:]
     if (inside & _sees(mask_function, slots[:-1], slots[1:], batch_size)).any():
         return "the mask lets tokens see later ones: MoBA is causal"
@@ -182,7 +182,7 @@ def segments(mask: Tensor, position_ids: Tensor | None) -> list[Segment]:
 
 def _check_mask(mask: Tensor | None) -> None:
     if mask is None:
-        raise ValueError("no mask reached MoBA: this model does not make its masks by transformers' mask interface")
+        raise ValueError("no mask reached MoBA: this model does not use transformers' mask interface")
     if mask.dtype != torch.int32 or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] != 2:
         raise ValueError(
             f"MoBA takes padding masks [batch, tokens], got a mask of {mask.dtype} and shape {tuple(mask.shape)}"
@@ -202,8 +202,8 @@ def _read(begins: Tensor, real: Tensor, first: Tensor, stop: Tensor, positions: 
         past = slot - begin
         if position and position[0] < past:
             raise ValueError(
-                f"row {row} goes on at position {position[0]} after {past} tokens in the cache: packed rows cannot be "
-                "continued from a cache; give each document a row"
+                f"row {row} goes on at position {position[0]} after {past} tokens in the cache: packed rows cannot "
+                f"continue from a cache; give each document its own row"
             )
         found.append(Segment(row, start, end, begin, past))
     return found

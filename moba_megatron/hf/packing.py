@@ -1,9 +1,9 @@
-"""What collators for packed rows say beside `position_ids`, compared with it.
+"""Further arguments of collators for packed rows, compared with `position_ids`.
 
 Trainers that pack (TRL's `packing` and `padding_free`, transformers' `DataCollatorWithFlattening`) also pass where the
 documents of a batch begin: `cu_seq_lens_q` and `cu_seq_lens_k`, boundaries in the rows laid end to end, and `seq_idx`,
-the document of each token. MoBA reads documents from the mask and `position_ids` (`mask.segments`). The others must say
-the same, and then add nothing. `max_length_q` and `max_length_k` only size the kernels of others.
+the document of each token. MoBA reads documents from the mask and `position_ids` (`mask.segments`). The others must
+describe the same documents; then they are ignored. `max_length_q` and `max_length_k` only size the kernels of others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SHOWN = 8
 
 
 def check_packing(mask: Tensor, stretches: Sequence[Segment], rows: int, length: int, told: Mapping[str, Any]) -> None:
-    """Hold what else is told of packing against the documents that were read; once per forward pass.
+    """Compare other arguments about packing with the documents that were read; once per forward pass.
 
     Args:
         mask: what `moba_mask` returned; it carries the note that this was done.
@@ -40,7 +40,7 @@ def check_packing(mask: Tensor, stretches: Sequence[Segment], rows: int, length:
     if checked.keys() == given.keys() and all(checked[name] is given[name] for name in given):
         return
     if any(s.past for s in stretches):
-        raise ValueError(f"{' and '.join(given)} with a cache: packed rows cannot be continued, give each text a row")
+        raise ValueError(f"{' and '.join(given)} with a cache: packed rows cannot continue; give each text a row")
     # One tensor is mostly passed under both names: it is read once.
     tensors = {id(value): (name, value) for name, value in reversed(given.items())}
     for name, value in tensors.values():
@@ -80,7 +80,7 @@ def _compare(name: str, told: list[int], end: int, read: list[tuple[int, int]]) 
     inside = [t for t, at in zip(told, before, strict=True) if at >= 0 and starts[at] < t < read[at][1]]
     if missing or inside:
         raise ValueError(
-            f"{name} and position_ids tell of different documents: {name} begins them at {_shown(told)} of the rows "
+            f"{name} and position_ids describe different documents: {name} begins them at {_shown(told)} of the rows "
             f"laid end to end and ends at {end}, position_ids and attention_mask begin them at {_shown(starts)}. Pass "
             "position_ids that start again at 0 in each document, as transformers' DataCollatorWithFlattening does, "
             f"or leave {name} out"

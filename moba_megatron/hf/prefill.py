@@ -13,9 +13,9 @@ from transformers.cache_utils import Cache
 def prefill(model: Any, input_ids: Tensor, cache: Cache, *, piece: int, attention_mask: Tensor | None = None) -> Cache:
     """Fill a cache with a prompt, but for its end, which the first step of `generate` takes.
 
-    Each piece attends by MoBA to what is in the cache and to itself, so the cache is the one that a single pass over
-    the prompt leaves. At least two tokens remain: a single token with a past would count as decoding, which in decode
-    mode `full` is another attention than the prompt's.
+    Each piece attends by MoBA to the cache and to itself, so the final cache equals that of a single pass over the
+    prompt. At least two tokens remain: a single token with a past would count as decoding, which in decode mode `full`
+    is another attention than the prompt's.
 
     Args:
         model: a causal language model.

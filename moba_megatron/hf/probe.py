@@ -1,4 +1,4 @@
-"""Whether a model really attends by what is registered as "moba": asked of the model, not of its configuration."""
+"""Check that a model really uses the attention registered as "moba": asked of the model, not of its configuration."""
 
 from __future__ import annotations
 
@@ -43,6 +43,6 @@ def check_attends(model: Any) -> None:
     missed = sorted(set(range(model.config.get_text_config().num_hidden_layers)) - reached)
     if missed:
         raise ValueError(
-            f"layers {missed} (counted from 0) of {type(model).__name__} do not attend by MoBA, although the model was "
-            "loaded for it: its class does not take its attention from transformers' interface"
+            f"layers {missed} (counted from 0) of {type(model).__name__} do not attend by MoBA, although the model "
+            f"was loaded with it: its class does not use transformers' attention interface"
         )

@@ -1,4 +1,4 @@
-"""What a transformers configuration says about MoBA: the entry `moba_config`.
+"""The settings of MoBA in a transformers configuration: the entry `moba_config`.
 
 It is a plain dictionary, so that `save_pretrained` writes it into config.json and `from_pretrained` brings it back:
 
@@ -12,8 +12,8 @@ the top level because transformers refuses names of its own `layer_types` that i
 Blocks that are chosen otherwise than by top-k of their means have `selector`, `summary`, `threshold` and
 `share_selection` in the words of `ops.selection`, as far as they are needed; layers that differ in this from the others
 have an entry in `layer_selections`: `{"1": {"selector": "recent"}}`. A model whose keys are convolved has
-`key_convolution`, the filters' width. Such entries have version 2, so that readers of before refuse them instead of
-attending otherwise.
+`key_convolution`, the filters' width. Such entries have version 2, so older readers refuse them instead of using
+another attention.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class MoBASettings:
         """Read `config.moba_config`.
 
         Raises:
-            ValueError: there is none, it has other keys than those above, another version, or as many layers as the
-                model has not.
+            ValueError: no such entry, other keys than those above, another version, or a different number of layers
+            than the model.
         """
         entry = getattr(config, "moba_config", None)
         if not isinstance(entry, Mapping):
@@ -101,7 +101,7 @@ class MoBASettings:
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any], layers: int) -> MoBASettings:
-        """Read the entry `moba_config` of a model of so many layers. Raises as `from_config`."""
+        """Read the entry `moba_config` of a model with this number of layers. Raises as `from_config`."""
         values = dict(entry)
         version = values.pop("version", VERSION)
         if version not in _KEYS:
@@ -123,14 +123,16 @@ class MoBASettings:
                 int(layer): (own["block_size"], own["top_k"]) for layer, own in values.pop("layer_sizes", {}).items()
             }
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"moba_config: layer_sizes must be as {EXAMPLE}, got {entry['layer_sizes']!r}") from error
+            raise ValueError(
+                f"moba_config: layer_sizes must be like {EXAMPLE}, not {entry['layer_sizes']!r}"
+            ) from error
         selection = _selection({key: values.pop(key) for key in _SELECTION if key in values})
         others = values.pop("layer_selections", {})
         try:
             selections = {int(layer): _selection(chosen) for layer, chosen in others.items()}
         except (AttributeError, TypeError) as error:
             raise ValueError(
-                f"moba_config: layer_selections must be as {EXAMPLE_OF_SELECTIONS}, got {others!r}"
+                f"moba_config: layer_selections must be like {EXAMPLE_OF_SELECTIONS}, got {others!r}"
             ) from error
         return cls(layer_types=kinds, layer_sizes=own, selection=selection, layer_selections=selections, **values)
 
@@ -171,7 +173,7 @@ class MoBASettings:
 
 
 def _selection(words: Mapping[str, Any]) -> Selection:
-    """Raises ValueError where the words are none that `ops.selection` knows, or do not go together."""
+    """Raises ValueError for words that `ops.selection` does not know, or that contradict each other."""
     unknown = words.keys() - set(_SELECTION)
     if unknown:
         raise ValueError(f"moba_config: a selection of blocks has {', '.join(_SELECTION)}, got {sorted(unknown)}")

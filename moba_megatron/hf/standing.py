@@ -1,8 +1,8 @@
 """A configuration with `moba_config` attends by MoBA, wherever it goes, unless another attention is asked for.
 
-transformers keeps the name of a model's attention in memory alone: `save_pretrained` leaves it out, and a model that is
-made without a name attends by "sdpa", fully and without a word. What makes a model a MoBA model is its `moba_config`,
-which is saved. So two places of transformers are taught to go by it, when this package is imported:
+transformers keeps the name of a model's attention only in memory: `save_pretrained` leaves it out, and a model that is
+made without a name attends by "sdpa", fully and without a word. A MoBA model is a model with a `moba_config`, which is
+saved. So two places of transformers are taught to go by it, when this package is imported:
 
 - where a model that is being made finds the name of its attention, no name means "moba" if there is a `moba_config`;
 - where a configuration becomes a dictionary, for config.json among others, one with `moba_config` says
@@ -31,16 +31,16 @@ def stand_by_settings() -> None:
 
 
 def check_takes_attention(model: PreTrainedModel) -> None:
-    """Hold a model's class against what a registered attention needs, as far as transformers can tell by its code.
+    """Check that a model's class can use a registered attention, as far as transformers can tell from its code.
 
     Raises:
         ValueError: the class computes its attention itself.
     """
     if not model._can_set_attn_implementation():
         raise ValueError(
-            f"transformers finds no place in the code of {type(model).__name__} that takes an attention by name, so it "
-            'would attend fully: ask for full attention by attn_implementation="sdpa" (or "eager") or, if it does take '
-            f'one, load it with attn_implementation="{NAME}", and let moba_megatron.hf.check_attends(model) look'
+            f"the code of {type(model).__name__} does not seem to use transformers' attention interface, so it would "
+            'attend fully: ask for full attention by attn_implementation="sdpa" (or "eager") or, if it does use the '
+            f'interface, load it with attn_implementation="{NAME}" and call moba_megatron.hf.check_attends(model)'
         )
 
 

@@ -117,7 +117,7 @@ def _parallel_settings(config: Config, dtype: torch.dtype) -> dict:
 
 
 def _pipeline_layout(config: Config) -> list[list[str]]:
-    """What each model chunk holds, in the order of the model and in megatron-core's words."""
+    """The contents of each model chunk, in the order of the model and with megatron-core's terms."""
     layout = [["decoder"] * count for count in config.chunk_layers]
     return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
 

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class ContextParallel:
-    """What a core attention does when its sequence lies on several ranks.
+    """The work of a core attention whose sequence is on several ranks.
 
     Args:
         config, pg_collection: as megatron-core passes them to a core attention. Without a collection its global groups
@@ -142,7 +142,7 @@ def check_layout(
 
 
 def _decide(kind: str, wanted: str, sizes: RankSizes, cp_groups: ContextGroups, backend: str) -> str:
-    """What `auto`, or `dispatch` in a full layer, means for a call."""
+    """The exchange that `auto`, or `dispatch` in a full layer, stands for in a call."""
     size = cp_groups.whole.size()
     # Without groups for two levels the first one has a single rank, so that a2a+p2p is not chosen.
     levels = (1, size) if cp_groups.inner is None else (cp_groups.inner.size(), cp_groups.outer.size())
@@ -161,7 +161,7 @@ def _by_kind(exchange: str | Mapping[str, str]) -> dict[str, str]:
     kinds = {"moba": exchange, "full": exchange} if isinstance(exchange, str) else dict(exchange)
     names = ("auto", *EXCHANGES)
     if set(kinds) != {"moba", "full"} or not set(kinds.values()) <= set(names):
-        raise ValueError(f"exchange = {exchange!r}: give one of {', '.join(names)}, or one for each of moba and full")
+        raise ValueError(f"exchange = {exchange!r}: give one of {', '.join(names)}, or one each for moba and full")
     return kinds
 
 

@@ -6,8 +6,8 @@ keys and values `[sk, b, ng, hn]` (b sequences of one length), or with a pack of
 and grouped queries need nothing here: each rank attends with its own heads, and keys are never repeated.
 
 The module has no parameters. What it computes is the attribute `attention`, which may change between steps
-(`set_attention_stage`): block-sparse or full attention over the same projections. Nothing else in it changes, so
-activation recomputation, which runs it twice, is exact.
+(`set_attention_stage`): block-sparse or full attention over the same projections. It has no other state, so activation
+recomputation, which runs it twice, is exact.
 
 Sequences of a batch are laid end to end, as documents of one pack. At b = 1 that is a view; otherwise one copy each of
 queries, keys and values.
@@ -15,7 +15,7 @@ queries, keys and values.
 Under context parallelism the tokens are this rank's zigzag shard of each sequence or document (`parallel.layout`), the
 boundaries are those of the whole pack, padded, and `parallel.attention` does the work over the groups that
 megatron-core hands over. How its ranks exchange is a parameter of ours, one for each kind of layer; the layer's own
-`cp_comm_type` knows fewer words and is not looked at.
+`cp_comm_type` has fewer choices and is ignored.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class MoBACoreAttention(MegatronModule):
         super().__init__(config=config)
         if full_backend != "auto" and config.context_parallel_size > 1:
             raise ValueError(
-                f"full_backend = {full_backend!r} with context_parallel_size = {config.context_parallel_size}: full "
-                "layers run through the exchanges there; use auto"
+                f"full_backend = {full_backend!r} with context_parallel_size = {config.context_parallel_size}: there "
+                f"full layers use the exchanges; use auto"
             )
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         _refuse_what_is_not_moba(config, layer_number, attn_mask_type, attention_type, dropout)
@@ -163,15 +163,15 @@ class MoBACoreAttention(MegatronModule):
             raise ValueError("attention_bias is not MoBA: pass None")
         if attention_mask is not None:
             raise ValueError(
-                f"attention_mask of shape {tuple(attention_mask.shape)}: MoBA masks causally by itself; pass None, "
+                f"attention_mask of shape {tuple(attention_mask.shape)}: MoBA is always causal; pass None, "
                 "and give document boundaries as PackedSeqParams"
             )
         if attn_mask_type is not None and attn_mask_type not in CAUSAL:
             raise ValueError(f"attn_mask_type {attn_mask_type} is not causal: MoBA is causal self-attention")
         if query.shape[0] != key.shape[0]:
             raise ValueError(
-                f"{query.shape[0]} queries against {key.shape[0]} keys: this core attention needs the keys of exactly "
-                "the queries' tokens; decoding with a key/value cache is not its task"
+                f"{query.shape[0]} queries and {key.shape[0]} keys: this core attention needs queries and keys of the "
+                f"same tokens; it does not support a key/value cache"
             )
 
     def extra_repr(self) -> str:
@@ -193,7 +193,8 @@ class MoBASelfAttention(SelfAttention):
 
 
 _NO_INFERENCE = (
-    "megatron-core's inference engine attends fully, past MoBA: generate by `moba-megatron generate` or from an export "
+    "megatron-core's inference engine bypasses MoBA and attends fully: generate by `moba-megatron generate` or from "
+    "an export "
     "to Hugging Face format"
 )
 
@@ -223,7 +224,7 @@ def set_attention_stage(model_chunks: list[torch.nn.Module], schedule: Attention
             if layers[module.layer_number - 1].kind == "moba":
                 raise ValueError(
                     f"layer {module.layer_number} is MoBA in stage {stage}, but was built with "
-                    f"{type(module.core_attention).__name__}, which attends fully: build the model for this schedule"
+                    f"{type(module.core_attention).__name__}, full attention: build the model for this schedule"
                 )
     cores = [module for module in modules if isinstance(module, MoBACoreAttention)]
     changed = sum(core.attention != layers[core.layer_number - 1] for core in cores)
@@ -235,7 +236,7 @@ def set_attention_stage(model_chunks: list[torch.nn.Module], schedule: Attention
 def pack_boundaries(packed: PackedSeqParams) -> tuple[Tensor, int | None]:
     """(cu_seqlens [documents + 1] int32, longest document or None if not known) of a pack of documents."""
     if packed.qkv_format != "thd":
-        raise ValueError(f"PackedSeqParams.qkv_format = {packed.qkv_format!r}: packs of documents are 'thd'")
+        raise ValueError(f"PackedSeqParams.qkv_format = {packed.qkv_format!r}: packs of documents need 'thd'")
     cu_q = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
     cu_kv = packed.cu_seqlens_kv if packed.cu_seqlens_kv_padded is None else packed.cu_seqlens_kv_padded
     if cu_q is None:

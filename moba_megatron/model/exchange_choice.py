@@ -1,9 +1,9 @@
-"""Which exchange the context-parallel ranks of a run use: decided from sizes alone, before any process starts.
+"""Which exchange the context-parallel ranks of a run use: decided from sizes, before any process starts.
 
 MoBA layers and layers that attend fully may use different ones, so each kind is decided by itself. `auto` is what
-`parallel.exchanges.choose_exchange` finds cheapest; a name that cannot run with these sizes is an error that says what
-would. Full layers have no selected blocks to send queries to, so `dispatch` means `a2a` for them where the heads allow
-it, and `p2p` otherwise. The reference backend needs all tokens of its heads, so with it MoBA layers take `a2a`.
+`parallel.exchanges.choose_exchange` finds cheapest; a name that cannot run with these sizes is an error; it names one
+that can. Full layers have no selected blocks to send queries to, so `dispatch` means `a2a` for them where the heads
+allow it, and `p2p` otherwise. The reference backend needs all tokens of its heads, so with it MoBA layers take `a2a`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ExchangeChoice:
     """What `parallel.exchange` became."""
 
     moba: str | None = None
-    """Exchange of MoBA layers. None where there is none: no context parallelism, or no such layer in any stage."""
+    """Exchange of MoBA layers. None without context parallelism, or without such a layer in any stage."""
     full: str | None = None
     """The same for layers that attend fully."""
     levels: Levels | None = None

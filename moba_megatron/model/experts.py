@@ -7,8 +7,8 @@ this rank, which makes the gradients too small by the number of ranks; from 0.19
 of ranks, which is right where all have as many. Packs are padded document by document under context parallelism, so
 they have not. `Router` counts the tokens of all ranks, in every release.
 
-The other difference is what is counted. Padding has no part in losses, load and bias. What a step did is kept in sums
-(`Tally`) that the trainer reads.
+The other difference is the tokens that count. Padding has no part in losses, load and bias. The results of a step are
+kept in sums (`Tally`) that the trainer reads.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def routers(chunks: list[torch.nn.Module]) -> Iterator[Router]:
 
 
 def read_tallies(chunks: list[torch.nn.Module], model: ModelConfig, device: torch.device) -> Tensor:
-    """What all ranks counted in each layer since this was called last: fp64 [layers, experts + 3], as `Tally.flat`.
+    """The counts of all ranks in each layer since the last call: fp64 [layers, experts + 3], as `Tally.flat`.
     Collective."""
     assert model.num_moe_experts is not None, "a dense model has no routers"
     width = model.num_moe_experts + 1 + len(LOSSES)

@@ -1,9 +1,9 @@
 """The feed-forward of long sequences in chunks of tokens: activations of one chunk are in memory at a time.
 
-A feed-forward treats each token alone, so its tokens can go through it in pieces. Forward keeps the input and nothing
-else. Backward takes one piece after the other: forward again, then its gradients. Those of the weights are summed over
-the pieces in fp32 and leave as one gradient: megatron-core's data parallelism starts to reduce a bucket when each of
-its weights has its gradient, so a gradient for every piece would be reduced too early.
+A feed-forward processes each token separately, so it can process tokens in chunks. Forward keeps only the input.
+Backward takes one piece after the other: forward again, then its gradients. Those of the weights are summed over the
+pieces in fp32 and leave as one gradient: megatron-core's data parallelism starts to reduce a bucket when each of its
+weights has its gradient, so a gradient for every piece would be reduced too early.
 
 The layer stays megatron-core's; tensor and sequence parallelism exchange a piece at a time.
 """

@@ -1,13 +1,13 @@
-"""Drawn weights that do not depend on the layout: every rank replays the draws of one rank and keeps its part.
+"""Random first weights that do not depend on the layout: every rank repeats the draws of one rank and keeps its part.
 
 One rank draws its weights one after the other from one stream of random numbers. megatron-core gives each tensor- and
-pipeline-parallel rank a stream of its own, so that the same seed starts another model at another layout. Here each rank
-goes through all parameters of the whole model in the order in which one rank draws them, draws each as a whole on the
-device that holds its own, and copies its part of those that it has. One parameter is in memory at a time. What is not
-drawn (norms, biases, filters of keys) is constant, and megatron-core has set it.
+pipeline-parallel rank its own stream, so the same seed starts different models at different layouts. Here each rank
+draws all parameters of the whole model, in the order of one rank, on its own device. It copies its part of the
+parameters that it has. One parameter is in memory at a time. Other parameters (norms, biases, filters of keys) are
+constant, and megatron-core has set them.
 
-Of a mixture of experts megatron-core draws the experts from another stream, by rank, and the router from one of the
-CPU. Here they come from the one stream as well: the router, every expert in turn, the shared expert and its gate.
+In a mixture of experts megatron-core draws the experts from another stream, by rank, and the router from a stream of
+the CPU. Here they use the same stream: the router, every expert in turn, the shared expert and its gate.
 
 The random streams of the process are left as they are. A CPU and a GPU draw different numbers from the same seed, and
 so do GPUs of different kinds.
@@ -93,7 +93,7 @@ def replay_draws(
             parameter.zero_()
             parameter[: len(part)] = part
     if mine:
-        raise ValueError(f"how one rank draws {', '.join(mine)} is not known: start from weights (model.init_from)")
+        raise ValueError(f"the first values of {', '.join(mine)} are not known: start from weights (model.init_from)")
 
 
 def _own_parameters(chunks: list[torch.nn.Module], *, first_expert: int) -> dict[str, list[torch.nn.Parameter]]:

@@ -105,7 +105,7 @@ def microbatch_shape(data: DataConfig, micro_batch_size: int) -> dict[str, int]:
 
 
 def reduce_over_ranks(sums: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
-    """Add what the microbatches of all data-parallel ranks gave. Collective.
+    """Add up the results of the microbatches of all data-parallel ranks. Collective.
 
     Args:
         sums: one tensor a microbatch on the last pipeline stage, empty elsewhere.

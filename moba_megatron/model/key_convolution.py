@@ -4,18 +4,17 @@ Every channel of every key head has its own filter over the last few tokens,
 
     k'_t = k_t + SiLU(w_0 k_t + w_1 k_(t-1) + ... + w_(W-1) k_(t-W+1)),
 
-in which tokens of other documents, and those before the first one, count as zero. It works on keys as the projection
-(and the norm of keys, if there is one) gives them, before rotary embedding: afterwards neighbours are rotated
-differently, and a sum of them would mix positions into what is said. Attention gets the new keys, and all else is as
-before.
+in which tokens of other documents, and those before the first one, count as zero. It takes the keys after the
+projection (and the norm of keys, if there is one) and before rotary embedding. Rotated neighbours have different
+angles, so their sum would depend on positions. Attention gets the new keys; nothing else changes.
 
-The filters start at zero, where the convolution does nothing: a model with it starts as the model without it, and
-`model.init_from` may name plain Hugging Face weights. A run or checkpoint without filters is refused there: export it,
-and start from the export. Filters are parameters of their own, `self_attention.key_convolution.weight`, of every layer,
-full ones as well, so that a layer may change its attention from stage to stage.
+The filters start at zero and then leave the keys unchanged. So a model with filters starts like one without, and
+`model.init_from` may name plain Hugging Face weights. It may not name a run or checkpoint without filters: export that
+first, and start from the export. Every layer has the filters as a parameter, `self_attention.key_convolution.weight`,
+also full layers, because a layer may change its attention between stages.
 
-Sums are in fp32 or wider. For the backward pass only the keys are kept: what is between them and the result is several
-times as large, and cheap to compute again.
+Sums are in fp32 or wider. Only the keys are kept for the backward pass. Intermediate results are several times as large
+and cheap to compute again.
 
 Under tensor parallelism a rank has the filters of its key heads. Under context parallelism the ranks of a sequence
 gather the last W - 1 tokens of each other's chunks (`parallel.halo`), and gradients go back the same way.

@@ -1,13 +1,13 @@
 """Rotary frequencies of a configuration, and the embedding that uses them.
 
-A pair of channels turns by an angle of position x frequency. megatron-core knows powers of a base, with interpolation
-of positions and Llama 3.1's constants; checkpoints in circulation have more. So the frequencies are computed here, in
-the order of operations of transformers, where angles at position 100,000 would otherwise differ by hundredths, and
-handed to megatron-core's embedding.
+A pair of channels turns by an angle of position x frequency. megatron-core supports powers of a base, with
+interpolation of positions and Llama 3.1's constants; published checkpoints need more. So the frequencies are computed
+here and given to megatron-core's embedding. The order of operations is that of transformers, or angles at position
+100,000 would differ by hundredths.
 
 `longrope` has one set of frequencies for short sequences and one for long ones. A batch of whole sequences takes the
-set for its length, as transformers does. A pack of documents takes the set for the model's sequence length, so that
-every step of a training has the same one.
+set for its length, as transformers does. A pack of documents always takes the set for the model's sequence length, so
+all steps of a training use the same set.
 
 megatron-core's own rotation of a pack, where it is not fused, reads the boundaries on the host and walks over the
 documents, for queries and for keys, in every layer. So this embedding gives it the cosines and sines of a pack's tokens

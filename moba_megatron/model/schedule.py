@@ -7,9 +7,9 @@ which the stage ends. Which layers are full is found in this order, the later ru
 2. `full_layers`, `full_every_n` and `last_n_full` make layers full;
 3. `layers` sets single layers, in every respect.
 
-A stage that leaves a setting out takes the one of the `attention` section. There is one exception: in a stage that sets
-`kind` but no `layers` of its own, the section's `layers` keep their sizes and lose their `kind`, because what a stage
-says itself is the later word: `{until: 1.0, kind: full}` makes every layer full.
+A stage that leaves a setting out takes the one of the `attention` section. There is one exception. If a stage sets
+`kind` but not `layers`, the `kind` of the stage wins over the `kind` in the section's `layers`; these keep only their
+sizes. So `{until: 1.0, kind: full}` makes every layer full.
 
 Sizes for a single layer that is full in every stage would have no effect and are refused.
 
@@ -33,7 +33,7 @@ class LayerAttention:
     """How one layer attends: `full`, or `moba` with `block_size` (tokens) and `top_k` (blocks; the current one counts),
     chosen as `selection` says.
 
-    A full layer has none of these, so that two schedules are equal where they compute the same.
+    A full layer has none of these, so two schedules with the same computation are equal.
 
     >>> print(LayerAttention("moba", 512, 3), LayerAttention("moba", 512, 3, Selection("recent")), sep="; ")
     moba B=512 K=3; moba B=512 K=3 recent
@@ -70,7 +70,7 @@ FULL = LayerAttention("full")
 
 @dataclass(frozen=True)
 class AttentionSchedule:
-    """What every layer attends to in every stage.
+    """The attention of every layer in every stage.
 
     Attributes:
         stages: for each stage one entry per layer, layer 1 first.
@@ -82,7 +82,7 @@ class AttentionSchedule:
 
     def __post_init__(self):
         if len(self.stages) != len(self.until) or not self.stages:
-            raise ValueError(f"{len(self.stages)} stages and {len(self.until)} ends of stages: one end for each stage")
+            raise ValueError(f"{len(self.stages)} stages and {len(self.until)} ends: give one end for each stage")
         if len({len(layers) for layers in self.stages}) != 1:
             raise ValueError(f"stages with different numbers of layers: {[len(layers) for layers in self.stages]}")
         shares = (0.0, *self.until)
@@ -126,7 +126,7 @@ class AttentionSchedule:
     def stage_at(self, step: int, steps: int) -> int:
         """The stage (counted from 0) that holds at `step`, counted from 1: the step that is about to be taken.
 
-        A stage whose share is less than half a step has no step at all.
+        A stage shorter than half a step has no step.
 
         Raises:
             ValueError: if `step` is not one of 1 to `steps`.
@@ -199,7 +199,7 @@ class AttentionSchedule:
         return "\n".join(lines)
 
     def differences(self, other: AttentionSchedule) -> list[str]:
-        """What `other` has that this schedule has not, one line each; empty if they are equal."""
+        """Differences of `other` from this schedule, one line each; empty if they are equal."""
         if self.num_layers != other.num_layers:
             return [f"{self.num_layers} layers against {other.num_layers}"]
         if self.until != other.until:

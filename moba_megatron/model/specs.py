@@ -136,7 +136,7 @@ def with_schedule(
         schedule: what every layer of the whole model attends to.
         stage: training stage, counted from 0, that the layers start with; `set_attention_stage` changes it later.
         backend, full_backend, exchange, workspace_bytes: as for `moba_layer_spec`.
-        key_convolution: width of a convolution of the keys, in every layer; None for none.
+        key_convolution: width of a convolution of the keys, in every layer; None for no convolution.
 
     Raises:
         ValueError: if the spec has no core attention to replace, or another self-attention than megatron-core's whose

@@ -6,8 +6,8 @@ selection. Work is counted for one document, exactly: an *entry* is one (query, 
 of q to its block and a partial output in the inputs' dtype to its place, and combining reads that again. Keys and
 values of a block are read once, whatever reads follow from cache.
 
-Nothing here is a measurement of these kernels. The data sheets give peaks; the shares are named below with what stands
-behind them, and are the first thing to replace once a GPU has spoken.
+These are no measurements. The data sheets give peaks. The assumed shares of the peaks are below, with their reasons;
+replace them first when measurements exist.
 
 Legend: T tokens, N query heads, G key heads, D head size, B block size, K blocks per query, M blocks, E entries.
 """
@@ -143,7 +143,7 @@ class AttentionSizes:
 
 @dataclass(frozen=True)
 class Work:
-    """What one kernel does.
+    """The work of one kernel.
 
     Attributes:
         products: floating-point operations on the matrix units.

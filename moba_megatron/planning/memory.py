@@ -1,4 +1,4 @@
-"""Memory of a rank by part, from sizes alone: what `moba-megatron plan` and `train.py --dry-run` print.
+"""Memory of a rank by part, computed from sizes: what `moba-megatron plan` and `train.py --dry-run` print.
 
 Weights and optimizer (bytes a parameter of this rank): weights 2 in bf16, or 4 in fp32, which are their own main copy;
 gradients 4, in fp32; with bf16 weights main weights 4; Adam's two moments 8. The distributed optimizer splits main
@@ -186,7 +186,7 @@ def _layer_moment(
 
 
 def _edge_bytes(stage: Stage, shape: Shape) -> int:
-    """What a stage keeps outside its layers: what it received, and the batch."""
+    """Memory that a stage keeps outside its layers: what it received, and the batch."""
     received = 0 if stage.first else stage.in_flight * shape.stream
     return int(received + stage.in_flight * shape.tokens * BYTES_OF_A_TOKEN)
 

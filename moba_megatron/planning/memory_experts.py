@@ -1,4 +1,5 @@
-"""Bytes that the experts of one layer keep for its backward pass, and what they need while it runs, from sizes alone.
+"""Bytes that the experts of one layer keep for its backward pass, and the extra bytes while it runs, computed from
+sizes.
 
 Found by listing the tensors that autograd saves in megatron-core's layers, and compared with measured peaks. t tokens
 of a rank, K of E experts for each, r = t K rows (`expert_shape`), hidden h, expert width f, e bytes an element and p of
@@ -23,7 +24,7 @@ from moba_megatron.planning.expert_shape import ExpertShape
 
 
 def expert_layer_bytes(shape: ExpertShape, cuda: bool) -> int:
-    """What the experts and the router of one layer keep."""
+    """Bytes that the experts and the router of one layer keep."""
     row = shape.row_bytes + (3 if cuda else 6) * shape.ffn * shape.width + shape.score_bytes + 8
     choice = 8 + shape.score_bytes
     score = shape.score_bytes + 1 + 4 * shape.losses
@@ -31,7 +32,7 @@ def expert_layer_bytes(shape: ExpertShape, cuda: bool) -> int:
 
 
 def expert_working_bytes(shape: ExpertShape) -> int:
-    """What is alive at once on the way through the experts of one layer, beside what is kept."""
+    """Extra bytes in memory at once in the experts of one layer."""
     # A rank with one expert needs no order of experts: what has arrived is what it keeps.
     several = shape.local > 1
     back = shape.rows * shape.row_bytes * (1 + several)

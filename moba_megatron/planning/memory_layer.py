@@ -1,4 +1,4 @@
-"""Bytes that one layer keeps for its backward pass, and what one backward pass needs besides, from sizes alone.
+"""Bytes that one layer keeps for its backward pass, and the extra bytes of one backward pass, computed from sizes.
 
 Found by listing the tensors that autograd saves in our stack, and compared with measured peaks. t tokens of a rank,
 hidden h, feed-forward f, N query and G key heads of size D, e bytes an element. What one layer keeps:
@@ -99,7 +99,7 @@ class Shape:
 
 
 def layer_bytes(shape: Shape, layer: LayerAttention, exchange: str | None, experts: bool = False) -> LayerBytes:
-    """What one layer keeps.
+    """Bytes that one layer keeps.
 
     Args:
         exchange: of this kind of layer under context parallelism, None without.
@@ -150,13 +150,13 @@ def repeated_mlp_bytes(training: TrainingConfig, shape: Shape, experts: bool) ->
 
 
 def _chunk(training: TrainingConfig, shape: Shape) -> Shape:
-    """The shape of what goes through a dense feed-forward at a time."""
+    """The shape of the tokens that a dense feed-forward processes at a time."""
     return replace(shape, tokens=min(training.mlp_chunk_size or shape.tokens, shape.tokens))
 
 
 def mlp_working_bytes(training: TrainingConfig, shape: Shape, experts: bool = False) -> int:
-    """What is alive at once in the feed-forward beside what is kept. Backward: gradients of gate and up, of the stream
-    around it (under sequence parallelism with what is gathered), of a weight; `experts` need the most forward."""
+    """Extra bytes in memory at once in the feed-forward. Backward: gradients of gate and up, of the stream around it
+    (under sequence parallelism with what is gathered), of a weight; `experts` need the most forward."""
     if experts and shape.experts is not None:
         return max(expert_working_bytes(shape.experts), _dense_working_bytes(shape, shape.shared))
     if training.mlp_chunk_size is None:

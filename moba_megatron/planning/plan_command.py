@@ -1,4 +1,4 @@
-"""`moba-megatron plan`: what a configuration would take on GPUs that need not be there."""
+"""`moba-megatron plan`: estimates for a configuration on GPUs that this machine need not have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def plan_command(
         Path,
         typer.Argument(
             metavar="CONFIG|HF_DIR",
-            help="YAML configuration, as for train.py; or a Hugging Face folder, of which config.json is enough.",
+            help="YAML configuration, as for train.py, or a Hugging Face folder (config.json is enough).",
         ),
     ],
     overrides: Annotated[
@@ -24,19 +24,19 @@ def plan_command(
     ] = None,
     gpus: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of GPUs, all together. Default: the fewest, in whole nodes, that hold it."),
+        typer.Option(min=1, help="Total number of GPUs. Default: the fewest whole nodes that hold the layout."),
     ] = None,
     length: Annotated[
         str | None,
         typer.Option(
-            help="Tokens of a sample (128K, 1M), for HF_DIR, which is planned as continued pretraining with MoBA."
+            help="With a Hugging Face folder: tokens of a sample (128K, 1M) in continued pretraining with MoBA."
         ),
     ] = None,
     gpu: Annotated[str, typer.Option(help="a100 (80 GB), h100, h200 or b200.")] = "h100",
-    per_node: Annotated[int, typer.Option(min=1, help="GPUs in a node, joined by fast links.")] = 8,
+    per_node: Annotated[int, typer.Option(min=1, help="GPUs in a node, connected by fast links.")] = 8,
     price_per_hour: Annotated[float | None, typer.Option(min=0, help="Price of one GPU hour, in any currency.")] = None,
-    layouts: Annotated[int, typer.Option(min=0, help="How many layouts to suggest.")] = 5,
-    output: Annotated[Path | None, typer.Option("--json", help="Write everything into this file as well.")] = None,
+    layouts: Annotated[int, typer.Option(min=0, help="Number of layouts to suggest.")] = 5,
+    output: Annotated[Path | None, typer.Option("--json", help="Write all results into this file as well.")] = None,
 ) -> None:
     """Estimate memory, communication, time and cost of a configuration on GPUs, and suggest layouts.
 
@@ -44,8 +44,8 @@ def plan_command(
 
         moba-megatron plan models/Llama-3.1-8B --length 128K --gpus 8
 
-    Nothing is measured and no GPU is needed. Ends with 1 if the configuration's own layout does not fit these GPUs, and
-    with 2 for mistakes.
+    It measures nothing and needs no GPU. The exit code is 1 if the configuration's own layout does not fit these GPUs,
+    and 2 for mistakes.
     """
     from moba_megatron.planning.plan_cluster import plan_on
     from moba_megatron.planning.plan_target import planned

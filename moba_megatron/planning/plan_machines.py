@@ -1,4 +1,4 @@
-"""GPUs by their data sheets, and what share of their peaks a plan counts on."""
+"""GPUs by their data sheets, and the shares of their peaks that a plan assumes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """So many GPUs of one kind, `per_node` of them joined by fast links.
+    """A number of GPUs of one kind, with fast links between `per_node` of them.
 
     Ranks are placed as megatron-core does: tensor-parallel ranks are neighbours, then context-parallel, then
     data-parallel ones, then pipeline stages. Within a stage the ranks of experts are counted anew: those of one expert

@@ -32,28 +32,28 @@ MEMORY_PARTS = {
 
 
 def assumptions(cluster: Cluster, mixture: bool = False) -> list[str]:
-    """What every figure stands on, one line each.
+    """The assumptions behind the numbers, one line each.
 
     Args:
         mixture: whether the model is a mixture of experts.
     """
     gpu = cluster.gpu
     of_experts = [
-        f"experts: each gets as many tokens, {EXPERT_SHARE:.0%} of the peak in their products; their transfers are "
-        "waited for"
+        f"experts: all get the same number of tokens, {EXPERT_SHARE:.0%} of the peak in their products; their "
+        f"transfers do not overlap with computation"
     ]
     return [
         "estimates: nothing here was measured on a GPU; memory formulas were compared with CPU runs (docs/planning.md)",
         f"{gpu.name}: {gpu.machine.peak / 1e12:.0f} TFLOP/s in bf16, {MATRIX_SHARE:.0%} of it in matrix products; "
         f"attention by the kernel model (bench --model)",
         f"links: {gpu.node_link / 1e9:.0f} GB/s a GPU within nodes of {cluster.per_node}, "
-        f"{gpu.network_link / 1e9:.0f} GB/s between them, {LINK_SHARE:.0%} of it reached",
+        f"{gpu.network_link / 1e9:.0f} GB/s between them, used at {LINK_SHARE:.0%}",
         f"memory: {MEMORY_SHARE:.0%} of {gpu.memory / 1e9:.0f} GB may be used; layers of Transformer Engine",
         "every sample is one document as long as the sequence: packs of short ones are faster",
-        "a ring hides behind attention, interleaved pipelines behind all, gradients behind the last backward pass if "
-        "parallel.overlap_grad_reduce is set; other transfers are waited for",
+        "a ring overlaps with attention, transfers of interleaved pipelines with all computation, gradients with the "
+        "last backward pass if parallel.overlap_grad_reduce is set; other transfers do not overlap",
         *(of_experts if mixture else []),
-        "checkpoints, evaluation, data and restarts cost nothing",
+        "checkpoints, evaluation, data and restarts are not included",
     ]
 
 
@@ -112,7 +112,7 @@ def memory_table(estimates: dict[str, MemoryEstimate], title: str = "memory per 
 
 
 def print_alternatives(console: Console, plan: RunPlan, found: list[Alternative]) -> None:
-    """What else could be computed again in the configuration's own layout, and what that costs."""
+    """Other choices of recomputation in the configuration's own layout, and their costs."""
     table = Table("memory of this layout", "GiB", "s/step", "fits")
     own, room = Saving.in_use(plan.config), MEMORY_SHARE * plan.cluster.gpu.memory
     for one in found:
@@ -126,7 +126,7 @@ def print_alternatives(console: Console, plan: RunPlan, found: list[Alternative]
 def print_layouts(console: Console, layouts: list[Layout]) -> None:
     """Suggested layouts, the fastest first, and the overrides of the first."""
     if not layouts:
-        console.print("no layout of these GPUs fits: take more of them or larger ones, a shorter sequence or a smaller "
+        console.print("no layout of these GPUs fits: use more or larger GPUs, a shorter sequence or a smaller "
                       "training.micro_batch_size")  # fmt: skip
         return
     mixture = layouts[0].mixture

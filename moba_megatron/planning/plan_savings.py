@@ -21,7 +21,7 @@ CHUNK = 8192
 
 @dataclass(frozen=True)
 class Saving:
-    """What is computed again, in the words of the configuration."""
+    """The recomputed parts, as the configuration writes them."""
 
     recompute: Any = "none"
     recompute_layers: int | None = None

@@ -1,4 +1,4 @@
-"""What each pipeline stage holds: its layers, its parameters and its tokens, from sizes alone."""
+"""The contents of each pipeline stage: its layers, its parameters and its tokens, from sizes alone."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Target:
 def planned(
     path: Path, overrides: list[str] | None, length: str | None, *, gpu: str, count: int | None, per_node: int
 ) -> Target:
-    """What the command was asked to plan.
+    """The arguments of the command.
 
     Args:
         path: a YAML configuration, or a Hugging Face folder.
@@ -46,7 +46,7 @@ def planned(
     kind = GPUS[gpu.lower()]
     if path.is_dir():
         if length is None:
-            raise ConfigError([f"{path} is a folder: say for which length with --length, for instance --length 128K"])
+            raise ConfigError([f"{path} is a folder: give a length with --length, for instance --length 128K"])
         config = config_of_model(path, parse_length("--length", length), overrides)
         counts = [count] if count else [per_node * 2**power for power in range(10) if per_node * 2**power <= _MOST]
         return _with_best_layout(config, [Cluster(kind, number, per_node) for number in counts])

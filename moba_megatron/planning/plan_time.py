@@ -1,6 +1,6 @@
 """Seconds of an optimizer step, from operations and bytes.
 
-What a microbatch takes in a pipeline stage: the matrix products of its layers (`MATRIX_SHARE` of the peak, of experts
+The time of a microbatch in a pipeline stage: the matrix products of its layers (`MATRIX_SHARE` of the peak, of experts
 `EXPERT_SHARE`; three times the forward's, more with recomputation), sorting tokens by their experts, attention by
 `kernel_model` (one document as long as the sequence, split evenly over tensor- and context-parallel ranks; its forward
 part again where it is recomputed; in a ring the busiest rank of each step counts, `ring_load`), and what the exchanges

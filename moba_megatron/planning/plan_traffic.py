@@ -43,7 +43,7 @@ HOP_SECONDS = 20e-6
 
 @dataclass(frozen=True)
 class Moved:
-    """Bytes received by a rank, and the seconds that nothing else hides."""
+    """Bytes received by a rank, and the seconds that do not overlap with computation."""
 
     bytes: float = 0.0
     seconds: float = 0.0

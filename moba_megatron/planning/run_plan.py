@@ -19,7 +19,7 @@ from moba_megatron.planning.plan_time import StepTime, step_time
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a configuration takes on a cluster.
+    """The estimates for a configuration on a cluster.
 
     Attributes:
         memory: of a rank of each pipeline stage.
@@ -86,7 +86,7 @@ class Alternative:
 
 
 def alternatives(config: Config, schedule: AttentionSchedule, vocab_size: int, cluster: Cluster) -> list[Alternative]:
-    """What each way to save memory would cost a configuration in its own layout.
+    """The cost of each way to save memory, for a configuration in its own layout.
 
     Raises:
         ConfigError: sizes that do not fit the number of GPUs or each other.
@@ -157,14 +157,14 @@ def plan_run(config: Config, schedule: AttentionSchedule, vocab_size: int, clust
 
 
 def check_precision(config: Config) -> None:
-    """Refuse what there is no model of times for.
+    """Refuse configurations for which there is no model of times.
 
     Raises:
         ConfigError: another precision than bf16.
     """
     if config.training.precision != "bf16":
         raise ConfigError([
-            f"training.precision = {config.training.precision}: the times of a GPU are modelled for bf16 alone: add "
+            f"training.precision = {config.training.precision}: times on GPUs are modelled only for bf16: add "
             "training.precision=bf16"
         ])  # fmt: skip
 

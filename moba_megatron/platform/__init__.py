@@ -1,4 +1,4 @@
-"""What differs between a CPU and a CUDA machine, and the start and stop of the process groups.
+"""The differences between a CPU and a CUDA machine, and the start and stop of the process groups.
 
 `apply` is called once, explicitly, at the start of a process and before any megatron-core object is built; importing
 this package changes nothing.

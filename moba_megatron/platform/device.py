@@ -19,6 +19,6 @@ def current_device() -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"LOCAL_RANK = {local_rank}, but this machine has {torch.cuda.device_count()} GPUs: start one process for "
-            "each GPU, or hide them all with CUDA_VISIBLE_DEVICES='' to run on the CPU"
+            "each GPU, or hide all GPUs with CUDA_VISIBLE_DEVICES='' to run on the CPU"
         )
     return torch.device("cuda", local_rank)

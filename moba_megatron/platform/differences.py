@@ -1,9 +1,10 @@
-"""What megatron-core assumes (CUDA, with fused libraries) and this machine lacks: every difference, in one table.
+"""Assumptions of megatron-core (CUDA, with fused libraries) that do not hold on this machine: every difference, in one
+table.
 
-megatron-core reaches for CUDA in a handful of places. Each row of `DIFFERENCES` names one of them, says why it is
-needed and gives the replacement as (owner, attribute, new value). `apply` puts the rows in place, once, at the start
-of a process; `restore` takes them back (for tests). `torch.cuda.is_available()` stays as it is, so code that asks is
-not misled. Modules that took a reference before `apply` keep the original; megatron-core looks all of these up when it
+megatron-core reaches for CUDA in a handful of places. Each row of `DIFFERENCES` names one of them, gives the reason,
+and has the replacement as (owner, attribute, new value). `apply` puts the rows in place, once, at the start of a
+process; `restore` takes them back (for tests). `torch.cuda.is_available()` stays as it is, so code that asks is not
+misled. Modules that took a reference before `apply` keep the original; megatron-core looks all of these up when it
 needs them.
 """
 
@@ -233,7 +234,7 @@ DIFFERENCES: tuple[Difference, ...] = (
     Difference("synchronize", "raises without CUDA; pipeline communication calls it", _synchronize),
     Difference(
         "current stream",
-        "starts CUDA, which is not there; megatron-core from 0.19 on asks for it at every reduction of gradients",
+        "starts CUDA, which is missing; megatron-core from 0.19 on calls it at every reduction of gradients",
         _current_stream,
     ),
     Difference(
@@ -254,7 +255,7 @@ DIFFERENCES: tuple[Difference, ...] = (
     ),
     Difference(
         "tracker warning",
-        "the RNG tracker warns at each use that the CPU generator changed; here it is the generator that is meant",
+        "the RNG tracker warns at each use that the CPU generator changed; here this is intended",
         _tracker_warning,
     ),
     Difference(
@@ -283,13 +284,13 @@ DIFFERENCES: tuple[Difference, ...] = (
     ),
     Difference(
         "product of routers",
-        "megatron-core 0.16 looks for Transformer Engine's product under a name that is not there without it",
+        "megatron-core 0.16 uses a name that is undefined without Transformer Engine",
         _product_of_routers,
         needed=_lacks_product_of_routers,
     ),
     Difference(
         "sizes of dispatch",
-        "tokens for experts are counted on a stream of the GPU, and brought to the host only from there",
+        "the counts of tokens for experts are copied to the host only from a stream of the GPU",
         _sizes_of_dispatch,
     ),
     Difference(

@@ -1,5 +1,5 @@
-"""What a launcher tells a process by its environment, checked before anything waits for anybody: torchrun's variables,
-and those of the same names that batch systems and pods set."""
+"""The environment variables of a launcher, checked before any process waits for another: torchrun's variables, and
+those of the same names that batch systems and pods set."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def check_launch(*, alone: bool = False, seconds: float = SECONDS_FOR_A_NAME) ->
         if not alone:
             problems += _incomplete(world_size)
     if not problems and not alone and "RANK" in os.environ and not _known(host := os.environ["MASTER_ADDR"], seconds):
-        problems.append(f"MASTER_ADDR = {host!r} is not a host that this machine knows: give rank 0's name or address")
+        problems.append(f"MASTER_ADDR = {host!r} does not resolve on this machine: give rank 0's name or address")
     if problems:
         raise ConfigError("; ".join(problems))
     return Launch(world_size, rank, local_rank, local_size)

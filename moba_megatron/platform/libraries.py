@@ -1,7 +1,7 @@
 """Optional libraries: which are installed, which version, and if not, why and how to get them.
 
-Nothing here needs to be installed. A library counts as available only if its compiled part imports, because a package
-of the right name may be there without it (for instance apex: the package of that name on the Python index is another
+None of them must be installed. A library counts as available only if its compiled part imports, because a package of
+the right name may be there without it (for instance apex: the package of that name on the Python index is another
 project, so NVIDIA's is known by its compiled modules).
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Library:
-    """What is known of one optional library."""
+    """Facts about one optional library."""
 
     name: str
     available: bool
@@ -25,7 +25,7 @@ class Library:
     reason: str
     """Why it is not available; empty if it is."""
     purpose: str
-    """What it is used for here."""
+    """Its use here."""
     how_to_get: str
 
 
@@ -37,7 +37,7 @@ _KNOWN: dict[str, tuple[tuple[str, ...], tuple[str, ...], str, str]] = {
         ("transformer-engine", "transformer_engine"),
         "fused layers, fused Adam, fused full attention",
         "pip install --no-build-isolation 'transformer-engine[pytorch]' on a machine with CUDA, "
-        "or use a container that carries it",
+        "or use a container that has it",
     ),
     "apex": (
         ("amp_C", "fused_weight_gradient_mlp_cuda"),

@@ -1,7 +1,8 @@
-"""What the installed megatron-core has and another release has not: asked of its code, never of its version.
+"""Features of the installed megatron-core that other releases do not have. The code tests for the feature, never for
+the version.
 
-Everything here works with megatron-core 0.16 to 0.19. Where a name or a default changed, the place that meets it asks
-for it: the checkpoint writer's queue and the streams of a CPU in `differences`, the parameters of the spec functions in
+Everything here works with megatron-core 0.16 to 0.19. If a name or a default changed, the code that uses it checks for
+it: the checkpoint writer's queue and the streams of a CPU in `differences`, the parameters of the spec functions in
 `model.specs`, the writer's name here.
 """
 
@@ -51,7 +52,7 @@ CAPABILITIES = (
 
 
 def missing_capabilities() -> list[Capability]:
-    """What the installed megatron-core lacks of what a later supported release has."""
+    """Features of later supported releases that the installed megatron-core lacks."""
     return [capability for capability in CAPABILITIES if not capability.present()]
 
 
@@ -69,7 +70,7 @@ def imported_elsewhere() -> str | None:
 
 
 def save_arguments() -> dict[str, Any]:
-    """What `dist_checkpointing.save` must be told. From 0.17 on its writer has to be named: the default is that of
+    """The arguments for `dist_checkpointing.save`. From 0.17 on its writer has to be named: the default is that of
     another package (nvidia-resiliency-ext), which need not be there."""
     from megatron.core import dist_checkpointing
 

@@ -62,8 +62,8 @@ class _Ties:
 
 
 def forks_die_with_this() -> None:
-    """From now on, kill what this process forks when it ends: for libraries that start processes of their own. A child
-    whose parent ended before it could ask for that ends by itself."""
+    """From now on, kill what this process forks when it ends: for libraries that start processes of their own. If the
+    parent has already ended, the child ends itself."""
     if not _Ties.registered:
         # What is registered stays for ever, so it asks whether it is wanted.
         os.register_at_fork(before=_remember, after_in_child=_follow)
@@ -156,7 +156,7 @@ def end_job(
 
 
 def failure_report(error: BaseException) -> str:
-    """What the first rank to fail prints: its number and the traceback, or one line where a broken connection says
+    """The output of the first rank that fails: its number and the traceback, or one line where a broken connection says
     that another rank was faster."""
     if lost_connection(error):
         return f"[rank {_rank()}] another rank ended first and closed its connections to this one ({one_line(error)})"

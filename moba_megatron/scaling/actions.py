@@ -1,4 +1,4 @@
-"""What the commands of `moba-megatron scaling` do with a sweep file."""
+"""The work of the `moba-megatron scaling` commands."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _array_job(sweep: Sweep, points: list[Point], script: str) -> str:
         raise ConfigError([f"--slurm {script}: no such file (launch/sweep.sbatch is meant for it)"])
     chained = [point.name for point in points if point.start_from]
     if chained:
-        raise ConfigError([f"--slurm: {', '.join(chained)} start from other runs, tasks of an array wait for nothing: "
+        raise ConfigError([f"--slurm: {', '.join(chained)} start from other runs, but an array's tasks do not wait: "
                            "see launch/continued_pretraining.sh for a chain of jobs"])  # fmt: skip
     unfinished = [sweep.points.index(point) for point in points if read_result(point).state != "finished"]
     if not unfinished:

@@ -1,7 +1,7 @@
 """Scaling laws from the runs of a sweep.
 
 `power_law`: L(C) = a C^b, the straight line of the report's figure 3 (arXiv 2502.13189), by least squares of the
-logarithms under a soft-L1 loss, so that one bad run does not carry the line.
+    logarithms under a soft-L1 loss, so one bad run does not dominate the fit.
 
 `chinchilla`: L(N, D) = E + A / N^alpha + B / D^beta (arXiv 2203.15556, section 3.3 and appendix D.3), by the Huber loss
 of the logarithms (delta 1e-3), minimised by L-BFGS from a grid of starts.
@@ -119,7 +119,8 @@ def chinchilla(parameters: np.ndarray, tokens: np.ndarray, loss: np.ndarray, see
     n, d, y = np.log(parameters), np.log(tokens), np.log(loss)
     if np.ptp(d - n) < np.log(1.5):
         raise ValueError(
-            "tokens are nearly a fixed multiple of parameters in all runs, so N and D cannot be told apart: add an "
+            "tokens are nearly a fixed multiple of parameters in all runs, so the effects of N and D cannot be "
+            "separated: add an "
             "axis of tokens_per_parameter"
         )
     best = _best_start(n, d, y)
@@ -135,7 +136,7 @@ def chinchilla(parameters: np.ndarray, tokens: np.ndarray, loss: np.ndarray, see
 def _checked(x: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x, loss = np.asarray(x, float), np.asarray(loss, float)
     if x.shape != loss.shape or not (np.all(x > 0) and np.all(loss > 0)):
-        raise ValueError(f"fits take one value above 0 for each run, not {x} and losses {loss}")
+        raise ValueError(f"a fit needs one value above 0 for each run, not {x} and losses {loss}")
     return x, loss
 
 

@@ -1,4 +1,4 @@
-"""What is known of a sweep's runs, read back from their run folders."""
+"""The results of a sweep's runs, read from their run folders."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _FREE = (
 
 @dataclass(frozen=True)
 class Result:
-    """How one run stands.
+    """The state of one run.
 
     Attributes:
         state: `finished`; `cut` (stopped, paused or killed, and will be continued); `failed`; `running`; `missing`.
         step: steps on record.
         why: for a failed run, its error.
-        loss, trailing_loss: nats per token on validation at the end; None until finished, or where there is none.
+        loss, trailing_loss: nats per token on validation at the end; None until finished, or without such a number.
         by_position: the last evaluation's ranges of positions.
         seconds: time in steps so far, over all pieces.
         tasks: lines that `moba-megatron evaluate` added for this checkpoint, other than losses, and than those
@@ -114,7 +114,7 @@ def read_result(point: Point) -> Result:
         return Result(point, "failed", step, "finished without an evaluation: set data.validation", seconds=seconds)
     last = losses[-1]
     if wrong := _not_a_result(last):
-        return Result(point, "failed", step, f"finished, but {wrong}: train it anew", seconds=seconds)
+        return Result(point, "failed", step, f"finished, but {wrong}: train it again", seconds=seconds)
     # Lines with a choice of blocks that is not the model's own ("choice") say nothing of the run.
     tasks = [line for line in at_end if line.get("kind", "losses") != "losses" and "choice" not in line]
     return Result(
@@ -123,7 +123,7 @@ def read_result(point: Point) -> Result:
 
 
 def _not_a_result(record: dict[str, Any]) -> str | None:
-    """What keeps an evaluation from being a result, in words: a fit or a table would take a NaN for a number."""
+    """The reason why an evaluation is not a result: a fit or a table would take a NaN for a number."""
     for name in ("loss", "trailing_loss", "by_position"):
         if name not in record:
             return f"its evaluation has no {name}"

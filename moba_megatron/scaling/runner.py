@@ -2,7 +2,7 @@
 
 Each point is `python train.py BASE key=value ...` in a process of its own. What is finished is skipped; what was cut
 continues from its newest checkpoint, because that is what `train.py` does in a run folder; what starts from another run
-waits for it. A run that fails leaves its words in RUN/sweep.log, the others go on, and the sweep ends with an error
+waits for it. If a run fails, its output is in RUN/sweep.log, the other runs continue, and the sweep ends with an error
 that lists it. After `minutes`, or on Ctrl-C, runs are sent SIGTERM: they save and end, and the same command goes on
 later.
 """
@@ -69,7 +69,7 @@ def visible_gpus() -> list[str]:
 
 
 def default_jobs(processes: int) -> int:
-    """Trainings at once if nobody says: each has GPUs, or without any cores, of its own."""
+    """Default number of trainings at a time: each has its own GPUs, or without GPUs its own cores."""
     return max(1, (len(visible_gpus()) or len(os.sched_getaffinity(0))) // processes)
 
 
@@ -91,13 +91,13 @@ def run_sweep(
     minutes: float | None = None,
     console: Console | None = None,
 ) -> list[Result]:
-    """Run what is not finished among some points; returns how they all stand afterwards.
+    """Run the unfinished ones among some points; return the results of all.
 
     Args:
         jobs: trainings at once; each gets its share of the cores, or its own `run.threads` if that is less, and GPUs of
             its own as far as they go.
         processes: ranks of each training (torchrun on this machine).
-        minutes: stop after so long, with checkpoints. None: run to the end.
+        minutes: stop after this time, with checkpoints. None: run to the end.
 
     Raises:
         ConfigError: a run of the sweep is running already, its folder holds another run, the run that it starts from
@@ -111,12 +111,12 @@ def run_sweep(
     todo = [point for point in points if before[point.name].state != "finished"]
     alone = [point for point in todo if point.start_from not in todo and not _may_start(point)]
     if alone:
-        raise ConfigError([f"{p.name} starts from {p.start_from.name}, which has not finished: run that one too"
+        raise ConfigError([f"{p.name} starts from {p.start_from.name}, which has not finished: run that one as well"
                            for p in alone])  # fmt: skip
     _check_sources([point for point in todo if before[point.name].step == 0])
     gpus = visible_gpus()
     if gpus and processes > len(gpus):
-        raise ConfigError([f"{processes} ranks of a training need as many GPUs, this machine has {len(gpus)}"])
+        raise ConfigError([f"{processes} ranks of a training need as many GPUs, but this machine has {len(gpus)}"])
     if len(todo) < len(points):
         console.print(f"{len(points) - len(todo)} of {len(points)} runs are finished already")
     threads = max(1, len(os.sched_getaffinity(0)) // (max(1, min(jobs, len(todo))) * processes))
@@ -127,7 +127,7 @@ def run_sweep(
     left = [point for point in finished if _evaluations_left(sweep, point)]
     if left and start.late:
         names = ", ".join(point.name for point in left)
-        console.print(f"not evaluated yet: {names}; the same command does it", markup=False)
+        console.print(f"not evaluated yet: {names}; run the same command again", markup=False)
     problems = [line for point in finished if not start.late for line in _evaluate(sweep, point, console)]
     if problems:
         raise ConfigError(problems)
@@ -234,14 +234,14 @@ def _run_all(todo: list[Point], start: _Starter, jobs: int, console: Console) ->
                 time.sleep(_POLL_SECONDS)
                 if not stopping and start.late:
                     stopping = True
-                    console.print("time is up: the runs save and stop; the same command goes on with them")
+                    console.print("time is up: the runs save and stop; the same command continues them")
                 if stopping:
                     start.stop(running)
                 running = [job for job in running if not _ended(job, progress, console)]
             for point in waiting if not stopping else []:
                 console.print(f"{point.name}: not started, {point.start_from.name} has not finished", markup=False)
         except KeyboardInterrupt:
-            console.print("stopping: the runs save; the same command goes on with them")
+            console.print("stopping: the runs save; the same command continues them")
             while running:
                 start.stop(running)
                 time.sleep(_POLL_SECONDS)
@@ -266,7 +266,7 @@ def _ended(job: Job, progress: Progress, console: Console) -> bool:
 
 
 def describe(result: Result) -> str:
-    """One phrase on how a run stands."""
+    """The state of a run in one phrase."""
     if result.state == "finished":
         trailing = "" if result.trailing_loss is None else f", trailing {result.trailing_loss:.4f}"
         return f"finished, validation loss {result.loss:.4f}{trailing}, {result.seconds / 60:.1f} minutes of steps"
@@ -278,7 +278,7 @@ def describe(result: Result) -> str:
 
 
 def _evaluations_left(sweep: Sweep, point: Point) -> list[str]:
-    """The sweep's evaluations that a finished run has not had."""
+    """The sweep's evaluations that a finished run still needs."""
     done_file = point.folder / _EVALUATED
     done = done_file.read_text(encoding="utf-8").splitlines() if done_file.is_file() else []
     return [arguments for arguments in sweep.file.evaluate if arguments not in done]

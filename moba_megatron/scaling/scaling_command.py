@@ -17,13 +17,13 @@ OutputOption = Annotated[Path | None, typer.Option(help="Folder to write into. D
 
 @scaling_app.callback()
 def scaling() -> None:
-    """Sweeps: a grid of training runs from one YAML file, the laws that they follow, and the report's figure 3."""
+    """Sweeps: a grid of training runs from one YAML file, their scaling laws, and figure 3 of the MoBA report."""
 
 
 @scaling_app.command("plan")
 @one_door(apart=True)
 def plan_command(sweep: SweepArgument) -> None:
-    """List the runs with parameters, tokens, learning rate, operations, and how each stands."""
+    """List the runs with parameters, tokens, learning rate, operations and state."""
     from moba_megatron.scaling.actions import show_plan
 
     show_plan(sweep)
@@ -34,25 +34,25 @@ def plan_command(sweep: SweepArgument) -> None:
 def run_command(
     sweep: SweepArgument,
     only: Annotated[
-        list[str] | None, typer.Option(help="Names or numbers (from 0) of runs. Several times, or all.")
+        list[str] | None, typer.Option(help="Name or number (from 0) of a run; repeat it for several. Default: all.")
     ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(
-            min=1, max=4096, help="Trainings at once. Default: as many as the GPUs, else the cores, suffice for."
+            min=1, max=4096, help="Trainings at a time. Default: one for each --processes GPUs, or cores without GPUs."
         ),
     ] = None,
     processes: Annotated[int, typer.Option(min=1, max=4096, help="Ranks of each training, on this machine.")] = 1,
     minutes: Annotated[
-        float | None, typer.Option(min=0, help="Save and stop after so long; the same command goes on.")
+        float | None, typer.Option(min=0, help="Save and stop after this time; the same command continues.")
     ] = None,
     slurm: Annotated[
         str | None,
-        typer.Option(metavar="SCRIPT", help="Print the sbatch line of an array job that runs SCRIPT for each run."),
+        typer.Option(metavar="SCRIPT", help="Print the sbatch command of an array job that runs SCRIPT for each run."),
     ] = None,
 ) -> None:
-    """Train what is not finished: skip what is done, continue what was cut. Ends with 1 if a run failed, with 3 if the
-    time was up before all had finished."""
+    """Train the unfinished runs: skip finished ones, continue interrupted ones. The exit code is 1 if a run failed, and
+    3 if the time was up before all had finished."""
     from moba_megatron.scaling.actions import train_runs
 
     code = train_runs(sweep, only, jobs, processes, minutes, slurm)
@@ -72,7 +72,8 @@ def fit_command(sweep: SweepArgument, output: OutputOption = None) -> None:
 @scaling_app.command("plot")
 @one_door(apart=True)
 def plot_command(sweep: SweepArgument, output: OutputOption = None) -> None:
-    """Draw the sweep's figures as PNG: loss against compute with its laws and the gap below, and what else it names."""
+    """Draw the sweep's figures as PNG: loss against compute with laws and the gap below, and the other figures of the
+    file."""
     from moba_megatron.scaling.actions import draw_figures
 
     draw_figures(sweep, output)
@@ -81,7 +82,7 @@ def plot_command(sweep: SweepArgument, output: OutputOption = None) -> None:
 @scaling_app.command("table")
 @one_door(apart=True)
 def table_command(sweep: SweepArgument, output: OutputOption = None) -> None:
-    """Print results, gaps, laws and what the runs were made on as Markdown; with --output also into FOLDER/table.md."""
+    """Print results, gaps, laws and the machines of the runs as Markdown; with --output also into FOLDER/table.md."""
     from moba_megatron.scaling.actions import print_tables
 
     print_tables(sweep, output)

@@ -1,4 +1,5 @@
-"""The runs of a sweep (`config.sweep`) as points of scaling laws: what each costs, where it is, what it starts from."""
+"""The runs of a sweep (`config.sweep`) as points of scaling laws: the cost, the folder and the first weights of
+each."""
 
 from __future__ import annotations
 
@@ -24,9 +25,9 @@ class Point:
 
     Attributes:
         options: the option of each axis.
-        start_from: the run of the sweep whose weights it begins with, None for none.
+        start_from: the run of the sweep whose weights it starts with, or None.
         parameters: without embeddings and norms; of a mixture of experts the active ones.
-        total_parameters: with the experts that a token does not pass.
+        total_parameters: with the experts that do not process a token.
         flops_true: forward and backward operations of the whole training with attention counted by its pairs.
     """
 
@@ -133,7 +134,7 @@ def _point(
 def _true_flops(config: Config) -> float:
     """Operations of the whole training, each stage of the attention schedule by its own pairs."""
     if config.model.vocab_size is None:
-        raise ConfigError(["model.vocab_size is not set: set it in the base, the output layer's operations count"])
+        raise ConfigError(["model.vocab_size is not set: set it in the base; the output layer's size depends on it"])
     schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
     total, first = 0.0, 0
     for number, stage in enumerate(schedule.stages):

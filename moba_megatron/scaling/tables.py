@@ -1,4 +1,4 @@
-"""A sweep in words: the runs, their results and laws, as tables for people and as Markdown."""
+"""A sweep as text: the runs, their results and laws, as tables for people and as Markdown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Rows = tuple[list[str], list[list[str]]]
 
 
 def plan_rows(sweep: Sweep, results: list[Result]) -> Rows:
-    """What would run and how it stands."""
+    """The runs of a sweep and their states."""
     headings = ["run", *_sizes(sweep), "tokens", "steps", "lr", sweep.compute, "true FLOPs", "state"]
     rows = []
     for result in results:
@@ -77,7 +77,7 @@ def _mean(values: list[float]) -> str:
 
 
 def provenance(results: list[Result]) -> list[str]:
-    """On what the runs were made, one line for each commit and machine."""
+    """Commits and machines of the runs, one line each."""
     counts = Counter(filter(None, (result.made_on for result in results)))
     return [f"{count} of {len(results)} runs: {made_on}" for made_on, count in counts.items()]
 

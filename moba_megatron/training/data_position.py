@@ -1,12 +1,12 @@
-"""Where a run is in its data, and where it goes on after a resume.
+"""The position of a run in its data, and where it continues after a resume.
 
-The order of samples follows from the data, how they are packed, and the seed. While these stay, a resumed run goes on
-with the very next sample, on any number of ranks. A run that is resumed with other data, another length, packing or
-seed (which `checkpoint.allow_changed` has to name) gets another order, and starts with its first sample. What changed
-then, after which step and sample, stays in the manifest of every later checkpoint.
+The order of samples follows from the data, how they are packed, and the seed. If these stay the same, a resumed run
+continues with the very next sample, on any number of ranks. A run that is resumed with other data, another length,
+packing or seed (which `checkpoint.allow_changed` has to name) gets another order, and starts with its first sample.
+The manifest of every later checkpoint records the change, with its step and sample.
 
-Where documents are concatenated, megatron-core shuffles all epochs of a dataset as one (the last one by itself if
-little of it is needed), so another horizon or batch size gives another order too where it changes the epochs.
+When documents are concatenated, megatron-core shuffles all epochs of a dataset together (the last one separately if
+only a small part of it is needed). So another horizon or batch size also changes the order if it changes the epochs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WHOLE_EPOCH = 0.8
 
 @dataclass(frozen=True)
 class DataPosition:
-    """What the steps before this one have read.
+    """The samples that the steps before this one have read.
 
     step: finished optimizer steps. samples, tokens: what they took.
     order_start: samples that were taken before the present order of samples began.
@@ -69,17 +69,17 @@ class DataPosition:
         )
 
     def lines(self) -> list[str]:
-        """The changes in words, one line each."""
+        """The changes as text, one line each."""
         return [
             f"{key} changed after step {change['step']} (sample {change['consumed_samples']}): {before} became {now}; "
-            "its samples are read from the first one"
+            "the new order starts at its first sample"
             for change in self.changes
             for key, (before, now) in change["changed"].items()
         ]
 
 
 def resumed_position(manifest: Manifest, config: Config, identity: dict[str, str]) -> DataPosition:
-    """Where a run goes on that resumes from a checkpoint.
+    """Where a run continues that resumes from a checkpoint.
 
     Args:
         identity: of the data at hand, as `check_data` gives it.
@@ -132,7 +132,7 @@ def epochs_in_order(config: Config, samples: int) -> list[str]:
 
 
 def _changed(manifest: Manifest, config: Config, identity: dict[str, str]) -> dict[str, list[Any]]:
-    """What decides the order of samples and differs: [old value, new value] by key."""
+    """Differences that change the order of samples: [old value, new value] by key."""
     settings = config.model_dump(mode="json")
     before, now = manifest.config["data"], settings["data"]
     changed = {}

@@ -1,11 +1,11 @@
-"""Steps whose loss or gradient is not finite, or whose loss spikes: what is written down, and what is done.
+"""Steps whose loss or gradient is not finite, or whose loss spikes: their records, and the reaction to them.
 
-Whether a step diverged is decided before its update, from numbers that all ranks share, so that all of them do the
-same. Runs repeat to the bit: after going back to a checkpoint the same batch would diverge again, so it is left out
-then, and every later checkpoint names it. A step that is left out is counted: the learning rate and the data go on.
+All ranks decide before the update whether a step diverged. They use numbers that they share, so they all decide the
+same. Runs repeat bit for bit: after going back to a checkpoint the same batch would diverge again. So it is left out,
+and every later checkpoint names it. A step that is left out still counts: learning rate and data advance.
 
-megatron-core's rerun state machine tells faults of the hardware from those of the data, by computing a step twice in
-place; it decides nothing that is decided here, and `training.replay` shows more of a step, so it stays off.
+megatron-core's rerun state machine computes a step twice to separate faults of the hardware from those of the data. It
+stays off: it makes none of the decisions here, and `training.replay` shows more of a step.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Spikes:
         self.losses.extend(losses)
 
     def judge(self, loss: float) -> str | None:
-        """Why a loss is a spike, or None.
+        """The reason why a loss is a spike, or None.
 
         >>> spikes = Spikes(threshold=10, window=100)
         >>> spikes.remember([2.0, 2.1] * 10)
@@ -130,14 +130,14 @@ class SkippedBatches:
 
 @dataclass(frozen=True)
 class Answer:
-    """What is done about a step that diverged: `skip` or `rollback`, and the step whose batch is left out."""
+    """The reaction to a step that diverged: `skip` or `rollback`, and the step whose batch is left out."""
 
     action: str
     blamed: int
 
 
 class DivergencePolicy:
-    """Decides as `training.on_divergence` says, the same on every rank, and writes it down on one."""
+    """Decides by `training.on_divergence`, the same on every rank, and records the decision on one."""
 
     def __init__(self, config: Config, folder: RunFolder, dataset: Dataset, writes: bool):
         self.config, self.folder, self.dataset, self.writes = config, folder, dataset, writes
@@ -173,12 +173,12 @@ class DivergencePolicy:
             ends = f", after {training.max_divergences} others (training.max_divergences). {_ADVICE[diverged.kind]}"
         elif spoilt and action == "skip":
             ends = (
-                f", and weights are not finite since step {blamed}, which leaving out a batch does not fix: use "
+                f", and weights are not finite since step {blamed}, and leaving out a batch does not fix weights: use "
                 "training.on_divergence=rollback"
             )
         self.record(step, diverged, "stop" if ends else action, position, facts, blamed)
         if ends:
-            again = f"; to see more of it: the same command with training.replay={step}"
+            again = f"; for details run the same command with training.replay={step}"
             raise TrainingDiverged(f"step {step}: {diverged.why}{ends}{again}")
         return Answer(action, blamed)
 
@@ -238,7 +238,7 @@ def checkpoint_before(step: int, folder: RunFolder, resumed: Path | None) -> tup
     if newest is None or at >= step:
         there = f"the newest one is {newest}" if newest else "there is none yet"
         raise TrainingDiverged(
-            f"step {step} made the run diverge, and no checkpoint is from before it: {there}. Start from an earlier "
+            f"step {step} made the run diverge, and no earlier checkpoint exists: {there}. Start from an earlier "
             "one in another run.dir, with training.skip_batches, or lower optimizer.lr"
         )
     return newest, at

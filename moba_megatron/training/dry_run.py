@@ -1,4 +1,5 @@
-"""`train.py --dry-run`: what would run, without processes or weights; of data that is here, its packing."""
+"""`train.py --dry-run`: the model and layout of a run, without processes or weights; of data that is here, its
+packing."""
 
 from __future__ import annotations
 
@@ -95,4 +96,4 @@ def _print_hours(
         )
     if not fitting and config.parallel.distributed_optimizer:
         console.print("optimizer state is spread over all GPUs: for another number of them set WORLD_SIZE=N")
-    console.print("moba-megatron plan CONFIG --gpus N tells where the time goes, and suggests layouts")
+    console.print("moba-megatron plan CONFIG --gpus N shows the time of each part, and suggests layouts")

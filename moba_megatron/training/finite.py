@@ -1,4 +1,4 @@
-"""What of a step is not finite: which microbatches, gradients and weights, by the names that a person knows."""
+"""Values of a step that are not finite: which microbatches, gradients and weights, by the names that a person knows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def samples_of_rank(
 
 
 def rank_facts(model: list[torch.nn.Module], sums: list[Tensor], samples: list[list[int]]) -> dict[str, Any]:
-    """What this rank has that is not finite.
+    """The values of this rank that are not finite.
 
     Args:
         sums: loss sum and token count of each microbatch on the last pipeline stage, empty elsewhere.

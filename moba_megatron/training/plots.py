@@ -11,7 +11,7 @@ from moba_megatron.runs.folder import RunFolder, trained_steps, training_records
 
 
 def plot_run(folder: RunFolder) -> list[Path]:
-    """Draw what the run folder holds into its `plots/`; return the files written."""
+    """Draw the records of a run folder into its `plots/`; return the files written."""
     steps = trained_steps(read_json_lines(folder.metrics))
     evaluations = training_records(read_json_lines(folder.evaluations))
     written = []

@@ -29,7 +29,7 @@ from moba_megatron.training.resume import chosen_checkpoint, find_resume
 
 @dataclass(frozen=True)
 class Preflight:
-    """What is known before any process group starts."""
+    """The results of the checks before any process group starts."""
 
     world_size: int
     data_parallel: int
@@ -41,7 +41,7 @@ class Preflight:
     weights: str
     """Where the weights come from, in one line."""
     choices: list[str]
-    """What every `auto` became, and why: one line each."""
+    """Every choice of `auto`, and the reason: one line each."""
 
 
 def preflight(config: Config, world_size: int) -> Preflight:
@@ -97,11 +97,9 @@ def preflight_again(config: Config, ready: Preflight) -> Preflight:
 
 
 def _kept_no_longer(manifest: Manifest | None, position: DataPosition) -> list[str]:
-    """Batches that the run meant to leave out and will not, in words."""
+    """A note on batches that should be left out but are not."""
     lost = [entry["step"] for entry in manifest.skipped_batches if entry not in position.skipped] if manifest else []
-    return (
-        [f"the batches of steps {lost} are not left out any more: these steps take other samples now"] if lost else []
-    )
+    return [f"the batches of steps {lost} are no longer left out: these steps now have other samples"] if lost else []
 
 
 def _refuse_late_skips(config: Config, position: DataPosition) -> None:
@@ -116,7 +114,7 @@ def _refuse_late_skips(config: Config, position: DataPosition) -> None:
 
 
 def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:
-    """What a run of this configuration uses on this machine, one line a choice with its reason.
+    """The choices for a run of this configuration on this machine, one line each with its reason.
 
     Raises:
         ConfigError: an attention backend that cannot run here, or an exchange that cannot run with these sizes.
@@ -159,7 +157,7 @@ def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:
 
 
 def _check_dispatcher(config: Config, device: torch.device) -> None:
-    """Raise ConfigError where this machine cannot bring tokens to their experts as the configuration says."""
+    """Raise ConfigError if this machine cannot use the configured dispatcher of tokens to experts."""
     parallel = config.parallel
     if config.model.num_moe_experts is None:
         return
@@ -169,12 +167,12 @@ def _check_dispatcher(config: Config, device: torch.device) -> None:
     if parallel.expert_dispatcher == "alltoall" and parallel.expert_tensor > 1 and device.type == "cpu":
         raise ConfigError([
             f"parallel.expert_tensor = {parallel.expert_tensor} with parallel.expert_dispatcher = alltoall: the CPU's "
-            "collectives (gloo) gather no unequal numbers of tokens; use expert_tensor 1, or allgather"
+            "collectives (gloo) cannot gather unequal numbers of tokens; use expert_tensor 1, or allgather"
         ])  # fmt: skip
 
 
 def _expert_lines(config: Config) -> list[str]:
-    """What a mixture of experts is, and what keeps its load even."""
+    """A mixture of experts and its load balancing, as text."""
     model, parallel = config.model, config.parallel
     if model.num_moe_experts is None:
         return []
@@ -194,7 +192,7 @@ def _expert_lines(config: Config) -> list[str]:
 
 
 def _full_attention(config: Config, schedule: AttentionSchedule, device: torch.device) -> str:
-    """What computes full attention, with the reason.
+    """The implementation of full attention, with the reason.
 
     Raises:
         ConfigError: a backend asked for by name that cannot run here, or not with these settings.
@@ -203,8 +201,8 @@ def _full_attention(config: Config, schedule: AttentionSchedule, device: torch.d
     if config.parallel.context > 1:
         if wanted != "auto":
             raise ConfigError([
-                f"attention.full_backend = {wanted} with parallel.context = {config.parallel.context}: full layers run "
-                "through the exchanges there; use auto"
+                f"attention.full_backend = {wanted} with parallel.context = {config.parallel.context}: there full "
+                f"layers use the exchanges; use auto"
             ])  # fmt: skip
         return "the exchange (context parallelism)"
     model, dtype = config.model, DTYPES[config.training.precision]

@@ -1,4 +1,4 @@
-"""What a person sees while a run works: a bar with loss, speed and time left on a terminal, plain lines elsewhere."""
+"""The display during a run: a bar with loss, speed and time left on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""One step of a run once more, to see what was wrong with it: `train.py CONFIG training.replay=STEP`.
+"""Compute one step of a run again, to find its fault: `train.py CONFIG training.replay=STEP`.
 
-The state comes from the newest checkpoint before the step, or is drawn anew where there is none; the steps between are
-taken again, and leave nothing on disk. Of the step itself come the loss, the norm of the gradients, and which layers
-gave something that is not finite, in the forward pass and in what the backward pass gave their parameters, on which
-rank, before the ranks add theirs up. The weights are not updated.
+The state comes from the newest checkpoint before the step, or from the first weights if there is no checkpoint. The
+steps in between are computed again and leave nothing on disk. The report has the loss and the gradient norm of the
+step. For each rank it names the layers whose outputs or parameter gradients are not finite, before the ranks add up
+their gradients. The weights are not updated.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _take_those_before(trainer: Trainer, step: int) -> None:
         try:
             metrics = trainer.step(number) if why is None else trainer.pass_over(number, why)
         except StepDiverged as diverged:
-            trainer.progress.say(f"step {number} on the way: {diverged.why}; its update is left out")
+            trainer.progress.say(f"step {number} before it: {diverged.why}; its update is left out")
             continue
         if why is None:
             trainer.progress.step(metrics, seconds_left=0.0)

@@ -13,8 +13,8 @@ from moba_megatron.training.resume import differences
 
 
 def replay_checkpoint(config: Config, schedule: AttentionSchedule, data: dict[str, str]) -> Path | None:
-    """The newest checkpoint of the run before the step to replay; None where there is none, so that the run begins
-    anew.
+    """The newest checkpoint of the run before the step to replay; None without one: then the replay starts from the
+    first weights.
 
     Raises:
         ConfigError: there is no run, or it has other settings.

@@ -1,4 +1,4 @@
-"""From which checkpoint a run goes on, and whether it may: what of its settings differs from those of the run."""
+"""The checkpoint from which a run continues, and the settings that must not differ from it."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ FREE = (
 
 
 def find_resume(config: Config, schedule: AttentionSchedule, data: dict[str, str]) -> Path | None:
-    """The checkpoint that this run continues from, or None for a new run.
+    """The checkpoint from which this run continues, or None for a new run.
 
     Args:
-        data: what identifies tokenizer and training data, as a checkpoint's manifest records it.
+        data: the identity of tokenizer and training data, as a checkpoint's manifest records it.
 
     Raises:
         ConfigError: the run folder or the named checkpoint cannot be used, with every difference in the way.
@@ -64,8 +64,8 @@ def find_resume(config: Config, schedule: AttentionSchedule, data: dict[str, str
             raise ConfigError([str(error)]) from error
         if "train" not in manifest.data:
             raise ConfigError([
-                f"{chosen} is an imported model, not a state of a training that could go on: choose another run.dir "
-                f"than {config.run.dir}, and start from these weights with model.init_from={RunFolder.of(chosen)}"
+                f"{chosen} is an imported model, not a training to continue: choose another run.dir than "
+                f"{config.run.dir}, and start from these weights with model.init_from={RunFolder.of(chosen)}"
             ])  # fmt: skip
         problems = differences(manifest, config, schedule, data)
         if problems:
@@ -109,7 +109,7 @@ def _named_checkpoint(named: Path, own: Path | None) -> Path:
 
 
 def differences(manifest: Manifest, config: Config, schedule: AttentionSchedule, data: dict[str, str]) -> list[str]:
-    """What of a checkpoint's run differs and may not: one line each, with both values and the way to allow it."""
+    """Forbidden differences from a checkpoint's run: one line each, with both values and the way to allow it."""
     allowed = (*FREE, *config.checkpoint.allow_changed)
 
     def free(key: str) -> bool:
@@ -126,7 +126,7 @@ def differences(manifest: Manifest, config: Config, schedule: AttentionSchedule,
         changed.append(("attention", f"attention: {line} in the run's schedule"))
     for name, key in (("tokenizer", "data.tokenizer"), ("train", "data.train")):
         if manifest.data.get(name) != data.get(name):
-            line = f"{key}: the files are not those that the run was trained on, or not in the same shares"
+            line = f"{key}: the files or their shares differ from those of the run"
             changed.append((key, line))
     problems = [
         f'{line}: set it back, or allow it by checkpoint.allow_changed=["{key}"]'

@@ -1,5 +1,4 @@
-"""A training run from configuration to result: everything is built here, in the order in which it depends on each
-other."""
+"""A training run from configuration to result: all parts are built here, each after those that it needs."""
 
 from __future__ import annotations
 
@@ -123,7 +122,7 @@ def _agree_on_resume(ready: Preflight) -> None:
     seen: list[str] = [""] * ready.world_size
     torch.distributed.all_gather_object(seen, str(ready.resume))
     if len(set(seen)) > 1:
-        raise CheckpointError(f"the ranks would resume from different checkpoints: {sorted(set(seen))}. Start again")
+        raise CheckpointError(f"the ranks found different checkpoints: {sorted(set(seen))}. Start again")
 
 
 def _build(config: Config, ready: Preflight) -> tuple[TrainingState, list[Any]]:
@@ -161,7 +160,7 @@ def _data_changes(ready: Preflight) -> dict[str, Any]:
 def _conclude(
     config: Config, ready: Preflight, folder: RunFolder, progress: ProgressView, end: LoopEnd, rank: int
 ) -> Outcome:
-    """Draw plots, write the status, and say what there is and how to go on."""
+    """Draw plots, write the status, and print the results and the command to continue."""
     state = "finished" if end.step == config.training.steps else "stopped" if end.signal else "paused"
     if rank == 0:
         plots, problem = _draw(folder)

@@ -1,7 +1,7 @@
-"""When a run saves, what its checkpoints say of it, and what happens when one cannot be written.
+"""When a run saves, the facts in its checkpoints, and failed saves.
 
-A checkpoint that fails leaves those before it alone. With `checkpoint.on_save_error: continue` the run goes on and
-saves again when the next one is due; the last one of a process has to succeed, for what follows it would be lost.
+A failed save leaves earlier checkpoints unchanged. With `checkpoint.on_save_error: continue` the run continues and
+saves again at the next regular step. The last save of a process must succeed, or its last steps would be lost.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What a step tells beside its loss: traffic of context parallelism, the load of experts, and the work of a GPU."""
+"""The metrics of a step besides its loss: traffic of context parallelism, the load of experts, and the work of a
+GPU."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ from moba_megatron.training.saving import Saver
 from moba_megatron.training.step_metrics import context_metrics, expert_metrics, gpu_metrics
 from moba_megatron.training.watch import Watch
 
-# Steps whose median says how long the rest will take.
+# Number of steps whose median gives the estimate of the time left.
 RECENT_STEPS = 20
 
 
@@ -201,8 +201,8 @@ class Trainer:
             number: this step's number, from 1.
 
         Returns:
-            The mean loss over the tokens of the global batch, the gradient norm before clipping, the learning rate that
-            was used, times in seconds, and what docs/run_folder.md lists beside them.
+            The mean loss over the tokens of the global batch, the gradient norm before clipping, the learning rate,
+            times in seconds, and the other metrics of docs/run_folder.md.
 
         Raises:
             StepDiverged: on every rank, if loss or gradient norm are not finite on any, or the loss is a spike that is
@@ -282,8 +282,7 @@ class Trainer:
         return read_tallies(self.state.model, self.config.model, self.device).cpu()
 
     def pass_over(self, number: int, why: str) -> dict[str, Any]:
-        """Leave the next global batch out: data and learning rate go on, nothing else does. Returns the line of
-        metrics."""
+        """Leave the next global batch out: only data and learning rate advance. Returns the line of metrics."""
         self.attend_as_at(number)
         for batches in self.batches:
             for _ in range(self.num_microbatches):
@@ -299,7 +298,7 @@ class Trainer:
         )
 
     def _answer(self, number: int, diverged: StepDiverged) -> int | None:
-        """Do what `training.on_divergence` says. Returns the step that the run has gone back to, None if it goes on."""
+        """Apply `training.on_divergence`. Returns the step to which the run has gone back, or None if it continues."""
         position, facts = self.ready.position, gathered(self.facts(number))
         answer = self.policy.answer(number, diverged, facts, self.skipped, position)
         self.skipped.add(answer.blamed, f"in step {number} {diverged.why}", self.config, position)
@@ -311,7 +310,7 @@ class Trainer:
         policy, diverged = self.config.training.on_divergence, StepDiverged("weights", str(error), None, None)
         if policy != "rollback":
             self.policy.record(number, diverged, "stop", self.ready.position, gathered(self.facts(number)))
-            more = "; leaving out a batch fixes no weights: use training.on_divergence=rollback" * (policy == "skip")
+            more = "; leaving out a batch cannot fix weights: use training.on_divergence=rollback" * (policy == "skip")
             raise TrainingDiverged(f"{error}{more}") from error
         back_to = self._answer(number, diverged)
         assert back_to is not None, "rollback goes back or raises"
@@ -322,7 +321,7 @@ class Trainer:
         with suppress(NotFinite):
             self.saver.wait()
         checkpoint, step = checkpoint_before(before, self.folder, self.ready.resume)
-        self.progress.say(f"going back to {checkpoint}, and on without the batch of step {before}")
+        self.progress.say(f"going back to {checkpoint}, to continue without the batch of step {before}")
         # Loading adds the steps of the checkpoint to those that were counted.
         self.state.scheduler.num_steps = 0
         verify = self.config.checkpoint.verify
@@ -373,8 +372,8 @@ class Trainer:
             result |= expert_metrics(tallies, self.config.model)
         if not math.isfinite(result["loss"]):
             raise TrainingDiverged(
-                f"validation after step {number}: the loss is {result['loss']}. The state after this step is of no "
-                "use; go on from a checkpoint before it with a lower optimizer.lr"
+                f"validation after step {number}: the loss is {result['loss']}. The weights after this step are "
+                f"useless; continue from a checkpoint before it with a lower optimizer.lr"
             )
         if self.writer:
             self.writer.evaluation({"step": number, "tokens": self.tokens_at(number), **result})

@@ -1,12 +1,12 @@
-"""Who keeps a run waiting: after `run.stall_seconds` without progress, the rank and what it waits in.
+"""Stalled runs: after `run.stall_seconds` without progress, name the rank and where it waits.
 
-A thread on each rank writes a sign of life into the store through which the ranks found each other, every ten seconds:
-a count, what the rank does, and, once that takes long, the innermost frames of its main thread. A rank that was stopped
-(SIGSTOP, a debugger, a machine that swaps or is gone) gives no sign; one that is stuck gives its frames. Rank 0 reads
-them, says what it finds, and alone writes it into the status; rank 1 stands in where rank 0 itself is silent, and only
-speaks. The run is not ended: collectives have timeouts of their own.
+Every ten seconds a thread on each rank writes a sign of life into the store of the process groups: a count, the rank's
+activity, and, if that takes long, the innermost frames of its main thread. A stopped rank (SIGSTOP, a debugger, a
+machine that swaps or is gone) gives no sign; a stuck one gives its frames. Rank 0 reads the signs, prints its findings
+and writes them into the status. If rank 0 itself is silent, rank 1 prints them. The run does not end here: collectives
+have their own timeouts.
 
-The main thread only notes what it begins, once a step: that is all that a step pays.
+The main thread only notes its activity once a step, so the cost is small.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def findings(seen: list[_Seen], silent: list[bool], answers: bool) -> tuple[list
     something else than wait for others, and those that wait only where there are no such."""
     entries, waiting = [], []
     for rank, (one, gives_none) in enumerate(zip(seen, silent, strict=True)):
-        host = one.sign.get("host", "a machine that never said its name")
+        host = one.sign.get("host", "an unknown machine")
         entry = {"rank": rank, "host": host, "doing": one.sign.get("doing", ""), "frames": one.sign.get("frames", [])}
         if gives_none:
             entries.append({**entry, "silent": round(time.monotonic() - one.at), "frames": []})
@@ -180,7 +180,7 @@ def findings(seen: list[_Seen], silent: list[bool], answers: bool) -> tuple[list
             entries.append(entry)
     entries.sort(key=lambda entry: "silent" not in entry)
     named = (entries or waiting)[:_MOST_RANKS]
-    lines = [] if answers else ["the store of the job does not answer: the process that holds it may be the one"]
+    lines = [] if answers else ["the store of the job does not answer: its process may be the stalled one"]
     for entry in named:
         who = f"rank {entry['rank']} on {entry['host']}"
         if "silent" in entry:

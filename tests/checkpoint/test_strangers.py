@@ -101,7 +101,7 @@ def test_a_payload_is_refused_and_does_nothing(hostile, door, tmp_path):
         with pytest.raises((AssertionError, CheckpointError)) as refused:
             door(run, tmp_path)
         said = str(refused.value)
-        assert "step_2" in said and ("could run code" in said or "running what it holds" in said), said
+        assert "step_2" in said and ("could run code" in said or "running its code" in said), said
     else:
         door(run, tmp_path)
     assert not made.exists()
@@ -146,7 +146,7 @@ def test_a_payload_that_is_no_class_is_refused(tmp_path):
         ({"relative_path": "/etc/hostname"}, "leads out of its folder"),
         ({"relative_path": "../outside"}, "leads out of its folder"),
         ({"relative_path": "link"}, "leads out of its folder"),
-        ({"relative_path": 3}, "not a name of a file"),
+        ({"relative_path": 3}, "not a file name"),
         ({"offset": -1}, "places"),
         ({"length": 2**60}, "places"),
         ({"transform_descriptors": ["zstd"]}, "coded form"),
@@ -212,7 +212,7 @@ def test_an_index_of_safetensors_names_files_of_its_folder_only(tmp_path):
         with pytest.raises(ConfigError, match="leads out of its folder"):
             SafetensorsFolder(tmp_path / "model")
     (tmp_path / "model" / INDEX).write_text('{"weight_map": {"a": 7}}')
-    with pytest.raises(ConfigError, match="not a name of a file"):
+    with pytest.raises(ConfigError, match="not a file name"):
         SafetensorsFolder(tmp_path / "model")
 
 

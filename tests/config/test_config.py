@@ -108,9 +108,9 @@ def test_a_leading_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("values", "overrides", "expected"),
     [
-        ({"run__dir": "???"}, [], r"run.dir = \?{3}: this value is still to be given"),
-        ({}, ["run.dir=???"], r"run.dir = \?{3}: this value is still to be given"),
-        ({}, ["training.steps=???"], r"training.steps = \?{3}: this value is still to be given"),
+        ({"run__dir": "???"}, [], r"run.dir = \?{3}: give this value"),
+        ({}, ["run.dir=???"], r"run.dir = \?{3}: give this value"),
+        ({}, ["training.steps=???"], r"training.steps = \?{3}: give this value"),
         ({}, ["run.dir="], "'run.dir=' has no value"),
         ({}, ["data.validation="], r"'data.validation=' has no value.*\(null for none\)"),
         ({}, ["training.step=#3"], "training.step: unknown key; did you mean training.steps"),
@@ -334,7 +334,7 @@ def test_an_override_of_another_form_is_refused(tmp_path, override):
         (
             {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "training__global_batch_size": 3},
             2,
-            "training.global_batch_size = 3 makes 3 microbatches, but the interleaved schedule wants a multiple",
+            "training.global_batch_size = 3 makes 3 microbatches, but the interleaved schedule needs a multiple",
         ),
     ],
 )

@@ -63,7 +63,7 @@ def test_a_written_mixture_reads_back_equal(tmp_path):
         ({"model__moe_router_enable_expert_bias": True}, "needs model.moe_router_score_function: sigmoid"),
         ({"model__moe_router_load_balancing_type": "none"}, "model.moe_aux_loss_coeff = 0.01 has no effect with"),
         ({"model__moe_pad_expert_input_to_capacity": True}, "needs model.moe_expert_capacity_factor"),
-        ({"model__moe_expert_capacity_factor": 1.5, "parallel__context": 2}, "padding would take the places of tokens"),
+        ({"model__moe_expert_capacity_factor": 1.5, "parallel__context": 2}, "padding would displace tokens"),
         ({"parallel__expert": 3}, "does not divide model.num_moe_experts = 8: use 1, 2, 4 or 8, or 6 or 9 experts"),
         ({"model__moe_ffn_hidden_size": 30, "parallel__expert_tensor": 4}, "does not divide model.moe_ffn_hidden_size"),
         ({"parallel__tensor": 2}, "with experts needs parallel.sequence: true"),

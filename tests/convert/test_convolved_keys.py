@@ -57,7 +57,7 @@ def test_the_export_is_the_model_that_was_trained(run, tmp_path):
     )
     assert any("k_conv" in name for name in filters[1]["unexpected_keys"])
     card = (run.parent / "full/README.md").read_text()
-    assert "**Engines that run this model without that code run another model**" in card
+    assert "**Without that code an engine runs another model**" in card
 
 
 def own_model(folder: Path, cache: Path, package: bool):
@@ -151,7 +151,7 @@ def test_where_the_filters_would_be_left_out_it_is_refused(run, tmp_path):
         load_generator(run)
     with pytest.raises(ValueError, match="keys are convolved .*trust_remote_code=True"):
         load_generator(run.parent / "full")
-    with pytest.raises(ConfigError, match="not read from Hugging Face folders"):
+    with pytest.raises(ConfigError, match="cannot be read from Hugging Face folders"):
         import_huggingface(run.parent / "full", tmp_path / "back")
     values = json.loads((run.parent / "full/config.json").read_text())
     assert values["moba_config"]["version"] == 2 and values["attn_implementation"] == "moba"

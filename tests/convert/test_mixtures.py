@@ -110,7 +110,7 @@ def test_what_no_mixture_of_transformers_has_is_refused_at_export(tmp_path, chan
     model = section(tmp_path, QWEN3).model_copy(update={"export_as": None, **changes})
     with pytest.raises(ConfigError) as error:
         family_of(model)
-    assert expected in str(error.value) and "moba-megatron evaluate takes the checkpoint" in str(error.value)
+    assert expected in str(error.value) and "moba-megatron evaluate reads the checkpoint" in str(error.value)
 
 
 def test_the_kind_of_an_export_follows_from_the_model(tmp_path):
@@ -209,7 +209,7 @@ def test_a_mixture_comes_out_of_training_as_what_it_was(trained, tmp_path):
     idle = sum(tensor.numel() for name, tensor in after.items() if ".experts." in name) // 2
     assert active == total - idle
     card = (tmp_path / "out/README.md").read_text()
-    assert f"| parameters | {total:,}, of which a token passes {active:,} |" in card
+    assert f"| parameters | {total:,}, {active:,} active for a token |" in card
     assert "| experts | 2 of 4 for each token, in 3 of 4 layers |" in card
     values = json.loads((tmp_path / "out/config.json").read_text())
     assert (values["mlp_only_layers"], values["norm_topk_prob"]) == ([1], False)

@@ -256,7 +256,9 @@ def test_f16_weights_train_in_bf16_and_both_ways_in_say_so(half, tmp_path):
     folder_of_run = tmp_path / "direct"
     run_ranks(1, train_here, start(half, folder_of_run, training__precision="bf16"))
     assert "F16 weights are rounded to bf16" in (folder_of_run / "run/config.yaml").read_text()
-    assert "note: the import holds F16 weights in fp32" in call("import-hf", half, tmp_path / "imported", "--verify")
+    assert "note: the import keeps F16 weights unchanged in fp32" in call(
+        "import-hf", half, tmp_path / "imported", "--verify"
+    )
     assert load_config(tmp_path / "imported/config.yaml").training.precision == "bf16"
     exact = call("export-hf", tmp_path / "imported", tmp_path / "out", "--verify")
     assert "verified" in exact
@@ -266,13 +268,13 @@ def test_f16_weights_train_in_bf16_and_both_ways_in_say_so(half, tmp_path):
 
 
 def test_training_past_the_window_of_the_source_is_said_unless_its_positions_change(half, tmp_path):
-    window = "is longer than what"
+    window = "is longer than the"
 
     def lines(**changes: Any) -> str:
         return "\n".join(preflight(start(half, tmp_path, **changes), 1).choices)
 
     said = lines()
-    assert f"data.sequence_length = 128 is longer than what {half} was made for, 64 tokens" in said
+    assert f"data.sequence_length = 128 is longer than the 64 tokens of {half}" in said
     assert window not in lines(data__sequence_length=64)
     assert window not in lines(model__rotary_base=5e5)
     yarn = {"model__rotary_scaling": "yarn", "model__rotary_scaling_factor": 2.0}

@@ -73,7 +73,7 @@ def test_experts_part_in_training(tmp_path):
     save_model(source, kind(**{**SIZES, **LONG, **changes}))
     shutil.copytree(TOKENS / "tokenizer", source, dirs_exist_ok=True)
     said = call("import-hf", source, tmp_path / "run", "--upcycle-experts", 4, "--verify")
-    assert "4 experts in each layer, of which a token passes 2" in said and "verified" in said
+    assert "4 experts in each layer; experts for each token: 2" in said and "verified" in said
     config = started(tmp_path / "on", tmp_path / "run", parallel__expert=2)
     assert (config.model.num_moe_experts, config.model.moe_aux_loss_coeff) == (4, 0.01)
     run_ranks(2, train_here, config, 2)
@@ -112,5 +112,5 @@ def test_details_of_a_mixture_that_is_not_asked_for_are_refused():
 
 def test_a_training_does_not_make_a_mixture_of_dense_weights_by_itself(models, tmp_path):
     config = started(tmp_path, models["llama"].folder, model__num_moe_experts=4)
-    with pytest.raises(ConfigError, match="is dense: make a mixture of it by .* --upcycle-experts 4, and start from"):
+    with pytest.raises(ConfigError, match="is dense: turn it into a mixture by .* --upcycle-experts 4, and start from"):
         check_initial_weights(config, 99)

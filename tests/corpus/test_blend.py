@@ -67,7 +67,7 @@ def test_blends_that_name_nothing(tmp_path: Path, text: str, message: str):
         blend_entries(str(tmp_path / "blend.yaml"))
     with pytest.raises(ConfigError, match="no such blend file"):
         blend_entries(str(tmp_path / "none.yaml"))
-    with pytest.raises(ConfigError, match="names nothing"):
+    with pytest.raises(ConfigError, match="the blend is empty"):
         blend_entries([])
 
 
@@ -94,7 +94,7 @@ def test_sources_keep_their_shares_and_long_documents_gain():
     nothing = Mix.model_validate(
         mix.model_dump() | {"lengths": [{"at_least": 1, "upsample": 0.0}, {"at_least": 100, "upsample": 1.0}]}
     )
-    with pytest.raises(ValueError, match=r"y/train has no document of a length that is read \(its longest has 60"):
+    with pytest.raises(ValueError, match=r"y/train has no document of a length in use \(its longest has 60"):
         make_views(nothing, lengths)
 
 
@@ -222,7 +222,7 @@ def test_the_command_and_its_errors(two_datasets: list[str], tmp_path: Path):
     code, text = run(good | {"lengths": [{"at_least": 9, "upsample": 1}, {"at_least": 5, "upsample": 1}]})
     assert code == 2 and "must rise" in text
     code, text = run({"sources": [{"path": two_datasets[0], "weight": 0.5}, {"path": two_datasets[1]}]})
-    assert code == 2 and "sources.1.weight is not given, others are" in text
+    assert code == 2 and "sources.1.weight is not given, but others are" in text
     code, text = run({"sources": [{"path": str(tmp_path / "nowhere/train")}]})
     assert code == 2 and "nowhere/train: no manifest.json" in text
     code, text = run(good, "sources.0.name=mine")

@@ -199,14 +199,14 @@ def test_rows_may_hold_arguments_and_other_forms_of_messages(tmp_path: Path):
         ({"messages": None}, "not a list of messages"),
         ({"messages": [{"content": "a"}]}, "not a list of messages with role and content"),
         ({"messages": turns("only a question")}, "no turn of the assistant"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "nothing asks for that turn"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "a turn of the assistant, which has no prompt"),
         ({"messages": turns("a", "<|im_end|>")}, "holds '<|im_end|>'"),
         ({"messages": [*turns("a", "b"), {"role": "</s>", "content": "c"}]}, "holds '</s>'"),
         ({"messages": [{**turns("a")[0], "reasoning": {"deep": ["<s>"]}}, *turns("", "b")[1:]]}, "holds '<s>'"),
         ({"messages": turns("a", "b"), "tools": [{"<s>": 1}]}, "holds '<s>'"),
         ({"messages": turns("a", "b"), "tools": "nothing"}, "not JSON"),
         ({"messages": turns("a", "b"), "tools": "3"}, "tools is int, not a list"),
-        ({"messages": turns("a", "b"), "arguments": {"tokenize": True}}, "names tokenize, which is given"),
+        ({"messages": turns("a", "b"), "arguments": {"tokenize": True}}, "names tokenize, which `prepare` passes"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "text": "cap"}]}, *turns("", "b")[1:]]}, "image"),
         ({"messages": turns("a", "b"), "arguments": [1]}, "chat_template_kwargs is list, not a mapping"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, *turns("", "b")[1:]]}, "of type image"),
@@ -238,7 +238,9 @@ def test_the_clock_is_part_of_the_data(chat_tokenizer: Path, tmp_path: Path):
         first_line("now", now="2024-07-27")
     # A format that only the running template knows.
     (chat_tokenizer / "chat_template.jinja").write_text("{{ strftime_now('%' ~ 'd') }}" + CHATML)
-    with pytest.raises(CorpusError, match="computes how it asks for the time of day, which chat.now cannot serve"):
+    with pytest.raises(
+        CorpusError, match="computes the format in which it asks for the time of day, which chat.now cannot serve"
+    ):
         first_line("other", now="2024-07-26")
 
 
@@ -356,7 +358,9 @@ def test_tokens_that_the_tokenizer_file_lacks_are_refused(tmp_path: Path):
     folder = folder_with("{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}{% endfor %}", tmp_path / "tok")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"extra_special_tokens": {"turn": "<|turn|>"}}))
-    with pytest.raises(CorpusError, match=r"writes '<\|turn\|>', which tokenizer_config.json has and tokenizer.json"):
+    with pytest.raises(
+        CorpusError, match=r"writes '<\|turn\|>', which is in tokenizer_config.json but not in tokenizer.json"
+    ):
         ChatTemplate(folder, Chat()).documents(turns("a", "b"), 0)
 
 

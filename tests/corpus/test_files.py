@@ -75,7 +75,7 @@ def test_links_are_followed_once_and_circles_end(tmp_path: Path):
         told["a_link/4.txt"] == "the same file as 5.txt"
         and told["another/3.txt"] == "the same file as a_link/wiki/3.txt"
     )
-    assert told["deep/up"] == told["deep_again/up"] == "a link to a folder that it lies in"
+    assert told["deep/up"] == told["deep_again/up"] == "a link to a folder above it"
     assert "deep_again/2.txt" in told and "Too many levels" in match_files(root, "**/*").left_out[-1][1]
     (root / "dangling.txt").symlink_to("nowhere.txt")
     assert ("dangling.txt", "a link that leads nowhere") in match_files(root, "**/*.txt").left_out

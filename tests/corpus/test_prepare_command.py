@@ -129,8 +129,8 @@ def test_kinds_of_input_by_name_and_by_what_they_hold(tmp_path: Path, monkeypatc
     assert sources("unknown.data", kind="jsonl") == [("jsonl", "unknown.data", None)]
     for path, message in (
         ("unknown.data", "looks like JSON, but its ending is not known: .* `--kind jsonl`"),
-        ("*.csv", "tables of this kind are not read"),
-        ("notes.gz", "is compressed, which is read of JSON Lines alone"),
+        ("*.csv", "this kind of table is not supported"),
+        ("notes.gz", "is compressed; only JSON Lines may be"),
         (
             "mixed",
             r"several kinds: 1 of kind files \(mixed/a.txt\), 1 of kind jsonl \(mixed/b.jsonl\): give one --input",

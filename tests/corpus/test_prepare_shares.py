@@ -122,7 +122,7 @@ def test_shares_and_whole_runs_keep_out_of_each_others_way(recipe: Recipe, tmp_p
     with open_workspace(out, identity, False, share=(0, 2)):
         with open_workspace(out, identity, False, share=(1, 2)):
             pass
-        with pytest.raises(ValueError, match="another process is at share 0/2"):
+        with pytest.raises(ValueError, match="another process prepares share 0/2"):
             prepare_share(recipe, out, (0, 2), workers=1)
         with pytest.raises(ValueError, match="other processes are at work in .* on 2 shares"):
             prepare_share(recipe, out, (0, 3), workers=1)

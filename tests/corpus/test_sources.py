@@ -84,7 +84,7 @@ def test_parquet_by_row_groups(tmp_path: Path, texts: list[str]):
     for part_bytes in (1, 20_000, LARGE):
         items = read_all(part_bytes, kind="parquet", path=str(tmp_path / "a.parquet"), text_column="content")
         assert texts_of(items) == texts
-    with pytest.raises(ValueError, match=r"no column 'text' \(there are: content, id\)"):
+    with pytest.raises(ValueError, match=r"no column 'text' \(columns: content, id\)"):
         read_all(kind="parquet", path=str(tmp_path / "a.parquet"))
     with pytest.raises(ValueError, match="holds int64, not text"):
         read_all(kind="parquet", path=str(tmp_path / "a.parquet"), text_column="id")
@@ -110,7 +110,7 @@ def test_datasets_saved_built_and_streamed(tmp_path: Path, texts: list[str]):
         read_all(kind="datasets", path="json", data_files=str(tmp_path / "none.jsonl"))
     with pytest.raises(ValueError, match="no split 'test', only train"):
         read_all(kind="datasets", path=str(tmp_path / "dict"), dataset_split="test")
-    with pytest.raises(ValueError, match=r"no column 'body' \(there are: text\)"):
+    with pytest.raises(ValueError, match=r"no column 'body' \(columns: text\)"):
         read_all(kind="datasets", path=str(tmp_path / "saved"), text_column="body")
 
 
@@ -154,7 +154,7 @@ def test_truncated_files_are_errors(tmp_path: Path, texts: list[str], ending: st
 
 def test_missing_things_are_named(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n' * 1000)
-    with pytest.raises(ValueError, match=r"a.jsonl: the first 1000 rows .*: no column 'text' \(there are: body\)"):
+    with pytest.raises(ValueError, match=r"a.jsonl: the first 1000 rows .*: no column 'text' \(columns: body\)"):
         read_all(kind="jsonl", path=str(tmp_path / "a.jsonl"))
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n' * 999)
     assert set(map(type, read_all(kind="jsonl", path=str(tmp_path / "a.jsonl")))) == {Incomplete}

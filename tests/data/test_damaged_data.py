@@ -143,7 +143,7 @@ def test_a_manifest_of_other_numbers_is_refused(own: Path):
     text = (own / "manifest.json").read_text()
     assert load_manifest(own) is not None
     (own / "manifest.json").write_text(text.replace('"filtered": 0', '"filtered": 1'))
-    with pytest.raises(ValueError, match="manifest.json was changed since it was written"):
+    with pytest.raises(ValueError, match="manifest.json was changed after it was written"):
         load_manifest(own)
 
 

@@ -147,7 +147,7 @@ def test_indices_lie_where_they_can_be_written(own: Path, tmp_path: Path):
     assert index_lines(named) == []
     fallen = make_config(own, run__dir=str(tmp_path / "run"))
     assert index_lines(fallen) == [
-        f"data.index_cache: {tmp_path}/run/index_cache (beside data.{key} nothing can be written)"
+        f"data.index_cache: {tmp_path}/run/index_cache (the folder of data.{key} is not writable)"
         for key in ("train", "validation")
     ]
     assert tokens_of(build_datasets(fallen)[0], range(8)) == rows
@@ -157,9 +157,9 @@ def test_indices_lie_where_they_can_be_written(own: Path, tmp_path: Path):
 def test_indices_that_can_be_written_nowhere_are_refused(own: Path):
     shutil.rmtree(own / INDEX_CACHE, ignore_errors=True)
     (own / INDEX_CACHE).write_text("")
-    with pytest.raises(ConfigError, match=r"data.index_cache = .*/index_cache cannot be written to: give data.index_c"):
+    with pytest.raises(ConfigError, match=r"data.index_cache = .*/index_cache is not writable: set data.index_cache"):
         check_data(make_config(own, data__index_cache=str(own / INDEX_CACHE)))
-    with pytest.raises(ConfigError, match=r"data.train: neither .* nor .* can be written to: give data.index_cache"):
+    with pytest.raises(ConfigError, match=r"data.train: neither .* nor .* is writable: set data.index_cache"):
         check_data(make_config(own, run__dir=str(own / INDEX_CACHE / "run")))
 
 

@@ -199,7 +199,7 @@ def test_data_that_gives_no_rows_is_refused_before_anything_starts(tmp_path: Pat
         "or more, the longest has 20, but 1 are needed: lower data.min_document_length"
     )):  # fmt: skip
         check_data(packing_config(tmp_path / "train", data__packing="document"))
-    with pytest.raises(ConfigError, match="holds 0 tokens in documents of two and more"):
+    with pytest.raises(ConfigError, match="holds 0 tokens in documents of at least two tokens"):
         check_data(packing_config(tmp_path / "ends", data__packing="best_fit"))
     usable = packing_config(tmp_path / "train", data__packing="document", data__min_document_length=15)
     assert check_data(usable).epochs == 10
@@ -214,7 +214,7 @@ def test_data_that_gives_no_rows_is_refused_before_anything_starts(tmp_path: Pat
     ("mask", "message"),
     [
         (np.ones(30), "loss_mask.bin has 30 bytes, but .*train.bin has 31 tokens, one byte each"),
-        (np.full(31, 49), "holds the byte 49: only 0 .* and 1 .* have a meaning"),
+        (np.full(31, 49), "holds the byte 49: only 0 .* and 1 .* are valid"),
         (np.zeros(31), "is 0 everywhere, so no token would count"),
     ],
     ids=["size", "values", "nothing"],

@@ -175,7 +175,7 @@ def test_the_two_levels_are_megatron_cores_hierarchical_groups():
     ("settings", "expected"),
     [
         ({"exchange": "ring"}, "exchange = 'ring': give one of auto, p2p, all_gather"),
-        ({"exchange": {"moba": "p2p"}}, "or one for each of moba and full"),
+        ({"exchange": {"moba": "p2p"}}, "or one each for moba and full"),
         (
             {"backend": "reference", "exchange": "p2p", "context_size": 2},
             "runs under context parallelism with a2a only",

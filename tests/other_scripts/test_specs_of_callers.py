@@ -201,7 +201,7 @@ def test_inference_that_goes_past_the_core_attention_raises(settings):
         platform.seed_all(5)
         attention = CALLERS["Bridge"]().decoder.layers[0].self_attention
         for call in (attention.flash_decode, attention.flash_decode_and_prefill):
-            with pytest.raises(ValueError, match="inference engine attends fully, past MoBA"):
+            with pytest.raises(ValueError, match="inference engine bypasses MoBA and attends fully"):
                 call()
 
     run_ranks(1, started)
@@ -326,7 +326,7 @@ def test_a_stage_is_named_or_asked_for(monkeypatch):
         ("attention: {block_size: 8, full_layers: [7]}", "names layer 7: layers are counted from 1 to 2"),
         ("attention: {block_size: 8}\nmodel: {num_layers: 2}", "model: unknown key"),
         ("attention: {block_size: 8}\nexchange: carrier_pigeon", "exchange.moba = 'carrier_pigeon'"),
-        ("", "must hold a mapping|no setting of the attention"),
+        ("", "must hold a mapping|no attention setting"),
         ("attention: {block_size: 8", "is not valid YAML"),
     ],
 )

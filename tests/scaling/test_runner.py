@@ -112,7 +112,7 @@ def _evaluations_without_time_are_named(folder, axes):
     sweep = load_sweep(write_sweep(folder, axes=axes, figures=[{"kind": "curves"}], evaluate=["--routing"]))
     said = io.StringIO()
     run_sweep(sweep, sweep.points, jobs=1, minutes=0, console=Console(file=said, width=200))
-    assert "not evaluated yet: moba; the same command does it" in said.getvalue()
+    assert "not evaluated yet: moba; run the same command again" in said.getvalue()
 
 
 def _a_refused_continuation_has_failed(sweep):
@@ -144,7 +144,7 @@ def test_a_run_waits_for_the_one_it_starts_from(tmp_path):
     with pytest.raises(ConfigError, match="long starts from short, which has not finished"):
         run_sweep(sweep, sweep.points[1:], jobs=1)
     array = CliRunner().invoke(scaling_app, ["run", str(path), "--slurm", str(ARRAY)])
-    assert array.exit_code == 2 and "tasks of an array wait for nothing" in array.output
+    assert array.exit_code == 2 and "an array's tasks do not wait" in array.output
     assert [result.state for result in run_sweep(sweep, sweep.points, jobs=2)] == ["finished"] * 2
     short, long = (read_metrics(point.folder) for point in sweep.points)
     assert long[0]["loss"] < (short[0]["loss"] + short[-1]["loss"]) / 2

@@ -12,7 +12,7 @@ from scaling.sweep_examples import write_sweep
 from moba_megatron.config import ConfigError, load_config
 from moba_megatron.config.named import names_in
 from moba_megatron.config.sweep import run_of
-from moba_megatron.config.sweep_file import Figure
+from moba_megatron.config.sweep_file import Figure, read_sweep
 from moba_megatron.ops.pairs import attended_pairs
 from moba_megatron.scaling.actions import print_tables
 from moba_megatron.scaling.laws import left_out
@@ -307,7 +307,7 @@ def test_what_a_sweep_leaves_open_is_as_in_the_weights_it_starts_from(tmp_path):
     (point.folder / "config.yaml").write_text(point.config.model_copy(update={"model": model}).to_yaml())
     assert read_result(point).state == "cut"
     # What the base does not say is not taken from the weights either.
-    overrides = run_of(tmp_path / "sweep.yaml", "short").overrides
+    overrides = run_of(tmp_path / "sweep.yaml", "short", read_sweep(tmp_path / "sweep.yaml")).overrides
     assert "model.layernorm_epsilon=1e-05" in overrides and "model.num_layers=4" not in overrides
     other = model.model_copy(update={"num_layers": 7})
     (point.folder / "config.yaml").write_text(point.config.model_copy(update={"model": other}).to_yaml())

@@ -153,7 +153,7 @@ def blended(folder: Path, weight: float = 1.0, **changes) -> Config:
 
 def test_other_shares_of_a_blend_are_a_change_and_the_same_data_elsewhere_is_none(paused: Path, tmp_path: Path):
     assert preflight(blended(paused), 1).position.in_order == 8
-    with pytest.raises(ConfigError, match="data.train: the files are not those"):
+    with pytest.raises(ConfigError, match="data.train: the files or their shares differ"):
         preflight(blended(paused, weight=2.0), 1)
     ready = preflight(blended(paused, weight=2.0, checkpoint__allow_changed=["data.train"]), 1)
     assert (ready.position.in_order, ready.position.samples) == (0, 8)

@@ -177,7 +177,7 @@ def test_what_no_policy_mends_ends_the_run(tmp_path):
     wild = {"optimizer__lr": 1e30, "optimizer__warmup_steps": 0, "optimizer__clip_grad": 0.0, "checkpoint__every": 1}
     skip = config_of(tmp_path / "a", training__on_divergence="skip", training__max_divergences=2, **wild)
     (words,) = run_ranks(1, train_poisoned, skip, 1)
-    assert "after 2 others (training.max_divergences)" in words or "leaving out a batch fixes no weights" in words
+    assert "after 2 others (training.max_divergences)" in words or "leaving out a batch cannot fix weights" in words
     with pytest.raises(ConfigError, match="rollback needs checkpoint.every"):
         config_of(tmp_path / "b", training__on_divergence="rollback", checkpoint__every=None)
 

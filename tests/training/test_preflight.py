@@ -50,7 +50,7 @@ def test_backends_that_cannot_run_are_refused(tmp_path, changes, message):
 
 
 def test_a_start_says_where_its_weights_come_from(tmp_path):
-    assert preflight(small_config(tmp_path), 1).weights == "weights: drawn anew, seed 1234"
+    assert preflight(small_config(tmp_path), 1).weights == "weights: random, seed 1234"
     with pytest.raises(
         ConfigError, match=r"model.init_from = \?{3}: give the weights .* for instance model.init_from="
     ):

@@ -122,7 +122,7 @@ def test_a_dry_run_shows_sizes_and_makes_nothing(tmp_path):
     config = small_config(tmp_path, attention__stages=[{"until": 0.75}, {"until": 1.0, "kind": "full"}])
     output = finish(start(config, overrides=("--dry-run",)))
     for expected in (
-        "weights: drawn anew, seed 1234",
+        "weights: random, seed 1234",
         "parameters",
         "tokens per step",
         "512",

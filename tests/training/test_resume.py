@@ -213,7 +213,7 @@ def test_data_made_anew_at_the_same_place_is_noticed(paused, tmp_path):
     shutil.copy(tmp_path / "copy/tokens/validation.bin", tmp_path / "copy/tokens/train.bin")
     shutil.copy(tmp_path / "copy/tokens/validation.idx", tmp_path / "copy/tokens/train.idx")
     moved = {"checkpoint__allow_changed": ["data.tokenizer"]}
-    with pytest.raises(ConfigError, match="data.train: the files are not those"):
+    with pytest.raises(ConfigError, match="data.train: the files or their shares differ"):
         preflight(small_config(tmp_path / "copy", run__dir=config.run.dir, **moved), 1)
 
 
