@@ -20,8 +20,8 @@ def test_what_queries_choose(dtype):
     blocks, candidates = LENGTH // BLOCK, BLOCK * HEADS * torch.arange(LENGTH // BLOCK).clamp(max=TOP_K - 1).sum()
     assert all(choices.shape == (blocks, blocks) and choices.sum() == candidates for choices in found.values())
     assert (found["sink"][1:, 0] == BLOCK * HEADS).all()
-    hot = found["hot"].sum(dim=0).topk(2).values.min()
-    assert hot > 3 * found["random"].sum(dim=0).max()
+    for block in found["hot"].sum(dim=0).topk(2).indices.tolist():
+        assert (found["hot"][block + 1 :, block] == BLOCK * HEADS).all()
     back = torch.arange(blocks)[:, None] - torch.arange(blocks)
     distance = {kind: float((choices * back).sum() / choices.sum()) for kind, choices in found.items()}
     assert distance["local"] < 0.5 * distance["random"]
@@ -31,5 +31,5 @@ def test_what_queries_choose(dtype):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_ring_of_random_choices_is_the_expected_one(ranks):
     counted = counted_ring_factor(choices_of("random"), HEADS, LENGTH, BLOCK, ranks)
-    assert counted == pytest.approx(random_choice_factor(ranks, LENGTH / BLOCK, TOP_K), rel=0.03)
+    assert counted == pytest.approx(random_choice_factor(ranks, LENGTH / BLOCK, TOP_K), rel=0.05)
     assert counted_ring_factor(choices_of("sink"), HEADS, LENGTH, BLOCK, ranks) > 1.05 * counted
