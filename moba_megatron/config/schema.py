@@ -93,7 +93,7 @@ class AttentionConfig(Section):
     size)) that the chosen blocks must reach."""
     share_selection: Literal["none", "mean", "max"] = "none"
     """Whether the query heads of a key head choose the same blocks: `none`, or by the `mean` or the `max` of their
-    scores (as NSA and MSA do). Keys are then read once for all of them."""
+    scores (as NSA and MSA do). Generation then reads fewer different blocks."""
     key_convolution: Literal[3, 5] | None = None
     """Width (tokens) of a causal convolution of the keys, with SiLU, a residual and one filter for each channel
     (FlashMoBA). It adds parameters to every layer, also to full ones. They start at zero, without effect. Default: no
