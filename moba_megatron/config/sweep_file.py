@@ -26,9 +26,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from moba_megatron.config.checks import ConfigError
 from moba_megatron.config.overrides import missing_keys, refuse_missing
@@ -36,6 +36,12 @@ from moba_megatron.config.reading import read_tree
 from moba_megatron.config.section import Section
 
 _MOST_RUNS = 10_000
+
+# YAML reads a name such as 1234 or 0.5 as a number.
+OptionName = Annotated[
+    str,
+    BeforeValidator(lambda name: str(name) if isinstance(name, int | float) and not isinstance(name, bool) else name),
+]
 
 
 class LearningRateRule(Section):
@@ -89,9 +95,9 @@ class SweepFile(Section):
     """Folder of the runs."""
     overrides: dict[str, Any] = {}
     """Changes of the base for all runs; an option may change them again."""
-    axes: dict[str, dict[str, dict[str, Any]]] = Field(min_length=1)
+    axes: dict[OptionName, dict[OptionName, dict[str, Any]]] = Field(min_length=1)
     """For each axis its options, and for each option its overrides."""
-    skip: list[dict[str, str]] = []
+    skip: list[dict[OptionName, OptionName]] = []
     """Combinations left out: a run is skipped where all the named axes have the named options."""
     tokens_per_parameter: float | None = Field(default=None, gt=0)
     """Training tokens for each active parameter without embeddings; sets `training.steps` (Chinchilla: 20)."""

@@ -93,7 +93,7 @@ class SafetensorsFolder:
                 problems.append(f"{file} cannot be read: {error}; fetch it again ({DOWNLOAD} {self.folder})")
         if index is not None and not problems:
             problems += [
-                f"{INDEX} names {file} for {name}, which is not there: fetch the folder again ({DOWNLOAD} "
+                f"{INDEX} says that {file} holds {name}, but it does not: fetch the folder again ({DOWNLOAD} "
                 f"{self.folder})"
                 for name, file in index.items()
                 if not name.endswith(_IGNORED) and self.files.get(name) != file

@@ -104,7 +104,7 @@ def test_an_index_that_names_the_wrong_file_is_refused(folder):
     files = sorted(set(index["weight_map"].values()))
     index["weight_map"]["model.norm.weight"] = next(f for f in files if f != index["weight_map"]["model.norm.weight"])
     path.write_text(json.dumps(index))
-    with pytest.raises(ConfigError, match="puts model.norm.weight into"):
+    with pytest.raises(ConfigError, match="holds model.norm.weight, but it does not"):
         open_weights(folder, model_of(folder))
 
 

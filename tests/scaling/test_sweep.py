@@ -123,6 +123,13 @@ def test_digits_are_the_number_of_a_run(tmp_path):
         sweep.point("3")
 
 
+def test_numbers_may_name_options(tmp_path):
+    """As YAML reads them, they are numbers."""
+    axes = {"seed": {1234: {"run.seed": 1234}, 7: {"run.seed": 7}}, "rate": {0.5: {"optimizer.lr": 0.5}}}
+    sweep = load_sweep(write_sweep(tmp_path, axes=axes, figures=[], skip=[{"seed": 7, "rate": 0.5}]))
+    assert [point.name for point in sweep.points] == ["1234_0.5"]
+
+
 def test_skipped_combinations(tmp_path):
     sweep = load_sweep(write_sweep(tmp_path, skip=[{"size": "large", "attention": "full"}]))
     assert [point.name for point in sweep.points] == ["small_moba", "small_full", "large_moba"]
