@@ -168,7 +168,7 @@ def test_calls_that_are_not_moba_are_refused():
         layer(q, k, v, torch.ones(1, 1, 6, 6, dtype=torch.bool))
     with pytest.raises(ValueError, match="no_mask is not causal"):
         layer(q, k, v, None, attn_mask_type=AttnMaskType.no_mask)
-    with pytest.raises(ValueError, match="1 queries against 6 keys"):
+    with pytest.raises(ValueError, match="1 queries and 6 keys"):
         layer(q[-1:], k, v, None)
     with pytest.raises(ValueError, match="qkv_format = 'bshd'"):
         layer(q[:, 0], k[:, 0], v[:, 0], None, packed_seq_params=PackedSeqParams(qkv_format="bshd"))
