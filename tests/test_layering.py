@@ -21,7 +21,7 @@ ALLOWED = {
     "runs": {"config", "temporary", "errors"},
     "parallel": {"ops"},
     "corpus": {"config", "errors"},
-    "data": {"corpus", "parallel", "config"},
+    "data": {"corpus", "parallel", "ops", "config"},
     "model": {"parallel", "ops", "platform", "config"},
     "checkpoint": {"runs", "platform", "config"},
     "megatron": {"model", "config"},

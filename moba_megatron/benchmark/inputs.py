@@ -26,6 +26,8 @@ from moba_megatron.parallel.ring_load import by_rank, ring_factor
 
 # What is added to keys, and at least to queries, in the units of the noise.
 _LIKED, _ASKED = 16.0, 2.0
+# Tokens whose choices are counted at once.
+_TOKENS_AT_ONCE = 2**16
 
 
 def chosen_inputs(
@@ -69,14 +71,14 @@ def past_choices(q: Tensor, k: Tensor, block_size: int, top_k: int) -> Tensor:
     return torch.bincount(pairs, minlength=blocks * blocks).view(blocks, blocks).cpu()
 
 
-def hottest_load(choices: Tensor) -> float:
-    """How often the most chosen block was chosen, over the mean of all.
-
-    >>> hottest_load(torch.tensor([[0, 0], [6, 0]]))
-    2.0
-    """
-    chosen = choices.sum(dim=0).double()
-    return float(chosen.max() / chosen.mean()) if chosen.any() else 1.0
+def hottest_load(q: Tensor, k: Tensor, block_size: int, top_k: int) -> float:
+    """How often the most chosen past block of one document is chosen, over the mean of all blocks."""
+    ids = select_blocks(q, k, block_size=block_size, top_k=top_k)
+    chosen = torch.zeros(-(-q.shape[0] // block_size) + 1, dtype=torch.int64, device=q.device)
+    for some in ids.split(_TOKENS_AT_ONCE):
+        chosen += torch.bincount(some[..., 1:].flatten().long() + 1, minlength=len(chosen))
+    counted = chosen[1:].double()  # the first are those that have fewer blocks
+    return float(counted.max() / counted.mean()) if counted.any() else 1.0
 
 
 def counted_ring_factor(choices: Tensor, heads: int, length: int, block_size: int, ranks: int) -> float:

@@ -37,7 +37,7 @@ from moba_megatron.benchmark.calls import (
     peak_bytes,
     random_inputs,
 )
-from moba_megatron.benchmark.inputs import chosen_inputs, hottest_load, past_choices
+from moba_megatron.benchmark.inputs import chosen_inputs, hottest_load
 from moba_megatron.benchmark.presets import PRESETS
 from moba_megatron.benchmark.report import print_bench, write_bench
 from moba_megatron.benchmark.settings import BenchResult, BenchRow, BenchSettings, Case, pair_ratio
@@ -69,7 +69,7 @@ def _moba_call(settings: BenchSettings, case: Case, backend: str) -> Call:
 @functools.lru_cache(maxsize=1)
 def _hottest(settings: BenchSettings, dtype: str, length: int, block_size: int, top_k: int) -> float:
     q, k, _ = _inputs(settings, length, dtype, block_size)
-    return hottest_load(past_choices(q, k, block_size, top_k))
+    return hottest_load(q, k, block_size, top_k)
 
 
 def _scored_again(settings: BenchSettings, case: Case) -> tuple[float, float] | tuple[None, None]:

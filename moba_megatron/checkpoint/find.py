@@ -27,10 +27,13 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def saved_config(checkpoint: Path) -> Config:
     """The configuration a checkpoint was trained with, on one rank (any layout loads at any other, see `saved_layout`)
-    and with the backends that `auto` takes, in their own workspace: those of training may not be here."""
+    and with the backends that `auto` takes, in their own workspace: those of training may not be here. Gradients, which
+    only training has, are in fp32: in bf16 they would need the layout of training."""
     values = Manifest.read(checkpoint).config
     attention = {**values["attention"], "backend": "auto", "full_backend": "auto", "workspace_bytes": None}
-    return config_from_dict({**values, "attention": attention, "parallel": ParallelConfig().model_dump()})
+    training = {**values["training"], "gradient_precision": "fp32"}
+    alone = ParallelConfig().model_dump()
+    return config_from_dict({**values, "attention": attention, "training": training, "parallel": alone})
 
 
 def saved_layout(checkpoint: Path) -> ParallelConfig:

@@ -200,9 +200,9 @@ class TrainingConfig(Section):
     """Tokens that a dense feed-forward processes at a time. The backward pass computes its activations again, one chunk
     at a time: as slow as `recompute: [mlp]`, with a lower peak of memory. None: all tokens at once."""
     gradient_precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision in which gradients are accumulated and sent. `bf16` needs half the memory and traffic, and sums over
-    microbatches are less precise; sums over ranks stay in fp32. It needs `precision: bf16` and
-    `parallel.distributed_optimizer`."""
+    """Precision in which gradients are accumulated and sent. `bf16` halves their memory while activations are held, and
+    the bytes that are sent; it adds microbatches with less precision. Ranks are summed in fp32, from a copy. It needs
+    `precision: bf16` and `parallel.distributed_optimizer`."""
     loss_chunk_size: int | None = Field(default=None, ge=1, le=LONGEST)
     """Tokens per chunk of the loss: at most chunk x vocabulary logits are in memory at once. None: 512 on a CPU, 4096
     on a GPU, where each chunk reads and writes the fp32 gradient of the output weight once."""

@@ -4,7 +4,7 @@ Which samples a rank gets follows megatron-core's pretraining sampler: a pass of
 `micro_batch_size` x D samples in order, rank r the r-th run of `micro_batch_size` of them. The order of samples is thus
 the same for any D, and a run that has consumed n samples continues with sample n at any D. A last pass that the samples
 do not fill is filled with samples whose loss mask is 0: no sample is lost or counts twice, and all ranks make the same
-    number of passes.
+number of passes.
 
 Where documents do not see each other the samples of a microbatch are packed into one row, `[1, b * s]`, with
 `cu_seqlens`: a document ends where its sample's `cu_seqlens` say so, and at the end of each sample. Of a sample without
@@ -25,6 +25,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from moba_megatron.ops.kept_layouts import stays_as_it_is
 from moba_megatron.parallel.context_plan import remember_boundaries
 from moba_megatron.parallel.layout import padded_boundaries, shard_positions
 
@@ -199,6 +200,8 @@ def _on_device(batch: Batch, device: torch.device) -> Batch:
     padded = batch.get("cu_seqlens_padded")
     if padded is not None and device.type != "cpu":
         remember_boundaries(moved["cu_seqlens_padded"], tuple(padded.tolist()))
+    if "cu_seqlens" in moved and device.type != "cpu":
+        stays_as_it_is(moved["cu_seqlens"])
     return moved
 
 

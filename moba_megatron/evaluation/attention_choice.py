@@ -40,7 +40,7 @@ def chosen_attentions(
 
 
 def parse_choice(option: str, text: str) -> LayerAttention:
-    """MoBA with sizes, and a selector or summary, that are not a model's own.
+    """MoBA with sizes, and a selector, a summary or a sharing of heads, that are not a model's own.
 
     >>> str(parse_choice("--routing-choice", "128:4")), str(parse_choice("--losses-choice", "32:3:recent"))
     ('moba B=128 K=4', 'moba B=32 K=3 recent')

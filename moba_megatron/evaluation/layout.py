@@ -36,7 +36,8 @@ def evaluation_layout(config: Config, own: ParallelConfig, asked: str | None, ra
         given = {name: getattr(own, name) for name in SIZES}
     layout = _complete(config, own, given)
     told = f"{OPTION} {asked}" if asked is not None else f"the run's own sizes on {ranks} processes"
-    training = config.training.model_copy(update={"global_batch_size": ranks, "micro_batch_size": 1})
+    sizes = {"global_batch_size": ranks, "micro_batch_size": 1, "recompute": "none", "recompute_layers": None}
+    training = config.training.model_copy(update=sizes)
     tried = config.model_copy(update={"parallel": layout, "training": training})
     before = combination_problems(config)
     problems = [problem for problem in combination_problems(tried) if problem not in before]

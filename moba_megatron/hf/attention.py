@@ -5,8 +5,8 @@ Three cases, by where the queries' documents begin (`mask.segments`):
 1. All documents begin in this call: training, evaluation, a prompt. Their tokens, without padding, are one pack for
    `moba_attention` or `full_attention`, with gradients, and by the GPU kernels where they run.
 2. One new token of a document whose past is in a cache: decoding. In `moba` layers the configuration's `decode` decides
-whether it attends to its blocks or to all tokens; in `full` layers it attends to everything. 3. Several new tokens with
-a past: a further piece of a prompt. MoBA in `moba` layers, in either decode mode.
+   whether it attends to its blocks or to all tokens; in `full` layers it attends to everything.
+3. Several new tokens with a past: a further piece of a prompt. MoBA in `moba` layers, in either decode mode.
 
 Cases 2 and 3 have no gradient; asking for one raises. Whatever is not causal MoBA over whole documents raises too:
 nothing falls back silently to dense attention.

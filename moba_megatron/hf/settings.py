@@ -89,7 +89,7 @@ class MoBASettings:
 
         Raises:
             ValueError: no such entry, other keys than those above, another version, or a different number of layers
-            than the model.
+                than the model.
         """
         entry = getattr(config, "moba_config", None)
         if not isinstance(entry, Mapping):

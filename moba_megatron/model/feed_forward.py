@@ -35,6 +35,11 @@ def _in_chunks(mlp: MLP, tokens: int) -> Callable[..., tuple[Tensor, None]]:
     whole = mlp.forward
     if mlp.config.add_bias_linear:
         raise ValueError("a feed-forward with a bias is not supported in chunks")
+    # Fused, each piece would add its gradient to the whole in the whole's precision.
+    for linear in (mlp.linear_fc1, mlp.linear_fc2):
+        for fusion in ("fuse_wgrad_accumulation", "gradient_accumulation_fusion"):
+            if getattr(linear, fusion, False):
+                setattr(linear, fusion, False)
     ranks = mlp.config.tensor_model_parallel_size if mlp.config.sequence_parallel else 1
     weights = list(mlp.parameters())
 

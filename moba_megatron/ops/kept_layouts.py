@@ -1,8 +1,9 @@
 """The layout of a pack on an accelerator, made once for all layers of a microbatch.
 
-Layers of a microbatch get the same tensor of boundaries, and so do the backward pass and recomputation: a layout is
-remembered for that tensor as long as nobody changes it, or for the sizes where there is one document. What backends
-make of a layout is kept with it. On the host nothing is remembered: what is made there is not launched.
+Layers of a microbatch get the same tensor of boundaries, and so do the backward pass and recomputation. A layout is
+remembered for a tensor that `stays_as_it_is` was told of, or for the sizes where there is one document. Other tensors
+may change unseen: a collective that writes into one leaves no trace on it. What backends make of a layout is kept with
+it. On the host nothing is remembered: what is made there is not launched.
 """
 
 from __future__ import annotations
@@ -29,6 +30,20 @@ class _Kept:
 
 
 _MOST_KEPT = 8
+_MOST_CONSTANT = 64
+_constant: list[weakref.ref[Tensor]] = []
+
+
+def stays_as_it_is(boundaries: Tensor) -> None:
+    """Say that nobody writes into a tensor of boundaries from now on, so that its layout may be kept."""
+    _constant[:] = [known for known in _constant if known() is not None][1 - _MOST_CONSTANT :]
+    _constant.append(weakref.ref(boundaries))
+
+
+def _is_constant(boundaries: Tensor) -> bool:
+    return any(known() is boundaries for known in _constant)
+
+
 _kept: list[_Kept] = []
 
 
@@ -39,7 +54,8 @@ def layout_of(tensor: Tensor, cu_seqlens: Tensor | None, block_size: int, max_se
     def make() -> BlockLayout:
         return block_layout(tokens, block_size, cu_seqlens, max_seqlen=max_seqlen, device=device)
 
-    if not _can_be_kept(tensor) or (cu_seqlens is not None and not _can_be_kept(cu_seqlens)):
+    told = cu_seqlens is None or (_can_be_kept(cu_seqlens) and _is_constant(cu_seqlens))
+    if not told or not _can_be_kept(tensor):
         return make()
     return _remembered(("layout", tokens, block_size, max_seqlen, *_place(device)), cu_seqlens, make)
 
@@ -56,7 +72,10 @@ def equal_boundaries(documents: int, length: int, device: torch.device) -> Tenso
 
     if not _outlives_the_call(device):
         return make()
-    return _remembered(("boundaries", documents, length, *_place(device)), None, make)
+    made = _remembered(("boundaries", documents, length, *_place(device)), None, make)
+    if not _is_constant(made):
+        stays_as_it_is(made)
+    return made
 
 
 def _can_be_kept(tensor: Tensor) -> bool:
@@ -84,6 +103,8 @@ def _remembered(key: Hashable, boundaries: Tensor | None, make: Callable[[], Mad
         if same and (kept.key, kept.version) == (key, version):
             return kept.made  # type: ignore[return-value]
     made = make()
+    if isinstance(made, Tensor) and type(made) is not Tensor:
+        return made  # only traced
     alive = [kept for kept in _kept if kept.boundaries is None or kept.boundaries() is not None]
     reference = None if boundaries is None else weakref.ref(boundaries)
     _kept[:] = [*alive, _Kept(key, reference, version, made)][-_MOST_KEPT:]  # type: ignore[arg-type]

@@ -19,7 +19,8 @@ _SAMPLES = 8
 
 @functools.cache
 def random_choice_factor(ranks: int, blocks: float, top_k: int) -> float:
-    """Time of a ring over the work of one rank, for random choice.
+    """Time of a ring over the work of one rank, for random choice. With less than a block in each of the 2 C chunks
+    of a document it is rough: a query's own block counts in its own chunk.
 
     Args:
         ranks: of the ring.
@@ -31,6 +32,8 @@ def random_choice_factor(ranks: int, blocks: float, top_k: int) -> float:
     >>> round(random_choice_factor(8, 2048, 8), 2)
     1.84
     """
+    if top_k >= blocks:
+        return 1.0  # full attention
     chunks, size = 2 * ranks, blocks / (2 * ranks)
     work = [[0.0] * chunks for _ in range(chunks)]
     for query in range(chunks):

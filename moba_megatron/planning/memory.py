@@ -56,7 +56,7 @@ class MemoryEstimate:
         loss, backward, exchange: working memory of the loss, of the dearest backward pass of a layer (or of the way of
             tokens through experts) without and with context parallelism's buffers; only the largest of these moments is
             in the total.
-        working: that largest one.
+        working: that largest one, or what the reduction of gradients in bf16 needs beyond the room of activations.
     """
 
     stage: int
@@ -117,17 +117,20 @@ def _stage_memory(
     moments = [_stage_activations(config, layers, stage, shape, exchanges) for layers in schedule.stages]
     activations, moba, backward, exchange, freed = max(moments, key=sum)
     loss = _loss_bytes(config, shape, vocab_size) if stage.last else 0
+    kept = activations + _edge_bytes(stage, shape)
+    # Gradients in bf16 are copied to be summed in fp32, when activations are gone.
+    copies = 2 * stage.parameters if config.training.gradient_precision == "bf16" else 0
     return MemoryEstimate(
         stage=stage.number,
         weights=stage.parameters * shape.width,
         gradients=stage.parameters * GRADIENT_BYTES[config.training.gradient_precision],
         optimizer=(stage.parameters - stage.experts) * state // dense + stage.experts * state // experts,
-        activations=activations + _edge_bytes(stage, shape),
+        activations=kept,
         moba=moba,
         loss=loss,
         backward=backward,
         exchange=exchange,
-        working=max(loss, backward, backward + exchange - freed),
+        working=max(loss, backward, backward + exchange - freed, copies - int(kept) - moba),
     )
 
 

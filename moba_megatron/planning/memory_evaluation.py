@@ -16,7 +16,7 @@ from moba_megatron.config import Config
 from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.ops.gathered.index import ENTRY_BYTES, default_entries
-from moba_megatron.ops.kernel_sizes import default_workspace
+from moba_megatron.ops.kernel_sizes import default_workspace, forward_entry_bytes
 from moba_megatron.planning.memory import BYTES_OF_A_TOKEN
 from moba_megatron.planning.memory_layer import Shape, exchange_bytes, layer_bytes
 from moba_megatron.planning.plan_stages import stages_of, vocabulary_rows
@@ -55,7 +55,9 @@ def evaluation_memory(
             bytes_ = layer_bytes(shape, layer, exchange, has_experts[number - 1])
             attention = bytes_.attention + bytes_.selected + _workspace(shape, layer)
             attention += exchange_bytes(config, shape, layer, exchange)
-            moments.append(2 * shape.stream + bytes_.norms // 2 + max(attention, bytes_.mlp))
+            chunk = config.training.mlp_chunk_size
+            mlp = bytes_.mlp if chunk is None else bytes_.mlp * min(chunk, shape.tokens) // shape.tokens
+            moments.append(2 * shape.stream + bytes_.norms // 2 + max(attention, mlp))
         if stage.last:
             moments.append(_loss(config, shape, vocab_size))
         working = max(moments) + shape.tokens * BYTES_OF_A_TOKEN
@@ -68,10 +70,11 @@ def _workspace(shape: Shape, layer: LayerAttention) -> int:
     if layer.kind == "full":
         return 0
     queries = shape.tokens * shape.heads * shape.head_size
+    slots = shape.tokens * shape.heads * (layer.top_k - 1)
     if shape.cuda:
-        return default_workspace(queries * shape.width)
-    entries = default_entries(shape.tokens * shape.heads // shape.kv_heads)
-    entries = min(entries, shape.tokens * shape.heads * (layer.top_k - 1))
+        room = shape.workspace_bytes or default_workspace(queries * shape.width)
+        return min(room, slots * forward_entry_bytes(shape.head_size, shape.width))
+    entries = min(default_entries(shape.tokens * shape.heads // shape.kv_heads), slots)
     return entries * (shape.head_size * shape.width + ENTRY_BYTES)
 
 

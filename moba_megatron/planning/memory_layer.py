@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from moba_megatron.config import Config, TrainingConfig
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.ops.gathered.index import ENTRY_BYTES, default_entries
-from moba_megatron.ops.kernel_sizes import default_workspace
+from moba_megatron.ops.kernel_sizes import backward_entry_bytes, default_workspace
 from moba_megatron.parallel.exchange_kind import ExchangeKind, RankSizes
 from moba_megatron.parallel.exchanges import EXCHANGES
 from moba_megatron.planning.expert_shape import ExpertShape
@@ -181,10 +181,11 @@ def attention_backward_bytes(shape: Shape, layer: LayerAttention) -> int:
         gradients += 2 * t * shape.hidden * width
     if layer.kind == "full":
         return gradients
+    entries = t * shape.heads * (layer.top_k - 1)
     if shape.cuda:
-        return gradients + (shape.workspace_bytes or default_workspace(queries * width))
-    rows = t * shape.heads // shape.kv_heads
-    entries, entry_bytes = t * shape.heads * (layer.top_k - 1), size * width + ENTRY_BYTES
+        room = shape.workspace_bytes or default_workspace(queries * width)
+        return gradients + min(room, entries * backward_entry_bytes(size, width))
+    rows, entry_bytes = t * shape.heads // shape.kv_heads, size * width + ENTRY_BYTES
     room = shape.workspace_bytes or default_entries(rows) * entry_bytes
     return gradients + min(room, entries * entry_bytes) + 4 * queries
 

@@ -127,7 +127,8 @@ def _fitting(
     config: Config, parallel: ParallelConfig, schedule: AttentionSchedule, vocab_size: int, cluster: Cluster
 ) -> Layout | None:
     """The layout with the fastest recomputation that fits, or None."""
-    candidate = config.model_copy(update={"parallel": parallel})
+    # What the configuration computes again is for its own layout.
+    candidate = Saving().of(config.model_copy(update={"parallel": parallel}))
     layers = config.model.num_layers
     if parallel.pipeline > 1 and layers % parallel.pipeline:
         # Any cut will do for the checks; the right one follows.
@@ -141,8 +142,7 @@ def _fitting(
     except ConfigError:
         return None
     if parallel.pipeline > 1:
-        plain = Saving().of(candidate)
-        candidate = _with(candidate, pipeline_layers=balanced_layers(plain, schedule, vocab_size, cluster))
+        candidate = _with(candidate, pipeline_layers=balanced_layers(candidate, schedule, vocab_size, cluster))
     room, shares = MEMORY_SHARE * cluster.gpu.memory, stage_shares(schedule, config.training.steps)
     found = []
     for saving, memory in fitting(candidate, schedule, vocab_size, data, room):

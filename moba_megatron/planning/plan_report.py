@@ -63,7 +63,7 @@ def print_plan(console: Console, plan: RunPlan) -> None:
     console.print(
         f"{plan.cluster.count} x {gpu.name}: TP {parallel.tensor}{' + SP' if parallel.sequence else ''} x CP "
         f"{parallel.context} x PP {parallel.pipeline} x DP {plan.data_parallel}{_expert_words(plan)}, recompute "
-        f"{config.training.recompute}, {config.tokens_per_step:,} tokens a step, {config.training.steps:,} steps"
+        f"{Saving.in_use(config).words}, {config.tokens_per_step:,} tokens a step, {config.training.steps:,} steps"
     )
     if plan.parameters != plan.active:
         console.print(f"{plan.parameters:,} parameters, {plan.active:,} of them active for a token")

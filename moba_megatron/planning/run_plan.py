@@ -92,7 +92,10 @@ def alternatives(config: Config, schedule: AttentionSchedule, vocab_size: int, c
         ConfigError: sizes that do not fit the number of GPUs or each other.
     """
     data_parallel, shares = check_world(config, cluster.count), stage_shares(schedule, config.training.steps)
-    variants: list[tuple[Saving | None, Config]] = [(saving, saving.of(config)) for saving in savings(config)]
+    own, known = Saving.in_use(config), savings(config)
+    if own not in known:
+        known.insert(0, own)
+    variants: list[tuple[Saving | None, Config]] = [(saving, saving.of(config)) for saving in known]
     if config.parallel.distributed_optimizer and config.training.gradient_precision != "bf16":
         half = config.training.model_copy(update={"gradient_precision": "bf16"})
         variants.append((None, config.model_copy(update={"training": half})))

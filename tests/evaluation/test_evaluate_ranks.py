@@ -201,6 +201,14 @@ def test_mistakes_are_named(run, tmp_path):
     assert "start 2" in output
 
 
+def test_what_only_training_had_does_not_keep_a_run_from_being_read(tmp_path):
+    half = {"training__precision": "bf16", "training__gradient_precision": "bf16"}
+    config = small_config(tmp_path, training__steps=3, parallel__distributed_optimizer=True, **half)
+    run_ranks(1, train_here, config)
+    found = found_config(find_checkpoint(Path(config.run.dir)))
+    assert (found.training.precision, found.training.gradient_precision) == ("bf16", "fp32")
+
+
 def test_what_a_run_had_is_what_it_is_evaluated_with(run):
     sizes: dict[str, Any] = {"tensor": 2, "sequence": True, "pipeline": 2, "context": 2}
     own = ParallelConfig(**sizes, virtual_pipeline=2, pipeline_layers=[1, 1, 1, 1])
@@ -210,5 +218,7 @@ def test_what_a_run_had_is_what_it_is_evaluated_with(run):
     assert evaluation_layout(config, own, None, 1) == ParallelConfig()
     assert evaluation_layout(config, own, "tensor=2", 2) == ParallelConfig(tensor=2, sequence=True)
     assert evaluation_layout(config, own, "pipeline=3", 3).pipeline_layers == [2, 1, 1]
+    again = config.training.model_copy(update={"recompute": "full", "recompute_layers": 4})
+    assert evaluation_layout(config.model_copy(update={"training": again}), own, "pipeline=2", 2).pipeline == 2
     with pytest.raises(ValueError, match="own sizes on 4 processes.*= 8 does not divide.*--parallel context=4"):
         evaluation_layout(config, own, None, 4)

@@ -24,5 +24,6 @@ def test_random_choice_is_counted(ranks, blocks, top_k):
 
 
 def test_full_attention_is_even():
+    assert random_choice_factor(8, 2, 2) == random_choice_factor(4, 3.5, 4) == 1.0
     whole = [[1.0 if key < query else 0.5 * (key == query) for key in range(16)] for query in range(16)]
     assert ring_factor(by_rank(whole)) == 1.0

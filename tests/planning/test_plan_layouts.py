@@ -125,6 +125,18 @@ def test_the_fastest_that_fits_comes_first(suggested):
     assert next(iter(suggested)) == best == Split(tensor=2, context=4, pipeline=8)
 
 
+def test_what_the_configuration_computes_again_keeps_no_layout_out():
+    path = Path(__file__).parents[2] / "configs/continued_pretraining/llama3.1_8b/1m_moba.yaml"
+
+    def found(*overrides: str) -> list[Layout]:
+        config = load_config(path, list(overrides))
+        schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
+        return suggest_layouts(config, schedule, VOCABULARY, Cluster(GPUS["h100"], RANKS), limit=1000)
+
+    assert found("training.recompute=full", "training.recompute_layers=20") == found()
+    assert {layout.parallel.pipeline for layout in found()} > {1}
+
+
 def test_the_time_of_every_suggestion(suggested):
     seconds = {split: layout.step_seconds for split, layout in suggested.items()}
     for split, layout in suggested.items():

@@ -226,6 +226,11 @@ def test_what_each_form_of_parallelism_divides(tmp_path):
     assert sequence.activations < memory(parallel__tensor=2).activations
     half = memory(2, parallel__distributed_optimizer=True, training__gradient_precision="bf16")
     assert half.gradients == one.gradients // 2 == half.weights
+    # A copy of them is summed when activations are gone; here these are large.
+    assert half.total < one.total
+    many = {"model__hidden_size": 1024, "model__ffn_hidden_size": 4096, "data__sequence_length": 16}
+    short = memory(2, parallel__distributed_optimizer=True, training__gradient_precision="bf16", **many)
+    assert short.working == 2 * short.weights // 2 - short.activations - short.moba
     assert memory(training__recompute="full").activations < 0.2 * one.activations
     assert memory(training__recompute="selective").moba == 0 < one.moba
     some = memory(training__recompute="full", training__recompute_layers=2).activations

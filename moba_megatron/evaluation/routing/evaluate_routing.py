@@ -137,7 +137,7 @@ class _Watch:
         if self._sample is None or seen.attention.kind != self.attention:
             return
         attention = self.choice or seen.attention
-        heads = self._shards.heads_of(seen) if self._shards else seen
+        heads = self._shards.heads_of(seen, attention.selection.shared) if self._shards else seen
         if heads is None:
             return
         layer = LayerRouting(seen.layer, attention, choices_of(attention))

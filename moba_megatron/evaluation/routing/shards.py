@@ -57,10 +57,14 @@ class Shards:
             packed = PackedSeqParams(cu_seqlens_q=self.cu_seqlens, cu_seqlens_kv=self.cu_seqlens)
         return {"loss_mask": torch.cat(parts)[self.row_T][None], "packed_seq_params": packed}
 
-    def heads_of(self, seen: Captured) -> Captured | None:
-        """All tokens of this rank's share of the heads; None where there are fewer heads than ranks and none is its."""
+    def heads_of(self, seen: Captured, together: bool) -> Captured | None:
+        """All tokens of this rank's share of the heads; None where there are fewer heads than ranks and none is its.
+
+        Args:
+            together: whether the query heads of a key head choose together, and so have to be on one rank.
+        """
         heads, kv_heads, k = seen.q.shape[1], seen.k.shape[1], seen.k
-        if self.size > kv_heads:
+        if self.size > kv_heads and not together:
             k, kv_heads = k.repeat_interleave(heads // kv_heads, dim=1), heads
         bounds = [kv_heads * rank // self.size for rank in range(self.size + 1)]
         each = heads // kv_heads

@@ -80,7 +80,18 @@ class HuggingFaceTaskModel:
 
 
 def from_subject(subject: Subject) -> Asked:
-    """The model of a run or checkpoint folder. Usual is what it was trained on: rows of `data.sequence_length`."""
+    """The model of a run or checkpoint folder. Usual is what it was trained on: rows of `data.sequence_length`.
+
+    Raises:
+        ValueError: experts shared by ranks with different prompts, under a dispatcher that needs equal lengths.
+    """
+    parallel = subject.config.parallel
+    if parallel.expert > 1 and subject.data_parallel > 1 and parallel.expert_dispatcher == "allgather":
+        raise ValueError(
+            "--tasks: parallel.expert_dispatcher = allgather gathers prompts of equal length only, but "
+            f"{parallel.expert} expert-parallel ranks score different samples on {subject.data_parallel} data-parallel "
+            "ranks: evaluate on one process, or with --parallel tensor=N or context=N alone"
+        )
     tokenizer = Tokenizer(subject.config.data.tokenizer)
     before = text_start(load_training_tokenizer(tokenizer.folder, tokenizer.eod_token))
 

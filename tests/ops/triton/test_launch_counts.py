@@ -16,7 +16,7 @@ from without_data import kernels_on_meta  # noqa: E402
 import moba_megatron.ops.triton as kernels  # noqa: E402
 from moba_megatron.ops import moba_attention  # noqa: E402
 from moba_megatron.ops.fragments import Fragment, Keys  # noqa: E402
-from moba_megatron.ops.kept_layouts import equal_boundaries, layout_of  # noqa: E402
+from moba_megatron.ops.kept_layouts import equal_boundaries, layout_of, stays_as_it_is  # noqa: E402
 from moba_megatron.planning.kernel_model import AttentionSizes, backward_work, forward_work  # noqa: E402
 
 K = 2**10
@@ -82,6 +82,8 @@ def test_launches_of_a_layer(launches, tokens, setting, passes, reached):
 @pytest.mark.parametrize("documents", [None, 6])
 def test_layers_of_a_microbatch_share_their_layout(counted, documents):
     bounds = None if documents is None else torch.empty(documents, dtype=torch.int32, device="meta")
+    if bounds is not None:
+        stays_as_it_is(bounds)
     # A length that no other test has.
     leaves = [x.requires_grad_() for x in tensors(4096 + 64 * (documents or 1))]
 
@@ -99,6 +101,9 @@ def test_layers_of_a_microbatch_share_their_layout(counted, documents):
 def test_what_layers_share_is_not_shared_with_others():
     q = torch.empty(64, 1, 16, device="meta")
     bounds = torch.zeros(3, dtype=torch.int32, device="meta")
+    # Until somebody says that it does not change, a tensor may.
+    assert layout_of(q, bounds, 16, None) is not layout_of(q, bounds, 16, None)
+    stays_as_it_is(bounds)
     layout = layout_of(q, bounds, 16, None)
     assert layout_of(q, bounds, 16, None) is layout
     assert layout_of(q, bounds, 16, 50) is not layout and layout_of(q, bounds, 8, None) is not layout
