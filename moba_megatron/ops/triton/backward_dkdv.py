@@ -28,6 +28,7 @@ from moba_megatron.ops.triton.combine import combine_backward_dkdv
 from moba_megatron.ops.triton.common import (
     COUNTS,
     LOG2_E,
+    bounds_of,
     dot,
     load_kv,
     load_rows,
@@ -38,7 +39,7 @@ from moba_megatron.ops.triton.common import (
     store_rows,
 )
 from moba_megatron.ops.triton.fragments import DeviceFragment
-from moba_megatron.ops.triton.index import Cut, Index, entries_of_split, rows_of_entries
+from moba_megatron.ops.triton.index import Cut, Index, entries_of_split, keys_of_head_block, rows_of_entries
 from moba_megatron.ops.triton.passes import Pass, QueryRows
 from moba_megatron.ops.triton.splits import cut_spans
 
@@ -112,13 +113,13 @@ def past_dkdv(
     if head_block >= num_head_blocks:
         return
     kv_head = head_block // num_kv_blocks
-    start = tl.load(kv_block_start_ptr + head_block % num_kv_blocks)
-    length = (tl.load(kv_block_end_ptr + head_block % num_kv_blocks) - start).to(tl.int32)
+    length, base = keys_of_head_block(
+        head_block, kv_block_start_ptr, kv_block_end_ptr, num_kv_blocks, stride_kn, stride_kh
+    )
     offs_n = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if key_tile * BLOCK_N >= length:
         return
     low, high = entries_of_split(split, head_block, cu_entries_ptr, cu_splits_ptr, split_size)
-    base = start * stride_kn + kv_head.to(tl.int64) * stride_kh
     k = load_kv(k_ptr + base, offs_n, stride_kn, length, HEAD_DIM, BLOCK_D)
     v = load_kv(v_ptr + base, offs_n, stride_kn, length, HEAD_DIM, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
@@ -176,8 +177,7 @@ def causal_dkdv(
     span = tl.load(split_of_ptr + split)
     if span >= num_spans:
         return
-    start = tl.load(span_start_ptr + span)
-    length = (tl.load(span_end_ptr + span) - start).to(tl.int32)
+    start, length = bounds_of(span, span_start_ptr, span_end_ptr)
     low = (split - tl.load(cu_splits_ptr + span)).to(tl.int32) * BLOCK_N
     offs_n = low + tl.arange(0, BLOCK_N)
     base = start * stride_kn + kv_head.to(tl.int64) * stride_kh

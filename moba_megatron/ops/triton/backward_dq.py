@@ -22,6 +22,7 @@ from moba_megatron.ops.triton.combine import add_partials
 from moba_megatron.ops.triton.common import (
     COUNTS,
     LOG2_E,
+    bounds_of,
     dot,
     load_kv,
     load_rows,
@@ -32,7 +33,7 @@ from moba_megatron.ops.triton.common import (
 )
 from moba_megatron.ops.triton.devices import on_its_device
 from moba_megatron.ops.triton.fragments import DeviceFragment
-from moba_megatron.ops.triton.index import Cut, Index, entries_of_split, rows_of_entries
+from moba_megatron.ops.triton.index import Cut, Index, entries_of_split, keys_of_head_block, rows_of_entries
 from moba_megatron.ops.triton.passes import Pass, QueryRows
 from moba_megatron.ops.triton.splits import cut_spans
 
@@ -108,9 +109,9 @@ def past_dq(
     do = load_rows(do_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
     lse = safe_lse(tl.load(lse_ptr + row, mask=mask_m, other=0.0))
     delta = tl.load(delta_ptr + row, mask=mask_m, other=0.0)
-    start = tl.load(kv_block_start_ptr + head_block % num_kv_blocks)
-    length = (tl.load(kv_block_end_ptr + head_block % num_kv_blocks) - start).to(tl.int32)
-    base = start * stride_kn + kv_head.to(tl.int64) * stride_kh
+    length, base = keys_of_head_block(
+        head_block, kv_block_start_ptr, kv_block_end_ptr, num_kv_blocks, stride_kn, stride_kh
+    )
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for first in range(0, length, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
@@ -158,8 +159,7 @@ def causal_dq(
     span = tl.load(split_of_ptr + split)
     if span >= num_spans:
         return
-    start = tl.load(span_start_ptr + span)
-    length = (tl.load(span_end_ptr + span) - start).to(tl.int32)
+    start, length = bounds_of(span, span_start_ptr, span_end_ptr)
     offs_m = (split - tl.load(cu_splits_ptr + span)).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
     position = quotient(offs_m, qheads_per_kvhead)
     token = start + position

@@ -23,6 +23,7 @@ from moba_megatron.ops.triton.common import (
     COUNTS,
     LN_2,
     LOG2_E,
+    bounds_of,
     dot,
     load_kv,
     load_rows,
@@ -70,8 +71,7 @@ def causal_fwd(
     span = tl.load(split_of_ptr + split)
     if span >= num_spans:
         return
-    start = tl.load(span_start_ptr + span)
-    length = (tl.load(span_end_ptr + span) - start).to(tl.int32)
+    start, length = bounds_of(span, span_start_ptr, span_end_ptr)
     offs_m = (split - tl.load(cu_splits_ptr + span)).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
     position = quotient(offs_m, qheads_per_kvhead)
     token = start + position

@@ -55,6 +55,13 @@ NO_BLOCK = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
+def bounds_of(number, start_ptr, end_ptr):
+    """(first token, number of tokens) of a kv block or span."""
+    start = tl.load(start_ptr + number)
+    return start, (tl.load(end_ptr + number) - start).to(tl.int32)
+
+
+@triton.jit
 def _probe():
     pass
 

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_megatron.ops.triton import config
-from moba_megatron.ops.triton.common import COUNTS, query_rows, quotient
+from moba_megatron.ops.triton.common import COUNTS, bounds_of, query_rows, quotient
 from moba_megatron.ops.triton.fragments import DeviceFragment, Spans
 from moba_megatron.ops.triton.passes import Pass
 from moba_megatron.ops.triton.splits import Splits, room_for_splits, split_entries
@@ -213,6 +213,13 @@ def entries_of_split(split, head_block, cu_entries_ptr, cu_splits_ptr, split_siz
     """(first, one past the last) place in `order` of a split of the entries of a head block."""
     low = tl.load(cu_entries_ptr + head_block) + (split - tl.load(cu_splits_ptr + head_block)).to(tl.int32) * split_size
     return low, tl.minimum(low + split_size, tl.load(cu_entries_ptr + head_block + 1))
+
+
+@triton.jit
+def keys_of_head_block(head_block, kv_block_start_ptr, kv_block_end_ptr, num_kv_blocks, stride_kn, stride_kh):
+    """(number of keys, offset of the first) of the kv block and kv head of a head block."""
+    start, length = bounds_of(head_block % num_kv_blocks, kv_block_start_ptr, kv_block_end_ptr)
+    return length, start * stride_kn + (head_block // num_kv_blocks).to(tl.int64) * stride_kh
 
 
 @triton.jit

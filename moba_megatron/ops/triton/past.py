@@ -25,7 +25,7 @@ from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.triton import config
 from moba_megatron.ops.triton.common import COUNTS, LN_2, LOG2_E, dot, load_kv, load_rows, store_rows
 from moba_megatron.ops.triton.fragments import DeviceFragment
-from moba_megatron.ops.triton.index import Cut, Index, entries_of_split, rows_of_entries
+from moba_megatron.ops.triton.index import Cut, Index, entries_of_split, keys_of_head_block, rows_of_entries
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -65,9 +65,9 @@ def past_fwd_short(
         return
     low, high = entries_of_split(split, head_block, cu_entries_ptr, cu_splits_ptr, split_size)
     kv_head = head_block // num_kv_blocks
-    start = tl.load(kv_block_start_ptr + head_block % num_kv_blocks)
-    length = (tl.load(kv_block_end_ptr + head_block % num_kv_blocks) - start).to(tl.int32)
-    base = start * stride_kn + kv_head.to(tl.int64) * stride_kh
+    length, base = keys_of_head_block(
+        head_block, kv_block_start_ptr, kv_block_end_ptr, num_kv_blocks, stride_kn, stride_kh
+    )
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < length
     k = load_kv(k_ptr + base, offs_n, stride_kn, length, HEAD_DIM, BLOCK_D)
@@ -133,9 +133,9 @@ def past_fwd_long(
         entry, kv_head, num_slots, first_token, num_tokens, first_kv_head, num_heads, qheads_per_kvhead
     )
     q = load_rows(q_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
-    start = tl.load(kv_block_start_ptr + head_block % num_kv_blocks)
-    length = (tl.load(kv_block_end_ptr + head_block % num_kv_blocks) - start).to(tl.int32)
-    base = start * stride_kn + kv_head.to(tl.int64) * stride_kh
+    length, base = keys_of_head_block(
+        head_block, kv_block_start_ptr, kv_block_end_ptr, num_kv_blocks, stride_kn, stride_kh
+    )
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
