@@ -235,7 +235,8 @@ class TrainingConfig(Section):
         known = all(part in parts for part in value) if isinstance(value, list) else value in words
         if not known:
             use = f"use {', '.join(words)} or a list of {', '.join(parts)}"
-            stock = [part for part in value if part in OTHER_MODULES] if isinstance(value, list) else []
+            named = [part for part in value if isinstance(part, str)] if isinstance(value, list) else []
+            stock = [part for part in named if part in OTHER_MODULES]
             reasons = "; ".join(f"{part} {OTHER_MODULES[part]}" for part in stock)
             raise ValueError(f"{reasons}: {use}" if reasons else use)
         return value

@@ -115,6 +115,7 @@ def test_experts_and_processes():
         ("half", {}, "training.recompute = 'half': use none, selective, full or a list of core_attn, mlp, moe"),
         (["norm"], {}, "training.recompute = ['norm']: use none, selective, full or a list of core_attn"),
         (["layernorm", "moe"], {}, "layernorm needs norms that are not fused into the next product: use none"),
+        ([["mlp"]], {}, "training.recompute = [['mlp']]: use none, selective, full or a list of core_attn"),
         (["mla_up_proj"], {}, "mla_up_proj belongs to multi-latent attention: use none"),
     ],
 )
