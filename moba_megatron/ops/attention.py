@@ -22,7 +22,7 @@ from moba_megatron.ops.library import is_traced, traced_attention
 from moba_megatron.ops.precision import without_autocast
 from moba_megatron.ops.reference import reference_attend, reference_select
 from moba_megatron.ops.selection import Selection
-from moba_megatron.ops.steps import has_steps, steps_of
+from moba_megatron.ops.steps import check_workspace, steps_of
 
 _logger = logging.getLogger("moba_megatron.ops")
 
@@ -91,11 +91,7 @@ def moba_attention(
     check_settings(block_size, top_k, workspace_bytes)
     selection = Selection(selector, summary, threshold, share_selection)
     name, _ = resolve_backend(backend, q.device, q.dtype)
-    if workspace_bytes is not None and not has_steps(name):
-        raise ValueError(
-            f"workspace_bytes = {workspace_bytes}: backend {name!r} cannot be kept to a workspace; leave it out, or "
-            "use triton or gathered"
-        )
+    check_workspace(name, workspace_bytes)
     traced = is_traced(q, name)
     # A tracer does not know the boundaries' values; the operators check them when they run.
     check_inputs({"q": q, "k": k, "v": v}, None if traced else cu_seqlens)

@@ -124,6 +124,15 @@ def has_steps(backend: str) -> bool:
     return backend in ("gathered", "triton")
 
 
+def check_workspace(backend: str, workspace_bytes: int | None) -> None:
+    """Refuse a workspace for a backend that cannot be kept to one. Raises ValueError."""
+    if workspace_bytes is not None and not has_steps(backend):
+        raise ValueError(
+            f"workspace_bytes = {workspace_bytes}: backend {backend!r} cannot be kept to a workspace; leave it out, or "
+            "use triton or gathered"
+        )
+
+
 def steps_of(backend: str, selection: Selection = MOBA) -> Steps:
     """The steps of a backend for which `has_steps` holds."""
     assert has_steps(backend), backend

@@ -34,7 +34,7 @@ from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.layout import check_inputs, check_settings
 from moba_megatron.ops.precision import score_dtype, without_autocast
 from moba_megatron.ops.selection import MOBA, Selection
-from moba_megatron.ops.steps import Steps, has_steps, steps_of
+from moba_megatron.ops.steps import Steps, check_workspace, has_steps, steps_of
 from moba_megatron.parallel.a2a import to_heads, to_tokens
 from moba_megatron.parallel.context_plan import ContextPlan, boundaries_on, host_boundaries, inner_order, plan_context
 from moba_megatron.parallel.exchange import Exchange, PartialAttention, Queries
@@ -138,49 +138,28 @@ def context_attention(
     if levels[1] > 1 and not has_steps(name):
         raise ValueError(f"backend {name!r} holds whole packs: with exchange {exchange!r} use gathered, or use a2a")
     scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else float(softmax_scale)
-    if workspace_bytes is not None and block_size is not None and not has_steps(name):
-        raise ValueError(
-            f"workspace_bytes = {workspace_bytes}: backend {name!r} cannot be kept to a workspace; leave it out, or "
-            "use triton or gathered"
-        )
+    if block_size is not None:
+        check_workspace(name, workspace_bytes)
     if q.shape[0] == 0:
         # No rows on any rank, but the graph stays connected.
         return q + (k.sum() + v.sum()).to(q.dtype)
-    if not kind.trades_heads:
+
+    def between_shards(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        assert group is not None
         return _between_shards(
-            q,
-            k,
-            v,
-            boundaries,
-            cp_groups.whole,
-            kind,
-            levels,
-            block_size,
-            top_k,
-            scale,
-            steps_of(name, selection),
+            q, k, v, boundaries, group, kind, levels, block_size, top_k, scale, steps_of(name, selection),
             workspace_bytes,
-        )
+        )  # fmt: skip
+
+    if not kind.trades_heads:
+        return between_shards(q, k, v, cp_groups.whole)
     wire = Wire(cp_groups.inner if kind.two_levels else cp_groups.whole)
     shard = cp_groups.whole.rank() // levels[0]
     values = host_boundaries(boundaries)
     order = inner_order(values, levels, shard, q.device)
     q, k, v = to_heads(wire, order, q, k, v)
     if levels[1] > 1:
-        out = _between_shards(
-            q,
-            k,
-            v,
-            boundaries,
-            cp_groups.outer,
-            kind,
-            levels,
-            block_size,
-            top_k,
-            scale,
-            steps_of(name, selection),
-            workspace_bytes,
-        )
+        out = between_shards(q, k, v, cp_groups.outer)
     else:
         whole = {"cu_seqlens": boundaries_on(q.device, values), "softmax_scale": scale, "max_seqlen": _longest(values)}
         if block_size is None:

@@ -155,12 +155,8 @@ def _stage_activations(
         moba += count * stage.in_flight * selected
         mlp = made + mlp_working_bytes(training, shape, experts)
         moment, *rest = _layer_moment(seen, shape, layer, name, bytes_, mlp, dropped)
-        if config.training.recompute_layers is None:
-            moments.append((moment, *rest))
-        elif again:
-            moments.append((moment - int(freed), *rest))
-        else:
-            moments.append((moment, *rest))
+        moments.append((moment - int(freed) if again else moment, *rest))
+        if not again:
             freed += count * (kept + selected) / (config.parallel.virtual_pipeline or 1)
     return int(activations), int(moba), *max(moments, key=lambda moment: moment[0] + moment[1])
 

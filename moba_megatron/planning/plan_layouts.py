@@ -24,9 +24,9 @@ from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.planning.plan_machines import MEMORY_SHARE, Cluster
 from moba_megatron.planning.plan_savings import Saving, fitting
 from moba_megatron.planning.plan_stages import Stage
-from moba_megatron.planning.plan_time import layer_seconds, loss_seconds, step_time
+from moba_megatron.planning.plan_time import layer_seconds, loss_seconds
 from moba_megatron.planning.plan_traffic import tensor_moved
-from moba_megatron.planning.run_plan import stage_shares
+from moba_megatron.planning.run_plan import mean_step_seconds, stage_shares
 
 # A stage that is slower than the best cut by less than this keeps equal stages.
 EQUAL_STAGES_MAY_COST = 1.02
@@ -143,12 +143,11 @@ def _fitting(
         return None
     if parallel.pipeline > 1:
         candidate = _with(candidate, pipeline_layers=balanced_layers(candidate, schedule, vocab_size, cluster))
-    room, shares = MEMORY_SHARE * cluster.gpu.memory, stage_shares(schedule, config.training.steps)
+    room = MEMORY_SHARE * cluster.gpu.memory
     found = []
     for saving, memory in fitting(candidate, schedule, vocab_size, data, room):
         trial = saving.of(candidate)
-        steps = [step_time(trial, attention, vocab_size, data, cluster) for attention in schedule.stages]
-        seconds = sum(step.seconds * share for step, share in zip(steps, shares, strict=True))
+        seconds = mean_step_seconds(trial, schedule, vocab_size, data, cluster)
         mixture, rate = config.model.num_moe_experts is not None, config.tokens_per_step / seconds
         found.append(Layout(trial.parallel, data, saving, memory, seconds, rate, mixture))
     return min(found, key=lambda layout: layout.step_seconds, default=None)

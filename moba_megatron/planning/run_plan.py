@@ -91,7 +91,7 @@ def alternatives(config: Config, schedule: AttentionSchedule, vocab_size: int, c
     Raises:
         ConfigError: sizes that do not fit the number of GPUs or each other.
     """
-    data_parallel, shares = check_world(config, cluster.count), stage_shares(schedule, config.training.steps)
+    data_parallel = check_world(config, cluster.count)
     own, known = Saving.in_use(config), savings(config)
     if own not in known:
         known.insert(0, own)
@@ -102,10 +102,18 @@ def alternatives(config: Config, schedule: AttentionSchedule, vocab_size: int, c
     found = []
     for saving, variant in variants:
         memory = fullest(estimate_memory(variant, schedule, vocab_size, data_parallel)).total
-        steps = [step_time(variant, layers, vocab_size, data_parallel, cluster) for layers in schedule.stages]
-        seconds = sum(step.seconds * share for step, share in zip(steps, shares, strict=True))
+        seconds = mean_step_seconds(variant, schedule, vocab_size, data_parallel, cluster)
         found.append(Alternative(saving, memory, seconds))
     return found
+
+
+def mean_step_seconds(
+    config: Config, schedule: AttentionSchedule, vocab_size: int, data_parallel: int, cluster: Cluster
+) -> float:
+    """Seconds of a step, the mean over the training."""
+    shares = stage_shares(schedule, config.training.steps)
+    steps = [step_time(config, layers, vocab_size, data_parallel, cluster) for layers in schedule.stages]
+    return sum(step.seconds * share for step, share in zip(steps, shares, strict=True))
 
 
 def vocabulary_size(config: Config) -> int:
