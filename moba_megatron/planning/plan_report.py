@@ -76,6 +76,9 @@ def print_plan(console: Console, plan: RunPlan) -> None:
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     console.print(f"{verdict}: {plan.peak.total / 2**30:.1f} of {limit / 2**30:.1f} GiB on pipeline stage "
                   f"{plan.peak.stage} (of {len(plan.memory)}, from 0)")  # fmt: skip
+    evaluation = plan.evaluation
+    console.print(f"evaluate in this layout: {evaluation.weights / 2**30:.1f} GiB of weights, "
+                  f"{evaluation.working / 2**30:.1f} GiB at work")  # fmt: skip
     console.print(_time_table(plan))
     console.print(
         f"{plan.tokens_per_second:,.0f} tokens/s, {plan.mfu:.1%} of the peak in model FLOPs (attended pairs); "
@@ -201,6 +204,7 @@ def _plan_values(plan: RunPlan) -> dict[str, Any]:
         "active_parameters": plan.active,
         "fits": plan.fits,
         "memory_bytes": [{**asdict(estimate), "total": estimate.total} for estimate in plan.memory],
+        "evaluation_bytes": {**asdict(plan.evaluation), "total": plan.evaluation.total},
         "stages_of_training": [
             {"share": share, "seconds": step.parts, "received_bytes": step.received, "pipeline_seconds": step.stages}
             for share, step in zip(plan.shares, plan.steps, strict=True)

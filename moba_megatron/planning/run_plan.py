@@ -11,6 +11,7 @@ from moba_megatron.model.schedule import FULL, AttentionSchedule
 from moba_megatron.planning.attention_advice import SlowerThanFull, slower_than_full, with_full_exchange
 from moba_megatron.planning.flops import training_flops_per_token
 from moba_megatron.planning.memory import MemoryEstimate, estimate_memory, fullest
+from moba_megatron.planning.memory_evaluation import EvaluationMemory, evaluation_memory
 from moba_megatron.planning.plan_machines import MEMORY_SHARE, Cluster
 from moba_megatron.planning.plan_savings import Saving, savings
 from moba_megatron.planning.plan_stages import whole_parameters
@@ -23,6 +24,7 @@ class RunPlan:
 
     Attributes:
         memory: of a rank of each pipeline stage.
+        evaluation: of the fullest rank of `evaluate` in the same layout; the dearest stage of the training counts.
         steps: time of a step in each stage of the training; `shares` of the steps that are taken in each.
         full: time of a step if every layer attended fully.
         slower: MoBA settings that take longer than full attention would.
@@ -34,6 +36,7 @@ class RunPlan:
     cluster: Cluster
     data_parallel: int
     memory: tuple[MemoryEstimate, ...]
+    evaluation: EvaluationMemory
     steps: tuple[StepTime, ...]
     shares: tuple[float, ...]
     full: StepTime
@@ -157,6 +160,10 @@ def plan_run(config: Config, schedule: AttentionSchedule, vocab_size: int, clust
         cluster=cluster,
         data_parallel=data_parallel,
         memory=tuple(estimate_memory(config, schedule, vocab_size, data_parallel)),
+        evaluation=max(
+            (evaluation_memory(config, layers, vocab_size, "cuda") for layers in schedule.stages),
+            key=lambda memory: memory.total,
+        ),
         steps=tuple(step_time(config, layers, vocab_size, data_parallel, cluster) for layers in schedule.stages),
         shares=stage_shares(schedule, config.training.steps),
         full=step_time(with_full_exchange(config), full, vocab_size, data_parallel, cluster),

@@ -51,7 +51,7 @@ def _measured(kind: str, parallel: dict[str, int]) -> tuple[int, int, int, int]:
     evaluate()
     expected = evaluation_memory(config, schedule.stages[0], VOCABULARY, "cpu")
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model[0].parameters())
-    # A buffer that one of gloo's threads is the last to hold is freed unseen by the profiler, so a run can only show too
+    # A buffer that one of gloo's threads is the last to hold is freed unseen by the profiler: a run can only show too
     # much.
     measured = min(peak_bytes(evaluate, "cpu") for _ in range(12))
     return expected.working, measured, expected.weights, weights

@@ -121,6 +121,9 @@ def test_the_command_prints_a_plan_and_writes_it(tmp_path):
     assert plan["tokens_per_second"] == pytest.approx(2**23 / parts)
     assert plan["step_seconds_full_attention"] > 2.5 * plan["step_seconds"]
     assert len(written["layouts"]) == 5
+    needed = plan["evaluation_bytes"]
+    assert needed["weights"] + needed["working"] == needed["total"] < max(m["total"] for m in plan["memory_bytes"])
+    assert f"{needed['weights'] / 2**30:.1f} GiB of weights" in output
     # The overrides of a suggestion ask for that layout, whatever the configuration has.
     first = written["layouts"][0]
     again = call(MOBA_1M, *first["overrides"], "--gpus", 64, "--layouts", 0, "--json", tmp_path / "again.json")
