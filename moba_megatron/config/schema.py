@@ -176,6 +176,7 @@ OTHER_MODULES = {
     "gdn_norm_out": "belongs to gated delta networks",
 }
 """Parts that megatron-core can recompute but this project cannot, with the reason."""
+OffloadedModule = Literal["qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"]
 
 
 class TrainingConfig(Section):
@@ -199,6 +200,10 @@ class TrainingConfig(Section):
     mlp_chunk_size: int | None = Field(default=None, ge=1, le=LONGEST)
     """Tokens that a dense feed-forward processes at a time. The backward pass computes its activations again, one chunk
     at a time: as slow as `recompute: [mlp]`, with a lower peak of memory. None: all tokens at once."""
+    offload: list[OffloadedModule] = []
+    """Parts whose inputs are kept in the memory of the host until the backward pass (megatron-core's fine-grained
+    offloading): `qkv_linear`, `core_attn`, `attn_proj`, and in layers of experts `mlp_norm`, `expert_fc1`, `moe_act`.
+    It needs GPUs and the layers of Transformer Engine."""
     gradient_precision: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients are accumulated and sent. `bf16` halves their memory while activations are held, and
     the bytes that are sent; it adds microbatches with less precision. Ranks are summed in fp32, from a copy. It needs

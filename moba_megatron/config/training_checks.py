@@ -41,6 +41,7 @@ def training_checks(config: Config) -> list[tuple[bool, str]]:
         ),
         *_recompute_checks(config),
         *_memory_checks(config),
+        *_offload_checks(config),
         *_divergence_checks(config),
         (
             trailing is not None and trailing > length,
@@ -79,6 +80,37 @@ def _recompute_checks(config: Config) -> list[tuple[bool, str]]:
         (
             {"moe", "shared_experts"} <= set(modules),
             f"{key}: moe repeats the shared experts too: take shared_experts out",
+        ),
+    ]
+
+
+def _offload_checks(config: Config) -> list[tuple[bool, str]]:
+    training, modules = config.training, config.training.offload
+    key = f"training.offload = {modules}"
+    of_experts = [module for module in modules if module in ("mlp_norm", "expert_fc1", "moe_act")]
+    return [
+        (len(set(modules)) < len(modules), f"{key} names one twice"),
+        (
+            "attn_proj" in modules and "core_attn" not in modules,
+            f"{key}: the input of attn_proj is the output of core_attn, which that keeps too: add core_attn",
+        ),
+        (
+            bool(of_experts) and not any(config.model.expert_layers),
+            f"{key}: no layer has experts, so there is no {' and no '.join(of_experts)} to offload",
+        ),
+        (
+            bool(modules) and training.recompute == "full",
+            f"{key} has nothing to offload with training.recompute: full, which keeps the inputs of layers only",
+        ),
+        (
+            "core_attn" in modules and training.recompute != "full" and training.repeats("core_attn"),
+            f"{key}: core_attn is computed again (training.recompute = {training.recompute}), so it keeps nothing to "
+            "offload: take it out of one of them",
+        ),
+        (
+            bool(of_experts) and training.recompute != "full" and training.repeats("moe"),
+            f"{key}: experts are computed again (training.recompute = {training.recompute}), so they keep nothing to "
+            f"offload: take {', '.join(of_experts)} out",
         ),
     ]
 

@@ -36,7 +36,8 @@ def evaluation_layout(config: Config, own: ParallelConfig, asked: str | None, ra
         given = {name: getattr(own, name) for name in SIZES}
     layout = _complete(config, own, given)
     told = f"{OPTION} {asked}" if asked is not None else f"the run's own sizes on {ranks} processes"
-    sizes = {"global_batch_size": ranks, "micro_batch_size": 1, "recompute": "none", "recompute_layers": None}
+    sizes = {"global_batch_size": ranks, "micro_batch_size": 1}
+    sizes |= {"recompute": "none", "recompute_layers": None, "offload": []}
     training = config.training.model_copy(update=sizes)
     tried = config.model_copy(update={"parallel": layout, "training": training})
     before = combination_problems(config)

@@ -83,6 +83,7 @@ def transformer_config(config: Config, *, device_type: str | None = None) -> Tra
         **expert_settings(model, config.parallel, grouped=choose_implementation(device_type) == "transformer_engine"),
         **_parallel_settings(config, dtype),
         **_recompute_settings(config.training),
+        **_offload_settings(config.training, choose_implementation(device_type)),
         **_machine_settings(device_type, fused_rotary=cosine_factor(model) == 1.0),
     )
     set_cosine_factor(transformer, cosine_factor(model))
@@ -128,6 +129,13 @@ def _recompute_settings(training: TrainingConfig) -> dict:
         return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
     modules = [module for module in get_args(RecomputedModule) if training.repeats(module)]
     return {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
+
+
+def _offload_settings(training: TrainingConfig, implementation: str) -> dict:
+    """None in other layers than Transformer Engine's: training refuses that before, and nothing else keeps anything."""
+    if not training.offload or implementation != "transformer_engine":
+        return {}
+    return {"fine_grained_activation_offloading": True, "offload_modules": list(training.offload)}
 
 
 def _machine_settings(device_type: str, *, fused_rotary: bool = True) -> dict:

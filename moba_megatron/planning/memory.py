@@ -30,6 +30,7 @@ from moba_megatron.planning.memory_layer import (
     exchange_bytes,
     layer_bytes,
     mlp_working_bytes,
+    offloaded,
     repeated_mlp_bytes,
 )
 from moba_megatron.planning.plan_stages import (
@@ -141,7 +142,7 @@ def _stage_activations(
     has_experts, repeated = config.model.expert_layers, repeated_layers(config)
     activations, moba, moments = 0.0, 0.0, [(0, 0, 0)]
     kinds = Counter((layers[number - 1], has_experts[number - 1], number in repeated) for number in stage.layers)
-    freed = 0.0
+    freed, travelling = 0.0, 0
     # The last layers, which are not repeated, are through when the first ones are computed again.
     for (layer, experts, again), count in sorted(kinds.items(), key=lambda kind: kind[0][2]):
         seen = config_of_layers(config, again)
@@ -151,6 +152,9 @@ def _stage_activations(
         dropped, made = repeated_mlp_bytes(training, shape, experts)
         kept = bytes_.entry if training.recompute == "full" else bytes_.kept - dropped
         selected = 0 if training.repeats("core_attn") else bytes_.selected
+        away = offloaded(training, shape, bytes_)
+        travelling = max(travelling, away.kept + away.selected)
+        kept, selected = kept - away.kept, selected - away.selected
         activations += count * stage.in_flight * kept
         moba += count * stage.in_flight * selected
         mlp = made + mlp_working_bytes(training, shape, experts)
@@ -158,7 +162,8 @@ def _stage_activations(
         moments.append((moment - int(freed) if again else moment, *rest))
         if not again:
             freed += count * (kept + selected) / (config.parallel.virtual_pipeline or 1)
-    return int(activations), int(moba), *max(moments, key=lambda moment: moment[0] + moment[1])
+    # One layer's are on their way out while the next one makes its own; and one layer's come while one is used.
+    return int(activations) + 2 * travelling, int(moba), *max(moments, key=lambda moment: moment[0] + moment[1])
 
 
 def _layer_moment(

@@ -172,6 +172,31 @@ def _dense_working_bytes(shape: Shape, ffn: int) -> int:
     return 2 * shape.tokens * ffn * shape.width + around + 2 * ffn * shape.hidden * shape.width
 
 
+@dataclass(frozen=True)
+class Offloaded:
+    """Bytes of one layer and microbatch that `training.offload` frees on the device until the backward pass: of its
+    activations (`kept`) and of its chosen blocks and log-sum-exps (`selected`); and what travels to the host."""
+
+    kept: int = 0
+    selected: int = 0
+    moved: int = 0
+
+
+def offloaded(training: TrainingConfig, shape: Shape, bytes_: LayerBytes) -> Offloaded:
+    """What leaves the device of one layer. Of experts nothing is counted."""
+    modules, width = training.offload, shape.width
+    # The input of the projection; Transformer Engine's has the norm in it, and so keeps the norm's input too.
+    inputs = (1 + shape.cuda) * shape.tokens * shape.hidden * width // shape.norm_split * ("qkv_linear" in modules)
+    if "core_attn" not in modules:
+        return Offloaded(inputs, 0, inputs)
+    output, projected = shape.tokens * shape.heads * shape.head_size * width, "attn_proj" in modules
+    # Queries, keys, values and output; the rest of the joint projection is free with its values.
+    moved = 2 * output + 2 * shape.tokens * shape.kv_heads * shape.head_size * width + bytes_.selected
+    # The output projection keeps attention's output, too, and sends it once more.
+    freed, moved = bytes_.attention - output * (not projected), moved + output * projected
+    return Offloaded(inputs + freed, bytes_.selected, inputs + moved)
+
+
 def attention_backward_bytes(shape: Shape, layer: LayerAttention) -> int:
     """Gradients alive at once in attention's backward (of queries also in fp32), and the backend's workspace."""
     t, size, width = shape.tokens, shape.head_size, shape.width

@@ -25,12 +25,14 @@ class Gpu:
         memory: bytes.
         node_link: bytes/s that one GPU receives from others of its node.
         network_link: bytes/s that one GPU receives from other nodes (an adapter of 200 or 400 Gbit/s for each).
+        host_link: bytes/s to the memory of its host, and as many from there (16 lanes of PCIe 4 or 5).
     """
 
     machine: Machine
     memory: float
     node_link: float
     network_link: float
+    host_link: float
 
     @property
     def name(self) -> str:
@@ -39,10 +41,10 @@ class Gpu:
 
 _MACHINES = {machine.name.lower(): machine for machine in MACHINES}
 GPUS = {
-    "a100": Gpu(_MACHINES["a100"], 80e9, 300e9, 25e9),
-    "h100": Gpu(_MACHINES["h100"], 80e9, 450e9, 50e9),
-    "h200": Gpu(_MACHINES["h200"], 141e9, 450e9, 50e9),
-    "b200": Gpu(_MACHINES["b200"], 180e9, 900e9, 50e9),
+    "a100": Gpu(_MACHINES["a100"], 80e9, 300e9, 25e9, 32e9),
+    "h100": Gpu(_MACHINES["h100"], 80e9, 450e9, 50e9, 64e9),
+    "h200": Gpu(_MACHINES["h200"], 141e9, 450e9, 50e9, 64e9),
+    "b200": Gpu(_MACHINES["b200"], 180e9, 900e9, 50e9, 64e9),
 }
 
 

@@ -233,7 +233,7 @@ def _time_table(plan: RunPlan) -> Table:
     columns = [f"training stage {n}" if len(plan.steps) > 1 else "s a step" for n in range(1, len(plan.steps) + 1)]
     table = Table("time of the slowest pipeline stage", *columns, "GiB received a step")
     forms = {"tensor parallelism": "tensor", "context parallelism": "context", "pipeline transfers": "pipeline",
-             "data parallelism": "data", "expert parallelism": "experts"}  # fmt: skip
+             "data parallelism": "data", "expert parallelism": "experts", "offloading": "host"}  # fmt: skip
     for name in plan.steps[0].parts:
         form = forms.get(name)
         moved = f"{plan.steps[0].received[form] / 2**30:.3g}" if form else ""

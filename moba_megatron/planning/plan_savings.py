@@ -15,6 +15,8 @@ from moba_megatron.config import Config
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.planning.memory import estimate_memory, fullest
 
+# What attention keeps, all of it.
+OFFLOADED = ("qkv_linear", "core_attn", "attn_proj")
 # Tokens of a rank: products are large by then, and one chunk is small beside what a layer keeps.
 CHUNK = 8192
 
@@ -26,12 +28,13 @@ class Saving:
     recompute: Any = "none"
     recompute_layers: int | None = None
     mlp_chunk_size: int | None = None
+    offload: tuple[str, ...] = ()
 
     @classmethod
     def in_use(cls, config: Config) -> Saving:
         """That of a configuration."""
         training = config.training
-        return cls(training.recompute, training.recompute_layers, training.mlp_chunk_size)
+        return cls(training.recompute, training.recompute_layers, training.mlp_chunk_size, tuple(training.offload))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -40,6 +43,7 @@ class Saving:
             "recompute": self.recompute,
             "recompute_layers": self.recompute_layers,
             "mlp_chunk_size": self.mlp_chunk_size,
+            "offload": list(self.offload),
         }
 
     @property
@@ -48,12 +52,18 @@ class Saving:
 
         >>> Saving("full", recompute_layers=3, mlp_chunk_size=8192).words
         'full in 3 layers, mlp by 8192'
+        >>> Saving(["mlp"], offload=("core_attn",)).words
+        'mlp; offload core_attn'
+        >>> Saving(offload=OFFLOADED).words
+        'none; offload attention'
         """
         parts = self.recompute if isinstance(self.recompute, str) else " ".join(self.recompute)
         layers = f" in {self.recompute_layers} layers" if self.recompute_layers else ""
         chunks = f"mlp by {self.mlp_chunk_size}" if self.mlp_chunk_size else ""
         found = [] if parts == "none" and chunks else [parts + layers]
-        return ", ".join([*found, chunks] if chunks else found)
+        words = ", ".join([*found, chunks] if chunks else found)
+        parts = "attention" if self.offload == OFFLOADED else " ".join(self.offload)
+        return f"{words}; offload {parts}" if self.offload else words
 
     def of(self, config: Config) -> Config:
         """A configuration with this saving in place of its own."""
@@ -75,6 +85,14 @@ def savings(config: Config) -> list[Saving]:
     if not experts:
         found.append(Saving("full", mlp_chunk_size=CHUNK))
     return found
+
+
+def with_offloading(config: Config) -> list[Saving]:
+    """Those that keep attention's activations in the memory of the host, which no layout is searched with: no GPU has
+    confirmed them yet."""
+    model = config.model
+    feed_forward = ["mlp"] * (not all(model.expert_layers)) + ["moe"] * any(model.expert_layers)
+    return [Saving(offload=OFFLOADED), Saving(feed_forward, offload=OFFLOADED)]
 
 
 def fitting(

@@ -23,6 +23,7 @@ from moba_megatron.parallel.ring_load import random_choice_factor
 from moba_megatron.planning.expert_shape import ExpertShape
 from moba_megatron.planning.expert_traffic import ExpertTraffic, expert_traffic, sorted_bytes
 from moba_megatron.planning.kernel_model import STREAM_SHARE, AttentionSizes, Machine, dense_seconds, expected_seconds
+from moba_megatron.planning.memory_layer import Shape, layer_bytes, offloaded
 from moba_megatron.planning.plan_machines import EXPERT_SHARE, MATRIX_SHARE, Cluster
 from moba_megatron.planning.plan_stages import (
     Stage,
@@ -35,7 +36,14 @@ from moba_megatron.planning.plan_stages import (
     tokens_of_rank,
     vocabulary_rows,
 )
-from moba_megatron.planning.plan_traffic import Moved, context_moved, data_moved, pipeline_moved, tensor_moved
+from moba_megatron.planning.plan_traffic import (
+    Moved,
+    context_moved,
+    data_moved,
+    host_moved,
+    pipeline_moved,
+    tensor_moved,
+)
 
 # Read gradient, main weight and moments, write the last three and the weight; fp32 but for the weight.
 OPTIMIZER_BYTES = 30
@@ -68,6 +76,7 @@ class LayerTime:
     Attributes:
         sorting: bringing tokens into the order of their experts, and back.
         context, experts: what the layer exchanges.
+        host: what it keeps in the memory of the host.
     """
 
     matrices: float = 0.0
@@ -75,6 +84,7 @@ class LayerTime:
     sorting: float = 0.0
     context: Moved = Moved()
     experts: ExpertTraffic = ExpertTraffic()
+    host: Moved = Moved()
 
     def __add__(self, other: LayerTime) -> LayerTime:
         return LayerTime(
@@ -83,6 +93,7 @@ class LayerTime:
             self.sorting + other.sorting,
             self.context + other.context,
             self.experts + other.experts,
+            self.host + other.host,
         )
 
     @property
@@ -91,7 +102,7 @@ class LayerTime:
 
     @property
     def seconds(self) -> float:
-        return self.computing + self.context.seconds + self.experts.seconds
+        return self.computing + self.context.seconds + self.experts.seconds + self.host.seconds
 
 
 @dataclass(frozen=True)
@@ -139,6 +150,7 @@ def step_time(
             **(of_experts if has_experts else {}),
             "tensor parallelism": microbatches * one.tensor.seconds,
             "context parallelism": microbatches * layer.context.seconds,
+            **({"offloading": microbatches * layer.host.seconds} if training.offload else {}),
             "pipeline transfers": microbatches * one.pipeline.seconds,
             "pipeline bubble": fill,
             "data parallelism": gradients.seconds,
@@ -148,6 +160,7 @@ def step_time(
         received={
             "tensor": microbatches * one.tensor.bytes,
             "context": microbatches * layer.context.bytes,
+            **({"host": microbatches * layer.host.bytes} if training.offload else {}),
             **(for_experts if has_experts else {}),
             "pipeline": microbatches * one.pipeline.bytes,
             "data": gradients.bytes,
@@ -187,6 +200,10 @@ def layer_seconds(
         attention=attention,
         context=context_moved(config, cluster, layer, exchange, attention),
     )
+    name = exchange.full if layer.kind == "full" else exchange.moba
+    shape = Shape.of(config, "cuda")
+    away = offloaded(training, shape, layer_bytes(shape, layer, name, experts))
+    time += LayerTime(host=host_moved(cluster, away.moved, time.computing))
     if not experts:
         return time
     sorting = sorted_bytes(config) / (machine.bandwidth * STREAM_SHARE)

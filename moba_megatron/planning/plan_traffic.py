@@ -27,7 +27,7 @@ from moba_megatron.config import Config
 from moba_megatron.model.exchange_choice import ExchangeChoice, rank_sizes
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.parallel.exchanges import EXCHANGES
-from moba_megatron.planning.plan_machines import Cluster
+from moba_megatron.planning.plan_machines import LINK_SHARE, Cluster
 from moba_megatron.planning.plan_stages import (
     GRADIENT_BYTES,
     Stage,
@@ -54,6 +54,13 @@ class Moved:
     def times(self, count: float) -> Moved:
         """So many of these."""
         return Moved(self.bytes * count, self.seconds * count)
+
+
+def host_moved(cluster: Cluster, bytes_: int, computing: float) -> Moved:
+    """Activations of one layer and microbatch that go to the host and come back: each way overlaps with the computation
+    of the layer, a third of which is its forward pass."""
+    each_way = bytes_ / (LINK_SHARE * cluster.gpu.host_link)
+    return Moved(bytes_, max(0.0, each_way - computing / 3) + max(0.0, each_way - 2 * computing / 3))
 
 
 def stream_bytes(config: Config) -> int:

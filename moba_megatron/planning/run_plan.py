@@ -13,7 +13,7 @@ from moba_megatron.planning.flops import training_flops_per_token
 from moba_megatron.planning.memory import MemoryEstimate, estimate_memory, fullest
 from moba_megatron.planning.memory_evaluation import EvaluationMemory, evaluation_memory
 from moba_megatron.planning.plan_machines import MEMORY_SHARE, Cluster
-from moba_megatron.planning.plan_savings import Saving, savings
+from moba_megatron.planning.plan_savings import Saving, savings, with_offloading
 from moba_megatron.planning.plan_stages import whole_parameters
 from moba_megatron.planning.plan_time import StepTime, step_time
 
@@ -95,7 +95,7 @@ def alternatives(config: Config, schedule: AttentionSchedule, vocab_size: int, c
         ConfigError: sizes that do not fit the number of GPUs or each other.
     """
     data_parallel = check_world(config, cluster.count)
-    own, known = Saving.in_use(config), savings(config)
+    own, known = Saving.in_use(config), [*savings(config), *with_offloading(config)]
     if own not in known:
         known.insert(0, own)
     variants: list[tuple[Saving | None, Config]] = [(saving, saving.of(config)) for saving in known]

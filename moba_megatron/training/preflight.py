@@ -129,6 +129,11 @@ def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:
         raise ConfigError([f"attention.backend = {config.attention.backend}: {error}"]) from error
     full = _full_attention(config, schedule, device)
     _check_dispatcher(config, device)
+    if config.training.offload and choose_implementation(device.type) != "transformer_engine":
+        raise ConfigError([
+            f"training.offload = {config.training.offload} needs a GPU and transformer-engine, whose layers move "
+            "activations to the host: leave it out, or use training.recompute"
+        ])  # fmt: skip
     libraries = optional_libraries()
     fused_adam = [
         name for name in ("transformer_engine", "apex") if device.type == "cuda" and libraries[name].available

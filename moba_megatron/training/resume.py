@@ -31,6 +31,7 @@ FREE = (
     "training.recompute",
     "training.recompute_layers",
     "training.mlp_chunk_size",
+    "training.offload",
     "training.loss_chunk_size",
     "training.on_divergence",
     "training.max_divergences",

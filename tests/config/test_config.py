@@ -207,6 +207,20 @@ def test_a_file_that_includes_itself_is_refused(tmp_path):
             "training.mlp_chunk_size = 64 computes the feed-forward again already: take mlp out",
         ),
         (
+            {"training__offload": ["attn_proj"]},
+            "training.offload = ['attn_proj']: the input of attn_proj is the output",
+        ),
+        ({"training__offload": ["moe_act"]}, "no layer has experts, so there is no moe_act to offload"),
+        ({"training__offload": ["core_attn", "core_attn"]}, "names one twice"),
+        (
+            {"training__offload": ["core_attn"], "training__recompute": "full"},
+            "training.offload = ['core_attn'] has nothing to offload with training.recompute: full",
+        ),
+        (
+            {"training__offload": ["core_attn"], "training__recompute": "selective"},
+            "core_attn is computed again (training.recompute = selective), so it keeps nothing to offload",
+        ),
+        (
             {"training__precision": "fp32", "training__gradient_precision": "bf16"},
             "training.gradient_precision = bf16 needs training.precision = bf16, not fp32",
         ),
