@@ -41,7 +41,7 @@ from moba_megatron.parallel.context_plan import boundaries_on, host_boundaries, 
 from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, RankSizes
 from moba_megatron.parallel.exchanges import EXCHANGES
 from moba_megatron.parallel.layout import check_divisible
-from moba_megatron.parallel.router import Chosen, RouterChoice, chosen_for
+from moba_megatron.parallel.router import Chosen, RouterChoice, chosen_for, dense_loss_by_heads
 from moba_megatron.parallel.wire import Wire
 
 
@@ -142,7 +142,7 @@ def context_attention(
         raise ValueError(f"backend {name!r} holds whole packs: with exchange {exchange!r} use gathered, or use a2a")
     if router is not None:
         check_router(router, q, k.shape[1], selection)
-        _check_router_call(router, block_size, name)
+        _check_router_call(router, block_size, name, kind, levels)
     scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else float(softmax_scale)
     if block_size is not None:
         check_workspace(name, workspace_bytes)
@@ -205,14 +205,26 @@ class _Call:
         wire, steps = Wire(self.cp_groups.whole), steps_of(self.name, self.selection)
         plan = plan_context(self.boundaries, self.block_size, (1, wire.size), wire.rank, q.device)
         num_past = min(self.top_k, plan.layout.max_blocks) - 1
-        covers = self.selection.fills_up and self.top_k >= plan.layout.max_blocks
-        if num_past == 0 or (self.backend == "auto" and covers and not router.learns):
+        covers = self.backend == "auto" and self.selection.fills_up and self.top_k >= plan.layout.max_blocks
+        if num_past == 0 or (covers and router.loss != "sparse"):
             # None or all are chosen, whoever chooses.
-            out = self.attend(q, k, v)[0]
-            return (out, no_loss(router)) if router.learns else out
-        choice = RouterChoice(router, plan, wire, steps, num_past)
-        out, masses = self.attend(q, k, v, choice.ids, router.learns)
-        return (out, choice.loss(masses)) if router.learns else out
+            out, masses, choice = *self.attend(q, k, v), None
+        else:
+            choice = RouterChoice(router, plan, wire, steps, num_past)
+            out, masses = self.attend(q, k, v, choice.ids, router.loss == "sparse")
+        if not router.learns:
+            return out
+        if router.loss == "dense":
+            return out, self._dense_loss(router, q, k)
+        return out, no_loss(router) if choice is None else choice.loss(masses)
+
+    def _dense_loss(self, router: Router, q: Tensor, k: Tensor) -> RouterLoss:
+        """The dense loss of all tokens for the heads at hand after trading."""
+        wire, values = Wire(self.cp_groups.whole), host_boundaries(self.boundaries)
+        order = inner_order(values, self.levels, 0, q.device)
+        q, k = to_heads(wire, order, q.detach(), k.detach())
+        layout = layout_of(q, boundaries_on(q.device, values), self.block_size, _longest(values))
+        return dense_loss_by_heads(router, wire, order, q, k, layout, self.scale)
 
     def _between_outer(self, q: Tensor, k: Tensor, v: Tensor, chosen: Chosen | None) -> tuple[Tensor, Tensor]:
         assert self.cp_groups.outer is not None
@@ -245,7 +257,9 @@ class _Call:
         return moba_attention(q, k, v, **whole, **sizes, **how), None
 
 
-def _check_router_call(router: Router, block_size: int | None, backend: str) -> None:
+def _check_router_call(
+    router: Router, block_size: int | None, backend: str, kind: ExchangeKind, levels: Levels
+) -> None:
     if block_size is None:
         raise ValueError("a router chooses blocks, and full attention has none: give block_size, or no router")
     check_router_backend(router, backend)
@@ -254,8 +268,11 @@ def _check_router_call(router: Router, block_size: int | None, backend: str) -> 
             f"backend {backend!r} chooses among the blocks of whole packs: with a router under context parallelism use "
             "gathered or triton"
         )
-    if router.loss == "dense":
-        raise ValueError("router.loss = 'dense' under context parallelism: not supported")
+    if router.loss == "dense" and levels[1] > 1:
+        raise ValueError(
+            f"router.loss = 'dense' with exchange {kind.name!r}: it is held against full attention of whole packs; use "
+            "a2a, a context-parallel size of 1, or router.loss = 'sparse'"
+        )
 
 
 def _longest(boundaries: tuple[int, ...]) -> int:

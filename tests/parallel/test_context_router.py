@@ -96,6 +96,38 @@ def test_exchanges_equal_the_definition(size, exchange):
         assert not wrong[exchange], (rank, wrong[exchange][:10])
 
 
+def dense_disagreements() -> list[str]:
+    """On one of several ranks under a2a: where the dense loss differs from the definition's."""
+    size, rank, wrong = dist.get_world_size(), dist.get_rank(), []
+    for number, heads in enumerate(HEADS):
+        bounds, block_size, top_k = CASES[number]
+        tensors, of_router = pack_inputs(bounds[-1], *heads[:2]), router_inputs(bounds[-1], *heads[2:])
+        settings = {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32), "block_size": block_size}
+        mine = torch.tensor(zigzag(bounds, size, rank))
+        # Some blocks, none, and so many that auto attends fully.
+        for chosen in (top_k, 1, 200):
+            expected = run(
+                functools.partial(moba_attention, backend="reference", top_k=chosen, **settings),
+                *tensors, *of_router, loss="dense",
+            )  # fmt: skip
+            attention = functools.partial(
+                context_attention, cp_groups=ContextGroups(dist.group.WORLD), exchange="a2a", top_k=chosen, **settings
+            )
+            out, *sums, gradients = run(attention, *(x[mine] for x in (*tensors, *of_router)), loss="dense")
+            sums = torch.stack(sums)
+            dist.all_reduce(sums)
+            pairs = zip([out, sums, *gradients], [expected[0][mine], torch.stack(expected[1:4]),
+                        *(x[mine] for x in expected[4])], strict=True)  # fmt: skip
+            errors = [(a - b).abs().max().item() for a, b in pairs]
+            wrong += [] if max(errors) <= 1e-10 and expected[1] > 0.1 else [f"{bounds} {heads} K={chosen}: {errors}"]
+    return wrong
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_dense_loss_under_a2a_equals_the_definition(size):
+    assert run_ranks(size, dense_disagreements) == [[]] * size
+
+
 def properties() -> list[str]:
     """On one of two ranks: what does not hold, of two runs, of recomputation and of what travels."""
     bounds, block_size, top_k, rank = [0, 16, 16, 72, 96], 5, 4, dist.get_rank()
@@ -145,7 +177,7 @@ def test_runs_and_recomputation_give_the_same_bits():
 def refusals() -> list[str]:
     q, k, v, _ = pack_inputs(32, 4, 2)
     router_q, router_k, _ = router_inputs(32, 2, 1)
-    attention = functools.partial(context_attention, q, k, v, cp_groups=ContextGroups(dist.group.WORLD), exchange="a2a")
+    attention = functools.partial(context_attention, q, k, v, cp_groups=ContextGroups(dist.group.WORLD))
     sizes = {"block_size": 4, "top_k": 2}
     found = []
     for router, how in (
@@ -153,17 +185,19 @@ def refusals() -> list[str]:
         (Router(router_q, router_k), {"backend": "reference", **sizes}),
         (Router(router_q[:, :1], router_k), sizes),
         (Router(router_q, router_k), {"selection": Selection("recent"), **sizes}),
+        (Router(router_q, router_k, "dense"), {"exchange": "p2p", **sizes}),
     ):
         try:
-            attention(router=router, **how)
+            attention(router=router, **{"exchange": "a2a", **how})
         except ValueError as error:
             found.append(str(error))
     return found
 
 
 def test_what_cannot_be_is_refused_in_words():
-    full, reference, heads, recent = run_ranks(1, refusals)[0]
+    full, reference, heads, recent, dense = run_ranks(2, refusals)[0]
     assert "full attention has none" in full
     assert "backend 'reference' chooses among the blocks of whole packs" in reference
     assert "router.q has 1 heads" in heads
     assert "selector = 'recent'" in recent
+    assert "router.loss = 'dense' with exchange 'p2p'" in dense and "use a2a" in dense
