@@ -10,6 +10,7 @@ Legend: t tokens of this rank, H router heads, K past blocks per query.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ from moba_megatron.parallel.wire import Wire
 
 @dataclass(frozen=True)
 class Chosen:
-    """A choice that was made already.
+    """A choice of blocks for query heads.
 
     Attributes:
         ids: int32 [T, N, K], past blocks by their number within the document, -1 for none.
@@ -48,21 +49,28 @@ def chosen_for(q: Tensor, ids_THK: Tensor, learns: bool) -> Chosen:
 
 
 class RouterChoice:
-    """The choice of a rank's router for its own tokens. All ranks of the wire make it together.
+    """The choice of a rank's router for its own tokens, under way: made before other work, asked for afterwards. All
+    ranks of the wire make it together.
 
     Args:
         router: of this rank's tokens.
         plan: of the pack, over all ranks of the wire.
         num_past: K, at least 1.
-
-    Attributes:
-        ids: int32 [t, H, K].
     """
 
     def __init__(self, router: Router, plan: ContextPlan, wire: Wire, steps: Steps, num_past: int):
         self._router, self._plan, self._wire = router, plan, wire
-        self._means = SummaryExchange(plan, wire, router.k.detach()).wait()
-        self.ids = steps.select_past(router.q.detach(), self._means, plan.queries, num_past)
+        self._steps, self._num_past = steps, num_past
+        self._summaries = SummaryExchange(plan, wire, router.k.detach())
+
+    @functools.cached_property
+    def _means(self) -> Tensor:
+        return self._summaries.wait()
+
+    @functools.cached_property
+    def ids(self) -> Tensor:
+        """int32 [t, H, K]."""
+        return self._steps.select_past(self._router.q.detach(), self._means, self._plan.queries, self._num_past)
 
     def loss(self, masses: Tensor) -> RouterLoss:
         """The sparse loss of this rank's tokens, for the shares of the attention of its chosen blocks [t, H, K]."""
