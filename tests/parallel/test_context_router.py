@@ -61,7 +61,7 @@ def disagreements() -> dict[str, list[str]]:
     cp_groups = {exchange: groups_for(exchange) for exchange in EXCHANGES[size]}
     wrong = {exchange: [] for exchange in cp_groups}
     for number, (bounds, block_size, top_k) in enumerate(CASES):
-        for heads in HEADS if number in (1, 3) else HEADS[number % 4 :][:1]:
+        for heads in HEADS if number == 1 else HEADS[number % 4 :][:1]:
             tensors = pack_inputs(bounds[-1], *heads[:2], seed=number)
             of_router = router_inputs(bounds[-1], *heads[2:])
             assert smallest_margin(of_router[0], of_router[1], bounds, block_size, top_k) > 1e-9
