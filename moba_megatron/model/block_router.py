@@ -11,10 +11,10 @@ of a microbatch is a sum over the tokens whose loss mask is 1. It is attached to
 attaches the auxiliary losses of experts, and is divided in the end, with the loss of the language model, by all tokens
 that count. A pass without gradients has no loss, so recomputation, whose first pass has none, counts once.
 
-Under tensor parallelism a rank has the index queries of its own heads. A key of its own head is split likewise. What all
-heads share (a shared key, the norms) is on every rank, and each rank's gradient is that of its own heads: they are added
-up where the weight is used, or under sequence parallelism, which gathers the hidden states for the projections, by
-megatron-core after the step.
+Under tensor parallelism a rank has the index queries of its own heads, and their keys, if each key head has one. What
+all heads share (a shared key, the norms) is on every rank, and each rank's gradient is that of its own heads: they are
+added up where the weight is used, or under sequence parallelism, which gathers the hidden states for the projections,
+by megatron-core after the step.
 
 The index's queries, its keys and the loss mask are explicit inputs of the core attention, also where it is computed
 again. They live in an attribute for the length of one forward call, as the stock forward has no place for them.
@@ -337,8 +337,8 @@ def block_routers(chunks: list[torch.nn.Module]) -> Iterator[BlockRouter]:
 
 
 def read_index_tallies(chunks: list[torch.nn.Module], num_layers: int, device: torch.device) -> Tensor:
-    """What the indexes of all ranks counted since the last call: fp64 [layers, 3], sums over tokens of the loss (without
-    its weight) and of the entropy of the choice, and the tokens. Collective."""
+    """What the indexes of all ranks counted since the last call: fp64 [layers, 3], sums over tokens of the loss
+    (without its weight) and of the entropy of the choice, and the tokens. Collective."""
     sums = torch.zeros(num_layers, 3, dtype=torch.float64, device=device)
     for router in block_routers(chunks):
         if router.tally is not None:

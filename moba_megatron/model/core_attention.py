@@ -125,8 +125,8 @@ class MoBACoreAttention(MegatronModule):
             [sq, b, np * hn], or [t, np * hn] for a pack, in the dtype of `query`.
 
         Raises:
-            ValueError: for a mask, a bias, keys that are not those of the queries' tokens (decoding with a cache), or an
-                index that learns without a loss mask.
+            ValueError: for a mask, a bias, keys that are not those of the queries' tokens (decoding with a cache), or
+                an index that learns without a loss mask.
         """
         self._check_call(query, key, attention_mask, attn_mask_type, attention_bias)
         cp_groups = self.context.cp_groups(packed_seq_params)
