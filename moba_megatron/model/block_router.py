@@ -331,6 +331,11 @@ class _NoGradient(torch.autograd.Function):
         return grad, *(torch.zeros_like(weight) for weight in ctx.saved_tensors)
 
 
+def is_of_index(name: str) -> bool:
+    """Whether a weight, by name, belongs to an index."""
+    return f".{NAME}." in name
+
+
 def block_routers(chunks: list[torch.nn.Module]) -> Iterator[BlockRouter]:
     """The indexes of model chunks, in the order of their layers."""
     return (module for chunk in chunks for module in chunk.modules() if isinstance(module, BlockRouter))

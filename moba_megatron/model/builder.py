@@ -97,6 +97,9 @@ def transformer_config(config: Config, *, device_type: str | None = None) -> Tra
     set_cosine_factor(transformer, cosine_factor(model))
     if config.attention.router == "index" and config.attention.router_loss != "none":
         learn_blocks(transformer)
+    if config.training.train_only is not None:
+        # The biases of balanced experts are no parameters, and stay all the same.
+        transformer.moe_router_bias_update_rate = 0.0
     return transformer
 
 
