@@ -116,7 +116,7 @@ def check_router_selection(selection: Selection) -> None:
             f"selector = {selection.selector!r} looks at no scores, so a router has no effect: use top_k or threshold, "
             "or leave the router out"
         )
-    if selection.summary != "mean":
+    if not selection.uses_means:
         raise ValueError(f"summary = {selection.summary!r} with a router: a router is scored against means; use mean")
 
 
