@@ -227,3 +227,10 @@ def test_a_stage_without_a_choice_gives_the_index_zero_gradients():
             for _, tallies, gradients in found:
                 index = [gradient for name, (gradient, *_) in gradients.items() if "block_router" in name]
                 assert len(index) == 12 and not any(gradient.any() for gradient in index) and not tallies.any()
+
+
+def test_the_dense_loss_agrees():
+    dense = {**SHARED, "router_loss": "dense"}
+    weights = run_ranks(1, train, config(dense), VOCABULARY, 0)[0][2]
+    a2a = {"context": 2, "exchange": "a2a"}
+    agree([(1, {}), (2, SEQUENCE), (2, INTERLEAVED), (2, a2a)], dense, weights, PACKS, training={"recompute": "full"})
