@@ -300,6 +300,7 @@ class _WithIndex:
             return super()._checkpointed_attention_forward(
                 query, key, value, attention_mask, rotary_pos_emb, attn_mask_type, **named, **others
             )
+        assert not any(others.values()), "megatron-core gives other inputs to latent attention alone"
         named["attn_mask_type"] = self.attn_mask_type if attn_mask_type is None else attn_mask_type
 
         def attend(query: Tensor, key: Tensor, value: Tensor, *inputs: Tensor) -> Tensor:
