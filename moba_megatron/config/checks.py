@@ -9,6 +9,7 @@ from moba_megatron.config.experts import expert_checks
 from moba_megatron.config.families import family_checks
 from moba_megatron.config.model import ModelConfig
 from moba_megatron.config.rotary import rotary_checks
+from moba_megatron.config.router import router_checks
 from moba_megatron.config.schema import AttentionConfig, Config, ParallelConfig
 from moba_megatron.config.training_checks import training_checks
 from moba_megatron.config.words import divisors, nearest_multiples, one_of
@@ -79,6 +80,7 @@ def combination_problems(config: Config) -> list[str]:
             *_data_checks(config),
             _packing_check(config),
             *attention_checks(config.attention, config.model.num_layers, config.data.sequence_length),
+            *router_checks(config),
             *training_checks(config),
         ]
         if wrong

@@ -82,6 +82,11 @@ def attention_plan(given: Attention | None, layers: int, length: int | None) -> 
         for wrong, text in attention_checks(file.attention, layers, length, keys=("num_layers", "seq_length"))
         if wrong
     ]
+    if file.attention.router != "own":
+        problems.append(
+            f"attention.router = {file.attention.router}: its loss needs the loss mask of each batch, which only "
+            "train.py hands to the layers: train there, or use own"
+        )
     if problems:
         raise ConfigError(problems)
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from megatron.core import parallel_state
@@ -29,6 +30,7 @@ from moba_megatron.evaluation.routing.shards import Shards
 from moba_megatron.evaluation.subject import Attention, Subject
 from moba_megatron.model.forward import Batch, forward_only, microbatch_shape, token_sums
 from moba_megatron.model.schedule import LayerAttention
+from moba_megatron.ops.selection import Selection
 from moba_megatron.runs.records import EvaluationRecords
 
 # Queries of a layer and sample whose full attention is computed.
@@ -140,17 +142,21 @@ class _Watch:
         heads = self._shards.heads_of(seen, attention.selection.shared) if self._shards else seen
         if heads is None:
             return
-        layer = LayerRouting(seen.layer, attention, choices_of(attention))
+        by = "own" if heads.chooser(attention.selection) is None else "index"
+        layer = LayerRouting(seen.layer, attention, choices_of(attention, by))
         _look(layer, replace(heads, attention=attention), self._counted)
         self.parts.append(Part(self._sample, heads.first_head, layer))
 
 
-def choices_of(attention: LayerAttention) -> list[RoutingChoice]:
+def choices_of(attention: LayerAttention, by: Literal["own", "index"] = "own") -> list[RoutingChoice]:
     """What a layer's choice is compared with: itself first, then finer and coarser blocks of equal cost (block size
-    times top-k), then twice as many blocks.
+    times top-k), then twice as many blocks. The choice of an index is also compared with those of the attention's own
+    queries and keys, by their means and by bounds on them.
 
     >>> [str(choice) for choice in choices_of(LayerAttention("moba", 128, 4))]
     ['B=128 K=4', 'B=32 K=16', 'B=64 K=8', 'B=256 K=2', 'B=128 K=8']
+    >>> [str(choice) for choice in choices_of(LayerAttention("moba", 128, 4), "index")[-3:]]
+    ['B=128 K=8 by the index', 'B=128 K=4', 'B=128 K=4 top_k of min_max']
     """
     block_size, top_k, selection = attention.block_size, attention.top_k, attention.selection
     pairs = [(block_size // factor, top_k * factor) for factor in (4, 2) if block_size % factor == 0]
@@ -158,7 +164,9 @@ def choices_of(attention: LayerAttention) -> list[RoutingChoice]:
     if top_k >= 4 and top_k % 2 == 0:
         pairs.append((block_size * 2, top_k // 2))
     pairs.append((block_size, top_k * 2))
-    return [RoutingChoice(block, number, selection) for block, number in [(block_size, top_k), *pairs]]
+    own = [RoutingChoice(block_size, top_k, Selection(summary=summary)) for summary in ("mean", "min_max")]
+    choices = [RoutingChoice(block, number, selection, by) for block, number in [(block_size, top_k), *pairs]]
+    return choices + (own if by == "index" else [])
 
 
 def counted_tokens(batch: Batch) -> Tensor:

@@ -86,7 +86,7 @@ def count_selection(seen: Captured, counted: Tensor, counts: SelectionCounts) ->
         int64, rising: positions of the queries that had a choice.
     """
     block_size, top_k = seen.attention.block_size, seen.attention.top_k
-    settings = seen.attention.selection.settings
+    settings = {**seen.attention.selection.settings, "router": seen.chooser(seen.attention.selection)}
     layout = block_layout(seen.q.shape[0], block_size, seen.cu_seqlens, device=seen.q.device)
     ids_TNK = select_blocks(seen.q, seen.k, seen.cu_seqlens, block_size=block_size, top_k=top_k, **settings)[..., 1:]
     queries = torch.nonzero(counted & (layout.block_T >= top_k)).flatten()
