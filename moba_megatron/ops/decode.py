@@ -9,6 +9,7 @@ Legend: b texts, S tokens of a text, N query heads, G kv heads, D head size, M c
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def decode_tokens(
     summaries_bMGD: Tensor | None = None,
     *,
     block_size: int,
-    top_k: int,
+    top_k: int | Sequence[int],
     softmax_scale: float | None = None,
     backend: str = "auto",
     selection: Selection = MOBA,
@@ -40,6 +41,7 @@ def decode_tokens(
         q_bND: queries [b, N, D] of the last tokens.
         k_bSGD, v_bSGD: keys and values [b, S, G, D] of the whole texts; any strides.
         summaries_bMGD: as for `continue_text`; there may be room for more blocks behind them.
+        top_k: as for `moba_attention`.
         backend: as for `moba_attention`, `triton` or portable. The kernel knows top-k of the means alone: any other
             selection is portable on every device.
         selection: how past blocks are chosen.
@@ -50,15 +52,16 @@ def decode_tokens(
     Raises:
         ValueError: as `continue_text`, or a backend that cannot run or does not take these sizes.
     """
+    top_k, selection = selection.with_blocks(top_k, k_bSGD.shape[2])
     check_settings(block_size, top_k)
-    if resolve_backend(backend, q_bND.device, q_bND.dtype)[0] == "triton" and selection.is_plain:
+    if resolve_backend(backend, q_bND.device, q_bND.dtype)[0] == "triton" and selection.with_one_budget.is_plain:
         from moba_megatron.ops.triton.decode import decode_cached
 
         scale = 1 / math.sqrt(q_bND.shape[2]) if softmax_scale is None else softmax_scale
         if summaries_bMGD is None:
             summaries_bMGD = torch.stack([block_means(k_SGD, block_size) for k_SGD in k_bSGD])
         lengths_b = torch.full((len(q_bND),), k_bSGD.shape[1], dtype=torch.int32, device=q_bND.device)
-        settings = {"block_size": block_size, "top_k": top_k, "softmax_scale": scale}
+        settings = {"block_size": block_size, "top_k": top_k, "softmax_scale": scale, "selection": selection}
         return decode_cached(q_bND, k_bSGD, v_bSGD, summaries_bMGD, lengths_b, **settings)
     settings = {"block_size": block_size, "top_k": top_k, "softmax_scale": softmax_scale, "selection": selection}
     blocks = k_bSGD.shape[1] // block_size

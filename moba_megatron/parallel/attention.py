@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +93,7 @@ def context_attention(
     cp_groups: ContextGroups,
     exchange: str,
     block_size: int | None,
-    top_k: int | None,
+    top_k: int | Sequence[int] | None,
     softmax_scale: float | None = None,
     backend: str = "auto",
     selection: Selection = MOBA,
@@ -124,6 +125,7 @@ def context_attention(
     if (block_size is None) != (top_k is None):
         raise ValueError(f"block_size = {block_size} and top_k = {top_k}: give both (MoBA) or none (full attention)")
     if block_size is not None and top_k is not None:
+        top_k, selection = selection.with_blocks(top_k, k.shape[1])
         check_settings(block_size, top_k, workspace_bytes)
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange = {exchange!r}: choose one of {', '.join(EXCHANGES)}")
@@ -158,6 +160,7 @@ def context_attention(
     values = host_boundaries(boundaries)
     order = inner_order(values, levels, shard, q.device)
     q, k, v = to_heads(wire, order, q, k, v)
+    selection = selection.of_heads(wire.rank * k.shape[1], k.shape[1])
     if levels[1] > 1:
         out = between_shards(q, k, v, cp_groups.outer)
     else:
@@ -165,7 +168,7 @@ def context_attention(
         if block_size is None:
             out = full_attention(q, k, v, **whole)
         else:
-            sizes = {"block_size": block_size, "top_k": top_k}
+            sizes = {"block_size": block_size, "top_k": selection.blocks(top_k)}
             how = {"backend": backend, "workspace_bytes": workspace_bytes, **selection.settings}
             out = moba_attention(q, k, v, **whole, **sizes, **how)
     return to_tokens(wire, order, out)

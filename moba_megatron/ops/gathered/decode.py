@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ def continue_text(
     summaries_MGD: Tensor | None = None,
     *,
     block_size: int,
-    top_k: int,
+    top_k: int | Sequence[int],
     softmax_scale: float | None = None,
     selection: Selection = MOBA,
 ) -> Tensor:
@@ -116,8 +117,10 @@ def continue_text(
     >>> continue_text(q[-1:], k, v, block_size=2, top_k=2).shape
     torch.Size([1, 2, 4])
     """
+    top_k, selection = selection.with_blocks(top_k)
     check_settings(block_size, top_k)
     _check_shapes(q_tND, k_SGD, v_SGD)
+    selection.with_blocks(top_k, k_SGD.shape[1])
     new, length = q_tND.shape[0], k_SGD.shape[0]
     scale = 1 / math.sqrt(q_tND.shape[2]) if softmax_scale is None else softmax_scale
     num_past = min(top_k - 1, length // block_size)
@@ -129,7 +132,7 @@ def continue_text(
     known = length // block_size if summaries_MGD is None else summaries_MGD.shape[0]
     layout = TokenBlocks(known, blocks_t, torch.zeros_like(blocks_t))
     chosen = selection.make_selector(), selection.make_summary(), selection.share_selection
-    ids_tNK = select_past(q_tND, summaries_MGD, layout, num_past, *chosen)
+    ids_tNK = selection.within_budgets(select_past(q_tND, summaries_MGD, layout, num_past, *chosen))
     if new <= ONE_BY_ONE:
         out = [
             _attend_newest(q_tND[at], k_SGD[:end], v_SGD[:end], ids_tNK[at], block_size, scale)

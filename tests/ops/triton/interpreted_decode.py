@@ -5,6 +5,7 @@ import torch
 from kernel_examples import inputs, whole_numbers
 
 from moba_megatron.ops import moba_attention
+from moba_megatron.ops.decode import decode_tokens
 from moba_megatron.ops.triton import complete_summaries, config, decode_cached
 from moba_megatron.ops.triton.decode import SPLIT_KEYS, choose_cached
 
@@ -79,3 +80,10 @@ def test_too_many_blocks_are_refused():
         decode_cached(
             q[-1:], k[None], v[None], k[None], torch.tensor([70]), block_size=1, top_k=100, softmax_scale=0.25
         )  # fmt: skip
+
+
+def test_key_heads_with_a_k_of_their_own():
+    q, k, v, _ = inputs(50, 4, 2)
+    want = moba_attention(q, k, v, block_size=8, top_k=[2, 5], backend="gathered")[-1:]
+    out = decode_tokens(q[-1:], k[None], v[None], block_size=8, top_k=[2, 5], backend="triton")
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
