@@ -34,6 +34,7 @@ from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.model.builder import build_model
 from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.ops.selection import Selection
 from moba_megatron.platform.start import start_single_rank
 from moba_megatron.runs.folder import RunFolder
 
@@ -174,8 +175,12 @@ def attention_section(values: dict[str, Any]) -> dict[str, Any]:
     own: dict[int, dict[str, Any]] = {
         number + 1: {"block_size": size, "top_k": top_k} for number, (size, top_k) in settings.layer_sizes.items()
     }
+    for number, kind in enumerate(settings.layer_types):
+        layer = settings.of_layer(number)
+        if kind == "moba" and layer.selection.budgets is not None:
+            own.setdefault(number + 1, {})["top_k"] = list(layer.selection.budgets)
     for number, selection in settings.layer_selections.items():
-        own.setdefault(number + 1, {})["selector"] = selection.selector
+        own.setdefault(number + 1, {}).update(_own_choice(selection, settings.selection))
     section = {"kind": "moba", "block_size": settings.block_size, "top_k": settings.top_k}
     return {**section, **_selection_section(settings), "full_layers": full, "layers": own}
 
@@ -185,19 +190,27 @@ def _selection_section(settings: MoBASettings) -> dict[str, Any]:
     chosen = [settings.selection, *settings.layer_selections.values()]
     if all(selection.is_plain for selection in chosen):
         return {}
-    # All layers share one summary and one threshold, if their selector needs them.
-    summaries = {selection.summary for selection in chosen if selection.uses_scores} or {"mean"}
+    # All layers share one sharing of heads, if their selector needs it.
     shares = {selection.share_selection for selection in chosen if selection.uses_scores} or {"none"}
-    thresholds = {selection.threshold for selection in chosen if selection.threshold is not None} or {None}
-    if len(summaries) > 1 or len(thresholds) > 1 or len(shares) > 1:
+    if len(shares) > 1:
         raise ConfigError([
-            f"config.json: moba_config has layers of several summaries ({', '.join(sorted(summaries))}) or thresholds "
-            f"({', '.join(map(str, thresholds))}) or of several share_selection ({', '.join(sorted(shares))}): "
-            "attention.summary, attention.threshold and attention.share_selection hold for all layers"
+            f"config.json: moba_config has layers of several share_selection ({', '.join(sorted(shares))}): "
+            "attention.share_selection holds for all layers"
         ])  # fmt: skip
-    (summary,), (threshold,), (share,) = summaries, thresholds, shares
+    (share,) = shares
     shared = {"share_selection": share} if share != "none" else {}
-    return {"selector": settings.selection.selector, "summary": summary, "threshold": threshold, **shared}
+    first = settings.selection
+    return {"selector": first.selector, "summary": first.summary, "threshold": first.threshold, **shared}
+
+
+def _own_choice(selection: Selection, first: Selection) -> dict[str, Any]:
+    """What of the settings of a layer says how it chooses, where `first` are those of the section."""
+    words: dict[str, Any] = {"selector": selection.selector}
+    if selection.uses_scores and selection.summary != first.summary:
+        words["summary"] = selection.summary
+    if selection.threshold is not None and selection.threshold != first.threshold:
+        words["threshold"] = selection.threshold
+    return words
 
 
 def _configuration(

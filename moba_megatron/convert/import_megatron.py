@@ -135,7 +135,8 @@ def as_section(layers: tuple[LayerAttention, ...], given: AttentionConfig) -> di
     for number, layer in enumerate(layers, start=1):
         own[str(number)] = {"kind": layer.kind}
         if layer.kind == "moba":
-            sizes = {"block_size": layer.block_size, "top_k": layer.top_k, "selector": layer.selection.selector}
+            blocks = list(layer.blocks) if isinstance(layer.blocks, tuple) else layer.blocks
+            sizes = {"block_size": layer.block_size, "top_k": blocks, "selector": layer.selection.selector}
             own[str(number)] |= sizes
     section = {"kind": kind_of(layers), "layers": own, "key_convolution": given.key_convolution}
     sparse = [layer for layer in layers if layer.kind == "moba"]
@@ -148,6 +149,12 @@ def as_section(layers: tuple[LayerAttention, ...], given: AttentionConfig) -> di
         section["summary"] = scored[0].summary
         section["share_selection"] = scored[0].share_selection
         section["threshold"] = next((choice.threshold for choice in choices if choice.threshold is not None), None)
+        for number, layer in enumerate(layers, start=1):
+            choice = layer.selection
+            if layer.kind == "moba" and choice.uses_scores and choice.summary != section["summary"]:
+                own[str(number)]["summary"] = choice.summary
+            if choice.threshold not in (None, section["threshold"]):
+                own[str(number)]["threshold"] = choice.threshold
     return section
 
 

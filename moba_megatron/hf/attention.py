@@ -134,7 +134,7 @@ def _whole(
     if settings is None:
         out = full_attention(q, k, v, cu_seqlens, **pack)
     else:
-        sizes = {"block_size": settings.block_size, "top_k": settings.top_k}
+        sizes = {"block_size": settings.block_size, "top_k": settings.selection.blocks(settings.top_k)}
         out = moba_attention(q, k, v, cu_seqlens, **sizes, **settings.selection.settings, **pack)
     if padded:
         out = out.new_zeros(batch * length, *out.shape[1:]).index_copy(0, real, out)

@@ -11,9 +11,10 @@ the top level because transformers refuses names of its own `layer_types` that i
 
 Blocks that are chosen otherwise than by top-k of their means have `selector`, `summary`, `threshold` and
 `share_selection` in the words of `ops.selection`, as far as they are needed; layers that differ in this from the others
-have an entry in `layer_selections`: `{"1": {"selector": "recent"}}`. A model whose keys are convolved has
-`key_convolution`, the filters' width. Such entries have version 2, so older readers refuse them instead of using
-another attention.
+have an entry in `layer_selections`: `{"1": {"selector": "recent"}}`. `budgets` has the K of each key head where they
+differ, beside a `top_k` that is the largest: `{"1": {"selector": "top_k", "budgets": [2, 5]}}`. A model whose keys are
+convolved has `key_convolution`, the filters' width. Such entries have version 2, so older readers refuse them instead
+of using another attention.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ DECODE_MODES = ("full", "moba")
 EXAMPLE = '{"1": {"block_size": 128, "top_k": 8}}'
 EXAMPLE_OF_SELECTIONS = '{"1": {"selector": "sink_recent"}}'
 HOW_TO_SET = "call moba_megatron.hf.configure(model, block_size=..., top_k=...)"
-_SELECTION = ("selector", "summary", "threshold", "share_selection")
+_SELECTION = ("selector", "summary", "threshold", "share_selection", "budgets")
 _KEYS = {
     VERSION: {"block_size", "top_k", "layer_types", "decode", "layer_sizes"},
     VERSION_OF_SELECTIONS: {
@@ -78,6 +79,10 @@ class MoBASettings:
         for sizes in self.layer_sizes.values():
             check_settings(*sizes)
         for layer, kind in enumerate(self.layer_types):
+            if kind == "moba":
+                size_and_blocks = self.layer_sizes.get(layer, (self.block_size, self.top_k))
+                self.layer_selections.get(layer, self.selection).with_blocks(size_and_blocks[1])
+        for layer, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:
                 raise ValueError(f"layer_types[{layer}] must be one of {', '.join(LAYER_TYPES)}, got {kind!r}")
         if self.decode not in DECODE_MODES:
@@ -97,7 +102,11 @@ class MoBASettings:
                 f"the configuration of this {getattr(config, 'model_type', 'model')} has no moba_config "
                 f"(got {entry!r}): {HOW_TO_SET}"
             )
-        return cls.from_entry(entry, config.num_hidden_layers)
+        settings = cls.from_entry(entry, config.num_hidden_layers)
+        for selection in (settings.selection, *settings.layer_selections.values()):
+            if selection.budgets is not None:
+                selection.with_blocks(max(selection.budgets), key_heads(config))
+        return settings
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any], layers: int) -> MoBASettings:
@@ -147,7 +156,8 @@ class MoBASettings:
         """Tokens up to which all layers attend to everything; None if no layer attends by MoBA."""
         sparse = [self.of_layer(layer) for layer, kind in enumerate(self.layer_types) if kind == "moba"]
         # Of two past blocks a threshold may leave one out; of one it never does.
-        blocks = [own.top_k if own.selection.fills_up else min(own.top_k, 2) for own in sparse]
+        blocks = [own.selection.fewest_blocks(own.top_k) for own in sparse]
+        blocks = [count if own.selection.fills_up else min(count, 2) for own, count in zip(sparse, blocks, strict=True)]
         return min((own.block_size * count for own, count in zip(sparse, blocks, strict=True)), default=None)
 
     def to_config(self) -> dict[str, Any]:
@@ -182,7 +192,14 @@ def _selection(words: Mapping[str, Any]) -> Selection:
 
 def _words(selection: Selection) -> dict[str, Any]:
     words = {key: value for key, value in selection.settings.items() if value is not None}
+    if selection.budgets is not None:
+        words["budgets"] = list(selection.budgets)
     return words if selection.shared else {key: words[key] for key in words if key != "share_selection"}
+
+
+def key_heads(config: Any) -> int:
+    """Key heads of a layer of transformers' configuration."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def layer_types(num_layers: int, last_n_full: int = 0) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ machine's peak.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moba_megatron.config.sizes import matrix_parameters
@@ -17,18 +18,19 @@ from moba_megatron.ops.pairs import attended_pairs
 if TYPE_CHECKING:
     from moba_megatron.config import Config
 
+Sizes = tuple[int, int | tuple[int, ...]]
 # Dense bf16 operations per second, from the makers' data sheets; matched as a part of the device's name.
 PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
-def training_flops_per_token(config: Config, vocab_size: int, layers: list[tuple[int, int] | None]) -> float:
+def training_flops_per_token(config: Config, vocab_size: int, layers: Sequence[Sizes | None]) -> float:
     """Forward and backward operations for one token of a full-length document.
 
     Args:
-        layers: block size and top-k of each layer, None for a full one.
+        layers: block size and top-k of each layer (or one for each key head), None for a full one.
     """
     length = config.data.sequence_length
-    pairs = sum(attended_pairs(length, *(layer or ())) for layer in layers) / length
+    pairs = float(sum(attended_pairs(length, *(layer or ())) for layer in layers) / length)
     attention = 12 * config.model.head_size * config.model.num_attention_heads * pairs
     return 6 * matrix_parameters(config.model, vocab_size) + attention
 

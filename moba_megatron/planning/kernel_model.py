@@ -75,7 +75,8 @@ MACHINES = (
 
 @dataclass(frozen=True)
 class AttentionSizes:
-    """One document and one setting; `element_bytes` of q, k, v and of partial outputs."""
+    """One document and one setting; `element_bytes` of q, k, v and of partial outputs. Where key heads have a K of
+    their own, `top_k` is the largest of the layer's `budgets`, whose mean the heads at hand are taken to have."""
 
     tokens: int
     heads: int
@@ -85,11 +86,12 @@ class AttentionSizes:
     top_k: int
     element_bytes: int = 2
     partial_bytes: int = 2
+    budgets: tuple[int, ...] | None = None
 
     @property
     def entries(self) -> int:
         """E, over all heads."""
-        return self.heads * chosen_blocks(self.tokens, self.block_size, self.top_k)
+        return int(self.heads * chosen_blocks(self.tokens, self.block_size, self.budgets or self.top_k))
 
     @property
     def past_pairs(self) -> int:
@@ -273,7 +275,7 @@ def backward_work(sizes: AttentionSizes, fused: bool | None = None) -> list[Work
 
 def expected_seconds(sizes: AttentionSizes, machine: Machine, backward: bool) -> float:
     """Expected time of a forward pass, or of forward and backward; full attention where K blocks cover the document."""
-    if sizes.top_k * sizes.block_size >= sizes.tokens:
+    if min(sizes.budgets or (sizes.top_k,)) * sizes.block_size >= sizes.tokens:
         return dense_seconds(sizes, machine, backward)
     works = forward_work(sizes) + (backward_work(sizes) if backward else [])
     return sum(work.seconds(machine) for work in works)

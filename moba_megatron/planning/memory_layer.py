@@ -19,6 +19,7 @@ last row, `full` keeps t h e. In a mixture of experts the feed-forward is that o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from moba_megatron.config import Config, TrainingConfig
@@ -181,7 +182,7 @@ def attention_backward_bytes(shape: Shape, layer: LayerAttention) -> int:
         gradients += 2 * t * shape.hidden * width
     if layer.kind == "full":
         return gradients
-    entries = t * shape.heads * (layer.top_k - 1)
+    entries = math.ceil(t * shape.heads * (layer.mean_blocks - 1))
     if shape.cuda:
         room = shape.workspace_bytes or default_workspace(queries * width)
         return gradients + min(room, entries * backward_entry_bytes(size, width))

@@ -178,6 +178,7 @@ def layer_seconds(
         head_size=config.model.head_size,
         block_size=layer.block_size or 0,
         top_k=layer.top_k or 0,
+        budgets=layer.selection.budgets,
     )
     documents = training.micro_batch_size / parallel.context
     attention = _attention_seconds(sizes, machine, training.repeats("core_attn")) * documents
@@ -198,7 +199,7 @@ def _ring_factor(config: Config, layer: LayerAttention, exchange: ExchangeChoice
     if layer.kind == "full" or exchange.moba is None:
         return 1.0
     ranks = ring_ranks(exchange.moba, config.parallel.context, exchange.levels)
-    return random_choice_factor(ranks, config.data.sequence_length / layer.block_size, layer.top_k)
+    return random_choice_factor(ranks, config.data.sequence_length / layer.block_size, layer.mean_blocks)
 
 
 def _matrix_seconds(config: Config, cluster: Cluster, experts: bool) -> float:

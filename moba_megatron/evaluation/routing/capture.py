@@ -21,12 +21,13 @@ class Captured:
 
     Attributes:
         layer: its number, from 1.
-        attention: how it attends.
+        attention: how these heads attend.
         q: [T, N, D] after rotary embedding.
         k: [T, G, D], N a multiple of G.
         cu_seqlens: [documents + 1] boundaries of the pack; None for one document.
         softmax_scale: factor on the scores before the softmax.
         first_head: number of the first of these query heads in the layer; others are those of other ranks.
+        whole: how all heads of the layer attend, where that is not the same.
     """
 
     layer: int
@@ -36,6 +37,7 @@ class Captured:
     cu_seqlens: Tensor | None
     softmax_scale: float
     first_head: int = 0
+    whole: LayerAttention | None = None
 
 
 @contextmanager
@@ -71,12 +73,13 @@ def _captured(core: MoBACoreAttention, query: Tensor, key: Tensor, packed: Any) 
     scale = core.softmax_scale
     return Captured(
         layer=core.layer_number,
-        attention=core.attention,
+        attention=core.attention_of_rank(key.shape[-2]),
         q=query if packed is not None else query[:, 0],
         k=key if packed is not None else key[:, 0],
         cu_seqlens=None if packed is None else pack_boundaries(packed)[0],
         softmax_scale=query.shape[-1] ** -0.5 if scale is None else scale,
         first_head=_tensor_rank() * query.shape[-2],
+        whole=core.attention,
     )
 
 

@@ -63,8 +63,9 @@ class Shards:
         Args:
             together: whether the query heads of a key head choose together, and so have to be on one rank.
         """
-        heads, kv_heads, k = seen.q.shape[1], seen.k.shape[1], seen.k
+        heads, kv_heads, k, attention = seen.q.shape[1], seen.k.shape[1], seen.k, seen.attention
         if self.size > kv_heads and not together:
+            attention = attention.repeated(heads // kv_heads)
             k, kv_heads = k.repeat_interleave(heads // kv_heads, dim=1), heads
         bounds = [kv_heads * rank // self.size for rank in range(self.size + 1)]
         each = heads // kv_heads
@@ -72,7 +73,8 @@ class Shards:
         if q.shape[1] == 0:
             return None
         first = seen.first_head + bounds[self.rank] * each
-        return replace(seen, q=q, k=k, cu_seqlens=self.cu_seqlens, first_head=first)
+        attention = attention.of_heads(bounds[self.rank], k.shape[1])
+        return replace(seen, q=q, k=k, cu_seqlens=self.cu_seqlens, first_head=first, attention=attention)
 
     def _trade(self, x_tHD: Tensor, bounds: list[int]) -> Tensor:
         """[T, this rank's heads, D]; rank r gets the heads from bounds[r] to bounds[r + 1]."""
