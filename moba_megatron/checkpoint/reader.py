@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,26 @@ def load_training(
     return manifest
 
 
-def load_model(folder: Path, model: list[torch.nn.Module], *, check_files: bool = True) -> Manifest:
+def load_model(
+    folder: Path,
+    model: list[torch.nn.Module],
+    *,
+    check_files: bool = True,
+    leave_out: Callable[[str], bool] = lambda key: False,
+) -> Manifest:
     """Restore the weights alone, in place, at any parallel layout. Collective. Raises CheckpointError as
-    `load_training` does."""
+    `load_training` does.
+
+    Args:
+        leave_out: weights, by name, that stay as they are.
+    """
     manifest = Manifest.read(folder)
     _check_together(folder, manifest, digests=check_files)
-    load_weights(model, _load(folder, sharded_model(model), require_all=False))
+    requested = {
+        chunk: {key: part for key, part in parts.items() if not leave_out(key)}
+        for chunk, parts in sharded_model(model).items()
+    }
+    load_weights(model, _load(folder, requested, require_all=False), leave_out)
     require_finite((named for chunk in model for named in chunk.named_parameters()), folder)
     return manifest
 

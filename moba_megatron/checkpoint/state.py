@@ -8,7 +8,7 @@ same layout.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -112,9 +112,14 @@ def sharded_model(model: list[torch.nn.Module]) -> dict[str, Any]:
     return {_chunk_name(model, i): chunk.sharded_state_dict(metadata=dict(SHARDING)) for i, chunk in enumerate(model)}
 
 
-def load_weights(model: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
+def load_weights(
+    model: list[torch.nn.Module], loaded: dict[str, Any], leave_out: Callable[[str], bool] = lambda key: False
+) -> None:
     """Fill model chunks from what `dist_checkpointing.load` returned. Extra states stay out: Transformer Engine may
     unpickle its own, and they hold nothing but scales of fp8, in which nothing here is trained.
+
+    Args:
+        leave_out: weights, by name, that may be missing.
 
     Raises:
         CheckpointError: parameters that one of the two lacks.
@@ -122,7 +127,8 @@ def load_weights(model: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
     for i, chunk in enumerate(model):
         weights = {key: part for key, part in loaded[_chunk_name(model, i)].items() if not is_extra_state(key)}
         found = chunk.load_state_dict(weights, strict=False)
-        wrong = [key for key in (*found.missing_keys, *found.unexpected_keys) if not is_extra_state(key)]
+        missing = [key for key in found.missing_keys if not leave_out(key)]
+        wrong = [key for key in (*missing, *found.unexpected_keys) if not is_extra_state(key)]
         if wrong:
             raise CheckpointError(f"the checkpoint does not fit this model: {', '.join(sorted(wrong))}")
 

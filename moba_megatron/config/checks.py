@@ -10,6 +10,7 @@ from moba_megatron.config.families import family_checks
 from moba_megatron.config.layer_selection import lacks_threshold, layer_selection_checks
 from moba_megatron.config.model import ModelConfig
 from moba_megatron.config.rotary import rotary_checks
+from moba_megatron.config.router import router_checks
 from moba_megatron.config.schema import AttentionConfig, Config, ParallelConfig
 from moba_megatron.config.training_checks import training_checks
 from moba_megatron.config.words import divisors, nearest_multiples, one_of
@@ -82,6 +83,7 @@ def combination_problems(config: Config) -> list[str]:
             *attention_checks(
                 config.attention, config.model.num_layers, config.data.sequence_length, config.model.query_groups
             ),
+            *router_checks(config),
             *training_checks(config),
         ]
         if wrong

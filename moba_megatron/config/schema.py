@@ -116,6 +116,28 @@ class AttentionConfig(Section):
     share_selection: Literal["none", "mean", "max"] = "none"
     """Whether the query heads of a key head choose the same blocks: `none`, or by the `mean` or the `max` of their
     scores (as NSA and MSA do). Generation then reads fewer different blocks."""
+    router: Literal["own", "index"] = "own"
+    """What chooses the blocks of MoBA layers. `own`: the queries and keys of the attention (MoBA). `index`: projections
+    of the hidden states that are learned for it, in every layer that is MoBA in some stage (docs/router.md). It has
+    the selectors `top_k` and `threshold`."""
+    router_dim: int | None = Field(default=None, ge=2, le=2**16)
+    """Channels of a head of the index, an even number. Needed with `router: index`."""
+    router_heads: Literal["key", "query"] = "key"
+    """Whether the index chooses once for each `key` head, or for each `query` head."""
+    router_keys: Literal["shared", "key"] = "shared"
+    """Whether all heads of the index have one `shared` key, or one for each `key` head."""
+    router_norm: Literal["rms", "none"] = "rms"
+    """Norm of the index's queries and keys, by head."""
+    router_loss: Literal["none", "sparse", "dense"] = "sparse"
+    """What the index learns from. `sparse`: the attention that each chosen past block gets. `dense`: the full
+    attention of every past block, as expensive as full attention; under context parallelism only with
+    `parallel.exchange: a2a`. `none`: it stays as it is."""
+    router_loss_coeff: float = Field(default=1.0, gt=0)
+    """Weight of this loss, a mean over the heads of the index, for each layer and token."""
+    router_init: Literal["drawn", "copied"] = "drawn"
+    """First weights of an index that `model.init_from` does not bring. `copied`: the layer's own queries and keys, so
+    that it chooses as MoBA does; it needs `router_heads: query`, `router_keys: key`, the head size as `router_dim`, and
+    `router_norm: rms` exactly where the model has `qk_layernorm`."""
     key_convolution: Literal[3, 5] | None = None
     """Width (tokens) of a causal convolution of the keys, with SiLU, a residual and one filter for each channel
     (FlashMoBA). It adds parameters to every layer, also to full ones. They start at zero, without effect. Default: no
@@ -158,6 +180,13 @@ class AttentionConfig(Section):
         parts = [("attention", self.layers)]
         parts += [(f"attention.stages.{i}", stage.layers or {}) for i, stage in enumerate(self.stages)]
         return {f"{name}.layers.{number}": layer for name, layers in parts for number, layer in layers.items()}
+
+    @property
+    def kinds(self) -> set[str]:
+        """Kinds of layers that are named for some stage."""
+        named = [self.kind, *(stage.kind for stage in self.stages)]
+        layers = [self.layers, *(stage.layers or {} for stage in self.stages)]
+        return {*named, *(layer.kind for some in layers for layer in some.values())} - {None}
 
     @property
     def top_k_of_means(self) -> bool:
@@ -231,6 +260,9 @@ class TrainingConfig(Section):
     mlp_chunk_size: int | None = Field(default=None, ge=1, le=LONGEST)
     """Tokens that a dense feed-forward processes at a time. The backward pass computes its activations again, one chunk
     at a time: as slow as `recompute: [mlp]`, with a lower peak of memory. None: all tokens at once."""
+    train_only: list[Literal["router"]] | None = None
+    """`[router]`: only the index of `attention.router` learns, all other weights stay as they are. None: everything
+    learns."""
     gradient_precision: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients are accumulated and sent. `bf16` halves their memory while activations are held, and
     the bytes that are sent; it adds microbatches with less precision. Ranks are summed in fp32, from a copy. It needs

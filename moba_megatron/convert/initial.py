@@ -14,6 +14,7 @@ from moba_megatron.checkpoint.find import find_checkpoint, saved_config
 from moba_megatron.config import Config, ConfigError, ModelConfig
 from moba_megatron.config.overrides import MISSING
 from moba_megatron.config.pretrained import pretrained_model_section
+from moba_megatron.config.router import SHAPE
 from moba_megatron.convert.export_digests import export_damage, refuse_damage
 from moba_megatron.convert.half_precision import F16, half_precision_note
 from moba_megatron.convert.origin import keep_origin
@@ -24,6 +25,8 @@ from moba_megatron.corpus.blend import blend_entries
 from moba_megatron.corpus.indexed import load_index
 from moba_megatron.corpus.manifest import load_manifest
 from moba_megatron.corpus.tokenizer import Tokenizer
+from moba_megatron.model.block_router import is_of_index
+from moba_megatron.model.index_weights import copy_indexes
 from moba_megatron.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -76,8 +79,10 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
         dtypes = sorted(set(open_weights(source, model).dtypes.values()))
         lines = [f"model.init_from: {half_precision_note(config.training.precision)}"] if F16 in dtypes else []
     else:
-        _check_key_convolution(config, _find(source))
+        _check_own_parameters(config, _find(source))
         lines = []
+    if _adds_index(config, source):
+        lines.append(f"attention.router = index: {source} has none, it is {config.attention.router_init}")
     lines += _without_beginning(config, tokenizer)
     rotary = {key: values for key, values in differing.items() if key.startswith("rotary_")}
     lines += [
@@ -146,7 +151,17 @@ def load_initial_weights(config: Config, vocab_size: int, chunks: list[torch.nn.
         model = sized(config.model, vocab_size)
         read_weights(chunks, open_weights(source, model), model, advance=log_progress)
     else:
-        load_model(_find(source), chunks, check_files=config.checkpoint.verify)
+        leave_out = {"leave_out": is_of_index} if _adds_index(config, source) else {}
+        load_model(_find(source), chunks, check_files=config.checkpoint.verify, **leave_out)
+    if _adds_index(config, source) and config.attention.router_init == "copied":
+        copy_indexes(chunks)
+
+
+def _adds_index(config: Config, source: Path) -> bool:
+    """Whether the model has an index and its first weights have none; it was drawn when the model was built."""
+    if config.attention.router == "own":
+        return False
+    return _is_huggingface(source) or saved_config(_find(source)).attention.router == "own"
 
 
 def _verify_together(export: Path) -> None:
@@ -177,15 +192,18 @@ def log_progress(done: int, total: int) -> None:
         logger.info("reading weights: %d of %d parameters", done, total)
 
 
-def _check_key_convolution(config: Config, checkpoint: Path) -> None:
-    """Its filters are parameters: a checkpoint has them or not. Plain Hugging Face weights start with filters of zero,
-    which have no effect."""
-    ours, theirs = config.attention.key_convolution, saved_config(checkpoint).attention.key_convolution
-    if ours != theirs:
-        instead = "leave it out" if theirs is None else f"set it to {theirs}"
-        raise ConfigError([
-            f"attention.key_convolution = {ours}, but {checkpoint} was trained with {theirs}: {instead}"
-        ])  # fmt: skip
+def _check_own_parameters(config: Config, checkpoint: Path) -> None:
+    """Filters of keys and an index are parameters: a checkpoint has them or not. Plain Hugging Face weights start with
+    filters of zero, which have no effect. An index may be added, but is not lost."""
+    ours, theirs = config.attention, saved_config(checkpoint).attention
+    names = ("key_convolution", *(SHAPE if theirs.router == "index" else ()))
+    problems = []
+    for name in names:
+        if (own := getattr(ours, name)) != (given := getattr(theirs, name)):
+            instead = "leave it out" if given is None else f"set it to {given}"
+            problems.append(f"attention.{name} = {own}, but {checkpoint} was trained with {given}: {instead}")
+    if problems:
+        raise ConfigError(problems)
 
 
 def _all_chats(recipe: dict[str, Any]) -> bool:

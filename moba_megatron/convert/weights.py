@@ -15,9 +15,10 @@ from moba_megatron.convert.expert_mapping import BIAS, is_expert
 from moba_megatron.convert.mapping import KEY_FILTERS, canonical_name, huggingface_shapes, pieces
 from moba_megatron.convert.piece import Arrangement
 from moba_megatron.convert.safetensors_folder import SafetensorsFolder
+from moba_megatron.model.block_router import is_of_index
 
 _TIED = "lm_head.weight", "model.embed_tokens.weight"
-# No plain model has filters of keys: they keep the zeros they start with, which do nothing.
+# No plain model has filters of keys: they keep the zeros they start with, which do nothing. Nor has it an index.
 _OWN = KEY_FILTERS
 
 
@@ -73,11 +74,15 @@ def read_weights(
         model: with `vocab_size` set.
         advance: told parameters done and in all, after each.
     """
-    todo = [named for chunk in chunks for named in canonical_parameters(chunk) if not named[0].endswith(_OWN)]
+    todo = [named for chunk in chunks for named in canonical_parameters(chunk) if not _is_own(named[0])]
     arrangement = arrangement_of(weights)
     for number, (name, parameter) in enumerate(todo, start=1):
         copy_parameter(parameter, name, weights, model, arrangement)
         advance(number, len(todo))
+
+
+def _is_own(name: str) -> bool:
+    return name.endswith(_OWN) or is_of_index(name)
 
 
 @torch.no_grad()

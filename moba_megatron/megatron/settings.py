@@ -83,6 +83,11 @@ def attention_plan(
     keys = ("num_layers", "seq_length", "num_query_groups")
     checks = attention_checks(file.attention, layers, length, kv_heads, keys=keys)
     problems = [text for wrong, text in checks if wrong]
+    if file.attention.router != "own":
+        problems.append(
+            f"attention.router = {file.attention.router}: its loss needs the loss mask of each batch, which only "
+            "train.py hands to the layers: train there, or use own"
+        )
     if problems:
         raise ConfigError(problems)
     try:

@@ -19,12 +19,21 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_megatron.config import Config, ParallelConfig, TrainingConfig
 from moba_megatron.config.schema import RecomputedModule
+from moba_megatron.model.block_router import RouterSettings
 from moba_megatron.model.exchange_choice import resolve_exchange
 from moba_megatron.model.experts import expert_settings, mark_experts, with_routers
 from moba_megatron.model.feed_forward import chunk_feed_forward
 from moba_megatron.model.first_weights import Place, replay_draws
 from moba_megatron.model.gpt import ChunkedLossGPTModel
-from moba_megatron.model.rotary import cosine_factor, rotary_frequencies, set_cosine_factor, softmax_scale
+from moba_megatron.model.index_inputs import learn_blocks
+from moba_megatron.model.index_weights import first_indexes
+from moba_megatron.model.rotary import (
+    cosine_factor,
+    document_rotary,
+    rotary_frequencies,
+    set_cosine_factor,
+    softmax_scale,
+)
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.model.specs import block_spec, choose_implementation
 from moba_megatron.platform import current_device, optional_libraries, seed_all
@@ -86,6 +95,11 @@ def transformer_config(config: Config, *, device_type: str | None = None) -> Tra
         **_machine_settings(device_type, fused_rotary=cosine_factor(model) == 1.0),
     )
     set_cosine_factor(transformer, cosine_factor(model))
+    if config.attention.router == "index" and config.attention.router_loss != "none":
+        learn_blocks(transformer)
+    if config.training.train_only is not None:
+        # The biases of balanced experts are no parameters, and stay all the same.
+        transformer.moe_router_bias_update_rate = 0.0
     return transformer
 
 
@@ -155,7 +169,7 @@ def build_model(
 
     Weights depend on `config.run.seed` and the kind of device only, not on the parallel sizes (`first_weights`); this
     seeds all random streams (`seed_all`). With `model.init_from` they are whatever was in memory, for the caller to
-    fill.
+    fill; indexes that choose blocks are drawn.
     The process groups must have been started (`platform.start_model_parallel`), and `platform.apply` called.
 
     Args:
@@ -204,6 +218,10 @@ def build_model(
                 expert_tensors=config.parallel.expert_tensor,
             ),
         )
+    # Weights to copy are there if they were drawn.
+    first_indexes(
+        chunks, config.attention.router_init if transformer.perform_initialization else "drawn", config.run.seed
+    )
     return chunks
 
 
@@ -231,6 +249,7 @@ def _build_chunk(
         exchange={"moba": exchange.moba or "auto", "full": exchange.full or "auto"},
         workspace_bytes=config.attention.workspace_bytes,
         key_convolution=config.attention.key_convolution,
+        router=_router_settings(config, transformer, pg_collection),
         pp_rank=pp_rank,
         vp_stage=vp_stage,
     )
@@ -252,6 +271,32 @@ def _build_chunk(
     if config.training.mlp_chunk_size is not None:
         chunk_feed_forward(built, config.training.mlp_chunk_size)
     return built
+
+
+def _router_settings(
+    config: Config, transformer: TransformerConfig, pg_collection: ProcessGroupCollection
+) -> RouterSettings | None:
+    """The indexes of the layers of a chunk; None where layers choose by their own queries and keys."""
+    attention, model = config.attention, config.model
+    if attention.router == "own":
+        return None
+    assert attention.router_dim is not None, "checked with the configuration"
+    rotary = None
+    if attention.router_dim != model.head_size:
+        frequencies = rotary_frequencies(model.model_copy(update={"kv_channels": attention.router_dim}))
+        length, channels = config.data.sequence_length, attention.router_dim
+        rotary = document_rotary(
+            transformer, frequencies, length, channels=channels, cp_group=pg_collection.cp
+        ).for_tokens
+    return RouterSettings(
+        dim=attention.router_dim,
+        heads=attention.router_heads,
+        keys=attention.router_keys,
+        norm=attention.router_norm,
+        loss=attention.router_loss,
+        loss_coeff=attention.router_loss_coeff,
+        rotary=rotary,
+    )
 
 
 @dataclass(frozen=True)

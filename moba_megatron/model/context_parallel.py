@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moba_megatron.model.exchange_choice import exchange_of_kind
+from moba_megatron.model.index_inputs import IndexInputs
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.parallel.attention import ContextGroups, context_attention
 from moba_megatron.parallel.exchange_kind import RankSizes
@@ -80,11 +81,13 @@ class ContextParallel:
         *,
         cp_groups: ContextGroups,
         softmax_scale: float | None,
+        index: IndexInputs | None = None,
     ) -> Tensor:
         """Attend as `layer` says: q [t, np, hn], k and v [t, ng, hn] of this rank's tokens -> [t, np, hn].
 
         Args:
             cu_seqlens: padded boundaries of the whole pack; None: one sequence.
+            index: what chooses the blocks, of the same tokens.
         """
         exchange = self.exchange[layer.kind]
         if exchange == "auto" or (layer.kind == "full" and not EXCHANGES[exchange].suits_full):
@@ -98,20 +101,20 @@ class ContextParallel:
                 top_k=layer.top_k,
             )
             exchange = _decide(layer.kind, exchange, sizes, cp_groups, self.backend)
-        return context_attention(
-            q,
-            k,
-            v,
-            cu_seqlens,
-            cp_groups=cp_groups,
-            exchange=exchange,
-            block_size=layer.block_size,
-            top_k=layer.top_k,
-            softmax_scale=softmax_scale,
-            backend=self.backend,
-            selection=layer.selection,
-            workspace_bytes=self.workspace_bytes,
-        )
+        how = {
+            "cp_groups": cp_groups,
+            "exchange": exchange,
+            "block_size": layer.block_size,
+            "top_k": layer.top_k,
+            "softmax_scale": softmax_scale,
+            "backend": self.backend,
+            "selection": layer.selection,
+            "workspace_bytes": self.workspace_bytes,
+        }
+        if index is None:
+            return context_attention(q, k, v, cu_seqlens, **how)
+        router = index.as_router()
+        return index.learned(context_attention(q, k, v, cu_seqlens, router=router, **how), router)
 
     def __str__(self) -> str:
         return f"exchange={self.exchange}"

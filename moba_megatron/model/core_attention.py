@@ -21,6 +21,7 @@ megatron-core hands over. How its ranks exchange is a parameter of ours, one for
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
@@ -33,6 +34,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moba_megatron.model.context_parallel import ContextParallel
+from moba_megatron.model.index_inputs import IndexInputs
 from moba_megatron.model.schedule import AttentionSchedule, LayerAttention
 from moba_megatron.ops import full_attention, moba_attention
 from moba_megatron.ops.kept_layouts import equal_boundaries
@@ -107,6 +109,7 @@ class MoBACoreAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        index: IndexInputs | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -119,26 +122,32 @@ class MoBACoreAttention(MegatronModule):
                 win where they are given: padding follows its document's tokens, which therefore never attend to it.
                 Under context parallelism they are those of the whole pack. `cp_group`, if set, wins over the layer's
                 group.
+            index: what chooses the blocks in place of query and key, see `model.block_router`.
 
         Returns:
             [sq, b, np * hn], or [t, np * hn] for a pack, in the dtype of `query`.
 
         Raises:
-            ValueError: for a mask, a bias, or keys that are not those of the queries' tokens (decoding with a cache).
+            ValueError: for a mask, a bias, keys that are not those of the queries' tokens (decoding with a cache), or
+                an index that learns without a loss mask.
         """
         self._check_call(query, key, attention_mask, attn_mask_type, attention_bias)
         cp_groups = self.context.cp_groups(packed_seq_params)
         if packed_seq_params is not None and packed_seq_params.qkv_format != "sbhd":
             cu_seqlens, max_seqlen = pack_boundaries(packed_seq_params)
-            return self._attend(query, key, value, cu_seqlens, max_seqlen, cp_groups).flatten(1)
+            return self._attend(query, key, value, cu_seqlens, max_seqlen, cp_groups, index).flatten(1)
         local_length, batch = query.shape[:2]
         length = local_length * (cp_groups.whole.size() if cp_groups else 1)
-        if batch == 1:
-            return self._attend(query[:, 0], key[:, 0], value[:, 0], None, length, cp_groups).flatten(1).unsqueeze(1)
+        if index is not None:
+            index = replace(index, query=_end_to_end(index.query), key=_end_to_end(index.key))
         # Context parallelism reads boundaries on the host.
-        boundaries = equal_boundaries(batch, length, torch.device("cpu") if cp_groups else query.device)
-        packed = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
-        output = self._attend(*packed, boundaries, length, cp_groups)
+        boundaries = None
+        if batch > 1:
+            boundaries = equal_boundaries(batch, length, torch.device("cpu") if cp_groups else query.device)
+        packed = (_end_to_end(tensor) for tensor in (query, key, value))
+        output = self._attend(*packed, boundaries, length, cp_groups, index)
+        if batch == 1:
+            return output.flatten(1).unsqueeze(1)
         return output.view(batch, local_length, -1).transpose(0, 1).contiguous()
 
     def _attend(
@@ -149,18 +158,22 @@ class MoBACoreAttention(MegatronModule):
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
         cp_groups: ContextGroups | None,
+        index: IndexInputs | None,
     ) -> Tensor:
         attention = self.attention_of_rank(k.shape[1])
         if cp_groups is not None:
             return self.context.attend(
-                attention, q, k, v, cu_seqlens, cp_groups=cp_groups, softmax_scale=self.softmax_scale
+                attention, q, k, v, cu_seqlens, cp_groups=cp_groups, softmax_scale=self.softmax_scale, index=index
             )
         common = {"softmax_scale": self.softmax_scale, "max_seqlen": max_seqlen}
         if attention.kind == "full":
             return full_attention(q, k, v, cu_seqlens, backend=self.full_backend, **common)
         sizes = {"block_size": attention.block_size, "top_k": attention.blocks}
         how = {"backend": self.backend, "workspace_bytes": self.workspace_bytes, **attention.selection.settings}
-        return moba_attention(q, k, v, cu_seqlens, **sizes, **how, **common)
+        if index is None:
+            return moba_attention(q, k, v, cu_seqlens, **sizes, **how, **common)
+        router = index.as_router()
+        return index.learned(moba_attention(q, k, v, cu_seqlens, router=router, **sizes, **how, **common), router)
 
     def attention_of_rank(self, kv_heads: int) -> LayerAttention:
         """How the key heads of this tensor-parallel rank attend; `kv_heads` of them."""
@@ -190,6 +203,11 @@ class MoBACoreAttention(MegatronModule):
     def extra_repr(self) -> str:
         backends = f"backend={self.backend}, full_backend={self.full_backend}"
         return f"layer_number={self.layer_number}, attention={self.attention}, {backends}, {self.context}"
+
+
+def _end_to_end(rows: Tensor) -> Tensor:
+    """Sequences [s, b, heads, size] one after the other, [b * s, heads, size]."""
+    return rows[:, 0] if rows.shape[1] == 1 else rows.transpose(0, 1).flatten(0, 1)
 
 
 class MoBASelfAttention(SelfAttention):

@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moba_megatron.config import ModelConfig
+from moba_megatron.model.block_router import NAME as INDEX
 
 _EMBEDDING, _OUTPUT, _LAYER = "embedding.word_embeddings.weight", "output_layer.weight", "decoder.layers."
 # In the order in which megatron-core 0.16 builds a layer.
@@ -36,7 +37,7 @@ _ROUTER, _GATE, _SHARED = "mlp.router.weight", "mlp.shared_experts.gate_weight",
 # How the layers name expert N of a rank: one after the other, and as one product of Transformer Engine.
 _ONE_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(?P<number>\d+)\.(?P<part>linear_fc[12])\.weight")
 _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(?P<part>linear_fc[12])\.weight(?P<number>\d+)")
-_NOT_DRAWN = "key_convolution.weight"
+_NOT_DRAWN = ("key_convolution.weight", f"{INDEX}.query.weight", f"{INDEX}.key.weight")
 # From the seed of a run to that of megatron-core's stream for weights, on the first tensor-parallel rank.
 _STREAM = 2718
 

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from moba_megatron.config import DataConfig
+from moba_megatron.model.index_inputs import learns_blocks, with_loss_mask
 from moba_megatron.platform import current_device
 
 Batch = dict[str, Any]
@@ -47,12 +48,15 @@ def forward_step(
     batch = next(batches)
     # Routers leave padding out of what they count; dense layers have no use for it.
     padding = {"padding_mask": batch.get("padding_mask")} if model.config.num_moe_experts else {}
+    packed = batch.get("packed_seq_params")
+    if learns_blocks(model.config) and torch.is_grad_enabled():
+        packed = with_loss_mask(packed, batch["loss_mask"])
     output = model(
         batch["tokens"],
         batch["position_ids"],
         attention_mask=None,
         labels=batch["labels"],
-        packed_seq_params=batch.get("packed_seq_params"),
+        packed_seq_params=packed,
         **padding,
     )
     return output, partial(_reduce, reduction, batch)

@@ -11,7 +11,6 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from moba_megatron.model.context_parallel import check_layout
 from moba_megatron.model.loss import chunked_cross_entropy
-from moba_megatron.model.rotary import DocumentRotaryEmbedding, RotaryFrequencies, has_cosine_factor
+from moba_megatron.model.rotary import RotaryFrequencies, document_rotary
 
 
 class _OutputLayer(tensor_parallel.ColumnParallelLinear):
@@ -75,14 +74,11 @@ class ChunkedLossGPTModel(GPTModel):
             super().__init__(**stock)
         self.loss_chunk_size = loss_chunk_size
         self.unpadded_vocab_size = unpadded_vocab_size
-        self.rotary_pos_emb = DocumentRotaryEmbedding(
+        self.rotary_pos_emb = document_rotary(
+            self.config,
             rotary_frequencies,
             stock["max_sequence_length"],
-            fused=self.config.apply_rope_fusion,
-            dtype=torch.float32 if has_cosine_factor(self.config) else self.config.params_dtype,
-            kv_channels=self.config.kv_channels,
-            rotary_interleaved=self.config.rotary_interleaved,
-            use_cpu_initialization=self.config.use_cpu_initialization,
+            channels=self.config.kv_channels,
             cp_group=self.pg_collection.cp,
         )
 

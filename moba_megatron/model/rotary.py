@@ -23,8 +23,10 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from moba_megatron.config import ModelConfig
 from moba_megatron.platform.differences import ROTATION_OF_PACKS, applied
@@ -194,19 +196,55 @@ class DocumentRotaryEmbedding(RotaryEmbedding):
     ) -> int:
         """As in megatron-core, in tokens over all context-parallel ranks; for a pack, more than its tokens."""
         pack = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+        sequences = packed_seq_params is not None and packed_seq_params.qkv_format == "sbhd"
         length = super().get_rotary_seq_len(
             inference_context,
             transformer,
             transformer_input,
             transformer_config,
-            None if pack else packed_seq_params,
+            None if pack or sequences else packed_seq_params,
             **kwargs,
         )
         if not pack:
             return length
+        return self._of_pack(packed_seq_params, length)
+
+    def _of_pack(self, packed_seq_params: PackedSeqParams, tokens: int) -> int:
         padded = packed_seq_params.cu_seqlens_q_padded
-        self._pack = (packed_seq_params.cu_seqlens_q if padded is None else padded), length
-        return table_length(length)
+        self._pack = (packed_seq_params.cu_seqlens_q if padded is None else padded), tokens
+        return table_length(tokens)
+
+    def for_tokens(self, tokens: int, packed_seq_params: PackedSeqParams | None) -> Tensor:
+        """What `forward` gives for a batch of which this context-parallel rank has `tokens` rows; to be called where
+        megatron-core's model does not ask for the length first."""
+        pack = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+        group = None if packed_seq_params is None else packed_seq_params.cp_group
+        group = self.cp_group if group is None else group
+        length = tokens * (1 if group is None else group.size())
+        if pack:
+            length = self._of_pack(packed_seq_params, length)
+        return self(length, packed_seq=pack, cp_group=group)
+
+
+def document_rotary(
+    transformer: TransformerConfig,
+    frequencies: RotaryFrequencies,
+    sequence_length: int,
+    *,
+    channels: int,
+    cp_group: ProcessGroup | None,
+) -> DocumentRotaryEmbedding:
+    """The embedding of a model's heads of `channels` channels."""
+    return DocumentRotaryEmbedding(
+        frequencies,
+        sequence_length,
+        fused=transformer.apply_rope_fusion,
+        dtype=torch.float32 if has_cosine_factor(transformer) else transformer.params_dtype,
+        kv_channels=channels,
+        rotary_interleaved=transformer.rotary_interleaved,
+        use_cpu_initialization=transformer.use_cpu_initialization,
+        cp_group=cp_group,
+    )
 
 
 def packed_positions(cu_seqlens: Tensor, tokens: int, context_size: int = 1, context_rank: int = 0) -> Tensor:

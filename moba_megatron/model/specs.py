@@ -30,6 +30,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
 
+from moba_megatron.model.block_router import (
+    IndexedConvolvedKeysSelfAttention,
+    IndexedSelfAttention,
+    RouterSettings,
+)
 from moba_megatron.model.core_attention import MoBACoreAttention, MoBASelfAttention
 from moba_megatron.model.key_convolution import ConvolvedKeysSelfAttention
 from moba_megatron.model.norm import RMSNorm
@@ -230,6 +235,27 @@ def with_key_convolution(layer_spec: ModuleSpec, width: int) -> ModuleSpec:
     return layer
 
 
+def with_block_router(layer_spec: ModuleSpec, router: RouterSettings) -> ModuleSpec:
+    """A copy of a layer spec of ours whose blocks are chosen by an index of its own (`model.block_router`).
+
+    Raises:
+        ValueError: if the spec's self-attention is none that can have one.
+    """
+    kinds = {
+        MoBASelfAttention: IndexedSelfAttention,
+        ConvolvedKeysSelfAttention: IndexedConvolvedKeysSelfAttention,
+    }
+    self_attention = getattr(layer_spec.submodules, "self_attention", None)
+    if getattr(self_attention, "module", None) not in kinds:
+        raise ValueError(f"{layer_spec.module} has no self-attention that could have an index: attention.router = own")
+    layer, attention = copy.copy(layer_spec), copy.copy(self_attention)
+    layer.submodules = copy.copy(layer.submodules)
+    layer.submodules.self_attention = attention
+    attention.module = kinds[attention.module]
+    attention.params = {**attention.params, "router": router}
+    return layer
+
+
 def block_spec(
     config: TransformerConfig,
     schedule: AttentionSchedule,
@@ -247,7 +273,7 @@ def block_spec(
         pp_rank, vp_stage: which part of the model; `vp_stage` only with the interleaved schedule. Default: this
             process's pipeline rank.
         settings: `stage`, `backend`, `full_backend`, `exchange`, `workspace_bytes` and `key_convolution`, as for
-            `with_schedule`.
+            `with_schedule`; and `router`, an index for every layer that is MoBA in some stage.
 
     Raises:
         ValueError: if the schedule has another number of layers than the model, or Transformer Engine is asked for and
@@ -259,7 +285,9 @@ def block_spec(
     return TransformerBlockSubmodules(layer_specs=layers[first : first + count], layer_norm=_final_norm(config))
 
 
-def layer_specs(config: TransformerConfig, schedule: AttentionSchedule, **settings: Any) -> list[ModuleSpec]:
+def layer_specs(
+    config: TransformerConfig, schedule: AttentionSchedule, router: RouterSettings | None = None, **settings: Any
+) -> list[ModuleSpec]:
     """The spec of every layer of the whole model, the same object for layers that are alike but in how they attend.
 
     Args and errors as for `block_spec`.
@@ -268,7 +296,14 @@ def layer_specs(config: TransformerConfig, schedule: AttentionSchedule, **settin
         raise ValueError(f"the schedule has {schedule.num_layers} layers, the model num_layers = {config.num_layers}")
     experts = _layers_of_experts(config)
     kinds = {kind: with_schedule(_stock_layer(config, experts=kind), schedule, **settings) for kind in set(experts)}
-    return [kinds[kind] for kind in experts]
+    specs = [kinds[kind] for kind in experts]
+    if router is None:
+        return specs
+    indexed = {kind: with_block_router(spec, router) for kind, spec in kinds.items()}
+    choosing = [number for number in range(config.num_layers) if not schedule.always_full(number + 1)]
+    if not choosing:
+        raise ValueError("attention.router = index, but every layer is full in every stage: nothing is chosen")
+    return [indexed[kind] if number in choosing else specs[number] for number, kind in enumerate(experts)]
 
 
 def _layers_of_experts(config: TransformerConfig) -> list[bool]:

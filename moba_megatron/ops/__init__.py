@@ -41,8 +41,11 @@ past blocks per query (`top_k` - 1), E entries; B is the block size. `q_TND` is 
 from moba_megatron.ops.attention import moba_attention, select_blocks
 from moba_megatron.ops.backends import backend_names, full_backend_names, resolve_backend, resolve_full_backend
 from moba_megatron.ops.dense import full_attention
+from moba_megatron.ops.router import Router, RouterLoss
 
 __all__ = [
+    "Router",
+    "RouterLoss",
     "backend_names",
     "full_attention",
     "full_backend_names",

@@ -21,8 +21,8 @@ def with_gradients(forward: Attend, backward: Callable[..., tuple[Tensor, Tensor
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, q, k, v, ids, *settings):
-            out, lse = forward(q, k, v, ids, *settings)
+        def forward(ctx, q, k, v, ids, block_lse, *settings):
+            out, lse = forward(q, k, v, ids, *settings, block_lse)
             ctx.save_for_backward(q, k, v, out, lse, ids)
             ctx.settings = settings
             ctx.mark_non_differentiable(lse)
@@ -34,9 +34,9 @@ def with_gradients(forward: Attend, backward: Callable[..., tuple[Tensor, Tensor
         @once_differentiable
         def backward(ctx, do, _):
             if do is None:
-                return None, None, None, None, *[None] * len(ctx.settings)
+                return *[None] * 5, *[None] * len(ctx.settings)
             q, k, v, out, lse, ids = ctx.saved_tensors
-            return *backward(do, q, k, v, out, lse, ids, *ctx.settings), None, *[None] * len(ctx.settings)
+            return *backward(do, q, k, v, out, lse, ids, *ctx.settings), None, None, *[None] * len(ctx.settings)
 
     def attend(
         q_TND: Tensor,
@@ -46,7 +46,8 @@ def with_gradients(forward: Attend, backward: Callable[..., tuple[Tensor, Tensor
         layout: BlockLayout,
         softmax_scale: float,
         workspace_bytes: int | None = None,
+        block_lse_TNK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return Function.apply(q_TND, k_TGD, v_TGD, ids_TNK, layout, softmax_scale, workspace_bytes)
+        return Function.apply(q_TND, k_TGD, v_TGD, ids_TNK, block_lse_TNK, layout, softmax_scale, workspace_bytes)
 
     return attend

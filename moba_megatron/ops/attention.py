@@ -19,9 +19,11 @@ from moba_megatron.ops.backends import resolve_backend
 from moba_megatron.ops.dense import full_attention
 from moba_megatron.ops.kept_layouts import layout_of
 from moba_megatron.ops.layout import check_inputs, check_settings
-from moba_megatron.ops.library import is_traced, traced_attention
+from moba_megatron.ops.library import check_traced, is_traced, traced_attention
 from moba_megatron.ops.precision import without_autocast
-from moba_megatron.ops.reference import reference_attend, reference_select
+from moba_megatron.ops.reference import reference_attend, reference_router_loss, reference_select
+from moba_megatron.ops.router import Router, RouterLoss, check_router, check_router_backend, for_heads, no_loss
+from moba_megatron.ops.router_loss import learning_attention
 from moba_megatron.ops.selection import Selection
 from moba_megatron.ops.steps import check_workspace, steps_of
 
@@ -50,7 +52,8 @@ def moba_attention(
     threshold: float | None = None,
     share_selection: str = "none",
     workspace_bytes: int | None = None,
-) -> Tensor:
+    router: Router | None = None,
+) -> Tensor | tuple[Tensor, RouterLoss]:
     """Mixture of Block Attention over a pack of documents.
 
     Every query attends its own block causally and, of the complete blocks before it in its document, the `top_k` - 1
@@ -78,9 +81,11 @@ def moba_attention(
             comes beside it: `ops.triton.attention`), with `gathered` D e + 40. None: `triton` takes q's size,
             at least 2 GiB, `gathered` what two entries for each query row of one kv head need. Other backends
             refuse a number. The result is the same up to the rounding of sums.
+        router: queries and keys that choose blocks instead of q and k, by top_k or threshold of means.
 
     Returns:
-        [T, N, D] in q's dtype. Softmax and sums are in fp32 (fp64 for fp64 inputs), under autocast as well.
+        [T, N, D] in q's dtype. Softmax and sums are in fp32 (fp64 for fp64 inputs), under autocast as well. With a
+        router that has a loss: this and the loss.
 
     Raises:
         ValueError: inputs or settings that do not fit, or a backend that cannot run; the message names the values.
@@ -97,26 +102,34 @@ def moba_attention(
     # A tracer does not know the boundaries' values; the operators check them when they run.
     check_inputs({"q": q, "k": k, "v": v}, None if traced else cu_seqlens)
     selection.with_blocks(top_k, k.shape[1])
+    learns = router is not None and router.learns
+    if router is not None:
+        check_router(router, q, k.shape[1], selection)
+        check_router_backend(router, name)
     if q.shape[0] == 0:
         # No rows, but the graph stays connected.
-        return q + (k.sum() + v.sum()).to(q.dtype)
+        out = q + (k.sum() + v.sum()).to(q.dtype)
+        return (out, no_loss(router)) if learns else out
     scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else float(softmax_scale)
+    chooses_q, chooses_k = (q, k) if router is None else (router.q, router.k)
     if name == "reference":
         num_past = min(top_k, -(-q.shape[0] // block_size)) - 1
-        ids = reference_select(q, k, cu_seqlens, block_size, num_past, selection)
-        return reference_attend(q, k, v, ids, cu_seqlens, block_size, scale)[0]
+        ids = reference_select(chooses_q, chooses_k, cu_seqlens, block_size, num_past, selection)
+        out = reference_attend(q, k, v, for_heads(ids, q.shape[1]), cu_seqlens, block_size, scale)[0]
+        return (out, reference_router_loss(router, q, k, ids, cu_seqlens, block_size, scale)) if learns else out
     if name == "flash_moba":
         return flash_moba_attention(
             q, k, v, cu_seqlens, block_size=block_size, top_k=top_k, softmax_scale=softmax_scale, max_seqlen=max_seqlen,
             selection=selection,
         )  # fmt: skip
-    full_if_covered = backend == "auto" and selection.fills_up
+    full_if_covered = backend == "auto" and selection.fills_up and not learns
     if traced:
+        check_traced(router)
         if full_if_covered and cu_seqlens is None and selection.fewest_blocks(top_k) * block_size >= q.shape[0]:
             return full_attention(q, k, v, softmax_scale=scale)
         return traced_attention(
             q, k, v, cu_seqlens, block_size=block_size, top_k=top_k, softmax_scale=scale, max_seqlen=max_seqlen,
-            backend=name, selection=selection, workspace_bytes=workspace_bytes,
+            backend=name, selection=selection, workspace_bytes=workspace_bytes, router=router,
         )  # fmt: skip
     layout = layout_of(q, cu_seqlens, block_size, max_seqlen)
     if full_if_covered and selection.fewest_blocks(top_k) >= layout.max_blocks:
@@ -125,8 +138,12 @@ def moba_attention(
         )
         return full_attention(q, k, v, cu_seqlens, softmax_scale=scale, max_seqlen=max_seqlen)
     steps = steps_of(name, selection)
-    ids = steps.select_past(q, steps.summarize(k, layout), layout, min(top_k, layout.max_blocks) - 1)
-    return steps.attend(q, k, v, ids, layout, scale, workspace_bytes)[0]
+    num_past = min(top_k, layout.max_blocks) - 1
+    summaries = steps.summarize(chooses_k, layout)
+    ids = steps.select_past(chooses_q, summaries, layout, num_past)
+    if not learns:
+        return steps.attend(q, k, v, for_heads(ids, q.shape[1]), layout, scale, workspace_bytes)[0]
+    return learning_attention(steps, router, q, k, v, ids, summaries, layout, scale, workspace_bytes)
 
 
 @torch.no_grad()
@@ -143,6 +160,7 @@ def select_blocks(
     summary: str = "mean",
     threshold: float | None = None,
     share_selection: str = "none",
+    router: Router | None = None,
 ) -> Tensor:
     """The blocks that `moba_attention` attends for every query and head.
 
@@ -168,5 +186,10 @@ def select_blocks(
     selection.with_blocks(top_k, k.shape[1])
     layout = layout_of(q, cu_seqlens, block_size, max_seqlen)
     own_TN1 = layout.block_T.to(torch.int32).view(-1, 1, 1).expand(-1, q.shape[1], 1)
+    num_heads = q.shape[1]
+    if router is not None:
+        check_router(router, q, k.shape[1], selection)
+        q, k = router.q, router.k
     steps = steps_of(resolve_backend("auto", q.device, q.dtype)[0], selection)
-    return torch.cat([own_TN1, steps.select_past(q, steps.summarize(k, layout), layout, top_k - 1)], dim=-1)
+    ids = steps.select_past(q, steps.summarize(k, layout), layout, top_k - 1)
+    return torch.cat([own_TN1, for_heads(ids, num_heads)], dim=-1)

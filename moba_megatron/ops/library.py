@@ -25,6 +25,7 @@ from moba_megatron.ops.kept_layouts import layout_of
 from moba_megatron.ops.layout import BlockLayout, check_cu_seqlens
 from moba_megatron.ops.pairs import attended_pairs, scored_pairs
 from moba_megatron.ops.precision import score_dtype
+from moba_megatron.ops.router import Router, for_heads
 from moba_megatron.ops.selection import Selection
 from moba_megatron.ops.steps import steps_of
 
@@ -163,9 +164,20 @@ def traced_attention(
     backend: str,
     selection: Selection,
     workspace_bytes: int | None,
+    router: Router | None = None,
 ) -> Tensor:
-    """`moba_attention` through the operators; arguments as there, `backend` resolved."""
+    """`moba_attention` through the operators; arguments as there, `backend` resolved and a router without a loss."""
     settings = (cu_seqlens, block_size, max_seqlen, backend)
+    chooses_q, chooses_k = (q, k) if router is None else (router.q, router.k)
     how = (*selection.settings.values(), selection.budgets)
-    ids = select_past_op(q.detach(), k.detach(), top_k - 1, *settings, *how)
-    return attend_op(q, k, v, ids, softmax_scale, *settings, workspace_bytes)[0]
+    ids = select_past_op(chooses_q.detach(), chooses_k.detach(), top_k - 1, *settings, *how)
+    return attend_op(q, k, v, for_heads(ids, q.shape[1]), softmax_scale, *settings, workspace_bytes)[0]
+
+
+def check_traced(router: Router | None) -> None:
+    """Refuse a router's loss where a call is traced. Raises ValueError."""
+    if router is not None and router.learns:
+        raise ValueError(
+            f"router.loss = {router.loss!r} under torch.compile, on tensors without data or under a FLOP counter: the "
+            "operators that tracers see make no loss of a router; use router.loss = 'none' there"
+        )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moba_megatron.ops.router import Router, RouterLoss
 from moba_megatron.ops.selection import MOBA, Selection
 
 
@@ -79,16 +80,16 @@ def reference_select(
             ranking = _ranking(_widen(q[rows]), past_keys, num_past, selection, num_kv_heads)
             ids[rows, :, : ranking.shape[-1]] = ranking.to(torch.int32)
     if selection.budgets is not None:
-        places, heads = torch.arange(num_past, device=ids.device), num_heads // num_kv_heads
+        places, heads = torch.arange(num_past, device=ids.device), num_heads // len(selection.budgets)
         kept = torch.tensor(selection.budgets, device=ids.device).repeat_interleave(heads) - 1
         ids.masked_fill_(places >= kept[:, None], -1)
     return ids
 
 
-def reference_attend(
-    q: Tensor, k: Tensor, v: Tensor, ids: Tensor, cu_seqlens: Tensor | None, block_size: int, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention with given past block ids through a dense mask: out [T, N, D] in q's dtype, lse [T, N]."""
+def _attended_scores(
+    q: Tensor, k: Tensor, ids: Tensor, cu_seqlens: Tensor | None, block_size: int, softmax_scale: float
+) -> Tensor:
+    """[N, T, T]: scaled scores, -inf where a query does not attend a key."""
     repeat = q.shape[1] // k.shape[1]
     scores = torch.einsum("tnd,snd->nts", _widen(q), _widen(k).repeat_interleave(repeat, dim=1)) * softmax_scale
     allowed = torch.zeros(scores.shape, dtype=torch.bool, device=q.device)
@@ -98,6 +99,62 @@ def reference_attend(
         own = (block[:, None] == block) & (position[:, None] >= position)
         chosen = (ids[start:end, :, :, None] == block).any(dim=2).transpose(0, 1)
         allowed[:, start:end, start:end] = own | chosen
-    scores = scores.masked_fill(~allowed, -torch.inf)
+    return scores.masked_fill(~allowed, -torch.inf)
+
+
+def reference_attend(
+    q: Tensor, k: Tensor, v: Tensor, ids: Tensor, cu_seqlens: Tensor | None, block_size: int, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention with given past block ids through a dense mask: out [T, N, D] in q's dtype, lse [T, N]."""
+    repeat = q.shape[1] // k.shape[1]
+    scores = _attended_scores(q, k, ids, cu_seqlens, block_size, softmax_scale)
     out = torch.einsum("nts,snd->tnd", scores.softmax(dim=-1), _widen(v).repeat_interleave(repeat, dim=1))
     return out.to(q.dtype), scores.logsumexp(dim=-1).t()
+
+
+def reference_router_loss(
+    router: Router,
+    q: Tensor,
+    k: Tensor,
+    ids: Tensor,
+    cu_seqlens: Tensor | None,
+    block_size: int,
+    softmax_scale: float,
+) -> RouterLoss:
+    """A router's loss by its definition (`ops.router_loss`) for its choice `ids` [T, H, K]; gradients are autograd's.
+
+    With the dense loss every past block counts as chosen, for the loss and in the attention that it is held against.
+    """
+    num_tokens, num_heads, num_router_heads = q.shape[0], q.shape[1], router.q.shape[1]
+    if router.loss == "dense":
+        blocks = torch.arange(-(-num_tokens // block_size), dtype=ids.dtype, device=q.device)
+        own = torch.cat([torch.arange(end - start) // block_size for start, end in _documents(num_tokens, cu_seqlens)])
+        ids = torch.where(blocks < own.to(q.device)[:, None], blocks, -1)[:, None].expand(-1, num_router_heads, -1)
+    of_heads = ids.repeat_interleave(num_heads // num_router_heads, dim=1)
+    with torch.no_grad():
+        shares = _attended_scores(q, k, of_heads, cu_seqlens, block_size, softmax_scale).softmax(dim=-1)
+    router_k = _widen(router.k).repeat_interleave(num_router_heads // router.k.shape[1], dim=1)
+    loss = 0 * (_widen(router.q).sum() + router_k.sum())  # connected, where no document has a past block
+    entropy = tokens = torch.zeros_like(loss, requires_grad=False)
+    for start, end in _documents(num_tokens, cu_seqlens):
+        count = (end - start - 1) // block_size  # the last block is never past
+        mask = torch.ones(end - start, device=q.device) if router.loss_mask is None else router.loss_mask[start:end]
+        tokens = tokens + mask.sum()
+        if count < 1:
+            continue
+        past = slice(start, start + count * block_size)
+        mass = shares[:, start:end, past].unflatten(2, (count, block_size)).sum(dim=-1)
+        mass = mass.unflatten(0, (num_router_heads, -1)).mean(dim=1)
+        chosen = (ids[start:end, :, :, None] == torch.arange(count, device=q.device)).any(dim=2).transpose(0, 1)
+        means = router_k[past].unflatten(0, (count, block_size)).mean(dim=1)
+        z = torch.einsum("thc,mhc->htm", _widen(router.q[start:end]), means) / router.q.shape[2] ** 0.5
+        mass = torch.where(chosen, mass, 0)
+        p = mass / mass.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+        # Rows without a chosen block have shares that nobody reads.
+        log_pi = z.masked_fill(~chosen & chosen.any(dim=-1, keepdim=True), -torch.inf).log_softmax(dim=-1)
+        log_pi = torch.where(chosen, log_pi, 0)
+        counts = (chosen.sum(dim=-1) > 1) & (mass.sum(dim=-1) > 1e-20)
+        of_row = torch.where(counts, (torch.xlogy(p, p) - p * log_pi).sum(dim=-1), 0)
+        loss = loss + (of_row.mean(dim=0) * mask).sum()
+        entropy = entropy - ((torch.where(chosen, log_pi.exp(), 0) * log_pi).sum(dim=-1).mean(dim=0) * mask).sum()
+    return RouterLoss(loss, entropy.detach(), tokens)

@@ -134,6 +134,11 @@ class Selection:
         return self.selector in _USE_SCORES
 
     @property
+    def uses_means(self) -> bool:
+        """Whether queries are scored against means."""
+        return self.uses_scores and self.summary == "mean"
+
+    @property
     def fills_up(self) -> bool:
         """Whether every query gets as many blocks as there are, up to K: then many enough are full attention."""
         return self.selector != "threshold"

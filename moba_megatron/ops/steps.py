@@ -44,6 +44,7 @@ class Steps(Protocol):
         layout: BlockLayout,
         softmax_scale: float,
         workspace_bytes: int | None = None,
+        block_lse_TNK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention with given ids in a whole pack, differentiable, see `gathered.attention`."""
         ...
@@ -57,6 +58,7 @@ class Steps(Protocol):
         layout: BlockLayout,
         softmax_scale: float,
         workspace_bytes: int | None = None,
+        block_lse_TNK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The forward half of `attend`."""
         ...
@@ -87,6 +89,7 @@ class Steps(Protocol):
         out_TND: Tensor,
         lse_TN: Tensor,
         workspace_bytes: int | None = None,
+        block_lse_TNK: Tensor | None = None,
     ) -> None:
         """Attention of a fragment of the keys, combined with the rest, see `gathered.attention`."""
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moba_megatron.config import Config, ParallelConfig
+from moba_megatron.config import AttentionConfig, Config, ModelConfig, ParallelConfig
 from moba_megatron.config.sizes import expert_parameters, router_parameters
 
 GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
@@ -101,7 +101,20 @@ def layer_parameters(config: Config, experts: bool = False) -> int:
     joint = (heads + 2 * kv_heads) * size
     split = joint * hidden + heads * size * hidden + joint * model.add_qkv_bias
     split += kv_heads * size * (config.attention.key_convolution or 0)
-    return split // tensor + 2 * hidden + 2 * size * model.qk_layernorm + feed_forward_parameters(config, experts)
+    whole = 2 * hidden + 2 * size * model.qk_layernorm
+    index = index_parameters(config.attention, model)
+    return (split + index[0]) // tensor + whole + index[1] + feed_forward_parameters(config, experts)
+
+
+def index_parameters(attention: AttentionConfig, model: ModelConfig) -> tuple[int, int]:
+    """Those of a layer's index that chooses blocks: split over tensor-parallel ranks, and whole on each."""
+    size, hidden = attention.router_dim, model.hidden_size
+    if attention.router == "own" or size is None:
+        return 0, 0
+    queries = model.query_groups if attention.router_heads == "key" else model.num_attention_heads
+    keys = model.query_groups if attention.router_keys == "key" else 0
+    shared = size * hidden * (attention.router_keys == "shared")
+    return (queries + keys) * size * hidden, shared + 2 * size * (attention.router_norm == "rms")
 
 
 def feed_forward_parameters(config: Config, experts: bool = False) -> int:

@@ -11,6 +11,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from moba_megatron.config import Config
+from moba_megatron.model.frozen import train_only
 from moba_megatron.platform import current_device
 
 
@@ -19,7 +20,10 @@ def wrap_data_parallel(model: list[torch.nn.Module], config: Config) -> list[Dis
     in bf16.
 
     The gathering of parameters is not overlapped with computation: it would leave stale ones for saving and evaluation.
+    Weights that `training.train_only` leaves out are frozen.
     """
+    if config.training.train_only is not None:
+        train_only(model, config.training.train_only)
     half = config.training.gradient_precision == "bf16"
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=not half,

@@ -42,6 +42,8 @@ class ProgressView:
     def step(self, values: dict[str, Any], seconds_left: float) -> None:
         """Show one line of metrics. `seconds_left` serves plain lines, the bar has its own estimate."""
         numbers = f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s"
+        if "router_loss" in values:
+            numbers = f"router loss {values['router_loss']:.4f}  {numbers}"
         self.bar.update(self.task, completed=values["step"], numbers=numbers)
         if self.shown and (values["step"] % self.every == 0 or values["step"] == self.total):
             self.say(

@@ -11,6 +11,7 @@ from moba_megatron.checkpoint import CheckpointError, find_latest
 from moba_megatron.checkpoint.manifest import NAME, Manifest
 from moba_megatron.config import Config, ConfigError
 from moba_megatron.config.paths import counted_from
+from moba_megatron.config.router import SHAPE
 from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.runs.folder import RunFolder
 
@@ -45,6 +46,9 @@ FREE = (
     "data.validation",
     "data.index_cache",
 )
+
+
+_OF_INDEX = ("attention.router_loss", "attention.router_loss_coeff")
 
 
 def find_resume(config: Config, schedule: AttentionSchedule, data: dict[str, str]) -> Path | None:
@@ -120,7 +124,8 @@ def differences(manifest: Manifest, config: Config, schedule: AttentionSchedule,
         (key, f"{key} = {now.get(key)!r}, but the run has {before.get(key)!r}")
         for key in sorted(before.keys() | now.keys())
         # Schedules are compared by what they mean.
-        if before.get(key) != now.get(key) and not key.startswith("attention.")
+        if before.get(key) != now.get(key) and (key in _OF_INDEX or not key.startswith("attention."))
+        if key != "training.train_only"
     ]
     for line in schedule.differences(AttentionSchedule.from_dict(manifest.schedule)):
         changed.append(("attention", f"attention: {line} in the run's schedule"))
@@ -133,9 +138,13 @@ def differences(manifest: Manifest, config: Config, schedule: AttentionSchedule,
         for key, line in changed
         if not free(key)
     ]
-    key = "attention.key_convolution"
-    if before.get(key) != now.get(key):
-        problems.append(f"{key} = {now.get(key)}, but the run has {before.get(key)}: it is parameters; set it back")
+    fixed = {f"attention.{name}": "it is parameters" for name in ("key_convolution", *SHAPE)}
+    fixed["training.train_only"] = "it is what the optimizer holds"
+    problems += [
+        f"{key} = {now.get(key)}, but the run has {before.get(key)}: {why}; set it back"
+        for key, why in fixed.items()
+        if before.get(key) != now.get(key)
+    ]
     return problems
 
 

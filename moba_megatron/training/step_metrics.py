@@ -1,5 +1,5 @@
-"""The metrics of a step besides its loss: traffic of context parallelism, the load of experts, and the work of a
-GPU."""
+"""The metrics of a step besides its loss: traffic of context parallelism, the load of experts, what an index learns,
+and the work of a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba_megatron.config import Config, ModelConfig
+from moba_megatron.config import AttentionConfig, Config, ModelConfig
 from moba_megatron.config.experts import LOSSES as BALANCING_LOSSES
 from moba_megatron.model.experts import LOSSES
 from moba_megatron.parallel.wire import Observation
@@ -41,6 +41,24 @@ def context_metrics(seen: Observation) -> dict[str, float]:
     metrics: dict[str, float] = {"context_bytes": seen.total}
     loads = [load.most_after / load.mean for load in seen.loads if load.mean]
     return {**metrics, "dispatch_load": max(loads)} if loads else metrics
+
+
+def index_metrics(sums: Tensor, attention: AttentionConfig) -> dict[str, Any]:
+    """What the indexes that choose blocks learn, from what `model.block_router.read_index_tallies` gives.
+
+    Returns:
+        `router_loss`: what all layers add to the loss of the language model, with their weight. `routers`, for each
+        layer with an index that learns: `layer` from 1, `loss` and `entropy` of the choice, in nats per token. Of a
+        step without tokens, nothing.
+    """
+    layers = [
+        {"layer": number, "loss": loss / tokens, "entropy": entropy / tokens}
+        for number, (loss, entropy, tokens) in enumerate(sums.tolist(), start=1)
+        if tokens > 0
+    ]
+    if not layers:
+        return {}
+    return {"router_loss": attention.router_loss_coeff * sum(layer["loss"] for layer in layers), "routers": layers}
 
 
 def expert_metrics(sums: Tensor, model: ModelConfig) -> dict[str, Any]:

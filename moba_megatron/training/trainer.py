@@ -25,6 +25,7 @@ from moba_megatron.checkpoint.finite import list_of_names, weights_not_finite
 from moba_megatron.config import Config
 from moba_megatron.data.feed import rank_batches
 from moba_megatron.evaluation.losses.positions import evaluate
+from moba_megatron.model.block_router import read_index_tallies
 from moba_megatron.model.core_attention import set_attention_stage
 from moba_megatron.model.experts import expert_biases, read_tallies
 from moba_megatron.model.forward import Batch, forward_step, microbatch_shape, reduce_over_ranks
@@ -46,7 +47,7 @@ from moba_megatron.training.preflight import Preflight
 from moba_megatron.training.profiling import step_profiler
 from moba_megatron.training.progress import ProgressView
 from moba_megatron.training.saving import Saver
-from moba_megatron.training.step_metrics import context_metrics, expert_metrics, gpu_metrics
+from moba_megatron.training.step_metrics import context_metrics, expert_metrics, gpu_metrics, index_metrics
 from moba_megatron.training.watch import Watch
 
 # Number of steps whose median gives the estimate of the time left.
@@ -251,6 +252,7 @@ class Trainer:
             "tokens_per_second": self.config.tokens_per_step / self.seconds[-1],
             "stage": self.stage,
             **(expert_metrics(self.tallies, self.config.model) if self.tallies is not None else {}),
+            **(index_metrics(self.index_sums, self.config.attention) if self.index_sums is not None else {}),
             **(context_metrics(seen) if self.config.parallel.context > 1 else {}),
             **(gpu_metrics(self.config, self.ready, self.stage, self.seconds[-1]) if on_gpu else {}),
         }
@@ -272,6 +274,7 @@ class Trainer:
         )
         self.sums = [item["sums"] for item in reductions]
         self.tallies = self._read_tallies()
+        self.index_sums = self._read_index_sums()
         total, count = reduce_over_ranks(self.sums, (2,)).tolist()
         return total / max(count, 1)
 
@@ -280,6 +283,13 @@ class Trainer:
         if self.config.model.num_moe_experts is None:
             return None
         return read_tallies(self.state.model, self.config.model, self.device).cpu()
+
+    def _read_index_sums(self) -> torch.Tensor | None:
+        """What the indexes learnt from since this was called last; None of a model without any that learns."""
+        attention = self.config.attention
+        if attention.router == "own" or attention.router_loss == "none":
+            return None
+        return read_index_tallies(self.state.model, self.config.model.num_layers, self.device).cpu()
 
     def pass_over(self, number: int, why: str) -> dict[str, Any]:
         """Leave the next global batch out: only data and learning rate advance. Returns the line of metrics."""

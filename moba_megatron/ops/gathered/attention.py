@@ -65,6 +65,7 @@ def accumulate(
     out_TND: Tensor,
     lse_TN: Tensor,
     workspace_bytes: int | None = None,
+    block_lse_TNK: Tensor | None = None,
 ) -> None:
     """Attend a fragment of the keys on top of what the rows have attended already; no gradient.
 
@@ -79,6 +80,8 @@ def accumulate(
         lse_TN: its log-sum-exp in fp32 (fp64 for fp64 inputs), -inf for rows without keys so far; changed in place.
             Rows in the fragment's causal spans are written, not combined: these spans come first.
         workspace_bytes: for what is kept of the entries of one index, see `moba_attention`.
+        block_lse_TNK: log-sum-exp of each chosen block by row and place among the ids, in lse's dtype, so far (-inf
+            without keys); changed in place. None: not asked for.
     """
     buffer = _EntryBuffer(q_TND)
     for kv in each_group(q_TND, keys, ids_TNK, fragment, softmax_scale, workspace_bytes):
@@ -86,7 +89,7 @@ def accumulate(
         for index in kv.indexes():
             partial_lse_P = lse_TN.new_empty(index.count + 1)
             past_forward(kv, index, buffer(index), partial_lse_P)
-            combine_forward(index, buffer(index), partial_lse_P, out_TND, lse_TN)
+            combine_forward(index, buffer(index), partial_lse_P, out_TND, lse_TN, block_lse_TNK)
 
 
 @without_autocast
@@ -135,12 +138,13 @@ def attend_forward(
     layout: BlockLayout,
     softmax_scale: float,
     workspace_bytes: int | None = None,
+    block_lse_TNK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over each query's own block (causal) and the past blocks given by ids, in a whole pack; no gradient.
 
     Args:
         q_TND, k_TGD, v_TGD: queries [T, N, D], keys and values [T, G, D], one floating dtype and device.
-        ids_TNK, softmax_scale, workspace_bytes: as for `accumulate`.
+        ids_TNK, softmax_scale, workspace_bytes, block_lse_TNK: as for `accumulate`.
         layout: blocks of the pack.
 
     Returns:
@@ -150,7 +154,7 @@ def attend_forward(
     out_TND = torch.empty_like(q_TND)
     lse_TN = torch.empty(q_TND.shape[:2], dtype=score_dtype(q_TND.dtype), device=q_TND.device)
     keys = Keys(k_TGD, v_TGD, q_TND.shape[1] // k_TGD.shape[1])
-    accumulate(q_TND, keys, ids_TNK, whole_pack(layout), softmax_scale, out_TND, lse_TN, workspace_bytes)
+    accumulate(q_TND, keys, ids_TNK, whole_pack(layout), softmax_scale, out_TND, lse_TN, workspace_bytes, block_lse_TNK)
     return out_TND, lse_TN
 
 

@@ -21,18 +21,32 @@ TOKENS_AT_ONCE = 4096
 
 
 def combine_forward(
-    index: Index, partial_out_PD: Tensor, partial_lse_P: Tensor, out_TND: Tensor, lse_TN: Tensor
+    index: Index,
+    partial_out_PD: Tensor,
+    partial_lse_P: Tensor,
+    out_TND: Tensor,
+    lse_TN: Tensor,
+    block_lse_TNK: Tensor | None = None,
 ) -> None:
-    """Combine the entries' outputs with out and lse, in place, a few tokens at a time."""
+    """Combine the entries' outputs with out and lse, in place, a few tokens at a time; and each entry's log-sum-exp
+    with that of its block, if these are asked for."""
     out_tHD, lse_tH = (x[index.tokens, index.heads] for x in (out_TND, lse_TN))
     for first in range(0, out_tHD.shape[0], TOKENS_AT_ONCE):
         tokens = slice(first, first + TOKENS_AT_ONCE)
         place_tHK = index.place_tHK[tokens]
-        partial_lse_KtH = partial_lse_P[place_tHK].permute(2, 0, 1)
+        partial_lse_tHK = partial_lse_P[place_tHK]
+        if block_lse_TNK is not None:
+            add_block_lse(block_lse_TNK[index.tokens, index.heads][tokens], partial_lse_tHK)
+        partial_lse_KtH = partial_lse_tHK.permute(2, 0, 1)
         weights, lse_tH[tokens] = combine_weights(torch.cat([lse_tH[None, tokens], partial_lse_KtH]))
         of_slots = weights[1:].permute(1, 2, 0).flatten(0, 1)
         acc_tHD = sums_of_chosen(partial_out_PD, place_tHK.flatten(0, 1), of_slots).view(out_tHD[tokens].shape)
         out_tHD[tokens] = acc_tHD.addcmul_(out_tHD[tokens].to(acc_tHD.dtype), weights[0].unsqueeze(-1))
+
+
+def add_block_lse(block_lse_tHK: Tensor, partial_lse_tHK: Tensor) -> None:
+    """Combine log-sum-exps of slots with those of chosen blocks, in place; a slot of the own block stays out."""
+    torch.logaddexp(block_lse_tHK, partial_lse_tHK[..., : block_lse_tHK.shape[2]], out=block_lse_tHK)
 
 
 def combine_backward(index: Index, partial_dq_PD: Tensor, dq_TND: Tensor, factor: float) -> None:

@@ -24,6 +24,8 @@ pass.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ from moba_megatron.ops.triton import config
 from moba_megatron.ops.triton.backward_dkdv import causal_backward_dkdv, dkdv_cut, past_backward_dkdv, writes_dq
 from moba_megatron.ops.triton.backward_dq import causal_backward_dq, dq_cut, output_delta, past_backward_dq
 from moba_megatron.ops.triton.causal import causal_forward
-from moba_megatron.ops.triton.combine import combine_backward_dq, combine_forward
+from moba_megatron.ops.triton.combine import combine_backward_dq, combine_block_lse, combine_forward
 from moba_megatron.ops.triton.devices import on_its_device
 from moba_megatron.ops.triton.fragments import DeviceFragment, on_device, whole_pack
 from moba_megatron.ops.triton.index import build_index
@@ -82,6 +84,7 @@ def accumulate(
     out_TND: Tensor,
     lse_TN: Tensor,
     workspace_bytes: int | None = None,
+    block_lse_TNK: Tensor | None = None,
 ) -> None:
     """Attend a fragment of the keys and combine with what the rows have attended already; no gradient.
 
@@ -90,14 +93,20 @@ def accumulate(
             out in q's dtype or fp32, lse in fp32, both contiguous.
         fragment: which of these keys the queries may attend.
         workspace_bytes: see the module; `ops.kernel_sizes.default_workspace` if None.
+        block_lse_TNK: fp32, as for `ops.gathered.accumulate`.
     """
     fragment, keys = on_device(fragment, q_TND.device), _readable(keys)
+    if block_lse_TNK is not None:
+        # A slot for every id, so that a slot's place tells the block.
+        fragment = dataclasses.replace(fragment, most_held=None)
     ids_TNK = ids_TNK.contiguous()
     for work in passes(q_TND, keys, ids_TNK.shape[2], fragment, forward_entry_bytes(q_TND), workspace_bytes):
         causal_forward(q_TND, keys, work, fragment, softmax_scale, None, out_TND, lse_TN)
         partials = _past_partials(q_TND, keys, ids_TNK, work, fragment, softmax_scale)
         if partials is not None:
             combine_forward(work, partials, out_TND, lse_TN)
+            if block_lse_TNK is not None:
+                combine_block_lse(work, partials, block_lse_TNK)
         del partials  # the next pass may fill the workspace
 
 
@@ -207,6 +216,7 @@ def attend_forward(
     layout: BlockLayout,
     softmax_scale: float,
     workspace_bytes: int | None = None,
+    block_lse_TNK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over each query's own block (causal) and the past blocks given by ids, in a whole pack; no gradient.
 
@@ -215,6 +225,7 @@ def attend_forward(
         ids_TNK: int32 [T, N, K], as for `accumulate`.
         layout: blocks of the pack.
         workspace_bytes: see the module.
+        block_lse_TNK: as for `accumulate`.
 
     Returns:
         out [T, N, D] in q's dtype, lse fp32 [T, N].
@@ -226,6 +237,8 @@ def attend_forward(
     for work in passes(q_TND, keys, ids_TNK.shape[2], fragment, forward_entry_bytes(q_TND), workspace_bytes):
         partials = _past_partials(q_TND, keys, ids_TNK, work, fragment, softmax_scale)
         causal_forward(q_TND, keys, work, fragment, softmax_scale, partials, out_TND, lse_TN)
+        if block_lse_TNK is not None and partials is not None:
+            combine_block_lse(work, partials, block_lse_TNK)
         del partials  # the next pass may fill the workspace
     return out_TND, lse_TN
 

@@ -17,6 +17,7 @@ partial dk.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -244,6 +245,23 @@ def combine_forward(work: Pass, partials: tuple[Tensor, Tensor, Tensor], out_TND
         work.tokens.start, work.num_tokens, work.first_kv_head, out_TND.shape[1], work.qheads_per_kvhead,
         **tiles,
     )  # fmt: skip
+
+
+def combine_block_lse(work: Pass, partials: tuple[Tensor, Tensor, Tensor], block_lse_TNK: Tensor) -> None:
+    """Combine the log-sum-exps of a pass's entries with those of their blocks, fp32 [T, N, K], in place; a slot of the
+    own block stays out. By PyTorch's operations on single elements: 16 bytes an entry, where a partial output has D
+    elements."""
+    num_past = block_lse_TNK.shape[2]
+    _, lse_E, kv_blocks_E = partials
+    # Entries whose kv block is -1 were never written.
+    lse_GTRK = lse_E.masked_fill(kv_blocks_E < 0, -torch.inf).view(
+        work.num_kv_heads, work.num_tokens, work.qheads_per_kvhead, work.num_slots
+    )
+    first = work.first_kv_head * work.qheads_per_kvhead
+    heads = slice(first, first + work.num_kv_heads * work.qheads_per_kvhead)
+    whole_tHK = block_lse_TNK[work.tokens, heads]
+    partial_tHK = lse_GTRK[..., :num_past].transpose(0, 1).reshape(whole_tHK.shape)
+    whole_tHK.copy_(torch.logaddexp(whole_tHK, partial_tHK))
 
 
 def combine_backward_dq(work: Pass, partials: tuple[Tensor, Tensor], dq_TND: Tensor) -> None:

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize(
-    "name", ["routing", "screening", "selection", "attention", "fragments", "context", "decode", "accesses"]
+    "name", ["routing", "screening", "selection", "router", "attention", "fragments", "context", "decode", "accesses"]
 )
 def test_in_the_interpreter(name):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

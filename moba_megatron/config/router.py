@@ -1,0 +1,144 @@
+"""Combinations of `attention.router` and its settings that cannot work."""
+
+from __future__ import annotations
+
+from moba_megatron.config.model import ModelConfig
+from moba_megatron.config.schema import AttentionConfig, Config
+from moba_megatron.config.words import one_of
+
+SHAPE = ("router", "router_dim", "router_heads", "router_keys", "router_norm")
+"""Settings that decide which parameters an index has."""
+_SETTINGS = (*SHAPE[1:], "router_loss", "router_loss_coeff", "router_init")
+
+
+def router_checks(config: Config) -> list[tuple[bool, str]]:
+    """(wrong, what to say) for each combination."""
+    if config.attention.router == "own":
+        return [*_without_index(config.attention), _nothing_to_train(config)]
+    return [
+        *_dimension_checks(config.attention, config.model),
+        *_choice_checks(config.attention),
+        *_loss_checks(config),
+        *_copy_checks(config.attention, config.model),
+    ]
+
+
+def _without_index(attention: AttentionConfig) -> list[tuple[bool, str]]:
+    fields = type(attention).model_fields
+    return [
+        (
+            (value := getattr(attention, name)) != fields[name].default,
+            f"attention.{name} = {value} has no effect with attention.router = own: set attention.router: index, or "
+            "take it out",
+        )
+        for name in _SETTINGS
+    ]
+
+
+def _nothing_to_train(config: Config) -> tuple[bool, str]:
+    return (
+        config.training.train_only is not None,
+        f"training.train_only = {config.training.train_only}, but attention.router = own has no weights: set "
+        "attention.router: index, or take it out",
+    )
+
+
+def _dimension_checks(attention: AttentionConfig, model: ModelConfig) -> list[tuple[bool, str]]:
+    size = attention.router_dim
+    if size is None:
+        return [(True, "attention.router_dim is not set, but attention.router = index needs it: give one such as 64")]
+    rotated = int(size * model.rotary_percent)
+    return [
+        (size % 2 != 0, f"attention.router_dim = {size}: rotary embedding needs an even one"),
+        (
+            size % 2 == 0 and (rotated % 2 != 0 or rotated == 0),
+            f"attention.router_dim = {size}: model.rotary_percent = {model.rotary_percent} rotates {rotated} of its "
+            "channels: it must be an even number above 0",
+        ),
+        (
+            model.rotary_scaling == "longrope" and size != model.head_size,
+            f"attention.router_dim = {size}: model.rotary_scaling = longrope has a factor for each pair of channels of "
+            f"a head: use {model.head_size}",
+        ),
+    ]
+
+
+def _choice_checks(attention: AttentionConfig) -> list[tuple[bool, str]]:
+    selectors, share = attention.selectors, attention.share_selection
+    finest = attention.router_heads == "query" and attention.router_keys == "key"
+    return [
+        (
+            "moba" not in attention.kinds,
+            f"attention.router = index has no effect with attention.kind = {attention.kind} in every stage: nothing is "
+            "chosen. For a warm-up use kind: moba with a top_k of all blocks of the sequence",
+        ),
+        (
+            not selectors <= {"top_k", "threshold"},
+            f"attention.router = index scores blocks, but the selector {one_of(sorted(selectors))} looks at no scores: "
+            "use top_k or threshold",
+        ),
+        (
+            attention.summary != "mean",
+            f"attention.summary = {attention.summary}: attention.router = index scores means of its keys: use mean",
+        ),
+        (
+            attention.backend == "flash_moba",
+            "attention.backend = flash_moba chooses by attention's own queries and keys, not by attention.router = "
+            "index: use auto",
+        ),
+        (
+            share != "none" and not finest,
+            f"attention.share_selection = {share} with attention.router_heads = {attention.router_heads} and "
+            f"router_keys = {attention.router_keys}: it needs router_heads: query and router_keys: key. router_heads: "
+            "key is one choice for each key head already: take share_selection out",
+        ),
+    ]
+
+
+def _loss_checks(config: Config) -> list[tuple[bool, str]]:
+    attention, parallel = config.attention, config.parallel
+    return [
+        (
+            attention.router_loss == "none" and attention.router_loss_coeff != 1.0,
+            f"attention.router_loss_coeff = {attention.router_loss_coeff} has no effect with attention.router_loss = "
+            "none: take it out",
+        ),
+        (
+            attention.router_loss == "none" and config.training.train_only is not None,
+            f"training.train_only = {config.training.train_only} with attention.router_loss = none: nothing learns; "
+            "use sparse or dense",
+        ),
+        (
+            attention.router_loss == "dense" and parallel.context > 1 and parallel.exchange.moba != "a2a",
+            f"attention.router_loss = dense with parallel.context = {parallel.context} and parallel.exchange.moba = "
+            f"{parallel.exchange.moba}: it runs where a rank has whole sequences: use parallel.exchange: a2a, or "
+            "router_loss: sparse",
+        ),
+    ]
+
+
+def _copy_checks(attention: AttentionConfig, model: ModelConfig) -> list[tuple[bool, str]]:
+    if attention.router_init != "copied":
+        return []
+    needed = {
+        "router_heads": "query",
+        "router_keys": "key",
+        "router_dim": model.head_size,
+        "router_norm": "rms" if model.qk_layernorm else "none",
+    }
+    start = "attention.router_init = copied"
+    return [
+        *[
+            (
+                (value := getattr(attention, name)) != wanted,
+                f"{start}: an index like the layer's own queries and keys has {name} = {wanted}, not {value}",
+            )
+            for name, wanted in needed.items()
+        ],
+        (model.add_qkv_bias, f"{start}: model.add_qkv_bias = true, but an index has no biases: use drawn"),
+        (
+            attention.key_convolution is not None,
+            f"{start}: attention.key_convolution = {attention.key_convolution}, but keys of an index are not "
+            "convolved: use drawn",
+        ),
+    ]
