@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moba_megatron.ops.backends import resolve_backend
-from moba_megatron.ops.gathered.decode import block_means, block_summaries, continue_text
+from moba_megatron.ops.gathered.decode import block_means, block_summaries, choosing, continue_text
 from moba_megatron.ops.layout import check_settings
 from moba_megatron.ops.selection import MOBA, Selection
 
@@ -34,6 +34,8 @@ def decode_tokens(
     softmax_scale: float | None = None,
     backend: str = "auto",
     selection: Selection = MOBA,
+    router_q_bHC: Tensor | None = None,
+    router_k_bSJC: Tensor | None = None,
 ) -> Tensor:
     """MoBA for the newest token of each of several texts of one length; no gradient.
 
@@ -45,6 +47,7 @@ def decode_tokens(
         backend: as for `moba_attention`, `triton` or portable. The kernel knows top-k of the means alone: any other
             selection is portable on every device.
         selection: how past blocks are chosen.
+        router_q_bHC, router_k_bSJC: what chooses in place of q and k, see `continue_text`.
 
     Returns:
         [b, N, D] in q's dtype.
@@ -58,13 +61,22 @@ def decode_tokens(
         from moba_megatron.ops.triton.decode import decode_cached
 
         scale = 1 / math.sqrt(q_bND.shape[2]) if softmax_scale is None else softmax_scale
+        if router_q_bHC is not None:
+            keys = None if router_k_bSJC is None else router_k_bSJC[0, :1].expand(k_bSGD.shape[1], -1, -1)
+            given = None if summaries_bMGD is None else summaries_bMGD[0]
+            choosing(q_bND, k_bSGD[0], given, selection, router_q_bHC, keys)
         if summaries_bMGD is None:
-            summaries_bMGD = torch.stack([block_means(k_SGD, block_size) for k_SGD in k_bSGD])
+            chooses = k_bSGD if router_k_bSJC is None else router_k_bSJC
+            summaries_bMGD = torch.stack([block_means(k_SGD, block_size) for k_SGD in chooses])
         lengths_b = torch.full((len(q_bND),), k_bSGD.shape[1], dtype=torch.int32, device=q_bND.device)
         settings = {"block_size": block_size, "top_k": top_k, "softmax_scale": scale, "selection": selection}
-        return decode_cached(q_bND, k_bSGD, v_bSGD, summaries_bMGD, lengths_b, **settings)
+        return decode_cached(q_bND, k_bSGD, v_bSGD, summaries_bMGD, lengths_b, router_q_bHC=router_q_bHC, **settings)
     settings = {"block_size": block_size, "top_k": top_k, "softmax_scale": softmax_scale, "selection": selection}
     blocks = k_bSGD.shape[1] // block_size
     summaries = [None] * len(q_bND) if summaries_bMGD is None else summaries_bMGD[:, :blocks]
-    texts = zip(q_bND.unsqueeze(1), k_bSGD, v_bSGD, summaries, strict=True)
-    return torch.cat([continue_text(q, k, v, s, **settings) for q, k, v, s in texts])
+    router_q = [None] * len(q_bND) if router_q_bHC is None else router_q_bHC.unsqueeze(1)
+    router_k = [None] * len(q_bND) if router_k_bSJC is None else router_k_bSJC
+    texts = zip(q_bND.unsqueeze(1), k_bSGD, v_bSGD, summaries, router_q, router_k, strict=True)
+    return torch.cat([
+        continue_text(q, k, v, s, router_q_tHC=rq, router_k_SJC=rk, **settings) for q, k, v, s, rq, rk in texts
+    ])  # fmt: skip
