@@ -34,7 +34,6 @@ from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.model.builder import build_model
 from moba_megatron.model.schedule import AttentionSchedule
-from moba_megatron.ops.selection import Selection
 from moba_megatron.platform.start import start_single_rank
 from moba_megatron.runs.folder import RunFolder
 
@@ -179,9 +178,11 @@ def attention_section(values: dict[str, Any]) -> dict[str, Any]:
         layer = settings.of_layer(number)
         if kind == "moba" and layer.selection.budgets is not None:
             own.setdefault(number + 1, {})["top_k"] = list(layer.selection.budgets)
-    for number, selection in settings.layer_selections.items():
-        own.setdefault(number + 1, {}).update(_own_choice(selection, settings.selection))
+    for number in settings.layer_selections:
+        own.setdefault(number + 1, {}).update(_own_choice(settings, number))
     section = {"kind": "moba", "block_size": settings.block_size, "top_k": settings.top_k}
+    if settings.index is not None:
+        section |= {"router": "index", **settings.index}
     return {**section, **_selection_section(settings), "full_layers": full, "layers": own}
 
 
@@ -203,13 +204,14 @@ def _selection_section(settings: MoBASettings) -> dict[str, Any]:
     return {"selector": first.selector, "summary": first.summary, "threshold": first.threshold, **shared}
 
 
-def _own_choice(selection: Selection, first: Selection) -> dict[str, Any]:
-    """What of the settings of a layer says how it chooses, where `first` are those of the section."""
-    words: dict[str, Any] = {"selector": selection.selector}
-    if selection.uses_scores and selection.summary != first.summary:
-        words["summary"] = selection.summary
-    if selection.threshold is not None and selection.threshold != first.threshold:
-        words["threshold"] = selection.threshold
+def _own_choice(settings: MoBASettings, number: int) -> dict[str, Any]:
+    """What of a layer's settings (from 0) says how it chooses, where that is not what the section says."""
+    first, own = settings.selection, settings.of_layer(number).selection
+    words: dict[str, Any] = {"selector": own.selector}
+    if own.uses_scores and own.summary != first.summary:
+        words["summary"] = own.summary
+    if own.threshold is not None and own.threshold != first.threshold:
+        words["threshold"] = own.threshold
     return words
 
 

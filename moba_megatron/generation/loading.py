@@ -224,7 +224,7 @@ def _from_checkpoint(exported: Exported, decode: str | None, verify: bool) -> Ge
         exported.model,
         length=exported.config.window,
         dtype=dtype,
-        moba=moba_config(exported.layers, decode or "full"),
+        moba=moba_config(exported.layers, decode or "full", indexes=exported.indexes),
         special_ids={"eos_token_id": exported.tokenizer.eod_id},
     )
     config = AutoConfig.for_model(**values)
@@ -257,7 +257,7 @@ def _fill(model: Any, stored: StoredWeights, exported: Exported) -> None:
     """Copy a checkpoint's weights into a model of transformers, one parameter at a time."""
     parameters = dict(model.named_parameters())
     arrangement = Arrangement.of(FAMILIES[family_of(exported.model)]).found_in(parameters)
-    for name, shape in parameter_shapes(exported.model).items():
+    for name, shape in parameter_shapes(exported.model, indexes=exported.indexes).items():
         parameter = stored.read(name, shape)
         for piece in pieces(name, exported.model, arrangement=arrangement):
             target = parameters[piece.source]
