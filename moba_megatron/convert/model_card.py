@@ -82,6 +82,10 @@ _SHARED = {
     "mean": " (the query heads of a key head choose together, by the mean of their scores)",
     "max": " (the query heads of a key head choose together, by the largest of their scores)",
 }
+_INDEXED = (
+    ", by an index with weights of its own (`self_attn.block_router`; engines that do not know these may refuse the "
+    "folder)"
+)
 _OF_TASKS = ("_greedy_match", "_ranked_first", "_answer_nats")
 
 
@@ -136,7 +140,8 @@ def _attention(name: str, values: dict[str, Any]) -> str:
         past=_past(settings),
         block_size=settings.block_size,
         chosen=_CHOSEN[settings.selection.selector].format(**_said(settings))
-        + _SHARED[settings.selection.share_selection],
+        + _SHARED[settings.selection.share_selection]
+        + (_INDEXED if settings.index else ""),
         others=f" ({'; '.join(others)})" if others else "",
         covered=settings.covered,
     )

@@ -187,7 +187,8 @@ class MoBASettings:
         """The same with the block size, top-k and selection of a layer, counted from 0."""
         block_size, top_k = self.layer_sizes.get(layer, (self.block_size, self.top_k))
         selection = self.layer_selections.get(layer, self.selection)
-        return replace(self, block_size=block_size, top_k=top_k, selection=selection)
+        own = {"block_size": block_size, "top_k": top_k, "selection": selection}
+        return replace(self, layer_sizes={}, layer_selections={}, **own)
 
     @property
     def covered(self) -> int | None:

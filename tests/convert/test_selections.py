@@ -107,9 +107,13 @@ def test_the_configuration_says_it_and_comes_back(run, tmp_path):
         card = (run.parent / "full/README.md").read_text()
         assert "the 2 past blocks of 16 tokens that are the first one and the nearest to it" in card
     if run.parent.name.startswith("budgets"):
-        assert (moba["top_k"], moba["budgets"]) == (5, [2, 5])
+        assert (moba["top_k"], moba["layer_sizes"], moba["budgets"]) == (
+            4,
+            {"0": {"block_size": 16, "top_k": 5}},
+            [2, 5],
+        )
         assert moba["layer_selections"]["1"] == {"selector": "sink_recent", "summary": "mean", "budgets": [4, 1]}
-        assert "1, 4 (by key head) past blocks of 16 tokens" in (run.parent / "full/README.md").read_text()
+        assert "1, 4 (by key head)" in (run.parent / "full/README.md").read_text()
     run_ranks(1, lambda: import_huggingface(run.parent / "full", tmp_path / "back"))
     before = AttentionSchedule.from_config(saved_config(open_exported(run).checkpoint).attention, 4)
     assert (
