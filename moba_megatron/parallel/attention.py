@@ -1,10 +1,9 @@
 """Attention over a sequence whose tokens lie on several ranks: MoBA, or full causal attention.
 
-One autograd function serves every exchange: attend the keys of one's own block at hand while the block summaries (if
-the selection asks for any) travel, choose past blocks for one's own queries among all blocks of the pack, then work
-through the partial attentions that the exchange yields and combine by log-sum-exp. The backward pass takes each with
-the output and the log-sum-exp of the whole attention, so that what they give to the gradients simply adds up. Full
-attention is the case of one block per document, in which nothing is chosen.
+One autograd function serves every exchange (`between_shards`): attend the keys of one's own block at hand while the
+block summaries (if the selection asks for any) travel, choose past blocks for one's own queries among all blocks of the
+pack, then work through the partial attentions that the exchange yields and combine by log-sum-exp. Full attention is
+the case of one block per document, in which nothing is chosen. A router chooses before (`router`).
 
 | exchange | what happens |
 |---|---|
@@ -23,26 +22,27 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moba_megatron.ops import full_attention, moba_attention, resolve_backend
-from moba_megatron.ops.fragments import Keys
+from moba_megatron.ops.kept_layouts import layout_of
 from moba_megatron.ops.layout import check_inputs, check_settings
-from moba_megatron.ops.precision import score_dtype, without_autocast
+from moba_megatron.ops.precision import without_autocast
+from moba_megatron.ops.router import Router, RouterLoss, check_router, check_router_backend, no_loss
+from moba_megatron.ops.router_loss import block_masses
 from moba_megatron.ops.selection import MOBA, Selection
-from moba_megatron.ops.steps import Steps, check_workspace, has_steps, steps_of
+from moba_megatron.ops.steps import check_workspace, has_steps, steps_of
 from moba_megatron.parallel.a2a import to_heads, to_tokens
-from moba_megatron.parallel.context_plan import ContextPlan, boundaries_on, host_boundaries, inner_order, plan_context
-from moba_megatron.parallel.exchange import Exchange, PartialAttention, Queries
+from moba_megatron.parallel.between_shards import attend_between_shards
+from moba_megatron.parallel.context_plan import boundaries_on, host_boundaries, inner_order, plan_context
 from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, RankSizes
 from moba_megatron.parallel.exchanges import EXCHANGES
 from moba_megatron.parallel.layout import check_divisible
-from moba_megatron.parallel.summaries import SummaryExchange
+from moba_megatron.parallel.router import Chosen, RouterChoice, chosen_for
 from moba_megatron.parallel.wire import Wire
 
 
@@ -98,7 +98,8 @@ def context_attention(
     backend: str = "auto",
     selection: Selection = MOBA,
     workspace_bytes: int | None = None,
-) -> Tensor:
+    router: Router | None = None,
+) -> Tensor | tuple[Tensor, RouterLoss]:
     """Attention of this rank's queries over the keys of all ranks. All ranks of the group call it together.
 
     Args:
@@ -114,9 +115,11 @@ def context_attention(
             `triton`.
         selection: how past blocks are chosen; no effect in full attention.
         workspace_bytes: room of each partial attention, see `moba_attention`; no effect in full attention under `a2a`.
+        router: of this rank's tokens, see `moba_attention`; with `gathered` or `triton`.
 
     Returns:
-        [t, N, D] in q's dtype. Differentiable in q, k and v; selection is a constant.
+        [t, N, D] in q's dtype. Differentiable in q, k and v; selection is a constant. With a router that has a loss:
+        this and the loss of this rank's tokens; the gradients of its keys are complete.
 
     Raises:
         ValueError: sizes, boundaries, exchange or backend that do not fit, with the values.
@@ -139,39 +142,123 @@ def context_attention(
     name, _ = resolve_backend(backend, q.device, q.dtype)
     if levels[1] > 1 and not has_steps(name):
         raise ValueError(f"backend {name!r} holds whole packs: with exchange {exchange!r} use gathered, or use a2a")
+    if router is not None:
+        check_router(router, q, k.shape[1], selection)
+        _check_router_call(router, block_size, name)
     scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else float(softmax_scale)
     if block_size is not None:
         check_workspace(name, workspace_bytes)
     if q.shape[0] == 0:
         # No rows on any rank, but the graph stays connected.
-        return q + (k.sum() + v.sum()).to(q.dtype)
+        out = q + (k.sum() + v.sum()).to(q.dtype)
+        return (out, no_loss(router)) if router is not None and router.learns else out
+    call = _Call(
+        boundaries, cp_groups, kind, levels, block_size, top_k, scale, backend, name, selection, workspace_bytes
+    )
+    if router is None:
+        return call.attend(q, k, v)[0]
+    return call.attend_with(router, q, k, v)
 
-    def between_shards(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        assert group is not None
-        return _between_shards(
-            q, k, v, boundaries, group, kind, levels, block_size, top_k, scale, steps_of(name, selection),
-            workspace_bytes,
+
+@dataclass(frozen=True)
+class _Call:
+    """What is known of a call beside its tensors."""
+
+    boundaries: Tensor
+    cp_groups: ContextGroups
+    kind: ExchangeKind
+    levels: Levels
+    block_size: int | None
+    top_k: int | None
+    scale: float
+    backend: str
+    name: str
+    selection: Selection
+    workspace_bytes: int | None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, choice: Tensor | None = None, learns: bool = False):
+        """Out [t, N, D], and shares of the attention of chosen blocks [t, H, K] if a router learns from them.
+
+        Args:
+            choice: int32 [t, H, K], ids of this rank's tokens; None: q and k choose.
+        """
+        if not self.kind.trades_heads:
+            chosen = None if choice is None else chosen_for(q, choice, learns)
+            out, lse = self._between_shards(q, k, v, self.cp_groups.whole, chosen)
+            return out, block_masses(chosen.block_lse, lse, choice.shape[1]) if learns else None
+        wire = Wire(self.cp_groups.inner if self.kind.two_levels else self.cp_groups.whole)
+        shard = self.cp_groups.whole.rank() // self.levels[0]
+        order = inner_order(host_boundaries(self.boundaries), self.levels, shard, q.device)
+        q, k, v = to_heads(wire, order, q, k, v)
+        chosen = None
+        if choice is not None:
+            (choice,) = to_heads(wire, order, choice)
+            chosen = chosen_for(q, choice, learns)
+        here = replace(self, selection=self.selection.of_heads(wire.rank * k.shape[1], k.shape[1]))
+        attend = here._whole_pack if self.levels[1] == 1 else here._between_outer
+        out, lse = attend(q, k, v, chosen)
+        masses = None
+        if learns:
+            masses = to_tokens(wire, order, block_masses(chosen.block_lse, lse, choice.shape[1]))
+        return to_tokens(wire, order, out), masses
+
+    def attend_with(self, router: Router, q: Tensor, k: Tensor, v: Tensor) -> Tensor | tuple[Tensor, RouterLoss]:
+        """Attention over the blocks that a router chooses, and its loss if it learns."""
+        assert self.block_size is not None and self.top_k is not None
+        wire, steps = Wire(self.cp_groups.whole), steps_of(self.name, self.selection)
+        plan = plan_context(self.boundaries, self.block_size, (1, wire.size), wire.rank, q.device)
+        num_past = min(self.top_k, plan.layout.max_blocks) - 1
+        covers = self.selection.fills_up and self.selection.fewest_blocks(self.top_k) >= plan.layout.max_blocks
+        if num_past == 0 or (self.backend == "auto" and covers and not router.learns):
+            # None or all are chosen, whoever chooses.
+            out = self.attend(q, k, v)[0]
+            return (out, no_loss(router)) if router.learns else out
+        choice = RouterChoice(router, plan, wire, steps, num_past)
+        out, masses = self.attend(q, k, v, choice.ids, router.learns)
+        return (out, choice.loss(masses)) if router.learns else out
+
+    def _between_outer(self, q: Tensor, k: Tensor, v: Tensor, chosen: Chosen | None) -> tuple[Tensor, Tensor]:
+        assert self.cp_groups.outer is not None
+        return self._between_shards(q, k, v, self.cp_groups.outer, chosen)
+
+    def _between_shards(
+        self, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup, chosen: Chosen | None
+    ) -> tuple[Tensor, Tensor]:
+        assert self.kind.between is not None, f"{self.kind.name} leaves shards"
+        wire = Wire(group)
+        plan = plan_context(self.boundaries, self.block_size, self.levels, wire.rank, q.device)
+        num_past = 0 if self.top_k is None else min(self.top_k, plan.layout.max_blocks) - 1
+        return attend_between_shards(
+            q, k, v, plan, wire, self.kind.between(wire), num_past, self.scale, steps_of(self.name, self.selection),
+            self.workspace_bytes, chosen,
         )  # fmt: skip
 
-    if not kind.trades_heads:
-        return between_shards(q, k, v, cp_groups.whole)
-    wire = Wire(cp_groups.inner if kind.two_levels else cp_groups.whole)
-    shard = cp_groups.whole.rank() // levels[0]
-    values = host_boundaries(boundaries)
-    order = inner_order(values, levels, shard, q.device)
-    q, k, v = to_heads(wire, order, q, k, v)
-    selection = selection.of_heads(wire.rank * k.shape[1], k.shape[1])
-    if levels[1] > 1:
-        out = between_shards(q, k, v, cp_groups.outer)
-    else:
-        whole = {"cu_seqlens": boundaries_on(q.device, values), "softmax_scale": scale, "max_seqlen": _longest(values)}
-        if block_size is None:
-            out = full_attention(q, k, v, **whole)
-        else:
-            sizes = {"block_size": block_size, "top_k": selection.blocks(top_k)}
-            how = {"backend": backend, "workspace_bytes": workspace_bytes, **selection.settings}
-            out = moba_attention(q, k, v, **whole, **sizes, **how)
-    return to_tokens(wire, order, out)
+    def _whole_pack(self, q: Tensor, k: Tensor, v: Tensor, chosen: Chosen | None) -> tuple[Tensor, Tensor | None]:
+        values = host_boundaries(self.boundaries)
+        cu_seqlens, longest = boundaries_on(q.device, values), _longest(values)
+        whole = {"cu_seqlens": cu_seqlens, "softmax_scale": self.scale, "max_seqlen": longest}
+        if self.block_size is None:
+            return full_attention(q, k, v, **whole), None
+        if chosen is not None:
+            layout = layout_of(q, cu_seqlens, self.block_size, longest)
+            steps = steps_of(self.name, self.selection)
+            return steps.attend(q, k, v, chosen.ids, layout, self.scale, self.workspace_bytes, chosen.block_lse)
+        sizes = {"block_size": self.block_size, "top_k": self.selection.blocks(self.top_k)}
+        how = {"backend": self.backend, "workspace_bytes": self.workspace_bytes, **self.selection.settings}
+        return moba_attention(q, k, v, **whole, **sizes, **how), None
+
+
+def _check_router_call(router: Router, block_size: int | None, backend: str) -> None:
+    if block_size is None:
+        raise ValueError("a router chooses blocks, and full attention has none: give block_size, or no router")
+    check_router_backend(router, backend)
+    if not has_steps(backend):
+        raise ValueError(
+            f"backend {backend!r} chooses among the blocks of whole packs: with a router under context parallelism use "
+            "gathered or triton"
+        )
+    if router.loss == "dense":
+        raise ValueError("router.loss = 'dense' under context parallelism: not supported")
 
 
 def _longest(boundaries: tuple[int, ...]) -> int:
@@ -190,96 +277,3 @@ def _boundaries(cu_seqlens: Tensor | None, tokens: int, size: int) -> Tensor:
         )
     check_divisible(torch.tensor(values), size)
     return cu_seqlens
-
-
-def _between_shards(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    boundaries: Tensor,
-    group: dist.ProcessGroup,
-    kind: ExchangeKind,
-    levels: Levels,
-    block_size: int | None,
-    top_k: int | None,
-    scale: float,
-    steps: Steps,
-    workspace_bytes: int | None,
-) -> Tensor:
-    assert kind.between is not None, f"{kind.name} leaves shards"
-    wire = Wire(group)
-    plan = plan_context(boundaries, block_size, levels, wire.rank, q.device)
-    num_past = 0 if top_k is None else min(top_k, plan.layout.max_blocks) - 1
-    return _ContextAttention.apply(q, k, v, plan, wire, kind.between(wire), num_past, scale, steps, workspace_bytes)
-
-
-class _ContextAttention(torch.autograd.Function):
-    """See the module. Saved for backward: q, k, v, out, lse and ids of this rank's queries."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: ContextPlan,
-        wire: Wire,
-        exchange: Exchange,
-        num_past: int,
-        scale: float,
-        steps: Steps,
-        workspace_bytes: int | None,
-    ) -> Tensor:
-        q = q.contiguous()
-        dtype = score_dtype(q.dtype)
-        queries = Queries(
-            q,
-            lse=torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device),
-            out=torch.zeros(q.shape, dtype=dtype, device=q.device),
-        )
-        nothing = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device=q.device)
-        summaries = SummaryExchange(plan, wire, k, steps.summary) if num_past and steps.summary else None
-        own_keys = Keys(k, v, q.shape[1] // k.shape[1])
-        _attend(steps, PartialAttention(queries, own_keys, nothing, plan.own_blocks), scale, workspace_bytes)
-        gathered = summaries.wait() if summaries else None
-        ids = steps.select_past(q, gathered, plan.queries, num_past) if num_past else nothing
-        for partial in exchange.forward(plan, queries, k, v, ids):
-            _attend(steps, partial, scale, workspace_bytes)
-        out = queries.out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, queries.lse, ids)
-        ctx.plan, ctx.exchange, ctx.scale, ctx.steps, ctx.workspace_bytes = (
-            plan,
-            exchange,
-            scale,
-            steps,
-            workspace_bytes,
-        )
-        return out
-
-    @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx, do: Tensor):
-        q, k, v, out, lse, ids = ctx.saved_tensors
-        do = do.contiguous()
-        dq = torch.zeros_like(q, dtype=lse.dtype)
-        queries = Queries(q, lse, out, do, ctx.steps.output_delta(do, out), dq)
-        dkv = torch.zeros(2, *k.shape, dtype=lse.dtype, device=k.device)
-        for partial in ctx.exchange.backward(ctx.plan, queries, k, v, ids, dkv):
-            _attend_backward(ctx.steps, partial, ctx.scale, ctx.workspace_bytes)
-        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), *[None] * 7
-
-
-def _attend(steps: Steps, partial: PartialAttention, scale: float, workspace_bytes: int | None) -> None:
-    queries = partial.queries
-    steps.accumulate(
-        queries.q, partial.keys, partial.ids, partial.fragment, scale, queries.out, queries.lse, workspace_bytes
-    )
-
-
-def _attend_backward(steps: Steps, partial: PartialAttention, scale: float, workspace_bytes: int | None) -> None:
-    queries = partial.queries
-    steps.accumulate_backward(
-        queries.do, queries.q, partial.keys, partial.ids, partial.fragment, scale,
-        queries.out, queries.lse, queries.delta, queries.dq, partial.dk, partial.dv, workspace_bytes,
-    )  # fmt: skip

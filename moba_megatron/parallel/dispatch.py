@@ -56,6 +56,7 @@ class _Journey:
     Attributes:
         rows: int64, this rank's query rows (token * N + head) for all ranks one after the other.
         leaving, coming: rows for and from each rank.
+        slots: for each rank int64 [rows, w]: to which of a row's slots the kv blocks that it names there belong.
         kv_blocks: int32 [guests, w], this rank's kv blocks that each guest attends, -1 for none.
         order: int64 [guests], guests sorted by kv head.
         of_kv_head: guests of each kv head.
@@ -64,6 +65,7 @@ class _Journey:
     rows: Tensor
     leaving: list[int]
     coming: list[int]
+    slots: list[Tensor]
     kv_blocks: Tensor
     order: Tensor
     of_kv_head: list[int]
@@ -94,13 +96,18 @@ class Dispatch:
             out=torch.zeros_like(q_RD, dtype=queries.lse.dtype).unsqueeze(1),
             lse=queries.lse.new_full((q_RD.shape[0], 1), -torch.inf),
         )
+        if queries.block_lse is not None:
+            guests.block_lse = guests.lse.new_full((q_RD.shape[0], 1, journey.kv_blocks.shape[1]), -torch.inf)
         for _, partial in self._guest_partials(plan, journey, guests, k, v):
             yield partial
         home = [self._return(journey, x) for x in (guests.out.squeeze(1).to(k.dtype), guests.lse.squeeze(1))]
+        of_blocks = None if guests.block_lse is None else self._return_blocks(journey, guests.block_lse.squeeze(1))
         yield from copies.partials(queries, ids, qheads_per_kvhead)
         partials = (pending.wait().split(journey.leaving) for pending in home)
         for rows, partial_out, partial_lse in zip(journey.rows.split(journey.leaving), *partials, strict=True):
             _combine_rows(queries, rows, partial_out, partial_lse)
+        if of_blocks is not None:
+            _combine_blocks(queries.block_lse, journey, of_blocks.wait())
 
     def backward(
         self, plan: ContextPlan, queries: Queries, k: Tensor, v: Tensor, ids: Tensor, dkv: Tensor
@@ -163,10 +170,12 @@ class Dispatch:
         leaving, coming = ([sum(of_head) for of_head in side] for side in (numbers.leaving, numbers.coming))
         num_kv_heads = len(numbers.leaving[0])
         rows, sent = [ids.new_empty(0, dtype=torch.int64)], [ids.new_empty(0)]
+        slots = [ids.new_empty(0, 0, dtype=torch.int64)] * plan.size
         for rank, chosen_TNK in _chosen_elsewhere(plan, ids, numbers.hot_on_device_M):
             rows.append(_rows_that_go(chosen_TNK, num_kv_heads, leaving[rank]))
-            kv_blocks = chosen_TNK.flatten(0, 1)[rows[-1]].sort(dim=-1, descending=True).values
+            kv_blocks, slot = chosen_TNK.flatten(0, 1)[rows[-1]].sort(dim=-1, descending=True)
             sent.append(kv_blocks[:, : numbers.leaving_widths[rank]].flatten())
+            slots[rank] = slot[:, : numbers.leaving_widths[rank]]
         received = self.wire.all_to_all(
             torch.cat(sent),
             "plan",
@@ -185,6 +194,7 @@ class Dispatch:
             rows=torch.cat(rows),
             leaving=leaving,
             coming=coming,
+            slots=slots,
             kv_blocks=kv_blocks,
             order=head_R.repeat_interleave(spans.flatten(), output_size=guests).argsort(stable=True),
             of_kv_head=[sum(of_rank) for of_rank in zip(*numbers.coming, strict=True)],
@@ -200,6 +210,20 @@ class Dispatch:
         arrived = torch.empty_like(sorted_R)
         arrived[journey.order] = sorted_R
         return self.wire.all_to_all(arrived, "outputs", journey.coming, journey.leaving)
+
+    def _return_blocks(self, journey: _Journey, sorted_Rw: Tensor):
+        """The log-sum-exps of guests' kv blocks go home: pending, as many for each rank as it has `slots`, in a row."""
+        arrived = torch.empty_like(sorted_Rw)
+        arrived[journey.order] = sorted_Rw
+        assert self._numbers is not None
+        widths = self._numbers.coming_widths
+        going = [rows[:, :width] for rows, width in zip(arrived.split(journey.coming), widths, strict=True)]
+        return self.wire.all_to_all(
+            torch.cat([rows.flatten() for rows in going]),
+            "outputs",
+            [rows.numel() for rows in going],
+            [slots.numel() for slots in journey.slots],
+        )
 
     @staticmethod
     def _guest_partials(
@@ -249,6 +273,18 @@ def _combine_rows(queries: Queries, rows: Tensor, partial_out: Tensor, partial_l
     weights, combined = combine_weights(torch.stack([lse[rows], partial_lse]))
     out[rows] = out[rows] * weights[0].unsqueeze(-1) + partial_out.to(out.dtype) * weights[1].unsqueeze(-1)
     lse[rows] = combined
+
+
+def _combine_blocks(block_lse_TNK: Tensor, journey: _Journey, partial_lse: Tensor) -> None:
+    """Combine what ranks report of the kv blocks of rows (`_return_blocks`) with the log-sum-exps of blocks, in the
+    order of ranks."""
+    block_lse, num_past = block_lse_TNK.flatten(0, 1), block_lse_TNK.shape[2]
+    partials = partial_lse.split([slots.numel() for slots in journey.slots])
+    for rows, slots, partial in zip(journey.rows.split(journey.leaving), journey.slots, partials, strict=True):
+        # One place more, for the kv block of the row's own block.
+        of_slots = partial.new_full((rows.numel(), num_past + 1), -torch.inf)
+        of_slots.scatter_(1, slots, partial.view(slots.shape))
+        block_lse[rows] = torch.logaddexp(block_lse[rows], of_slots[:, :num_past])
 
 
 class DispatchKind(ExchangeKind):

@@ -28,6 +28,7 @@ class Queries:
         out: [T, N, D]: the output so far, fp32 or wider; in the backward pass the whole one in q's dtype, or None where
             it did not travel.
         do, delta, dq: in the backward pass, see `ops.gathered.accumulate_backward`.
+        block_lse: [T, N, K] in lse's dtype: of each chosen block so far, where that is asked for in the forward pass.
     """
 
     q: Tensor
@@ -36,6 +37,7 @@ class Queries:
     do: Tensor | None = None
     delta: Tensor | None = None
     dq: Tensor | None = None
+    block_lse: Tensor | None = None
 
 
 @dataclass

@@ -12,7 +12,10 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from moba_megatron.model.core_attention import MoBACoreAttention, pack_boundaries
+from moba_megatron.model.index_inputs import IndexInputs
 from moba_megatron.model.schedule import LayerAttention
+from moba_megatron.ops import Router
+from moba_megatron.ops.selection import Selection
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Captured:
         softmax_scale: factor on the scores before the softmax.
         first_head: number of the first of these query heads in the layer; others are those of other ranks.
         whole: how all heads of the layer attend, where that is not the same.
+        index: queries and keys of the layer's index, of these heads; None where it chooses by `q` and `k`.
     """
 
     layer: int
@@ -38,6 +42,12 @@ class Captured:
     softmax_scale: float
     first_head: int = 0
     whole: LayerAttention | None = None
+    index: Router | None = None
+
+    def chooser(self, selection: Selection) -> Router | None:
+        """The index, where it can choose so; None: `q` and `k` do."""
+        by_mean = selection.uses_scores and selection.uses_means
+        return self.index if by_mean and not selection.shared else None
 
 
 @contextmanager
@@ -55,7 +65,7 @@ def capture_attention(model: list[torch.nn.Module], see: Callable[[Captured], No
     cores = [module for chunk in model for module in chunk.modules() if isinstance(module, MoBACoreAttention)]
 
     def hook(core: MoBACoreAttention, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        see(_captured(core, *arguments[:2], named.get("packed_seq_params")))
+        see(_captured(core, *arguments[:2], named.get("packed_seq_params"), named.get("index")))
 
     handles = [core.register_forward_pre_hook(hook, with_kwargs=True) for core in cores]
     try:
@@ -65,12 +75,15 @@ def capture_attention(model: list[torch.nn.Module], see: Callable[[Captured], No
             handle.remove()
 
 
-def _captured(core: MoBACoreAttention, query: Tensor, key: Tensor, packed: Any) -> Captured:
+def _captured(core: MoBACoreAttention, query: Tensor, key: Tensor, packed: Any, index: IndexInputs | None) -> Captured:
     if torch.is_grad_enabled():
         raise ValueError("attention is captured in forward passes without gradients: use torch.no_grad()")
     if packed is None and query.shape[1] != 1:
         raise ValueError(f"{query.shape[1]} sequences that are not packed: capture one at a time")
     scale = core.softmax_scale
+    router = None
+    if index is not None:
+        router = Router(*(x if packed is not None else x[:, 0] for x in (index.query, index.key)))
     return Captured(
         layer=core.layer_number,
         attention=core.attention_of_rank(key.shape[-2]),
@@ -80,6 +93,7 @@ def _captured(core: MoBACoreAttention, query: Tensor, key: Tensor, packed: Any) 
         softmax_scale=query.shape[-1] ** -0.5 if scale is None else scale,
         first_head=_tensor_rank() * query.shape[-2],
         whole=core.attention,
+        index=router,
     )
 
 

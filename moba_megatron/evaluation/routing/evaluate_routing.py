@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import torch
 from megatron.core import parallel_state
@@ -32,6 +33,7 @@ from moba_megatron.evaluation.routing.shards import Shards
 from moba_megatron.evaluation.subject import Attention, Subject
 from moba_megatron.model.forward import Batch, forward_only, microbatch_shape, token_sums
 from moba_megatron.model.schedule import LayerAttention
+from moba_megatron.ops.selection import Selection
 from moba_megatron.runs.records import EvaluationRecords
 
 # Queries of a layer and sample whose full attention is computed.
@@ -168,20 +170,26 @@ class _Watch:
         heads = self._shards.heads_of(seen, whole.selection.shared) if self._shards else seen
         if heads is None:
             return
-        layer = LayerRouting(seen.layer, whole, choices_of(whole))
-        _look(layer, replace(heads, attention=self.choice or heads.attention), self._counted, self.curves)
+        by = "own" if heads.chooser(whole.selection) is None else "index"
+        layer = LayerRouting(seen.layer, whole, choices_of(whole, by))
+        _look(layer, replace(heads, attention=self.choice or heads.attention), self._counted, by, self.curves)
         self.parts.append(Part(self._sample, heads.first_head, layer))
 
 
-def choices_of(attention: LayerAttention, whole: LayerAttention | None = None) -> list[RoutingChoice]:
+def choices_of(
+    attention: LayerAttention, by: Literal["own", "index"] = "own", whole: LayerAttention | None = None
+) -> list[RoutingChoice]:
     """What a layer's choice is compared with: itself first, then finer and coarser blocks of equal cost (block size
-    times top-k), then twice as many blocks.
+    times top-k), then twice as many blocks. The choice of an index is also compared with those of the attention's own
+    queries and keys, by their means and by bounds on them.
 
     Args:
         whole: how all heads of the layer attend, where `attention` is that of some of them; it says which there are.
 
     >>> [str(choice) for choice in choices_of(LayerAttention("moba", 128, 4))]
     ['B=128 K=4', 'B=32 K=16', 'B=64 K=8', 'B=256 K=2', 'B=128 K=8']
+    >>> [str(choice) for choice in choices_of(LayerAttention("moba", 128, 4), "index")[-3:]]
+    ['B=128 K=8 by the index', 'B=128 K=4', 'B=128 K=4 top_k of min_max']
     """
     block_size, alike = attention.block_size, attention.selection.with_one_budget
     # Blocks of another size, and how many times as many of them.
@@ -193,10 +201,15 @@ def choices_of(attention: LayerAttention, whole: LayerAttention | None = None) -
     if min(of_all) >= 4 and all(number % 2 == 0 for number in of_all):
         factors.append((block_size * 2, Fraction(1, 2)))
     factors.append((block_size, Fraction(2)))
-    return [
-        RoutingChoice(block, *alike.with_blocks([int(number * factor) for number in _numbers(attention)]))
+    numbers = _numbers(attention)
+    own = [
+        RoutingChoice(block_size, *Selection(summary=summary).with_blocks(numbers)) for summary in ("mean", "min_max")
+    ]
+    choices = [
+        RoutingChoice(block, *alike.with_blocks([int(number * factor) for number in numbers]), by)
         for block, factor in factors
     ]
+    return choices + (own if by == "index" else [])
 
 
 def _numbers(attention: LayerAttention) -> tuple[int, ...]:
@@ -217,13 +230,13 @@ def counted_tokens(batch: Batch) -> Tensor:
     return tokens <= last[document]
 
 
-def _look(layer: LayerRouting, seen: Captured, counted: Tensor, curves: bool) -> None:
+def _look(layer: LayerRouting, seen: Captured, counted: Tensor, by: Literal["own", "index"], curves: bool) -> None:
     queries = count_selection(seen, counted, layer.counts, layer.attention.top_k)
     if not len(queries):
         return
     places = torch.linspace(0, len(queries) - 1, min(SAMPLED_QUERIES, len(queries)), device=queries.device)
     sampled = queries[places.round().long()]
-    masses = attention_masses(seen, sampled, choices_of(seen.attention, layer.attention))
+    masses = attention_masses(seen, sampled, choices_of(seen.attention, by, layer.attention))
     layer.masses.append([Mass(mass.held.cpu(), mass.best.cpu(), mass.nearest.cpu()) for mass in masses])
     if curves:
         layer.curves.append(held_curve(seen, sampled))

@@ -12,9 +12,14 @@ import torch
 from torch import Tensor
 
 from moba_megatron.evaluation.routing.capture import Captured
-from moba_megatron.evaluation.routing.mass import cumulative_probabilities, mass_of, own_and_past
+from moba_megatron.evaluation.routing.mass import (
+    RoutingChoice,
+    cumulative_probabilities,
+    mass_of,
+    own_and_past,
+    past_ids,
+)
 from moba_megatron.ops.layout import block_layout
-from moba_megatron.ops.steps import steps_of
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,9 @@ def held_curve(seen: Captured, queries: Tensor) -> HeldCurve:
     """
     attention = seen.attention
     layout = block_layout(seen.q.shape[0], attention.block_size, seen.cu_seqlens, device=seen.q.device)
-    steps = steps_of("gathered", attention.selection.with_one_budget)
-    most = int(layout.block_T[queries].max())
-    ids_QNM = steps.select_past(seen.q[queries], steps.summarize(seen.k, layout), layout.at(queries), most)
+    most, alike = int(layout.block_T[queries].max()), attention.selection.with_one_budget
+    by = "own" if seen.chooser(attention.selection) is None else "index"
+    ids_QNM = past_ids(seen, queries, RoutingChoice(attention.block_size, most + 1, alike, by))
     held = torch.zeros(seen.q.shape[1], most, dtype=torch.float64)
     for rows, first, cumulative in cumulative_probabilities(seen, queries):
         own, past = own_and_past(cumulative, queries[rows] - first, attention.block_size)

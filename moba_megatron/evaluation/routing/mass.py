@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moba_megatron.evaluation.routing.capture import Captured
 from moba_megatron.ops.layout import block_layout
+from moba_megatron.ops.router import for_heads
 from moba_megatron.ops.selection import MOBA, Selection
 from moba_megatron.ops.steps import steps_of
 
@@ -26,14 +28,17 @@ MOST_PROBABILITIES = 2**25
 
 @dataclass(frozen=True)
 class RoutingChoice:
-    """Blocks of `block_size` tokens, `top_k` of them a query (the current one counted), chosen as `selection` says."""
+    """Blocks of `block_size` tokens, `top_k` of them a query (the current one counted), chosen as `selection` says; by
+    the attention's `own` queries and keys, or by those of an `index`."""
 
     block_size: int
     top_k: int
     selection: Selection = MOBA
+    by: Literal["own", "index"] = "own"
 
     def __str__(self) -> str:
-        return f"B={self.block_size} {self.selection.words(self.top_k)}"
+        by = " by the index" if self.by == "index" else ""
+        return f"B={self.block_size} {self.selection.words(self.top_k)}{by}"
 
 
 @dataclass
@@ -53,7 +58,7 @@ def attention_masses(seen: Captured, queries: Tensor, choices: list[RoutingChoic
         queries: int64 [Q], positions in the pack, rising.
         choices: what to compare, on the same queries.
     """
-    ids = [_past_ids(seen, queries, choice) for choice in choices]
+    ids = [past_ids(seen, queries, choice) for choice in choices]
     parts: list[list[Mass]] = [[] for _ in choices]
     for rows, first, cumulative in cumulative_probabilities(seen, queries):
         for place, choice in enumerate(choices):
@@ -68,12 +73,14 @@ def joined(parts: list[Mass]) -> Mass:
     return Mass(*map(torch.cat, fields))
 
 
-def _past_ids(seen: Captured, queries: Tensor, choice: RoutingChoice) -> Tensor:
+def past_ids(seen: Captured, queries: Tensor, choice: RoutingChoice) -> Tensor:
     """int32 [Q, N, K - 1], past blocks within the document, -1 where fewer."""
     layout = block_layout(seen.q.shape[0], choice.block_size, seen.cu_seqlens, device=seen.q.device)
     steps = steps_of("gathered", choice.selection)
-    summaries = steps.summarize(seen.k, layout)
-    return steps.select_past(seen.q[queries], summaries, layout.at(queries), choice.top_k - 1)
+    index = seen.index if choice.by == "index" else None
+    q, k = (seen.q, seen.k) if index is None else (index.q, index.k)
+    ids = steps.select_past(q[queries], steps.summarize(k, layout), layout.at(queries), choice.top_k - 1)
+    return for_heads(ids, seen.q.shape[1])
 
 
 def cumulative_probabilities(seen: Captured, queries: Tensor) -> Iterator[tuple[slice, int, Tensor]]:

@@ -65,7 +65,8 @@ def routed(report: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def overall(report: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over all layers and heads that choose, and the least mass held by any head."""
+    """Means over all layers and heads that choose, and the least mass held by any head. Where an index chooses, also
+    the mass held by the choice of the attention's own queries and keys, by their means and by bounds on them."""
     report = routed(report)
     own = [record["choices"][0] for record in report]
     names = ("held", "best", "nearest")
@@ -75,14 +76,21 @@ def overall(report: list[dict[str, Any]]) -> dict[str, Any]:
         known = [value for record in report for value in record[name] if value is not None]
         # A layer that may take its own block only (top_k = 1) chooses nothing.
         counts[name] = fmean(known) if known else None
+    for name, place in (("means", -2), ("min_max", -1)):
+        compared = [record["choices"][place] for record in report if record["choices"][0]["by"] == "index"]
+        if compared:
+            masses[f"mass_{name}"] = fmean(value for choice in compared for value in choice["held"])
     return {**masses, "mass_held_lowest": min(min(choice["held"]) for choice in own), **counts}
 
 
 def table(report: list[dict[str, Any]]) -> Table:
     """One row a layer, means over its heads: mass held, by the head that holds least, by the best and by the nearest
     blocks; entropy, coverage and hottest load of the choices; the share of queries that have a choice. A layer in which
-    none has one holds everything its queries may look at."""
-    columns = ("layer", "held", "least", "best", "nearest", "entropy", "coverage", "hottest", "choice")
+    none has one holds everything its queries may look at. Beside an index, what the means of the attention's own keys
+    and bounds on them would hold, in place of entropy and coverage."""
+    indexed = any(record["choices"][0]["by"] == "index" for record in routed(report))
+    middle = ("means", "min-max") if indexed else ("entropy", "coverage")
+    columns = ("layer", "held", "least", "best", "nearest", *middle, "hottest", "choice")
     shown = Table(
         *(Column(name, justify="right", no_wrap=True) for name in columns), box=SIMPLE_HEAD, collapse_padding=True
     )
@@ -95,12 +103,21 @@ def table(report: list[dict[str, Any]]) -> Table:
             f"{record['layer']}",
             *(_percent(value) for value in (_mean(own["held"]), min(own["held"]))),
             *(_percent(_mean(own[name])) for name in ("best", "nearest")),
-            f"{_mean(record['entropy']):.2f}",
-            _percent(_mean(record["coverage"])),
+            *(_compared(record) if indexed else _spread(record)),
             f"{_mean(record['hottest_load']):.1f}x",
             _percent(record["queries_with_choice"] / record["queries"]),
         )
     return shown
+
+
+def _spread(record: dict[str, Any]) -> tuple[str, str]:
+    """Entropy and coverage of the choices."""
+    return f"{_mean(record['entropy']):.2f}", _percent(_mean(record["coverage"]))
+
+
+def _compared(record: dict[str, Any]) -> tuple[str, ...]:
+    """Masses that the means of the attention's own keys would hold, and bounds on them."""
+    return tuple(_percent(_mean(choice["held"])) for choice in record["choices"][-2:])
 
 
 def advice(report: list[dict[str, Any]]) -> list[str]:
@@ -135,6 +152,12 @@ def _advice(records: list[dict[str, Any]]) -> list[str]:
         lines.append(
             "  The nearest blocks hold as much: on this text the choice finds nothing that a sliding window misses."
         )
+    if own["by"] == "index":
+        *others, means, min_max = others
+        lines.append(
+            f"  The attention's own queries would hold {_percent(means['held'])} by the means of its keys, and "
+            f"{_percent(min_max['held'])} by bounds on them (min_max)."
+        )
     *same_cost, doubled = others
     better = max(same_cost, key=lambda choice: choice["held"], default=own)
     if better["held"] - own["held"] >= MUCH:
@@ -153,7 +176,7 @@ def _merged(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     merged = []
     for same in zip(*(record["choices"] for record in records), strict=True):
         masses = {name: fmean(v for choice in same for v in choice[name]) for name in ("held", "best", "nearest")}
-        merged.append({"choice": same[0]["choice"], **masses})
+        merged.append({"choice": same[0]["choice"], "by": same[0]["by"], **masses})
     return merged
 
 
@@ -163,6 +186,7 @@ def _choice_record(choice: RoutingChoice, masses: list[Mass]) -> dict[str, Any]:
         "choice": str(choice),
         "block_size": choice.block_size,
         "top_k": choice.top_k,
+        "by": choice.by,
         "held": _numbers(mass.held.mean(dim=0)),
         "held_tenth": _numbers(mass.held.quantile(0.1, dim=0)),
         "best": _numbers(mass.best.mean(dim=0)),

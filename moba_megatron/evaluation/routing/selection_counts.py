@@ -87,7 +87,8 @@ def count_selection(seen: Captured, counted: Tensor, counts: SelectionCounts, mo
         int64, rising: positions of the queries that had a choice.
     """
     block_size, top_k = seen.attention.block_size, most or seen.attention.top_k
-    settings = {"top_k": seen.attention.blocks, **seen.attention.selection.settings}
+    selection = seen.attention.selection
+    settings = {"top_k": seen.attention.blocks, **selection.settings, "router": seen.chooser(selection)}
     layout = block_layout(seen.q.shape[0], block_size, seen.cu_seqlens, device=seen.q.device)
     ids_TNK = select_blocks(seen.q, seen.k, seen.cu_seqlens, block_size=block_size, **settings)[..., 1:]
     queries = torch.nonzero(counted & (layout.block_T >= top_k)).flatten()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moba_megatron.evaluation.routing.capture import Captured
 from moba_megatron.model.forward import Batch
+from moba_megatron.ops import Router
 from moba_megatron.parallel.layout import shard_positions
 
 
@@ -63,18 +64,29 @@ class Shards:
         Args:
             together: whether the query heads of a key head choose together, and so have to be on one rank.
         """
-        heads, kv_heads, k, attention = seen.q.shape[1], seen.k.shape[1], seen.k, seen.attention
+        heads, kv_heads, k, index = seen.q.shape[1], seen.k.shape[1], seen.k, seen.index
+        attention = seen.attention
+        if index is not None:
+            together = together or index.q.shape[1] < heads
+            index = replace(index, k=index.k.repeat_interleave(kv_heads // index.k.shape[1], dim=1))
         if self.size > kv_heads and not together:
-            attention = attention.repeated(heads // kv_heads)
-            k, kv_heads = k.repeat_interleave(heads // kv_heads, dim=1), heads
+            each = heads // kv_heads
+            attention = attention.repeated(each)
+            k, kv_heads = k.repeat_interleave(each, dim=1), heads
+            index = None if index is None else replace(index, k=index.k.repeat_interleave(each, dim=1))
         bounds = [kv_heads * rank // self.size for rank in range(self.size + 1)]
         each = heads // kv_heads
         q, k = self._trade(seen.q, [bound * each for bound in bounds]), self._trade(k, bounds)
+        if index is not None:
+            index_each = index.q.shape[1] // kv_heads
+            index_q = self._trade(index.q, [bound * index_each for bound in bounds])
+            index = Router(index_q, self._trade(index.k, bounds))
         if q.shape[1] == 0:
             return None
         first = seen.first_head + bounds[self.rank] * each
         attention = attention.of_heads(bounds[self.rank], k.shape[1])
-        return replace(seen, q=q, k=k, cu_seqlens=self.cu_seqlens, first_head=first, attention=attention)
+        of_rank = {"q": q, "k": k, "cu_seqlens": self.cu_seqlens, "first_head": first, "index": index}
+        return replace(seen, attention=attention, **of_rank)
 
     def _trade(self, x_tHD: Tensor, bounds: list[int]) -> Tensor:
         """[T, this rank's heads, D]; rank r gets the heads from bounds[r] to bounds[r + 1]."""

@@ -1,0 +1,71 @@
+"""A router (`ops.router`) under context parallelism.
+
+Under every exchange a rank chooses for its own tokens and all of its heads, and learns from them: the means of router
+keys go to all ranks as block summaries do (`summaries`), so that keys that all heads share are never cut. Where heads
+are traded, the choice travels with the queries, and the shares of the attention come back with the outputs. The
+gradient of the means is summed over all ranks, and each rank's router keys get their part of it.
+
+Legend: t tokens of this rank, H router heads, K past blocks per query.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moba_megatron.ops.precision import score_dtype
+from moba_megatron.ops.router import Router, RouterLoss, for_heads
+from moba_megatron.ops.router_loss import sparse_loss
+from moba_megatron.ops.steps import Steps
+from moba_megatron.parallel.context_plan import ContextPlan
+from moba_megatron.parallel.summaries import SummaryExchange
+from moba_megatron.parallel.wire import Wire
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A choice that was made already.
+
+    Attributes:
+        ids: int32 [T, N, K], past blocks by their number within the document, -1 for none.
+        block_lse: [T, N, K] in fp32 or wider, -inf: where the log-sum-exps of these blocks are wanted.
+    """
+
+    ids: Tensor
+    block_lse: Tensor | None
+
+
+def chosen_for(q: Tensor, ids_THK: Tensor, learns: bool) -> Chosen:
+    """The choice of router heads as that of the query heads of q [T, N, D]."""
+    ids = for_heads(ids_THK, q.shape[1])
+    room = torch.full(ids.shape, -torch.inf, dtype=score_dtype(q.dtype), device=q.device) if learns else None
+    return Chosen(ids, room)
+
+
+class RouterChoice:
+    """The choice of a rank's router for its own tokens. All ranks of the wire make it together.
+
+    Args:
+        router: of this rank's tokens.
+        plan: of the pack, over all ranks of the wire.
+        num_past: K, at least 1.
+
+    Attributes:
+        ids: int32 [t, H, K].
+    """
+
+    def __init__(self, router: Router, plan: ContextPlan, wire: Wire, steps: Steps, num_past: int):
+        self._router, self._plan, self._wire = router, plan, wire
+        self._means = SummaryExchange(plan, wire, router.k.detach()).wait()
+        self.ids = steps.select_past(router.q.detach(), self._means, plan.queries, num_past)
+
+    def loss(self, masses: Tensor) -> RouterLoss:
+        """The sparse loss of this rank's tokens, for the shares of the attention of its chosen blocks [t, H, K]."""
+        return sparse_loss(
+            self._router, self._means, self.ids, masses, self._plan.queries, self._plan.block_lengths, self._sum
+        )
+
+    def _sum(self, gradient: Tensor) -> Tensor:
+        return self._wire.all_reduce(gradient.contiguous(), "gradients").wait()

@@ -1,0 +1,43 @@
+"""The routing report of a model with an index: its choice beside those of the attention's own queries and keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from distributed import run_ranks
+from small_run import small_config, train_here
+from test_evaluate_ranks import on_ranks, records, same
+
+INDEXES = {
+    "by_key": {"router_dim": 6},
+    "copied": {
+        "router_dim": 8, "router_heads": "query", "router_keys": "key", "router_norm": "none", "router_init": "copied"
+    },
+}  # fmt: skip
+ASKED = ["--attention", "moba", "--routing", "--routing-samples", 3]
+NAME = "routing_step_1_moba.json"
+
+
+@pytest.mark.parametrize("kind", list(INDEXES))
+def test_an_index_beside_means_and_bounds_on_any_layout(kind, tmp_path):
+    index = {f"attention__{name}": value for name, value in INDEXES[kind].items()}
+    config = small_config(
+        tmp_path, attention__router="index", attention__router_loss="none", model__init_method_std=0.3,
+        training__steps=1, optimizer__warmup_steps=0, optimizer__lr=1e-9, optimizer__min_lr=0.0, **index,
+    )  # fmt: skip
+    run_ranks(1, train_here, config)
+    run = Path(config.run.dir)
+    (output,) = on_ranks(1, [[run, *ASKED, "--output", tmp_path / "one"]])
+    assert "by the index): the chosen blocks hold" in output.replace("\n", " ") and "min-max" in output
+    record = records(tmp_path / "one")[NAME]
+    for layer in record["layers"]:
+        chosen, *_, means, bounds = layer["choices"]
+        assert (chosen["choice"], means["choice"]) == ("B=16 K=3 by the index", "B=16 K=3")
+        assert bounds["choice"] == "B=16 K=3 top_k of min_max" and chosen["best"] == means["best"]
+        assert (chosen["held"] == pytest.approx(means["held"], rel=1e-6)) == (kind == "copied")
+    assert record["mass_held"] < record["mass_best"] > record["mass_min_max"] and record["mass_means"] > 0.2
+    layouts = ["tensor=2,sequence=true", "pipeline=2"]
+    on_ranks(2, [[run, *ASKED, "--parallel", sizes, "--output", tmp_path / sizes] for sizes in layouts])
+    for sizes in layouts:
+        same(records(tmp_path / sizes)[NAME], record)
