@@ -34,6 +34,10 @@ def layer_selection_checks(
                 "take it out",
             ),
             (
+                layer.summary == "min_max" and attention.router == "index",
+                f"{key}.summary = min_max: attention.router = index scores means of its keys: use mean",
+            ),
+            (
                 layer.threshold is not None and selector != "threshold",
                 f"{key}.threshold = {layer.threshold} has no effect with the selector {selector}: set {key}.selector: "
                 "threshold, or take it out",

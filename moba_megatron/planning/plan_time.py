@@ -22,6 +22,7 @@ from moba_megatron.parallel.exchanges import ring_ranks
 from moba_megatron.parallel.ring_load import random_choice_factor
 from moba_megatron.planning.expert_shape import ExpertShape
 from moba_megatron.planning.expert_traffic import ExpertTraffic, expert_traffic, sorted_bytes
+from moba_megatron.planning.index_shape import IndexShape
 from moba_megatron.planning.kernel_model import STREAM_SHARE, AttentionSizes, Machine, dense_seconds, expected_seconds
 from moba_megatron.planning.plan_machines import EXPERT_SHARE, MATRIX_SHARE, Cluster
 from moba_megatron.planning.plan_stages import (
@@ -179,6 +180,7 @@ def layer_seconds(
         block_size=layer.block_size or 0,
         top_k=layer.top_k or 0,
         budgets=layer.selection.budgets,
+        index=IndexShape.of(config.attention, config.model, parallel.tensor) if layer.kind == "moba" else None,
     )
     documents = training.micro_batch_size / parallel.context
     attention = _attention_seconds(sizes, machine, training.repeats("core_attn")) * documents
