@@ -187,6 +187,8 @@ class MoBASettings:
         """The same with the block size, top-k and selection of a layer, counted from 0."""
         block_size, top_k = self.layer_sizes.get(layer, (self.block_size, self.top_k))
         selection = self.layer_selections.get(layer, self.selection)
+        if self.layer_types[layer] != "moba":
+            selection = selection.with_one_budget  # of other layers' sizes
         own = {"block_size": block_size, "top_k": top_k, "selection": selection}
         return replace(self, layer_sizes={}, layer_selections={}, **own)
 
