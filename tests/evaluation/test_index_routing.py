@@ -37,7 +37,7 @@ def test_an_index_beside_means_and_bounds_on_any_layout(kind, tmp_path):
         assert bounds["choice"] == "B=16 K=3 top_k of min_max" and chosen["best"] == means["best"]
         assert (chosen["held"] == pytest.approx(means["held"], rel=1e-6)) == (kind == "copied")
     assert record["mass_held"] < record["mass_best"] > record["mass_min_max"] and record["mass_means"] > 0.2
-    layouts = ["tensor=2,sequence=true", "pipeline=2"]
+    layouts = ["tensor=2,sequence=true", "context=2"] if kind == "by_key" else ["context=2"]
     on_ranks(2, [[run, *ASKED, "--parallel", sizes, "--output", tmp_path / sizes] for sizes in layouts])
     for sizes in layouts:
         same(records(tmp_path / sizes)[NAME], record)
