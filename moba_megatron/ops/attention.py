@@ -17,6 +17,7 @@ from torch import Tensor
 from moba_megatron.ops.adapters import flash_moba_attention
 from moba_megatron.ops.backends import resolve_backend
 from moba_megatron.ops.dense import full_attention
+from moba_megatron.ops.dense_loss import dense_loss
 from moba_megatron.ops.kept_layouts import layout_of
 from moba_megatron.ops.layout import check_inputs, check_settings
 from moba_megatron.ops.library import check_traced, is_traced, traced_attention
@@ -103,6 +104,7 @@ def moba_attention(
     check_inputs({"q": q, "k": k, "v": v}, None if traced else cu_seqlens)
     selection.with_blocks(top_k, k.shape[1])
     learns = router is not None and router.learns
+    learns_sparsely = learns and router.loss == "sparse"
     if router is not None:
         check_router(router, q, k.shape[1], selection)
         check_router_backend(router, name)
@@ -122,7 +124,7 @@ def moba_attention(
             q, k, v, cu_seqlens, block_size=block_size, top_k=top_k, softmax_scale=softmax_scale, max_seqlen=max_seqlen,
             selection=selection,
         )  # fmt: skip
-    full_if_covered = backend == "auto" and selection.fills_up and not learns
+    full_if_covered = backend == "auto" and selection.fills_up and not learns_sparsely
     if traced:
         check_traced(router)
         if full_if_covered and cu_seqlens is None and selection.fewest_blocks(top_k) * block_size >= q.shape[0]:
@@ -136,14 +138,16 @@ def moba_attention(
         _say_once(
             f"auto: full causal attention where top_k = {top_k} blocks of {block_size} tokens cover every document"
         )
-        return full_attention(q, k, v, cu_seqlens, softmax_scale=scale, max_seqlen=max_seqlen)
+        out = full_attention(q, k, v, cu_seqlens, softmax_scale=scale, max_seqlen=max_seqlen)
+        return (out, dense_loss(router, q, k, layout, scale)) if learns else out
     steps = steps_of(name, selection)
     num_past = min(top_k, layout.max_blocks) - 1
     summaries = steps.summarize(chooses_k, layout)
     ids = steps.select_past(chooses_q, summaries, layout, num_past)
-    if not learns:
-        return steps.attend(q, k, v, for_heads(ids, q.shape[1]), layout, scale, workspace_bytes)[0]
-    return learning_attention(steps, router, q, k, v, ids, summaries, layout, scale, workspace_bytes)
+    if learns_sparsely:
+        return learning_attention(steps, router, q, k, v, ids, summaries, layout, scale, workspace_bytes)
+    out = steps.attend(q, k, v, for_heads(ids, q.shape[1]), layout, scale, workspace_bytes)[0]
+    return (out, dense_loss(router, q, k, layout, scale)) if learns else out
 
 
 @torch.no_grad()

@@ -55,9 +55,7 @@ def learning_attention(
     softmax_scale: float,
     workspace_bytes: int | None,
 ) -> tuple[Tensor, RouterLoss]:
-    """Attention of a whole pack with the router's choice, and the router's loss."""
-    if router.loss == "dense":
-        raise ValueError("router.loss = 'dense': use the backend 'reference'")
+    """Attention of a whole pack with the router's choice, and the router's sparse loss."""
     ids_TNK = for_heads(ids_THK, q.shape[1])
     block_lse_TNK = torch.full(ids_TNK.shape, -torch.inf, dtype=score_dtype(q.dtype), device=q.device)
     out, lse_TN = steps.attend(q, k, v, ids_TNK, layout, softmax_scale, workspace_bytes, block_lse_TNK)
@@ -138,7 +136,7 @@ class _SparseLoss(torch.autograd.Function):
             b_tHKC = summaries_MJC.flatten(0, 1)[rows_tHK]
             z_tHK = (b_tHKC @ q_THC[tokens].to(dtype).unsqueeze(-1)).squeeze(-1) * q_THC.shape[2] ** -0.5
             p_tHK, log_pi_tHK, counts_tH = target_and_shares(masses_THK[tokens], z_tHK, chosen_tHK)
-            mask_t11 = _mask(mask_T, tokens, dtype)
+            mask_t11 = mask_of(mask_T, tokens, dtype)
             dz_tHK = (log_pi_tHK.exp() - p_tHK).masked_fill_(~(chosen_tHK & counts_tH.unsqueeze(-1)), 0)
             dz_THK[tokens] = dz_tHK.mul_(mask_t11 / num_heads) if mask_t11 is not None else dz_tHK.div_(num_heads)
             sums += loss_and_entropy(p_tHK, log_pi_tHK, counts_tH, mask_t11)
@@ -211,7 +209,8 @@ def _tiles(num_tokens: int, elements_of_token: int, device: torch.device) -> Ite
         yield slice(first, min(first + step, num_tokens))
 
 
-def _mask(mask_T: Tensor | None, tokens: slice, dtype: torch.dtype) -> Tensor | None:
+def mask_of(mask_T: Tensor | None, tokens: slice, dtype: torch.dtype) -> Tensor | None:
+    """[t, 1, 1]: which of these tokens count; None where all do."""
     return None if mask_T is None else mask_T[tokens].to(dtype).view(-1, 1, 1)
 
 

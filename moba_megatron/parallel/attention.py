@@ -19,9 +19,10 @@ and exchanged again, identically: nothing outlives a call and its backward pass.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,7 +43,7 @@ from moba_megatron.parallel.context_plan import boundaries_on, host_boundaries, 
 from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, RankSizes
 from moba_megatron.parallel.exchanges import EXCHANGES
 from moba_megatron.parallel.layout import check_divisible
-from moba_megatron.parallel.router import Chosen, RouterChoice, chosen_for
+from moba_megatron.parallel.router import Chosen, RouterChoice, chosen_for, dense_loss_by_heads
 from moba_megatron.parallel.wire import Wire
 
 
@@ -144,7 +145,7 @@ def context_attention(
         raise ValueError(f"backend {name!r} holds whole packs: with exchange {exchange!r} use gathered, or use a2a")
     if router is not None:
         check_router(router, q, k.shape[1], selection)
-        _check_router_call(router, block_size, name)
+        _check_router_call(router, block_size, name, kind, levels)
     scale = 1 / math.sqrt(q.shape[2]) if softmax_scale is None else float(softmax_scale)
     if block_size is not None:
         check_workspace(name, workspace_bytes)
@@ -176,30 +177,34 @@ class _Call:
     selection: Selection
     workspace_bytes: int | None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, choice: Tensor | None = None, learns: bool = False):
-        """Out [t, N, D], and shares of the attention of chosen blocks [t, H, K] if a router learns from them.
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, choice: RouterChoice | None = None, learns: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Out [t, N, D], and the shares of the attention of chosen blocks [t, H, K] if a router learns from them.
 
         Args:
-            choice: int32 [t, H, K], ids of this rank's tokens; None: q and k choose.
+            choice: of a router; None: q and k choose.
         """
         if not self.kind.trades_heads:
-            chosen = None if choice is None else chosen_for(q, choice, learns)
-            out, lse = self._between_shards(q, k, v, self.cp_groups.whole, chosen)
-            return out, block_masses(chosen.block_lse, lse, choice.shape[1]) if learns else None
+            choose = None if choice is None else functools.cache(lambda: chosen_for(q, choice.ids, learns))
+            out, lse = self._between_shards(q, k, v, self.cp_groups.whole, choose)
+            return out, block_masses(choose().block_lse, lse, choice.ids.shape[1]) if learns else None
         wire = Wire(self.cp_groups.inner if self.kind.two_levels else self.cp_groups.whole)
         shard = self.cp_groups.whole.rank() // self.levels[0]
         order = inner_order(host_boundaries(self.boundaries), self.levels, shard, q.device)
         q, k, v = to_heads(wire, order, q, k, v)
-        chosen = None
+        choose = None
         if choice is not None:
-            (choice,) = to_heads(wire, order, choice)
-            chosen = chosen_for(q, choice, learns)
+            (ids,) = to_heads(wire, order, choice.ids)
+            choose = functools.cache(lambda: chosen_for(q, ids, learns))
         here = replace(self, selection=self.selection.of_heads(wire.rank * k.shape[1], k.shape[1]))
-        attend = here._whole_pack if self.levels[1] == 1 else here._between_outer
-        out, lse = attend(q, k, v, chosen)
+        if self.levels[1] == 1:
+            out, lse = here._whole_pack(q, k, v, choose)
+        else:
+            out, lse = here._between_shards(q, k, v, self.cp_groups.outer, choose)
         masses = None
         if learns:
-            masses = to_tokens(wire, order, block_masses(chosen.block_lse, lse, choice.shape[1]))
+            masses = to_tokens(wire, order, block_masses(choose().block_lse, lse, ids.shape[1]))
         return to_tokens(wire, order, out), masses
 
     def attend_with(self, router: Router, q: Tensor, k: Tensor, v: Tensor) -> Tensor | tuple[Tensor, RouterLoss]:
@@ -208,38 +213,50 @@ class _Call:
         wire, steps = Wire(self.cp_groups.whole), steps_of(self.name, self.selection)
         plan = plan_context(self.boundaries, self.block_size, (1, wire.size), wire.rank, q.device)
         num_past = min(self.top_k, plan.layout.max_blocks) - 1
-        covers = self.selection.fills_up and self.selection.fewest_blocks(self.top_k) >= plan.layout.max_blocks
-        if num_past == 0 or (self.backend == "auto" and covers and not router.learns):
+        fewest = self.selection.fewest_blocks(self.top_k)
+        covers = self.backend == "auto" and self.selection.fills_up and fewest >= plan.layout.max_blocks
+        if num_past == 0 or (covers and router.loss != "sparse"):
             # None or all are chosen, whoever chooses.
-            out = self.attend(q, k, v)[0]
-            return (out, no_loss(router)) if router.learns else out
-        choice = RouterChoice(router, plan, wire, steps, num_past)
-        out, masses = self.attend(q, k, v, choice.ids, router.learns)
-        return (out, choice.loss(masses)) if router.learns else out
+            out, masses, choice = *self.attend(q, k, v), None
+        else:
+            choice = RouterChoice(router, plan, wire, steps, num_past)
+            out, masses = self.attend(q, k, v, choice, router.loss == "sparse")
+        if not router.learns:
+            return out
+        if router.loss == "dense":
+            return out, self._dense_loss(router, q, k)
+        return out, no_loss(router) if choice is None else choice.loss(masses)
 
-    def _between_outer(self, q: Tensor, k: Tensor, v: Tensor, chosen: Chosen | None) -> tuple[Tensor, Tensor]:
-        assert self.cp_groups.outer is not None
-        return self._between_shards(q, k, v, self.cp_groups.outer, chosen)
+    def _dense_loss(self, router: Router, q: Tensor, k: Tensor) -> RouterLoss:
+        """The dense loss of all tokens for the heads at hand after trading."""
+        wire, values = Wire(self.cp_groups.whole), host_boundaries(self.boundaries)
+        order = inner_order(values, self.levels, 0, q.device)
+        q, k = to_heads(wire, order, q.detach(), k.detach())
+        layout = layout_of(q, boundaries_on(q.device, values), self.block_size, _longest(values))
+        return dense_loss_by_heads(router, wire, order, q, k, layout, self.scale)
 
     def _between_shards(
-        self, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup, chosen: Chosen | None
+        self, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None, choose: Callable[[], Chosen] | None
     ) -> tuple[Tensor, Tensor]:
-        assert self.kind.between is not None, f"{self.kind.name} leaves shards"
+        assert group is not None and self.kind.between is not None, f"{self.kind.name} leaves shards"
         wire = Wire(group)
         plan = plan_context(self.boundaries, self.block_size, self.levels, wire.rank, q.device)
         num_past = 0 if self.top_k is None else min(self.top_k, plan.layout.max_blocks) - 1
         return attend_between_shards(
             q, k, v, plan, wire, self.kind.between(wire), num_past, self.scale, steps_of(self.name, self.selection),
-            self.workspace_bytes, chosen,
+            self.workspace_bytes, choose,
         )  # fmt: skip
 
-    def _whole_pack(self, q: Tensor, k: Tensor, v: Tensor, chosen: Chosen | None) -> tuple[Tensor, Tensor | None]:
+    def _whole_pack(
+        self, q: Tensor, k: Tensor, v: Tensor, choose: Callable[[], Chosen] | None
+    ) -> tuple[Tensor, Tensor | None]:
         values = host_boundaries(self.boundaries)
         cu_seqlens, longest = boundaries_on(q.device, values), _longest(values)
         whole = {"cu_seqlens": cu_seqlens, "softmax_scale": self.scale, "max_seqlen": longest}
         if self.block_size is None:
             return full_attention(q, k, v, **whole), None
-        if chosen is not None:
+        if choose is not None:
+            chosen = choose()
             layout = layout_of(q, cu_seqlens, self.block_size, longest)
             steps = steps_of(self.name, self.selection)
             return steps.attend(q, k, v, chosen.ids, layout, self.scale, self.workspace_bytes, chosen.block_lse)
@@ -248,7 +265,9 @@ class _Call:
         return moba_attention(q, k, v, **whole, **sizes, **how), None
 
 
-def _check_router_call(router: Router, block_size: int | None, backend: str) -> None:
+def _check_router_call(
+    router: Router, block_size: int | None, backend: str, kind: ExchangeKind, levels: Levels
+) -> None:
     if block_size is None:
         raise ValueError("a router chooses blocks, and full attention has none: give block_size, or no router")
     check_router_backend(router, backend)
@@ -257,8 +276,11 @@ def _check_router_call(router: Router, block_size: int | None, backend: str) -> 
             f"backend {backend!r} chooses among the blocks of whole packs: with a router under context parallelism use "
             "gathered or triton"
         )
-    if router.loss == "dense":
-        raise ValueError("router.loss = 'dense' under context parallelism: not supported")
+    if router.loss == "dense" and levels[1] > 1:
+        raise ValueError(
+            f"router.loss = 'dense' with exchange {kind.name!r}: it is held against full attention of whole packs; use "
+            "a2a, a context-parallel size of 1, or router.loss = 'sparse'"
+        )
 
 
 def _longest(boundaries: tuple[int, ...]) -> int:

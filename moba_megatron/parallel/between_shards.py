@@ -7,7 +7,7 @@ of the whole attention, so that what they give to the gradients simply adds up.
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -34,19 +34,19 @@ def attend_between_shards(
     scale: float,
     steps: Steps,
     workspace_bytes: int | None,
-    chosen: Chosen | None = None,
+    choose: Callable[[], Chosen] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries over the keys of all ranks of the wire.
 
     Args:
         q, k, v: [t, N, D] and [t, G, D] of this rank's tokens.
         num_past: K, past blocks to choose.
-        chosen: a choice that was made already; None: it is made here, by q and k.
+        choose: gives a choice, and is asked for it when own blocks are attended; None: q and k choose.
 
     Returns:
         out [t, N, D] in q's dtype, differentiable in q, k and v, and lse [t, N] in fp32 or wider, without a gradient.
     """
-    return _ContextAttention.apply(q, k, v, plan, wire, exchange, num_past, scale, steps, workspace_bytes, chosen)
+    return _ContextAttention.apply(q, k, v, plan, wire, exchange, num_past, scale, steps, workspace_bytes, choose)
 
 
 class _ContextAttention(torch.autograd.Function):
@@ -65,7 +65,7 @@ class _ContextAttention(torch.autograd.Function):
         scale: float,
         steps: Steps,
         workspace_bytes: int | None,
-        chosen: Chosen | None,
+        choose: Callable[[], Chosen] | None,
     ) -> tuple[Tensor, Tensor]:
         q = q.contiguous()
         dtype = score_dtype(q.dtype)
@@ -73,17 +73,16 @@ class _ContextAttention(torch.autograd.Function):
             q,
             lse=torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device),
             out=torch.zeros(q.shape, dtype=dtype, device=q.device),
-            block_lse=None if chosen is None else chosen.block_lse,
         )
         nothing = torch.empty(*q.shape[:2], 0, dtype=torch.int32, device=q.device)
-        asks = num_past and steps.summary and chosen is None
+        asks = num_past and steps.summary and choose is None
         summaries = SummaryExchange(plan, wire, k, steps.summary) if asks else None
         own_keys = Keys(k, v, q.shape[1] // k.shape[1])
-        own_queries = dataclasses.replace(queries, block_lse=None)
-        _attend(steps, PartialAttention(own_queries, own_keys, nothing, plan.own_blocks), scale, workspace_bytes)
+        _attend(steps, PartialAttention(queries, own_keys, nothing, plan.own_blocks), scale, workspace_bytes)
         gathered = summaries.wait() if summaries else None
-        if chosen is not None:
-            ids = chosen.ids
+        if choose is not None:
+            chosen = choose()
+            ids, queries.block_lse = chosen.ids, chosen.block_lse
         else:
             ids = steps.select_past(q, gathered, plan.queries, num_past) if num_past else nothing
         for partial in exchange.forward(plan, queries, k, v, ids):

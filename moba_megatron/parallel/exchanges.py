@@ -15,6 +15,17 @@ size, e bytes an element, f bytes of a score (4, or 8 for fp64), C ranks. Receiv
 E depends on the choices: where a row is one document at most min(C - 1, K x parts of a block - 1), the query's own
 block counted. Short documents are cut into small chunks, and their blocks lie on more ranks. Blocks that are copied
 under `dispatch` replace more queries than they bring rows; the counts that ranks tell each other come on top.
+
+With a router of H heads, J key heads and head size c the summaries are its own, and more travels (`router_traffic`; M
+blocks of the pack, I ranks that trade heads):
+
+| what | forward | backward |
+|---|---|---|
+| summaries, under every exchange | (C - 1) x most blocks a rank touches x J c f | none |
+| their gradient, with the sparse loss | none | 2 (C - 1)/C M J c f |
+| choice, where heads are traded | (I - 1)/I t H (K - 1) 4 | none |
+| shares for the sparse loss, where heads are traded | (I - 1)/I t H (K - 1) f | none |
+| the same under `dispatch` | at most E t N (K - 1) f | none |
 """
 
 from __future__ import annotations
@@ -24,7 +35,7 @@ from dataclasses import dataclass
 from moba_megatron.parallel.a2a import A2A
 from moba_megatron.parallel.a2a_p2p import A2A_P2P
 from moba_megatron.parallel.all_gather import ALL_GATHER
-from moba_megatron.parallel.dispatch import DISPATCH
+from moba_megatron.parallel.dispatch import DISPATCH, most_remote_owners
 from moba_megatron.parallel.exchange_kind import ExchangeKind, Levels, RankSizes
 from moba_megatron.parallel.p2p import P2P
 from moba_megatron.parallel.ring_load import random_choice_factor
@@ -74,6 +85,54 @@ def traffic(
     `ExchangeKind.messages`."""
     messages = EXCHANGES[exchange].messages(sizes, context_size, levels, remote_owners)
     return Traffic(sum(message.forward for message in messages), sum(message.backward for message in messages))
+
+
+@dataclass(frozen=True)
+class RouterSizes:
+    """A router of one tensor-parallel rank.
+
+    Attributes:
+        heads, key_heads, head_size: H, J, c.
+        learns: whether it has the sparse loss.
+    """
+
+    heads: int
+    key_heads: int
+    head_size: int
+    learns: bool = False
+
+
+def router_traffic(
+    exchange: str,
+    sizes: RankSizes,
+    router: RouterSizes,
+    context_size: int,
+    levels: Levels | None = None,
+    *,
+    touched: int,
+    blocks: int,
+    remote_owners: float | None = None,
+) -> Traffic:
+    """Bytes that a router brings a rank in one layer, its summaries counted, by the table above.
+
+    Args:
+        levels, remote_owners: as for `ExchangeKind.messages`.
+        touched: blocks touched by the rank that touches most.
+        blocks: M.
+    """
+    kind, past, f = EXCHANGES[exchange], max(0, (sizes.top_k or 1) - 1), sizes.score_bytes
+    if past == 0:
+        return Traffic(0, 0)
+    width = router.key_heads * router.head_size * f
+    forward = (context_size - 1) * touched * width
+    if kind.trades_heads:
+        found = kind.levels(context_size, sizes, levels)
+        inner = context_size if found is None else found[0]
+        forward += (inner - 1) * sizes.tokens * router.heads * past * (4 + f * router.learns) // inner
+    if kind.depends_on_choices and router.learns:
+        owners = most_remote_owners(sizes, context_size) if remote_owners is None else remote_owners
+        forward += int(sizes.tokens * sizes.heads * owners * past * f)
+    return Traffic(forward, 2 * blocks * width * (context_size - 1) // context_size if router.learns else 0)
 
 
 def choose_exchange(sizes: RankSizes, context_size: int, levels: Levels | None = None) -> ChosenExchange:

@@ -61,7 +61,7 @@ def test_choice_in_plain_loops():
 
 
 @pytest.mark.parametrize("selector", [{}, {"selector": "threshold", "threshold": 0.7}])
-@pytest.mark.parametrize("loss", ["sparse"])
+@pytest.mark.parametrize("loss", ["sparse", "dense"])
 @pytest.mark.parametrize("heads", HEADS)
 def test_gathered_equals_reference(heads, loss, selector):
     num_heads, num_kv_heads, router_heads, key_heads = HEADS[heads]
@@ -112,7 +112,7 @@ def test_loss_in_plain_loops():
 
 
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("loss", ["sparse"])
+@pytest.mark.parametrize("loss", ["sparse", "dense"])
 def test_gradients_by_finite_differences(loss, heads):
     num_heads, num_kv_heads, router_heads, key_heads = HEADS[heads]
     q, k, v = attention_inputs(23, num_heads, num_kv_heads, size=4)
@@ -128,6 +128,34 @@ def test_gradients_by_finite_differences(loss, heads):
         return moba_attention(q, k, v, bounds, block_size=4, top_k=4, router=router)[1].loss
 
     assert torch.autograd.gradcheck(loss_of, (drawn.q, drawn.k), eps=1e-5, atol=1e-7, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", ["reference", "gathered", "auto"])
+@pytest.mark.parametrize("heads", HEADS)
+def test_with_all_blocks_chosen_sparse_equals_dense(heads, backend):
+    num_heads, num_kv_heads, router_heads, key_heads = HEADS[heads]
+    q, k, v = attention_inputs(201, num_heads, num_kv_heads)
+    found = []
+    for loss in ("sparse", "dense"):
+        router = router_of(201, router_heads, key_heads, loss=loss, loss_mask=torch.arange(201) % 3 > 0)
+        out, got = moba_attention(q, k, v, BOUNDS, block_size=16, top_k=9, backend=backend, router=router)
+        found.append([out, got.loss, got.entropy, got.tokens, *torch.autograd.grad(got.loss, (router.q, router.k))])
+    for sparse, dense in zip(*found, strict=True):
+        assert dense.abs().max() > 0
+        torch.testing.assert_close(sparse, dense, rtol=1e-10, atol=1e-12)
+
+
+def test_dense_loss_does_not_depend_on_the_choice_or_on_tiles(monkeypatch):
+    q, k, v = attention_inputs(201, 4, 2)
+    found = []
+    for top_k, scores in ((2, 2**20), (3, 500), (9, 2**20)):
+        monkeypatch.setattr("moba_megatron.ops.dense_loss.SCORES_ON_CPU", scores)
+        router = router_of(201, 2, 1, loss="dense")
+        _, got = moba_attention(q, k, v, BOUNDS, block_size=16, top_k=top_k, router=router)
+        found.append([got.loss, got.entropy, *torch.autograd.grad(got.loss, (router.q, router.k))])
+    for one, *others in zip(*found, strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_perfect_shares_have_no_loss():
