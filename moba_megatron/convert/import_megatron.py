@@ -149,11 +149,12 @@ def as_section(layers: tuple[LayerAttention, ...], given: AttentionConfig) -> di
         section["summary"] = scored[0].summary
         section["share_selection"] = scored[0].share_selection
         section["threshold"] = next((choice.threshold for choice in choices if choice.threshold is not None), None)
+        summary, threshold = section["summary"], section["threshold"]
         for number, layer in enumerate(layers, start=1):
             choice = layer.selection
-            if layer.kind == "moba" and choice.uses_scores and choice.summary != section["summary"]:
+            if layer.kind == "moba" and choice.uses_scores and choice.summary != summary:
                 own[str(number)]["summary"] = choice.summary
-            if choice.threshold not in (None, section["threshold"]):
+            if choice.threshold is not None and choice.threshold != threshold:
                 own[str(number)]["threshold"] = choice.threshold
     return section
 
