@@ -69,7 +69,9 @@ def configure(
     config = model.config.get_text_config()
     kinds = layer_types(config.num_hidden_layers, last_n_full)
     top_k, selection = Selection(selector, summary, threshold, share_selection).with_blocks(top_k, key_heads(config))
-    settings = MoBASettings(block_size, top_k, kinds, decode, selection=selection)
+    # An index that the model has stays the one that chooses.
+    index = MoBASettings.from_config(config).index if getattr(config, "moba_config", None) else None
+    settings = MoBASettings(block_size, top_k, kinds, decode, selection=selection, index=index)
     config.moba_config = settings.to_config()
     model.set_attn_implementation(NAME)
     return settings

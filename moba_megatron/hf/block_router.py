@@ -77,6 +77,11 @@ class BlockRouter(nn.Module):
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         return (q, k) if angles is None else (rotated(q, *angles), rotated(k, *angles))
 
+    def train(self, mode: bool = True) -> BlockRouter:
+        """As of any module, and without gradients: loading gives every weight one, and ends with `eval()`."""
+        self.requires_grad_(False)
+        return super().train(mode)
+
     def keys_of_all(self, k: Tensor, cache: Any, layer: int) -> Tensor:
         """Index keys of all slots of a cache, after these were added.
 

@@ -24,7 +24,7 @@ from moba_megatron.convert.stored import StoredWeights
 from moba_megatron.convert.verify import TOLERANCE, verify
 from moba_megatron.generation.engine import continue_prompt
 from moba_megatron.generation.loading import load_generator
-from moba_megatron.hf import MoBACache, prefill
+from moba_megatron.hf import MoBACache, configure, prefill
 
 # Head size 8, 4 query heads, 2 key heads, the last of 4 layers full.
 INDEXES = {
@@ -187,3 +187,40 @@ def test_a_folder_without_the_runs_index_is_refused(run, tmp_path):
     other = same.attention.model_copy(update={"router_dim": 4})
     with pytest.raises(ConfigError, match=r"another one: attention.router_dim = 4, not"):
         check_initial_weights(same.model_copy(update={"attention": other}), 128)
+
+
+OTHERS = {
+    "convolved": {"attention__key_convolution": 3, "attention__router_keys": "key"},
+    "smollm3": {"model__no_rope_freq": [0, 0, 1, 0]},
+    "phi3": {"model__rotary_percent": 0.75, "attention__router_dim": 16},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_models(kind, tmp_path):
+    """Convolved keys, whose export brings the code of both; layers without rotation; heads that are rotated in part."""
+    settings = {"attention__router": "index", "attention__router_dim": 6, **OTHERS[kind]}
+    config = small_config(tmp_path, training__steps=3, model__init_method_std=0.2, **settings)
+    run_ranks(1, train_here, config)
+    exported = open_exported(config.run.dir, own_code=True)
+    export_huggingface(exported, tmp_path / "out", self_contained=kind == "convolved")
+    (found,) = run_ranks(1, verify, exported, tmp_path / "out")
+    assert found[-1].name == "under MoBA (median token)" and all(text.relative < 1e-5 for text in found), found
+
+
+def test_a_loaded_model_is_saved_with_its_index(run, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(run.parent / "moba").eval()
+    index = [name for name, parameter in model.named_parameters() if "block_router" in name]
+    assert index and not any(parameter.requires_grad for name, parameter in model.named_parameters() if name in index)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    ids = torch.randint(1, 128, (1, 120), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+    configure(again, block_size=8, top_k=3, last_n_full=1)
+    assert again.config.moba_config["router"] == "index"
+    with torch.no_grad():
+        again(ids)
+    configure(again, block_size=8, top_k=3)
+    with torch.no_grad(), pytest.raises(ValueError, match="chosen by an index .* LlamaAttention has none"):
+        again(ids)
