@@ -216,3 +216,21 @@ def test_a_frozen_rest_agrees_at_every_layout():
         for layout, (ours, our_norms) in zip(layouts, courses, strict=True):
             assert ours == pytest.approx(losses, rel=1e-5), layout
             assert our_norms == pytest.approx(norms, rel=1e-4), layout
+
+
+def test_a_stage_without_a_choice_gives_the_index_zero_gradients():
+    """The overlapped reduction waits for every weight."""
+    stages = [{"until": 0.5, "kind": "full"}, {"until": 1.0}]
+    for kind in ({**SHARED, "stages": stages}, {**SHARED, "router_loss": "none"}):
+        settings = [config(kind, {"recompute": how}, parallel=dict(OVERLAPPED)) for how in ("none", "full")]
+        for found in run_ranks(2, gradients_of_each, settings, None, PACKS):
+            for _, tallies, gradients in found:
+                index = [gradient for name, (gradient, *_) in gradients.items() if "block_router" in name]
+                assert len(index) == 12 and not any(gradient.any() for gradient in index) and not tallies.any()
+
+
+def test_the_dense_loss_agrees():
+    dense = {**SHARED, "router_loss": "dense"}
+    weights = run_ranks(1, train, config(dense), VOCABULARY, 0)[0][2]
+    a2a = {"context": 2, "exchange": "a2a"}
+    agree([(1, {}), (2, SEQUENCE), (2, INTERLEAVED), (2, a2a)], dense, weights, PACKS, training={"recompute": "full"})

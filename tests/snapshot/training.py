@@ -28,6 +28,7 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "min_max": (1, {"attention__summary": "min_max"}),
     "threshold": (1, {"attention__selector": "threshold", "attention__threshold": 0.6}),
     "key_convolution": (1, {"attention__key_convolution": 3}),
+    "index": (1, {"attention__router": "index", "attention__router_dim": 8}),
     "best_fit": (1, {"data__packing": "best_fit"}),
     "documents": (1, {"data__packing": "document", "data__min_document_length": 20}),
     "data_2": (2, {"parallel__distributed_optimizer": True}),
