@@ -4,8 +4,9 @@
 `reference`, which is the definition, the folders `gathered` (portable PyTorch) and `triton` (GPU kernels), which are
 twins module by module, and `adapters` to other packages. `steps` is what these twins are made of, `library` the same
 for tracers. `layout` says where blocks lie (`kept_layouts`: once for all layers of a microbatch), `selection`,
-`summaries` and `selectors` how they are chosen, `fragments` which keys queries see; `combine` joins partial attentions;
-`dense` is full causal attention; `pairs` counts what it all costs.
+`summaries` and `selectors` how they are chosen, `router` what else may choose and `router_loss` and `dense_loss` how
+that learns, `fragments` which keys queries see; `combine` joins partial attentions; `dense` is full causal attention;
+`pairs` counts what it all costs.
 
 The words of these modules, portable and Triton alike:
 

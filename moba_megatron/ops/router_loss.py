@@ -39,6 +39,8 @@ from moba_megatron.ops.steps import Steps
 
 # Elements of gathered summaries held at once.
 GATHERED_ON_CPU, GATHERED_ON_ACCELERATOR = 2**20, 2**26
+# Entries of a summary whose gradients are added one after the other.
+PIECE = 512
 # Below this a row's chosen blocks count as without mass.
 NO_MASS = 1e-20
 
@@ -222,8 +224,16 @@ def _summary_rows(ids_tHK: Tensor, first_block_t: Tensor, num_key_heads: int) ->
 
 
 def _sums_by_row(q_XC: Tensor, rows_tHK: Tensor, weights_tHK: Tensor, count: int) -> Tensor:
-    """[count, C]: for each row the sum of the queries that name it, weighted, in the order of the queries."""
+    """[count, C]: for each row the sum of the queries that name it, weighted, in the order of the queries.
+
+    A row that many name is summed in pieces, cut where others begin and at every `PIECE` entries, and these are added
+    in order: so no thread of an accelerator sums for long, and no size depends on the choice.
+    """
     rows_E, order_E = rows_tHK.flatten().sort(stable=True)
     starts = torch.searchsorted(rows_E, torch.arange(count, device=rows_E.device))
+    cuts = torch.cat([starts, torch.arange(0, rows_E.numel(), PIECE, device=rows_E.device)]).sort().values
     queries_E = order_E.div(rows_tHK.shape[2], rounding_mode="floor")
-    return embedding_bag(queries_E, q_XC, starts, mode="sum", per_sample_weights=weights_tHK.flatten()[order_E])
+    pieces = embedding_bag(queries_E, q_XC, cuts, mode="sum", per_sample_weights=weights_tHK.flatten()[order_E])
+    # Where rows begin at one place all but the last of them are empty, and so are the pieces before the last one there.
+    numbers = torch.arange(cuts.numel(), device=cuts.device)
+    return embedding_bag(numbers, pieces, torch.searchsorted(cuts, starts), mode="sum")

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from moba_megatron.ops import Router, RouterLoss, moba_attention, select_blocks
+from moba_megatron.ops import Router, RouterLoss, moba_attention, router_loss, select_blocks
 
 BOUNDS = torch.tensor([0, 5, 5, 68, 200, 201], dtype=torch.int32)
 HEADS = {"shared key": (4, 2, 2, 1), "key heads": (4, 2, 2, 2), "query heads": (4, 2, 4, 2), "one key": (4, 2, 4, 1)}
@@ -156,6 +156,18 @@ def test_dense_loss_does_not_depend_on_the_choice_or_on_tiles(monkeypatch):
     for one, *others in zip(*found, strict=True):
         for other in others:
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_sums_by_row_are_those_of_a_loop(monkeypatch):
+    """Rows that nobody names, one that most name, pieces of one entry and of many."""
+    rows = torch.tensor([[[5, 2], [2, 0]], [[2, 5], [5, 2]], [[2, 0], [2, 5]]])
+    q, weights = draw(6, 3), draw(3, 2, 2, seed=1)
+    want = torch.zeros(8, 3, dtype=q.dtype)
+    for place, (row, weight) in enumerate(zip(rows.flatten().tolist(), weights.flatten(), strict=True)):
+        want[row] += weight * q[place // 2]
+    for piece in (1, 2, 3, 512):
+        monkeypatch.setattr(router_loss, "PIECE", piece)
+        torch.testing.assert_close(router_loss._sums_by_row(q, rows, weights, 8), want, rtol=1e-12, atol=1e-12)
 
 
 def test_perfect_shares_have_no_loss():

@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 
 from without_data import kernels_on_meta  # noqa: E402
 
-from moba_megatron.ops import full_attention, moba_attention, select_blocks  # noqa: E402
+from moba_megatron.ops import Router, full_attention, moba_attention, select_blocks  # noqa: E402
 from moba_megatron.ops.selection import SELECTORS, SUMMARIES, Selection  # noqa: E402
 from moba_megatron.parallel import attention as context  # noqa: E402
 from moba_megatron.parallel.context_plan import remember_boundaries  # noqa: E402
@@ -59,6 +59,22 @@ def test_the_operator(launches, selection, bounds):
     assert {name for name, _ in launches} - forward
     ids = select_blocks(q, k, documents, **settings, **selection.settings)
     assert ids.shape == (TOKENS, 8, 4)
+
+
+def router(tokens, loss="sparse"):
+    """One choice for each of two key heads, by a shared key; half of the tokens count."""
+    q, k = (torch.empty(tokens, n, 32, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (2, 1))
+    return Router(q, k, loss, torch.empty(tokens, dtype=torch.bool, device="meta"))
+
+
+@pytest.mark.parametrize("bounds", ["one document", "pack"])
+def test_a_router_that_learns(launches, bounds):
+    documents = None if bounds == "one document" else torch.empty(6, dtype=torch.int32, device="meta")
+    chooser = router(TOKENS)
+    out, got = moba_attention(*leaves(), documents, backend="triton", block_size=64, top_k=4, router=chooser)
+    assert "past_fwd_short" in {name for name, _ in launches} and out.shape == (TOKENS, 8, 64)
+    got.loss.backward()
+    assert chooser.q.grad.shape == chooser.q.shape and chooser.k.grad.shape == chooser.k.shape
 
 
 class WithoutData(Wire):
@@ -135,6 +151,27 @@ def test_exchanges(launches, monkeypatch, exchange, block_size, answer):
         assert whole[0]["max_seqlen"] == TOKENS - 1024 and whole[0]["cu_seqlens"].is_meta
     assert q.grad.shape == q.shape and k.grad.shape == v.grad.shape == k.shape
     assert (forward.host_waits, backward.host_waits) == (kind.host_waits, 0)
+
+
+@pytest.mark.parametrize("loss", ["none", "sparse"])
+@pytest.mark.parametrize("exchange", [name for name, kind in EXCHANGES.items() if not kind.two_levels])
+def test_a_router_under_exchanges(launches, monkeypatch, exchange, loss):
+    monkeypatch.setattr(WithoutData, "answer", 3)
+    monkeypatch.setattr(context, "Wire", WithoutData)
+    chooser, tensors = router(TOKENS // 2, loss), leaves(TOKENS // 2)
+    documents = torch.empty(3, dtype=torch.int32, device="meta")
+    remember_boundaries(documents, (0, 1024, TOKENS))
+    with observe() as seen:
+        found = context.context_attention(
+            *tensors, documents, cp_groups=context.ContextGroups(Group()), exchange=exchange, block_size=64, top_k=4,
+            backend="triton", router=chooser,
+        )  # fmt: skip
+        out = found[0] if loss == "sparse" else found
+        out.backward(torch.empty_like(out))
+        if loss == "sparse":
+            found[1].loss.backward()
+            assert chooser.k.grad.shape == chooser.k.shape
+    assert launches and seen.host_waits == EXCHANGES[exchange].host_waits
 
 
 def test_full_attention_of_a_pack(monkeypatch):
