@@ -32,8 +32,11 @@ COMMANDS = (evaluate_command, evaluate_losses, evaluate_routing, evaluate_tasks)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """MoBA with 3 of 8 blocks in 3 of 4 layers, on packs of documents; an odd vocabulary."""
-    config = small_config(tmp_path_factory.mktemp("trained"), model__init_method_std=0.3, training__steps=4)
+    """MoBA with 3 of 8 blocks in 3 of 4 layers, on packs of documents; an odd vocabulary. The key heads of the second
+    have a K of their own."""
+    own = {2: {"top_k": [2, 4]}}
+    folder = tmp_path_factory.mktemp("trained")
+    config = small_config(folder, model__init_method_std=0.3, training__steps=4, attention__layers=own)
     run_ranks(1, train_here, config)
     return Path(config.run.dir)
 
@@ -115,7 +118,8 @@ def test_losses_and_routing_are_those_of_one_rank(run, tmp_path, seen_by_one, ra
             record.pop("power_law", None)  # a fit of many steps
         same(found, seen_by_one)
         assert "validation loss" in output and (case[-1] / "plots/loss_by_position_step_4.png").is_file()
-        assert "layers 1, 2, 3 (B=16 K=3): the chosen blocks hold" in output
+        assert "layers 1, 3 (B=16 K=3): the chosen blocks hold" in output
+        assert "layer 2 (B=16 K=2,4): the chosen blocks hold" in output
         assert len((case[-1] / "evaluations.jsonl").read_text().splitlines()) == 3
 
 
