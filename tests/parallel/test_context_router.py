@@ -12,7 +12,7 @@ from parallel.examples import HEAD_SIZE, groups_for, pack_inputs, smallest_margi
 from torch.utils.checkpoint import checkpoint
 
 from moba_megatron.ops import Router, RouterLoss, moba_attention
-from moba_megatron.ops.selection import Selection
+from moba_megatron.ops.selection import MOBA, Selection
 from moba_megatron.parallel.attention import ContextGroups, context_attention
 from moba_megatron.parallel.context_plan import plan_context
 from moba_megatron.parallel.exchange_kind import RankSizes
@@ -68,7 +68,11 @@ def disagreements() -> dict[str, list[str]]:
             most = max(top_k) if isinstance(top_k, list) else top_k
             assert smallest_margin(of_router[0], of_router[1], bounds, block_size, most) > 1e-9
             settings = {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32), "block_size": block_size, "top_k": top_k}
-            expected = run(functools.partial(moba_attention, backend="reference", **settings), *tensors, *of_router)
+            # The last heads choose by a threshold.
+            selection = Selection("threshold", threshold=0.6) if heads == HEADS[-1] else MOBA
+            definition = functools.partial(moba_attention, backend="reference", **settings, **selection.settings)
+            expected = run(definition, *tensors, *of_router)
+            settings["selection"] = selection
             mine = torch.tensor(zigzag(bounds, size, rank))
             for exchange, groups in cp_groups.items():
                 attention = functools.partial(context_attention, cp_groups=groups, exchange=exchange, **settings)
