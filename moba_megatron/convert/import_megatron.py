@@ -66,7 +66,7 @@ def import_megatron(
     check_unused(out)
     folder = find_iteration(source)
     section = _model_section(model)
-    plan = attention_plan(attention, section.num_layers, sequence_length)
+    plan = attention_plan(attention, section.num_layers, sequence_length, section.query_groups)
     stored = StoredWeights(folder)
     problems = stored.problems(parameter_shapes(section), section)
     flags = _flags(folder)
