@@ -7,6 +7,7 @@ import math
 
 from moba_megatron.config.experts import expert_checks
 from moba_megatron.config.families import family_checks
+from moba_megatron.config.layer_selection import lacks_threshold, layer_selection_checks
 from moba_megatron.config.model import ModelConfig
 from moba_megatron.config.rotary import rotary_checks
 from moba_megatron.config.router import router_checks
@@ -79,7 +80,9 @@ def combination_problems(config: Config) -> list[str]:
             *expert_checks(config),
             *_data_checks(config),
             _packing_check(config),
-            *attention_checks(config.attention, config.model.num_layers, config.data.sequence_length),
+            *attention_checks(
+                config.attention, config.model.num_layers, config.data.sequence_length, config.model.query_groups
+            ),
             *router_checks(config),
             *training_checks(config),
         ]
@@ -214,17 +217,19 @@ def attention_checks(
     attention: AttentionConfig,
     layers: int,
     length: int | None = None,
+    kv_heads: int | None = None,
     *,
-    keys: tuple[str, str] = ("model.num_layers", "data.sequence_length"),
+    keys: tuple[str, str, str] = ("model.num_layers", "data.sequence_length", "model.num_query_groups"),
 ) -> list[tuple[bool, str]]:
     """Settings of the attention that cannot work: (wrong, what to say) for each.
 
     Args:
         layers: layers of the whole model that attend.
         length: tokens of a sequence, where that is known.
-        keys: what these two are called where the user sets them.
+        kv_heads: key heads of a layer, where that is known.
+        keys: what these three are called where the user sets them.
     """
-    layers_key, length_key = keys
+    layers_key, length_key, kv_heads_key = keys
     checks = []
     for name, part in [("attention", attention)] + [
         (f"attention.stages.{i}", s) for i, s in enumerate(attention.stages)
@@ -249,6 +254,7 @@ def attention_checks(
             f"{name}.last_n_full = {part.last_n_full} is over {layers_key} = {layers}",
         ))  # fmt: skip
     checks += _selection_checks(attention)
+    checks += layer_selection_checks(attention, kv_heads, kv_heads_key)
     ends = [stage.until for stage in attention.stages]
     rising = all(a < b for a, b in zip(ends, ends[1:], strict=False))
     checks.append((not rising, f"attention.stages: `until` must rise from stage to stage, not {ends}"))
@@ -261,7 +267,7 @@ def _selection_checks(attention: AttentionConfig) -> list[tuple[bool, str]]:
     names = one_of(sorted(selectors))
     return [
         (
-            "threshold" in selectors and threshold is None,
+            lacks_threshold(attention),
             "attention.threshold is not set, but the selector `threshold` needs it: give a share such as 0.9",
         ),
         (

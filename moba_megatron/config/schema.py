@@ -19,6 +19,8 @@ from moba_megatron.config.section import LONGEST, MOST_LAYERS, MOST_STEPS, Secti
 
 AttentionKind = Literal["moba", "full"]
 AttentionSelector = Literal["top_k", "recent", "sink_recent", "threshold"]
+AttentionSummary = Literal["mean", "min_max"]
+BlocksOfQuery = Annotated[int, Field(ge=1, le=LONGEST)]
 # JSON and the command line have only strings as keys.
 LayerNumber = Annotated[int, Field(strict=False)]
 
@@ -42,10 +44,30 @@ class LayerAttentionOverride(Section):
     """`moba` or `full` for this layer."""
     block_size: int | None = Field(default=None, ge=1, le=LONGEST)
     """Tokens per block in this layer."""
-    top_k: int | None = Field(default=None, ge=1, le=LONGEST)
-    """Blocks per query in this layer, the current one counted."""
+    top_k: BlocksOfQuery | list[BlocksOfQuery] | None = None
+    """Blocks per query in this layer, the current one counted; or a list with one number for each key head, as
+    `evaluate --routing --suggest-budget` prints it."""
     selector: AttentionSelector | None = None
     """As `attention.selector`, for this layer."""
+    summary: AttentionSummary | None = None
+    """As `attention.summary`, for this layer."""
+    threshold: float | None = Field(default=None, gt=0, le=1)
+    """As `attention.threshold`, for this layer."""
+
+    @field_validator("top_k", mode="before")
+    @classmethod
+    def _number_or_numbers(cls, value: Any) -> Any:
+        """One error, where a union of types would make two."""
+        numbers = value if isinstance(value, list) else [value]
+        wrong = [n for n in numbers if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= LONGEST]
+        if value is not None and wrong:
+            raise ValueError(f"a number of blocks from 1 to {LONGEST}, or a list with one for each key head")
+        return value
+
+    @property
+    def chooses(self) -> bool:
+        """Whether anything but the kind is set: what has an effect in a MoBA layer alone."""
+        return bool(self.block_size or self.top_k or self.selector or self.summary or self.threshold)
 
 
 class AttentionStage(Section):
@@ -85,7 +107,7 @@ class AttentionConfig(Section):
     `top_k: 2` LongHeads). `recent`: the nearest, a sliding window of blocks. `sink_recent`: the document's first block
     and the K - 2 nearest. `threshold`: those with the best scores until `threshold` is reached, at most K - 1
     (VMoBA)."""
-    summary: Literal["mean", "min_max"] = "mean"
+    summary: AttentionSummary = "mean"
     """How blocks are scored: by the `mean` of their keys, or by `min_max`, the largest score possible for a key within
     the block's bounds in each channel (Quest)."""
     threshold: float | None = Field(default=None, gt=0, le=1)
@@ -153,6 +175,13 @@ class AttentionConfig(Section):
         return {*named, *(layer.selector for some in layers for layer in some.values())} - {None}
 
     @property
+    def overrides(self) -> dict[str, LayerAttentionOverride]:
+        """The settings of single layers, by the key that holds them: `attention.layers.3`."""
+        parts = [("attention", self.layers)]
+        parts += [(f"attention.stages.{i}", stage.layers or {}) for i, stage in enumerate(self.stages)]
+        return {f"{name}.layers.{number}": layer for name, layers in parts for number, layer in layers.items()}
+
+    @property
     def kinds(self) -> set[str]:
         """Kinds of layers that are named for some stage."""
         named = [self.kind, *(stage.kind for stage in self.stages)]
@@ -162,7 +191,10 @@ class AttentionConfig(Section):
     @property
     def top_k_of_means(self) -> bool:
         """Whether blocks are chosen as in the MoBA report, everywhere."""
-        return self.selectors == {"top_k"} and self.summary == "mean" and self.share_selection == "none"
+        own = self.overrides.values()
+        means = {self.summary, *(layer.summary or "mean" for layer in own)} == {"mean"}
+        one_budget = not any(isinstance(layer.top_k, list) for layer in own)
+        return self.selectors == {"top_k"} and means and one_budget and self.share_selection == "none"
 
 
 class BlendEntry(Section):

@@ -77,9 +77,10 @@ def export_huggingface(
         exported.check_plain()
     exported.check_files(digests=verify)
     stored = StoredWeights(exported.checkpoint)
-    shapes = parameter_shapes(exported.model, exported.key_convolution)
-    _check_parameters(exported, stored, shapes)
-    moba = moba_config(exported.layers, decode, exported.key_convolution)
+    width = exported.key_convolution
+    _check_parameters(exported, stored, parameter_shapes(exported.model, width, exported.stored_indexes))
+    shapes = parameter_shapes(exported.model, width, exported.indexes)
+    moba = moba_config(exported.layers, decode, width, exported.indexes)
     special = special_ids(exported.tokenizer) if exported.tokenizer else {}
     values = huggingface_config(
         exported.model,

@@ -11,6 +11,7 @@ from moba_megatron.checkpoint.manifest import damaged, misplaced_files, verify
 from moba_megatron.config import Config, ConfigError, ModelConfig
 from moba_megatron.convert.families import family_of
 from moba_megatron.convert.import_hf import NO_TOKENIZER
+from moba_megatron.convert.indexes import Indexes
 from moba_megatron.convert.initial import sized
 from moba_megatron.convert.run_inputs import found_config
 from moba_megatron.corpus.tokenizer import Tokenizer
@@ -27,6 +28,7 @@ class Exported:
         model: the `model` section with every size stated.
         layers: how each layer attends.
         tokenizer: None where the model has none.
+        stored_indexes: of blocks, in all layers that have one in the checkpoint; None: queries and keys choose.
     """
 
     checkpoint: Path
@@ -35,6 +37,12 @@ class Exported:
     model: ModelConfig
     layers: tuple[LayerAttention, ...]
     tokenizer: Tokenizer | None
+    stored_indexes: Indexes | None = None
+
+    @property
+    def indexes(self) -> Indexes | None:
+        """Those that choose blocks in these layers. Full layers have no use for theirs, which are left out."""
+        return self.stored_indexes and self.stored_indexes.of_layers(self.layers)
 
     @property
     def key_convolution(self) -> int | None:
@@ -94,7 +102,9 @@ def open_exported(path: str | Path, tokenizer: str | None = None, *, own_code: b
     if config.model.vocab_size is None and found is None:
         raise CheckpointError(f"{checkpoint} names neither model.vocab_size nor a tokenizer")
     model = sized(config.model, found.vocab_size if found else 0)
-    exported = Exported(checkpoint, manifest, config, model, layers, found)
+    exported = Exported(
+        checkpoint, manifest, config, model, layers, found, Indexes.of_config(config.attention, schedule)
+    )
     if not own_code:
         exported.check_plain()
     return exported

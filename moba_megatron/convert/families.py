@@ -19,6 +19,7 @@ from moba_megatron.config import ConfigError, ModelConfig
 from moba_megatron.config.expert_families import unwritten
 from moba_megatron.config.families import FAMILIES, families_of, family_checks
 from moba_megatron.config.family import MARKS
+from moba_megatron.convert.indexes import Indexes
 from moba_megatron.convert.written_rope import written_positions, written_rope
 from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.model.schedule import LayerAttention
@@ -104,13 +105,17 @@ def huggingface_config(
 
 
 def moba_config(
-    layers: tuple[LayerAttention, ...], decode: str, key_convolution: int | None = None
+    layers: tuple[LayerAttention, ...],
+    decode: str,
+    key_convolution: int | None = None,
+    indexes: Indexes | None = None,
 ) -> dict[str, Any] | None:
     """The entry `moba_config` for the layers of a model; None if all layers use full attention without convolved keys.
 
     Args:
         decode: how new tokens attend to a cache, `full` or `moba`.
         key_convolution: width of the filters of keys, which full layers have as well.
+        indexes: those that choose the blocks of MoBA layers.
     """
     sparse = {number: layer for number, layer in enumerate(layers) if layer.kind == "moba"}
     kinds = tuple(layer.kind for layer in layers)
@@ -120,7 +125,8 @@ def moba_config(
         return full.to_config() if key_convolution else None
     size, sizes = _most({number: (layer.block_size, layer.top_k) for number, layer in sparse.items()})
     selection, selections = _most({number: layer.selection for number, layer in sparse.items()})
-    return MoBASettings(*size, kinds, decode, sizes, selection, selections, key_convolution).to_config()
+    index = indexes.settings if indexes else None
+    return MoBASettings(*size, kinds, decode, sizes, selection, selections, key_convolution, index).to_config()
 
 
 def _most(values: dict[int, T]) -> tuple[T, dict[int, T]]:

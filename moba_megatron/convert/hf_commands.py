@@ -181,6 +181,10 @@ def export_command(
             verify=not unread,
             advance=bar.at,
         )
+    if exported.stored_indexes is not None and exported.indexes != exported.stored_indexes:
+        used = exported.indexes.layers if exported.indexes else frozenset()
+        left = ", ".join(str(number + 1) for number in sorted(exported.stored_indexes.layers - used))
+        console.print(f"note: layers {left} attend fully at this step: their index of blocks is left out")
     if reader not in (None, "AutoTokenizer"):
         console.print(f"note: load the tokenizer by {reader}: AutoTokenizer would give other ids (see README.md)")
     console.print(str(out), markup=False)

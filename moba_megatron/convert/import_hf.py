@@ -174,9 +174,15 @@ def attention_section(values: dict[str, Any]) -> dict[str, Any]:
     own: dict[int, dict[str, Any]] = {
         number + 1: {"block_size": size, "top_k": top_k} for number, (size, top_k) in settings.layer_sizes.items()
     }
-    for number, selection in settings.layer_selections.items():
-        own.setdefault(number + 1, {})["selector"] = selection.selector
+    for number, kind in enumerate(settings.layer_types):
+        layer = settings.of_layer(number)
+        if kind == "moba" and layer.selection.budgets is not None:
+            own.setdefault(number + 1, {})["top_k"] = list(layer.selection.budgets)
+    for number in settings.layer_selections:
+        own.setdefault(number + 1, {}).update(_own_choice(settings, number))
     section = {"kind": "moba", "block_size": settings.block_size, "top_k": settings.top_k}
+    if settings.index is not None:
+        section |= {"router": "index", **settings.index}
     return {**section, **_selection_section(settings), "full_layers": full, "layers": own}
 
 
@@ -185,19 +191,28 @@ def _selection_section(settings: MoBASettings) -> dict[str, Any]:
     chosen = [settings.selection, *settings.layer_selections.values()]
     if all(selection.is_plain for selection in chosen):
         return {}
-    # All layers share one summary and one threshold, if their selector needs them.
-    summaries = {selection.summary for selection in chosen if selection.uses_scores} or {"mean"}
+    # All layers share one sharing of heads, if their selector needs it.
     shares = {selection.share_selection for selection in chosen if selection.uses_scores} or {"none"}
-    thresholds = {selection.threshold for selection in chosen if selection.threshold is not None} or {None}
-    if len(summaries) > 1 or len(thresholds) > 1 or len(shares) > 1:
+    if len(shares) > 1:
         raise ConfigError([
-            f"config.json: moba_config has layers of several summaries ({', '.join(sorted(summaries))}) or thresholds "
-            f"({', '.join(map(str, thresholds))}) or of several share_selection ({', '.join(sorted(shares))}): "
-            "attention.summary, attention.threshold and attention.share_selection hold for all layers"
+            f"config.json: moba_config has layers of several share_selection ({', '.join(sorted(shares))}): "
+            "attention.share_selection holds for all layers"
         ])  # fmt: skip
-    (summary,), (threshold,), (share,) = summaries, thresholds, shares
+    (share,) = shares
     shared = {"share_selection": share} if share != "none" else {}
-    return {"selector": settings.selection.selector, "summary": summary, "threshold": threshold, **shared}
+    first = settings.selection
+    return {"selector": first.selector, "summary": first.summary, "threshold": first.threshold, **shared}
+
+
+def _own_choice(settings: MoBASettings, number: int) -> dict[str, Any]:
+    """What of a layer's settings (from 0) says how it chooses, where that is not what the section says."""
+    first, own = settings.selection, settings.of_layer(number).selection
+    words: dict[str, Any] = {"selector": own.selector}
+    if own.uses_scores and own.summary != first.summary:
+        words["summary"] = own.summary
+    if own.threshold is not None and own.threshold != first.threshold:
+        words["threshold"] = own.threshold
+    return words
 
 
 def _configuration(

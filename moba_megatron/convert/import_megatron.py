@@ -66,7 +66,7 @@ def import_megatron(
     check_unused(out)
     folder = find_iteration(source)
     section = _model_section(model)
-    plan = attention_plan(attention, section.num_layers, sequence_length)
+    plan = attention_plan(attention, section.num_layers, sequence_length, section.query_groups)
     stored = StoredWeights(folder)
     problems = stored.problems(parameter_shapes(section), section)
     flags = _flags(folder)
@@ -135,7 +135,8 @@ def as_section(layers: tuple[LayerAttention, ...], given: AttentionConfig) -> di
     for number, layer in enumerate(layers, start=1):
         own[str(number)] = {"kind": layer.kind}
         if layer.kind == "moba":
-            sizes = {"block_size": layer.block_size, "top_k": layer.top_k, "selector": layer.selection.selector}
+            blocks = list(layer.blocks) if isinstance(layer.blocks, tuple) else layer.blocks
+            sizes = {"block_size": layer.block_size, "top_k": blocks, "selector": layer.selection.selector}
             own[str(number)] |= sizes
     section = {"kind": kind_of(layers), "layers": own, "key_convolution": given.key_convolution}
     sparse = [layer for layer in layers if layer.kind == "moba"]
@@ -148,6 +149,13 @@ def as_section(layers: tuple[LayerAttention, ...], given: AttentionConfig) -> di
         section["summary"] = scored[0].summary
         section["share_selection"] = scored[0].share_selection
         section["threshold"] = next((choice.threshold for choice in choices if choice.threshold is not None), None)
+        summary, threshold = section["summary"], section["threshold"]
+        for number, layer in enumerate(layers, start=1):
+            choice = layer.selection
+            if layer.kind == "moba" and choice.uses_scores and choice.summary != summary:
+                own[str(number)]["summary"] = choice.summary
+            if choice.threshold is not None and choice.threshold != threshold:
+                own[str(number)]["threshold"] = choice.threshold
     return section
 
 

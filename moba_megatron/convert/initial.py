@@ -17,6 +17,7 @@ from moba_megatron.config.pretrained import pretrained_model_section
 from moba_megatron.config.router import SHAPE
 from moba_megatron.convert.export_digests import export_damage, refuse_damage
 from moba_megatron.convert.half_precision import F16, half_precision_note
+from moba_megatron.convert.indexes import Indexes
 from moba_megatron.convert.origin import keep_origin
 from moba_megatron.convert.run_inputs import found_config
 from moba_megatron.convert.safetensors_folder import SafetensorsFolder
@@ -27,6 +28,7 @@ from moba_megatron.corpus.manifest import load_manifest
 from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.model.block_router import is_of_index
 from moba_megatron.model.index_weights import copy_indexes
+from moba_megatron.model.schedule import AttentionSchedule
 from moba_megatron.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
     _check_tokenizer(config, source, tokenizer)
     if _is_huggingface(source):
         dtypes = sorted(set(open_weights(source, model).dtypes.values()))
+        _check_index_of_folder(config, source)
         lines = [f"model.init_from: {half_precision_note(config.training.precision)}"] if F16 in dtypes else []
     else:
         _check_own_parameters(config, _find(source))
@@ -161,7 +164,9 @@ def _adds_index(config: Config, source: Path) -> bool:
     """Whether the model has an index and its first weights have none; it was drawn when the model was built."""
     if config.attention.router == "own":
         return False
-    return _is_huggingface(source) or saved_config(_find(source)).attention.router == "own"
+    if _is_huggingface(source):
+        return Indexes.of_folder(source) is None
+    return saved_config(_find(source)).attention.router == "own"
 
 
 def _verify_together(export: Path) -> None:
@@ -204,6 +209,22 @@ def _check_own_parameters(config: Config, checkpoint: Path) -> None:
             problems.append(f"attention.{name} = {own}, but {checkpoint} was trained with {given}: {instead}")
     if problems:
         raise ConfigError(problems)
+
+
+def _check_index_of_folder(config: Config, folder: Path) -> None:
+    """An index of a Hugging Face folder is taken over as it is, in the same layers."""
+    theirs = Indexes.of_folder(folder)
+    if theirs is None:
+        return
+    schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
+    ours = Indexes.of_config(config.attention, schedule)
+    if ours is None:
+        raise ConfigError([
+            f"attention.router = own, but {folder} has an index that chooses its blocks: set attention.router: index "
+            f"and {', '.join(f'{key}: {value}' for key, value in theirs.settings.items())}"
+        ])  # fmt: skip
+    if differences := ours.differences(theirs):
+        raise ConfigError([f"the index of {folder} is another one: {line}" for line in differences])
 
 
 def _all_chats(recipe: dict[str, Any]) -> bool:

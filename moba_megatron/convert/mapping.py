@@ -29,6 +29,7 @@ from collections.abc import Iterator
 
 from moba_megatron.config import ModelConfig
 from moba_megatron.convert.expert_mapping import expert_pieces, expert_shapes, is_expert
+from moba_megatron.convert.indexes import INDEX_TENSORS, Indexes
 from moba_megatron.convert.piece import APART, Arrangement, Piece, columns, gate_and_up
 from moba_megatron.model.first_weights import in_whole_layer
 
@@ -49,6 +50,7 @@ _WHOLE = {
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     MLP_NORM: "post_attention_layernorm.weight",
+    **INDEX_TENSORS,
 }
 _LAYER = "decoder.layers."
 
@@ -78,12 +80,15 @@ def layer_of(name: str) -> tuple[int | None, str]:
     return int(number), rest
 
 
-def parameter_shapes(model: ModelConfig, key_convolution: int | None = None) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(
+    model: ModelConfig, key_convolution: int | None = None, indexes: Indexes | None = None
+) -> dict[str, tuple[int, ...]]:
     """Every parameter of the whole model by canonical name, in the order of the model.
 
     Args:
         model: with `vocab_size` set.
         key_convolution: width of the filters of keys.
+        indexes: of its blocks.
     """
     hidden = model.hidden_size
     attention = _attention_shapes(model, key_convolution)
@@ -91,7 +96,8 @@ def parameter_shapes(model: ModelConfig, key_convolution: int | None = None) -> 
     experts = expert_shapes(model)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (model.vocab_size, hidden)}
     for number, has_experts in enumerate(model.expert_layers):
-        layer = {**attention, MLP_NORM: (hidden,), **(experts if has_experts else dense)}
+        index = indexes.shapes(model, number) if indexes else {}
+        layer = {**attention, **index, MLP_NORM: (hidden,), **(experts if has_experts else dense)}
         shapes |= {f"{_LAYER}{number}.{name}": shape for name, shape in layer.items()}
     shapes[FINAL_NORM] = (hidden,)
     if not model.share_embeddings_and_output_weights:
@@ -125,10 +131,12 @@ def parameter_counts(model: ModelConfig) -> tuple[int, int]:
     return total, total - routed * (experts - min(model.moe_router_topk, experts)) // experts
 
 
-def huggingface_shapes(model: ModelConfig, arrangement: Arrangement = APART) -> dict[str, tuple[int, ...]]:
+def huggingface_shapes(
+    model: ModelConfig, arrangement: Arrangement = APART, indexes: Indexes | None = None
+) -> dict[str, tuple[int, ...]]:
     """Every tensor of the Hugging Face model of this shape, in the order of the model."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in parameter_shapes(model).items():
+    for name, shape in parameter_shapes(model, indexes=indexes).items():
         for piece in pieces(name, model, arrangement=arrangement):
             ends = [part + 1 if isinstance(part, int) else part.stop for part in piece.there]
             # The parameter has all dimensions of the tensor but those in which it is one of several.

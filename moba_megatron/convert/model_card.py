@@ -82,6 +82,10 @@ _SHARED = {
     "mean": " (the query heads of a key head choose together, by the mean of their scores)",
     "max": " (the query heads of a key head choose together, by the largest of their scores)",
 }
+_INDEXED = (
+    ", by an index with weights of its own (`self_attn.block_router`; engines that do not know these may refuse the "
+    "folder)"
+)
 _OF_TASKS = ("_greedy_match", "_ranked_first", "_answer_nats")
 
 
@@ -127,16 +131,17 @@ def _attention(name: str, values: dict[str, Any]) -> str:
     for number in sorted({*settings.layer_sizes, *settings.layer_selections}):
         own = settings.of_layer(number)
         words = f" {_CHOSEN[own.selection.selector]}" if number in settings.layer_selections else ""
-        others.append(f"layer {number + 1}: {own.top_k - 1} of {own.block_size}{words.format(**_said(own))}")
+        others.append(f"layer {number + 1}: {_past(own)} of {own.block_size}{words.format(**_said(own))}")
     load = (_WITH_OWN_CODE if "auto_map" in values else _WITH_PACKAGE).format(name=name)
     facts = dict(
         load=load,
         layers=settings.layer_types.count("moba"),
         all_layers=len(settings.layer_types),
-        past=settings.top_k - 1,
+        past=_past(settings),
         block_size=settings.block_size,
         chosen=_CHOSEN[settings.selection.selector].format(**_said(settings))
-        + _SHARED[settings.selection.share_selection],
+        + _SHARED[settings.selection.share_selection]
+        + (_INDEXED if settings.index else ""),
         others=f" ({'; '.join(others)})" if others else "",
         covered=settings.covered,
     )
@@ -144,6 +149,12 @@ def _attention(name: str, values: dict[str, Any]) -> str:
         return _MOBA.format(**facts)
     sparse = _SPARSE.format(**facts) + ".\n\n" if settings.covered else ""
     return _CONVOLVED.format(sparse=sparse, width=settings.key_convolution, load=load)
+
+
+def _past(settings: MoBASettings) -> str:
+    """How many past blocks a query attends."""
+    numbers = ", ".join(str(k - 1) for k in settings.selection.budgets or (settings.top_k,))
+    return f"{numbers} (by key head)" if settings.selection.budgets else numbers
 
 
 def _said(settings: MoBASettings) -> dict[str, Any]:

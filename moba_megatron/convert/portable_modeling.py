@@ -4,7 +4,9 @@ Each query attends to its own block and to the past blocks of its text whose mea
 it (equal ones: the earlier block), `top_k` in all; blocks begin at the text's first token. `moba_config` in config.json
 gives the sizes and which layers do so. It may choose otherwise: by bounds of the keys (`summary`), until a share of the
 scores is reached (`threshold`), the nearest blocks (`selector` `recent`), or the first and the nearest (`sink_recent`).
-With `share_selection` the query heads of a key head choose together, by the mean or the maximum of their scores.
+With `share_selection` the query heads of a key head choose together, by the mean or the maximum of their scores. With
+`budgets` each key head has a `top_k` of its own. With `router` `index` the queries and keys that choose are those of an
+index with weights of its own, `self_attn.block_router` (`modeling_moba_router.py`).
 
 It follows transformers' own mask, so padding on either side and caches of every kind work. Masks are dense: it is exact
 and meant for moderate lengths; where the package moba-megatron has been imported (`import moba_megatron.hf`), its
@@ -50,6 +52,10 @@ def moba_attention(
         check_documents(attention_mask, kwargs["cu_seq_lens_q"])
     settings = settings_of(module.config.moba_config, str(module.layer_idx))
     sparse = settings["layer_types"][module.layer_idx] == "moba"
+    # What chooses blocks: attention's queries and keys, or those of an index.
+    chooses = (query, key)
+    if sparse and settings.get("router", "own") == "index":
+        chooses = module.block_router.inputs
     if query.shape[2] == 1 and settings["decode"] == "full":
         sparse = False
     heads = query.shape[1] // key.shape[1]
@@ -58,7 +64,9 @@ def moba_attention(
     for start in range(0, query.shape[2], ROWS):
         q, seen = query[:, :, start : start + ROWS], attention_mask[:, :, start : start + ROWS, : key.shape[2]]
         if sparse:
-            seen = seen & chosen_keys(q.detach(), key.detach(), seen, settings)
+            by = chooses[0][:, :, start : start + ROWS].detach()
+            chosen = chosen_keys(by, chooses[1].detach(), seen, settings)
+            seen = seen & chosen.repeat_interleave(query.shape[1] // chosen.shape[1], dim=1)
         # Padding sees nothing, and would give nan; what it sees is never used.
         seen = seen | ~seen.any(-1, keepdim=True)
         outputs.append(F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, scale=scaling))
@@ -79,8 +87,8 @@ def check_documents(seen: Tensor, told: Tensor) -> None:
 
 def settings_of(entry: dict[str, Any], layer: str) -> dict[str, Any]:
     """How one layer attends, from `moba_config`."""
-    if entry.get("version", 1) > 2:
-        raise ValueError(f"moba_config has version {entry['version']}: this file reads up to 2")
+    if entry.get("version", 1) > 3:
+        raise ValueError(f"moba_config has version {entry['version']}: this file reads up to 3")
     chosen = entry.get("layer_selections", {}).get(layer)
     if chosen is not None:
         entry = {
@@ -89,6 +97,7 @@ def settings_of(entry: dict[str, Any], layer: str) -> dict[str, Any]:
             "summary": "mean",
             "threshold": None,
             "share_selection": "none",
+            "budgets": None,
             **chosen,
         }
     return {"selector": "top_k", "summary": "mean", **entry, **entry.get("layer_sizes", {}).get(layer, {})}
@@ -117,12 +126,15 @@ def pick(query: Tensor, key: Tensor, own: Tensor, settings: dict[str, Any]) -> T
     blocks]."""
     past, heads, others = int(own.max()), query.shape[0], settings["top_k"] - 1
     number = torch.arange(past, device=key.device)
+    # How many of `others` each head may take: [N, 1, 1].
+    budgets = torch.tensor(settings.get("budgets") or [others + 1] * key.shape[0], device=key.device)
+    most = budgets.repeat_interleave(heads // len(budgets))[:, None, None] - 1
     is_past = number < own[:, None]
     blocks = torch.zeros(heads, len(own), past + 1, dtype=torch.bool, device=key.device)
     if settings["selector"] in ("recent", "sink_recent"):
-        sink = settings["selector"] == "sink_recent" and others > 0
-        near = number >= own[:, None] - others + sink
-        blocks[..., :past] = is_past & (near | (number == 0) if sink else near)
+        sink = (most > 0) if settings["selector"] == "sink_recent" else torch.zeros_like(most, dtype=torch.bool)
+        near = number >= own[:, None] - most + sink.int()
+        blocks[..., :past] = is_past & (near | (sink & (number == 0)))
     else:
         keys = key[:, : past * settings["block_size"]].float().unflatten(1, (past, settings["block_size"]))
         scores = scored(query.float(), keys, settings["summary"])
@@ -135,6 +147,7 @@ def pick(query: Tensor, key: Tensor, own: Tensor, settings: dict[str, Any]) -> T
         scores = scores.masked_fill(~is_past, -torch.inf)
         order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :others]
         taken = is_past.expand_as(scores).gather(-1, order)
+        taken &= torch.arange(order.shape[-1], device=key.device) < most
         if settings["selector"] == "threshold":
             shares = (scores * query.shape[-1] ** -0.5).softmax(-1).gather(-1, order)
             taken &= shares.cumsum(-1) - shares < settings["threshold"]

@@ -9,12 +9,18 @@ from moba_megatron.config import ConfigError
 
 CODE_FILE = "modeling_moba.py"
 KEYS_FILE = "modeling_moba_keys.py"
-_SOURCES = {CODE_FILE: "portable_modeling", KEYS_FILE: "portable_key_convolution"}
+ROUTER_FILE, INDEX_FILE = "modeling_moba_router.py", "modeling_moba_index.py"
+_SOURCES = {
+    CODE_FILE: "convert.portable_modeling",
+    KEYS_FILE: "convert.portable_key_convolution",
+    ROUTER_FILE: "hf.block_router",
+    INDEX_FILE: "convert.portable_block_router",
+}
 
 
 def with_own_code(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The contents of config.json that name the files of code, and those files: `CODE_FILE`, and where keys are
-    convolved `KEYS_FILE`.
+    """The contents of config.json that name the files of code, and those files: `CODE_FILE`, where keys are convolved
+    `KEYS_FILE`, and where an index chooses blocks `ROUTER_FILE` and `INDEX_FILE`.
 
     The architecture gets its own name. So an engine that selects models by name refuses it instead of running it with
     full attention.
@@ -26,20 +32,26 @@ def with_own_code(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str
         raise ConfigError(["--self-contained: no layer uses MoBA, so no code is needed: leave the option out"])
     family, (plain,) = values["model_type"], values["architectures"]
     convolved = "key_convolution" in values["moba_config"]
-    names = [CODE_FILE, KEYS_FILE] if convolved else [CODE_FILE]
-    own = f"{'Convolved' if convolved else ''}MoBA{plain}"
+    indexed = values["moba_config"].get("router", "own") == "index"
+    names = [CODE_FILE, *[KEYS_FILE] * convolved, *[ROUTER_FILE, INDEX_FILE] * indexed]
+    own = f"{'Indexed' if indexed else ''}{'Convolved' if convolved else ''}MoBA{plain}"
     entry = f"{Path(names[-1]).stem}.{own}"
     return {
         **values,
         "architectures": [own],
         "auto_map": {"AutoModelForCausalLM": entry},
-    }, {name: _code(name, family, plain) for name in names}
+    }, {name: _code(name, family, plain, convolved) for name in names}
 
 
-def _code(name: str, family: str, plain: str) -> str:
+def _code(name: str, family: str, plain: str, convolved: bool) -> str:
     """A file of code for a family: the text of a module here, which is for Llama."""
-    code = Path(__file__).with_name(f"{_SOURCES[name]}.py").read_text(encoding="utf-8")
+    package = Path(__file__).parents[1]
+    code = (package / f"{_SOURCES[name].replace('.', '/')}.py").read_text(encoding="utf-8")
+    if name == INDEX_FILE and convolved:
+        code = code.replace(_SOURCES[CODE_FILE], _SOURCES[KEYS_FILE]).replace("MoBALlama", "ConvolvedMoBALlama")
     code = code.replace("models.llama.modeling_llama", f"models.{family}.modeling_{family}")
     code = code.replace("LlamaForCausalLM", plain)
     code = code.replace("LlamaAttention", plain.replace("ForCausalLM", "Attention"))
-    return code.replace(f"from {__package__}.{_SOURCES[CODE_FILE]} import", f"from .{Path(CODE_FILE).stem} import")
+    for file, module in _SOURCES.items():
+        code = code.replace(f"from {package.name}.{module} import", f"from .{Path(file).stem} import")
+    return code

@@ -100,7 +100,8 @@ def _our_logits(exported: Exported, texts: list[Text]) -> list[Tensor]:
     """Logits [compared, vocabulary] of each text's last tokens."""
     device = start_single_rank(exported.config.run.seed)
     training = exported.config.training.model_copy(update={"precision": "fp32", "recompute": "none"})
-    config = exported.config.model_copy(update={"model": exported.model, "training": training})
+    attention = exported.config.attention.model_copy(update={"router_loss": "none"})
+    config = exported.config.model_copy(update={"model": exported.model, "training": training, "attention": attention})
     own = AttentionSchedule((exported.layers,))
     chunks = build_model(config, exported.model.vocab_size, own)
     stored = StoredWeights(exported.checkpoint)

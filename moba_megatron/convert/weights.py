@@ -12,18 +12,19 @@ from torch import Tensor
 from moba_megatron.config import ConfigError, ModelConfig
 from moba_megatron.config.huggingface import family_of_folder
 from moba_megatron.convert.expert_mapping import BIAS, is_expert
+from moba_megatron.convert.indexes import Indexes
 from moba_megatron.convert.mapping import KEY_FILTERS, canonical_name, huggingface_shapes, pieces
 from moba_megatron.convert.piece import Arrangement
 from moba_megatron.convert.safetensors_folder import SafetensorsFolder
 from moba_megatron.model.block_router import is_of_index
 
 _TIED = "lm_head.weight", "model.embed_tokens.weight"
-# No plain model has filters of keys: they keep the zeros they start with, which do nothing. Nor has it an index.
+# No plain model has filters of keys: they keep the zeros they start with, which do nothing.
 _OWN = KEY_FILTERS
 
 
 def open_weights(folder: str | Path, model: ModelConfig) -> SafetensorsFolder:
-    """A Hugging Face folder whose tensors are exactly those of a model.
+    """A Hugging Face folder whose tensors are exactly those of a model, and of the index that its config.json has.
 
     Args:
         model: with `vocab_size` set.
@@ -34,7 +35,8 @@ def open_weights(folder: str | Path, model: ModelConfig) -> SafetensorsFolder:
     weights = SafetensorsFolder(folder)
     if model.share_embeddings_and_output_weights and _TIED[0] in weights.shapes:
         _drop_tied_copy(weights)
-    problems = weights.problems(huggingface_shapes(model, arrangement_of(weights)))
+    indexes = Indexes.of_folder(weights.folder)
+    problems = weights.problems(huggingface_shapes(model, arrangement_of(weights), indexes))
     if problems:
         raise ConfigError([f"{weights.folder}: {line}" for line in problems])
     return weights
@@ -74,15 +76,27 @@ def read_weights(
         model: with `vocab_size` set.
         advance: told parameters done and in all, after each.
     """
-    todo = [named for chunk in chunks for named in canonical_parameters(chunk) if not _is_own(named[0])]
+    todo = [named for chunk in chunks for named in canonical_parameters(chunk) if not _is_own(named[0], weights)]
     arrangement = arrangement_of(weights)
     for number, (name, parameter) in enumerate(todo, start=1):
-        copy_parameter(parameter, name, weights, model, arrangement)
+        if is_of_index(name):
+            _copy_index(parameter, name, weights, model)
+        else:
+            copy_parameter(parameter, name, weights, model, arrangement)
         advance(number, len(todo))
 
 
-def _is_own(name: str) -> bool:
-    return name.endswith(_OWN) or is_of_index(name)
+def _is_own(name: str, weights: SafetensorsFolder) -> bool:
+    """Whether the folder has no such weight: filters of keys, and the index of a model that has none there."""
+    return name.endswith(_OWN) or (is_of_index(name) and not any(is_of_index(tensor) for tensor in weights.shapes))
+
+
+def _copy_index(parameter: Tensor, name: str, weights: SafetensorsFolder, model: ModelConfig) -> None:
+    """Fill this rank's part of a weight of an index: all of it, or the rows of its heads."""
+    (piece,) = pieces(name, model)
+    rows, rank = len(parameter), parallel_state.get_tensor_model_parallel_rank()
+    first = 0 if weights.shapes[piece.source][0] == rows else rank * rows
+    parameter.copy_(weights.read(piece.source, (slice(first, first + rows),)))
 
 
 @torch.no_grad()

@@ -114,6 +114,7 @@ def _evaluate(
 
     console = Console(highlight=False, soft_wrap=True, quiet=not speaks())
     choices, choice, options = losses.choices(), routing.choice(), tasks.options(haystack)
+    budget = routing.budget()
     if haystack is not None and options is None and harness.ruler is None:
         raise ValueError(f"--haystack {haystack} without --tasks or --ruler: name what it goes around")
     wants_losses = losses.wanted(other=routing.wanted or options is not None or harness.wanted)
@@ -165,7 +166,8 @@ def _evaluate(
         if routing.wanted:
             from moba_megatron.evaluation.routing.evaluate_routing import evaluate_routing
 
-            evaluate_routing(subject, records, console, samples=routing.routing_samples, choice=choice)
+            of = {"samples": routing.routing_samples, "choice": choice, "budget": budget}
+            evaluate_routing(subject, records, console, **of)
         if options is not None:
             from moba_megatron.evaluation.tasks.asked import from_subject
             from moba_megatron.evaluation.tasks.evaluate_tasks import evaluate_tasks

@@ -224,7 +224,7 @@ def _from_checkpoint(exported: Exported, decode: str | None, verify: bool) -> Ge
         exported.model,
         length=exported.config.window,
         dtype=dtype,
-        moba=moba_config(exported.layers, decode or "full"),
+        moba=moba_config(exported.layers, decode or "full", indexes=exported.indexes),
         special_ids={"eos_token_id": exported.tokenizer.eod_id},
     )
     config = AutoConfig.for_model(**values)
@@ -257,7 +257,7 @@ def _fill(model: Any, stored: StoredWeights, exported: Exported) -> None:
     """Copy a checkpoint's weights into a model of transformers, one parameter at a time."""
     parameters = dict(model.named_parameters())
     arrangement = Arrangement.of(FAMILIES[family_of(exported.model)]).found_in(parameters)
-    for name, shape in parameter_shapes(exported.model).items():
+    for name, shape in parameter_shapes(exported.model, indexes=exported.indexes).items():
         parameter = stored.read(name, shape)
         for piece in pieces(name, exported.model, arrangement=arrangement):
             target = parameters[piece.source]
@@ -279,13 +279,15 @@ def _set_attention(config: Any, decode: str | None, path: str) -> tuple[str, str
     sparse = settings.layer_types.count("moba")
     line = (
         f"MoBA in {sparse} of {len(settings.layer_types)} layers, block_size = {settings.block_size}, "
-        f"top_k = {settings.top_k}{_words(settings)}{_other_layers(settings)}, decode = {settings.decode}"
+        f"top_k = {settings.selection.blocks(settings.top_k)}{_words(settings)}{_other_layers(settings)}, "
+        f"decode = {settings.decode}"
     )
     return line, NAME
 
 
 def _words(settings: MoBASettings) -> str:
-    return "" if settings.selection.is_plain else f", {settings.selection}"
+    alike = settings.selection.with_one_budget
+    return "" if alike.is_plain else f", {alike}"
 
 
 def _other_layers(settings: MoBASettings) -> str:
@@ -294,8 +296,8 @@ def _other_layers(settings: MoBASettings) -> str:
     own = []
     for number in numbers:
         layer = settings.of_layer(number)
-        chosen = f", {layer.selection}" if number in settings.layer_selections else ""
-        own.append(f"{layer.block_size}, {layer.top_k}{chosen} in layer {number + 1}")
+        chosen = f", {layer.selection.with_one_budget}" if number in settings.layer_selections else ""
+        own.append(f"{layer.block_size}, {layer.selection.blocks(layer.top_k)}{chosen} in layer {number + 1}")
     return f" ({'; '.join(own)})" if own else ""
 
 

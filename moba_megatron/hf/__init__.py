@@ -20,6 +20,7 @@ torch and transformers 4.57 or newer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AttentionInterface
@@ -30,7 +31,7 @@ from moba_megatron.hf.cache import BlockSummaries, MoBACache, MoBACacheLayer
 from moba_megatron.hf.mask import moba_mask
 from moba_megatron.hf.prefill import prefill
 from moba_megatron.hf.probe import check_attends
-from moba_megatron.hf.settings import NAME, MoBASettings, layer_types
+from moba_megatron.hf.settings import NAME, MoBASettings, key_heads, layer_types
 from moba_megatron.hf.standing import check_takes_attention, stand_by_settings
 from moba_megatron.ops.selection import Selection
 
@@ -43,7 +44,7 @@ def configure(
     model: Any,
     *,
     block_size: int,
-    top_k: int,
+    top_k: int | Sequence[int],
     last_n_full: int = 0,
     decode: str = "full",
     selector: str = "top_k",
@@ -56,7 +57,7 @@ def configure(
     Args:
         model: a model of transformers; its text configuration gets `moba_config`.
         block_size: tokens per block.
-        top_k: blocks per query, its own counted.
+        top_k: blocks per query, its own counted; a list has one number for each key head of a layer.
         last_n_full: number of last layers that attend fully.
         decode: how new tokens attend to a cache: `full` (the MoBA report's way) or `moba`.
         selector, summary, threshold, share_selection: how past blocks are chosen, as for `moba_attention`.
@@ -67,8 +68,10 @@ def configure(
     check_takes_attention(model)
     config = model.config.get_text_config()
     kinds = layer_types(config.num_hidden_layers, last_n_full)
-    selection = Selection(selector, summary, threshold, share_selection)
-    settings = MoBASettings(block_size, top_k, kinds, decode, selection=selection)
+    top_k, selection = Selection(selector, summary, threshold, share_selection).with_blocks(top_k, key_heads(config))
+    # An index that the model has stays the one that chooses.
+    index = MoBASettings.from_config(config).index if getattr(config, "moba_config", None) else None
+    settings = MoBASettings(block_size, top_k, kinds, decode, selection=selection, index=index)
     config.moba_config = settings.to_config()
     model.set_attn_implementation(NAME)
     return settings

@@ -26,7 +26,10 @@ from moba_megatron.hf.packing import check_packing
 from moba_megatron.hf.settings import MoBASettings
 from moba_megatron.ops import full_attention, moba_attention
 from moba_megatron.ops.decode import continue_text, decode_tokens
+from moba_megatron.ops.router import Router
 
+Index = tuple[Tensor, Tensor]
+"""Index queries and keys of a layer."""
 # What a model may pass that changes attention, and is not MoBA.
 NOT_MOBA = {
     "sliding_window": "set config.sliding_window = None",
@@ -72,27 +75,51 @@ def moba_attention_forward(
             f"this model's keys are convolved (moba_config: key_convolution = {settings.key_convolution}), and "
             f"{type(module).__name__} has no such filters: load it with trust_remote_code=True, which runs its own code"
         )
+    router = _index_of(module, settings, query, key)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     _refuse_what_is_not_moba(dropout, causal, kwargs)
     is_moba = settings.layer_types[module.layer_idx] == "moba"
     stretches = segments(attention_mask, kwargs.get("position_ids"))
     check_packing(attention_mask, stretches, query.shape[0], query.shape[2], kwargs)
     if all(s.past == 0 and s.first == s.start for s in stretches):
-        return _whole(query, key, value, stretches, settings if is_moba else None, scaling), None
+        return _whole(query, key, value, stretches, settings if is_moba else None, scaling, router), None
     inputs = (query, key, value)
     with torch.no_grad():
         if _is_one_step(stretches, query.shape):
             sparse = is_moba and settings.decode == "moba"
-            out = _step(*inputs, stretches[0], settings if sparse else None, scaling)
+            out = _step(*inputs, stretches[0], settings if sparse else None, scaling, router)
         else:
             out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
             for s in stretches:
                 decoding = s.end - s.start == 1
                 sparse = is_moba and not (decoding and settings.decode == "full")
-                out[s.row, s.start : s.end] = _continue(*inputs, s, settings if sparse else None, scaling)
+                out[s.row, s.start : s.end] = _continue(*inputs, s, settings if sparse else None, scaling, router)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         out = _NoGradient.apply(out, *inputs)
     return out, None
+
+
+def _index_of(module: torch.nn.Module, settings: MoBASettings, query: Tensor, key: Tensor) -> Index | None:
+    """Index queries [batch, H, queries, C] and keys [batch, J, slots, C] of a layer; None where it has no index.
+
+    Raises:
+        ValueError: the configuration has an index, and the layer has none, or that of other tokens.
+    """
+    if settings.index is None or settings.layer_types[module.layer_idx] != "moba":
+        return None
+    router = getattr(module, "block_router", None)
+    if router is None or router.inputs is None:
+        raise ValueError(
+            f"this model's blocks are chosen by an index (moba_config: router = index), and {type(module).__name__} "
+            "has none: load it with from_pretrained after `import moba_megatron.hf`"
+        )
+    router_q, router_k = router.inputs
+    if router_q.shape[2] != query.shape[2] or router_k.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"index queries of {router_q.shape[2]} and keys of {router_k.shape[2]} tokens for an attention of "
+            f"{query.shape[2]} and {key.shape[2]}: start with an empty cache of one kind"
+        )
+    return router_q, router_k
 
 
 def _refuse_what_is_not_moba(dropout: float, causal: bool, kwargs: dict[str, Any]) -> None:
@@ -114,17 +141,19 @@ def _whole(
     stretches: list[Segment],
     settings: MoBASettings | None,
     scale: float | None,
+    index: Index | None = None,
 ) -> Tensor:
     """Documents that begin in this call, as one pack; with gradients."""
     batch, heads, length, _ = query.shape
-    q, k, v = (x[:, :, :length].transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    tensors = (query, key, value, *(index or ()))
+    q, k, v, *chooses = (x[:, :, :length].transpose(1, 2).flatten(0, 1) for x in tensors)
     lengths = [s.length for s in stretches]
     padded = sum(lengths) < batch * length
     if padded:
         # The stretches come in order of rows and queries.
         indices = [torch.arange(s.row * length + s.start, s.row * length + s.end) for s in stretches]
         real = torch.cat([torch.arange(0), *indices]).to(q.device)
-        q, k, v = (x.index_select(0, real) for x in (q, k, v))
+        q, k, v, *chooses = (x.index_select(0, real) for x in (q, k, v, *chooses))
     if not stretches:
         return query.new_zeros(batch, length, heads, value.shape[3])
     cu_seqlens = None
@@ -134,8 +163,9 @@ def _whole(
     if settings is None:
         out = full_attention(q, k, v, cu_seqlens, **pack)
     else:
-        sizes = {"block_size": settings.block_size, "top_k": settings.top_k}
-        out = moba_attention(q, k, v, cu_seqlens, **sizes, **settings.selection.settings, **pack)
+        sizes = {"block_size": settings.block_size, "top_k": settings.selection.blocks(settings.top_k)}
+        router = Router(*chooses) if chooses else None
+        out = moba_attention(q, k, v, cu_seqlens, router=router, **sizes, **settings.selection.settings, **pack)
     if padded:
         out = out.new_zeros(batch * length, *out.shape[1:]).index_copy(0, real, out)
     return out.unflatten(0, (batch, length))
@@ -148,7 +178,13 @@ def _is_one_step(stretches: list[Segment], shape: torch.Size) -> bool:
 
 
 def _step(
-    query: Tensor, key: Tensor, value: Tensor, s: Segment, settings: MoBASettings | None, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    s: Segment,
+    settings: MoBASettings | None,
+    scale: float | None,
+    index: Index | None = None,
 ) -> Tensor:
     """One new token in every row, where all rows are as `s`: [batch, 1, N, D]."""
     k, v = (x[:, :, s.first : s.first + s.length] for x in (key, value))
@@ -157,25 +193,39 @@ def _step(
         whole = F.scaled_dot_product_attention(query, k, v, scale=scale, enable_gqa=query.shape[1] != k.shape[1])
         return whole.transpose(1, 2)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
-    kept, selection = _summaries(key, settings), settings.selection
-    summaries = None if kept is None else kept.of_all(k, s.first, settings.block_size, selection)
+    chooses = key if index is None else index[1]
+    of_text = chooses[:, :, s.first : s.first + s.length].transpose(1, 2)
+    kept, selection = _summaries(chooses, settings), settings.selection
+    summaries = None if kept is None else kept.of_all(of_text, s.first, settings.block_size, selection)
     sizes = {"block_size": settings.block_size, "top_k": settings.top_k, "selection": selection}
+    if index is not None:
+        sizes |= {"router_q_bHC": index[0][:, :, 0], "router_k_bSJC": of_text}
     return decode_tokens(query[:, :, 0], k, v, summaries, softmax_scale=scale, **sizes).unsqueeze(1)
 
 
 def _continue(
-    query: Tensor, key: Tensor, value: Tensor, s: Segment, settings: MoBASettings | None, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    s: Segment,
+    settings: MoBASettings | None,
+    scale: float | None,
+    index: Index | None = None,
 ) -> Tensor:
     """One document's new tokens, with its past in the cache: [tokens, N, D]."""
     q = query[s.row, :, s.start : s.end].transpose(0, 1)
     k, v = (x[s.row, :, s.first : s.first + s.length].transpose(0, 1) for x in (key, value))
     if settings is None:
         return continue_text(q, k, v, block_size=s.length, top_k=1, softmax_scale=scale)
-    kept, selection = _summaries(key, settings), settings.selection
+    chooses = key if index is None else index[1]
+    of_text = chooses[s.row, :, s.first : s.first + s.length].transpose(0, 1)
+    kept, selection = _summaries(chooses, settings), settings.selection
     summaries = None
     if kept is not None:
-        summaries = kept.of_row(s.row, k, s.first, key.shape[0], settings.block_size, selection)
+        summaries = kept.of_row(s.row, of_text, s.first, key.shape[0], settings.block_size, selection)
     sizes = {"block_size": settings.block_size, "top_k": settings.top_k, "selection": selection}
+    if index is not None:
+        sizes |= {"router_q_tHC": index[0][s.row, :, s.start : s.end].transpose(0, 1), "router_k_SJC": of_text}
     return continue_text(q, k, v, summaries, softmax_scale=scale, **sizes)
 
 

@@ -8,6 +8,9 @@ at each step.
 
 Summaries follow what happens to the keys: reordering by beam search, repeating and choosing rows, cropping.
 
+A model with an index of blocks (`block_router`) keeps its index keys here as well, each in a layer behind the model's
+own, whose summaries are then those that choose.
+
 Legend: b rows, S slots, G key heads, D head size, B block size, M blocks there is room for.
 """
 
@@ -219,8 +222,12 @@ class MoBACache(Cache):
         super().__init__(layers=[])
         self._room = room
 
+    def make_layer(self) -> MoBACacheLayer:
+        """An empty layer of this cache."""
+        return MoBACacheLayer(self._room)
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         """Append to a layer, which is made if it is not there yet; see `MoBACacheLayer.update`."""
         while len(self.layers) <= layer_idx:
-            self.layers.append(MoBACacheLayer(self._room))
+            self.layers.append(self.make_layer())
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)

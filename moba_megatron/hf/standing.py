@@ -8,6 +8,9 @@ saved. So two places of transformers are taught to go by it, when this package i
 - where a configuration becomes a dictionary, for config.json among others, one with `moba_config` says
   `"attn_implementation": "moba"`. Where this package is not imported, transformers 5 then refuses to load the folder.
 
+A third place is where a model has been made: with an index in `moba_config` its layers get theirs (`block_router`),
+before weights are loaded.
+
 A name that is given (`attn_implementation="sdpa"`) holds. Models without `moba_config` are left alone.
 """
 
@@ -19,13 +22,15 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from moba_megatron.hf.block_router import add_block_routers
 from moba_megatron.hf.settings import NAME
 
 ENTRY = "moba_config"
 
 
 def stand_by_settings() -> None:
-    """Teach transformers the two; once, however often it is called."""
+    """Teach transformers the three; once, however often it is called."""
+    _wrap(PreTrainedModel, "post_init", _with_block_routers)
     _wrap(PreTrainedModel, "get_correct_attn_implementation", _named_by_settings)
     _wrap(PretrainedConfig, "to_dict", _naming_the_attention)
 
@@ -64,6 +69,14 @@ def _named_by_settings(stock: Callable[..., str]) -> Callable[..., str]:
         return stock(self, requested_attention, *args, **kwargs)
 
     return get_correct_attn_implementation
+
+
+def _with_block_routers(stock: Callable[..., None]) -> Callable[..., None]:
+    def post_init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        add_block_routers(self)
+        stock(self, *args, **kwargs)
+
+    return post_init
 
 
 def _refuse_weights_of_attention(config: PretrainedConfig, requested: str | None) -> None:

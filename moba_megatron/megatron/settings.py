@@ -57,7 +57,9 @@ class AttentionPlan:
         return "\n".join(lines)
 
 
-def attention_plan(given: Attention | None, layers: int, length: int | None) -> AttentionPlan:
+def attention_plan(
+    given: Attention | None, layers: int, length: int | None, kv_heads: int | None = None
+) -> AttentionPlan:
     """The plan for a model, printed by rank 0 the first time.
 
     Args:
@@ -65,6 +67,7 @@ def attention_plan(given: Attention | None, layers: int, length: int | None) -> 
             which must say the same on all ranks.
         layers: attention layers of the whole model.
         length: tokens of a sequence, where the caller knows.
+        kv_heads: key heads of a layer, where the caller knows.
 
     Raises:
         ConfigError: no settings, settings that cannot work, a schedule of several stages without `MOBA_STAGE`, or
@@ -77,11 +80,9 @@ def attention_plan(given: Attention | None, layers: int, length: int | None) -> 
             "to the spec (`attention=`) or the command (`--attention`)"
         ])  # fmt: skip
     file = load_attention(source)
-    problems = [
-        text
-        for wrong, text in attention_checks(file.attention, layers, length, keys=("num_layers", "seq_length"))
-        if wrong
-    ]
+    keys = ("num_layers", "seq_length", "num_query_groups")
+    checks = attention_checks(file.attention, layers, length, kv_heads, keys=keys)
+    problems = [text for wrong, text in checks if wrong]
     if file.attention.router != "own":
         problems.append(
             f"attention.router = {file.attention.router}: its loss needs the loss mask of each batch, which only "

@@ -62,7 +62,8 @@ def layer_spec(
     """
     transformer = transformer_of(config)
     check_caller(config, transformer)
-    plan = attention_plan(attention, transformer.num_layers, sequence_length(config))
+    kv_heads = transformer.num_query_groups
+    plan = attention_plan(attention, transformer.num_layers, sequence_length(config), kv_heads)
     _refuse_settings_without_effect(transformer, plan)
     layers = layer_specs(transformer, plan.schedule, **plan.settings)
     local = transformer.transformer_impl == "local"

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
@@ -89,10 +90,12 @@ class MoBACoreAttention(MegatronModule):
             )
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         _refuse_what_is_not_moba(config, layer_number, attn_mask_type, attention_type, dropout)
+        _check_budgets(config, layer_number, attention)
         self.context = ContextParallel(config, pg_collection, exchange, backend, workspace_bytes)
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         self.attention = attention
+        self._tensor_rank = _tensor_rank(config, pg_collection)
         self.backend = backend
         self.full_backend = full_backend
         self.workspace_bytes = workspace_bytes
@@ -157,19 +160,29 @@ class MoBACoreAttention(MegatronModule):
         cp_groups: ContextGroups | None,
         index: IndexInputs | None,
     ) -> Tensor:
+        attention = self.attention_of_rank(k.shape[1])
         if cp_groups is not None:
             return self.context.attend(
-                self.attention, q, k, v, cu_seqlens, cp_groups=cp_groups, softmax_scale=self.softmax_scale, index=index
+                attention, q, k, v, cu_seqlens, cp_groups=cp_groups, softmax_scale=self.softmax_scale, index=index
             )
         common = {"softmax_scale": self.softmax_scale, "max_seqlen": max_seqlen}
-        if self.attention.kind == "full":
+        if attention.kind == "full":
             return full_attention(q, k, v, cu_seqlens, backend=self.full_backend, **common)
-        sizes = {"block_size": self.attention.block_size, "top_k": self.attention.top_k}
-        how = {"backend": self.backend, "workspace_bytes": self.workspace_bytes, **self.attention.selection.settings}
+        sizes = {"block_size": attention.block_size, "top_k": attention.blocks}
+        how = {"backend": self.backend, "workspace_bytes": self.workspace_bytes, **attention.selection.settings}
         if index is None:
             return moba_attention(q, k, v, cu_seqlens, **sizes, **how, **common)
         router = index.as_router()
         return index.learned(moba_attention(q, k, v, cu_seqlens, router=router, **sizes, **how, **common), router)
+
+    def attention_of_rank(self, kv_heads: int) -> LayerAttention:
+        """How the key heads of this tensor-parallel rank attend; `kv_heads` of them."""
+        budgets = self.attention.selection.budgets
+        if budgets is None:
+            return self.attention
+        # With more ranks than key heads, several have the same one.
+        first = self._tensor_rank * len(budgets) // max(1, self.config.tensor_model_parallel_size)
+        return self.attention.of_heads(first, kv_heads)
 
     def _check_call(self, query, key, attention_mask, attn_mask_type, attention_bias) -> None:
         if attention_bias is not None:
@@ -245,10 +258,27 @@ def set_attention_stage(model_chunks: list[torch.nn.Module], schedule: Attention
                     f"{type(module.core_attention).__name__}, full attention: build the model for this schedule"
                 )
     cores = [module for module in modules if isinstance(module, MoBACoreAttention)]
+    for core in cores:
+        _check_budgets(core.config, core.layer_number, layers[core.layer_number - 1])
     changed = sum(core.attention != layers[core.layer_number - 1] for core in cores)
     for core in cores:
         core.attention = layers[core.layer_number - 1]
     return changed
+
+
+def _check_budgets(config: TransformerConfig, layer: int, attention: LayerAttention) -> None:
+    budgets, kv_heads = attention.selection.budgets, config.num_query_groups or config.num_attention_heads
+    if budgets is not None and len(budgets) != kv_heads:
+        raise ValueError(
+            f"layer {layer}: top_k = {list(budgets)} has {len(budgets)} entries for {kv_heads} key heads: give one each"
+        )
+
+
+def _tensor_rank(config: TransformerConfig, pg_collection: ProcessGroupCollection | None) -> int:
+    if config.tensor_model_parallel_size == 1:
+        return 0
+    group = getattr(pg_collection, "tp", None)
+    return parallel_state.get_tensor_model_parallel_rank() if group is None else group.rank()
 
 
 def pack_boundaries(packed: PackedSeqParams) -> tuple[Tensor, int | None]:

@@ -21,7 +21,8 @@ last of the first stage and step 91 the first of the next one.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moba_megatron.config import AttentionConfig, AttentionKind, AttentionStage, Config, ConfigError
@@ -33,7 +34,8 @@ class LayerAttention:
     """How one layer attends: `full`, or `moba` with `block_size` (tokens) and `top_k` (blocks; the current one counts),
     chosen as `selection` says.
 
-    A full layer has none of these, so two schedules with the same computation are equal.
+    A full layer has none of these, so two schedules with the same computation are equal. Where key heads have a K of
+    their own, `selection.budgets` holds them and `top_k` is the largest.
 
     >>> print(LayerAttention("moba", 512, 3), LayerAttention("moba", 512, 3, Selection("recent")), sep="; ")
     moba B=512 K=3; moba B=512 K=3 recent
@@ -56,13 +58,57 @@ class LayerAttention:
                 raise ValueError(
                     f"moba attention needs block_size and top_k of at least 1, not {self.block_size} and {self.top_k}"
                 )
+            self.selection.with_blocks(self.top_k)
         else:
             raise ValueError(f"kind {self.kind!r} of attention: 'moba' or 'full'")
 
     def __str__(self) -> str:
         if self.kind == "full":
             return "full"
-        return f"moba B={self.block_size} K={self.top_k}" + ("" if self.selection.is_plain else f" {self.selection}")
+        return f"moba B={self.block_size} {self.selection.words(self.top_k or 1)}"
+
+    @classmethod
+    def moba(cls, block_size: int, top_k: int | Sequence[int], selection: Selection = MOBA) -> LayerAttention:
+        """A MoBA layer whose `top_k` may be a list: one K for each key head."""
+        return cls("moba", block_size, *selection.with_blocks(top_k))
+
+    @property
+    def blocks(self) -> int | tuple[int, ...] | None:
+        """K, or that of each key head; None in a full layer."""
+        return None if self.top_k is None else self.selection.blocks(self.top_k)
+
+    @property
+    def fewest_blocks(self) -> int:
+        """The smallest K of any head of a MoBA layer."""
+        assert self.top_k is not None, self
+        return self.selection.fewest_blocks(self.top_k)
+
+    @property
+    def mean_blocks(self) -> float:
+        """The mean K over the heads of a MoBA layer."""
+        assert self.top_k is not None, self
+        budgets = self.selection.budgets or (self.top_k,)
+        return sum(budgets) / len(budgets)
+
+    @property
+    def sizes(self) -> tuple[int, int | tuple[int, ...]] | None:
+        """Block size and K (or that of each key head), None in a full layer: what `attended_pairs` counts by."""
+        return None if self.block_size is None or self.blocks is None else (self.block_size, self.blocks)
+
+    def repeated(self, times: int) -> LayerAttention:
+        """The same for key heads that stand so many times side by side."""
+        if self.selection.budgets is None:
+            return self
+        budgets = tuple(k for k in self.selection.budgets for _ in range(times))
+        return replace(self, selection=replace(self.selection, budgets=budgets))
+
+    def of_heads(self, first: int, count: int) -> LayerAttention:
+        """How some of the key heads attend, such as those of one tensor-parallel rank."""
+        if self.selection.budgets is None:
+            return self
+        assert self.block_size is not None
+        some = self.selection.of_heads(first, count)
+        return LayerAttention.moba(self.block_size, some.budgets or (), some.with_one_budget)
 
 
 FULL = LayerAttention("full")
@@ -101,8 +147,7 @@ class AttentionSchedule:
         schedule = cls(layers, tuple(stage.until for stage in stages))
         for given in (attention.layers, *(stage.layers or {} for stage in stages)):
             for number, override in given.items():
-                given_settings = override.block_size or override.top_k or override.selector
-                if given_settings and schedule.always_full(number):
+                if override.chooses and schedule.always_full(number):
                     raise ValueError(
                         f"attention.layers gives layer {number} a block_size, top_k or selector, but it is full in "
                         "every stage: give it `kind: moba` or take them out"
@@ -259,9 +304,11 @@ def checked_schedule(config: Config) -> AttentionSchedule:
 
 def _to_list(layer: LayerAttention) -> list[Any]:
     """[kind, block_size, top_k], and how blocks are chosen where it is not plain MoBA."""
-    settings = layer.selection.settings
+    settings: dict[str, Any] = layer.selection.settings
     if not layer.selection.shared:  # as it was written before heads could share
         settings.pop("share_selection")
+    if layer.selection.budgets is not None:
+        settings["budgets"] = list(layer.selection.budgets)
     chosen = [] if layer.selection.is_plain else [settings]
     return [layer.kind, layer.block_size, layer.top_k, *chosen]
 
@@ -296,8 +343,10 @@ def _stage_layers(attention: AttentionConfig, stage: AttentionStage, num_layers:
         top_k = override.top_k if override and override.top_k else setting("top_k")
         selector = override.selector if override and override.selector else setting("selector")
         # The section's summary, threshold and sharing are those of the layers whose selector asks for them.
-        selection = Selection.of_settings(selector, attention.summary, attention.threshold, attention.share_selection)
-        layers.append(LayerAttention("moba", block_size, top_k, selection))
+        summary = override.summary if override and override.summary else attention.summary
+        threshold = override.threshold if override and override.threshold else attention.threshold
+        selection = Selection.of_settings(selector, summary, threshold, attention.share_selection)
+        layers.append(LayerAttention.moba(block_size, top_k, selection))
     return tuple(layers)
 
 

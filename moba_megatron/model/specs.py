@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -57,7 +57,7 @@ def moba_layer_spec(
     layer_spec: ModuleSpec,
     *,
     block_size: int | None = None,
-    top_k: int | None = None,
+    top_k: int | Sequence[int] | None = None,
     kind: Literal["moba", "full"] = "moba",
     backend: str = "auto",
     full_backend: str = "auto",
@@ -74,7 +74,7 @@ def moba_layer_spec(
         layer_spec: a transformer layer with self-attention, for instance from `get_gpt_layer_local_spec` or
             `get_gpt_layer_with_transformer_engine_spec`.
         block_size: tokens per block.
-        top_k: blocks per query, the current one counted.
+        top_k: blocks per query, the current one counted; a list has one number for each key head of the whole layer.
         kind: `full` gives plain causal attention through the same module (no block_size, no top_k).
         backend: what computes MoBA, see `moba_attention`.
         full_backend: what computes full attention, see `full_attention`.
@@ -86,7 +86,9 @@ def moba_layer_spec(
     Raises:
         ValueError: if the spec has no core attention to replace, or the sizes are impossible.
     """
-    attention = LayerAttention(kind, block_size, top_k, Selection(selector, summary, threshold, share_selection))
+    selection = Selection(selector, summary, threshold, share_selection)
+    most, selection = (None, selection) if top_k is None else selection.with_blocks(top_k)
+    attention = LayerAttention(kind, block_size, most, selection)
     core = functools.partial(
         MoBACoreAttention,
         attention=attention,

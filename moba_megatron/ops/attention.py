@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def moba_attention(
     cu_seqlens: Tensor | None = None,
     *,
     block_size: int,
-    top_k: int,
+    top_k: int | Sequence[int],
     softmax_scale: float | None = None,
     backend: str = "auto",
     max_seqlen: int | None = None,
@@ -64,10 +65,10 @@ def moba_attention(
         k, v: keys and values [T, G, D], same dtype and device; N a multiple of G.
         cu_seqlens: int32 [documents + 1] on q's device, boundaries from 0 to T in tokens; None for one document.
         block_size: tokens per block.
-        top_k: blocks per query, its own counted.
+        top_k: blocks per query, its own counted; a list has one K for each key head, that of its query heads.
         softmax_scale: factor on the scores of the softmax, 1/sqrt(D) if None. Selection does not depend on it.
         backend: `auto`, `reference`, `gathered`, `triton` or `flash_moba`. `auto` takes full causal attention where it
-            is the same: where top_k blocks cover the longest document.
+            is the same: where top_k blocks (the fewest of any head) cover the longest document.
         max_seqlen: an upper bound on the longest document in tokens; spares reading cu_seqlens on an accelerator.
         selector: how past blocks are chosen: `top_k` as above, `recent`, `sink_recent` or `threshold`; see
             `ops.selection`.
@@ -94,13 +95,14 @@ def moba_attention(
     >>> moba_attention(q, k, v, torch.tensor([0, 5, 8], dtype=torch.int32), block_size=2, top_k=2).shape
     torch.Size([8, 2, 4])
     """
+    top_k, selection = Selection(selector, summary, threshold, share_selection).with_blocks(top_k)
     check_settings(block_size, top_k, workspace_bytes)
-    selection = Selection(selector, summary, threshold, share_selection)
     name, _ = resolve_backend(backend, q.device, q.dtype)
     check_workspace(name, workspace_bytes)
     traced = is_traced(q, name)
     # A tracer does not know the boundaries' values; the operators check them when they run.
     check_inputs({"q": q, "k": k, "v": v}, None if traced else cu_seqlens)
+    selection.with_blocks(top_k, k.shape[1])
     learns = router is not None and router.learns
     learns_sparsely = learns and router.loss == "sparse"
     if router is not None:
@@ -125,14 +127,14 @@ def moba_attention(
     full_if_covered = backend == "auto" and selection.fills_up and not learns_sparsely
     if traced:
         check_traced(router)
-        if full_if_covered and cu_seqlens is None and top_k * block_size >= q.shape[0]:
+        if full_if_covered and cu_seqlens is None and selection.fewest_blocks(top_k) * block_size >= q.shape[0]:
             return full_attention(q, k, v, softmax_scale=scale)
         return traced_attention(
             q, k, v, cu_seqlens, block_size=block_size, top_k=top_k, softmax_scale=scale, max_seqlen=max_seqlen,
             backend=name, selection=selection, workspace_bytes=workspace_bytes, router=router,
         )  # fmt: skip
     layout = layout_of(q, cu_seqlens, block_size, max_seqlen)
-    if full_if_covered and top_k >= layout.max_blocks:
+    if full_if_covered and selection.fewest_blocks(top_k) >= layout.max_blocks:
         _say_once(
             f"auto: full causal attention where top_k = {top_k} blocks of {block_size} tokens cover every document"
         )
@@ -156,7 +158,7 @@ def select_blocks(
     cu_seqlens: Tensor | None = None,
     *,
     block_size: int,
-    top_k: int,
+    top_k: int | Sequence[int],
     max_seqlen: int | None = None,
     selector: str = "top_k",
     summary: str = "mean",
@@ -169,9 +171,9 @@ def select_blocks(
     Args: as for `moba_attention`.
 
     Returns:
-        int32 [T, N, top_k], block numbers within the query's document: its own block first, then past blocks by falling
-        score, equal scores by lower number, -1 where there are fewer. Without scores: the document's first block, if
-        the selector names it, and then the nearest first.
+        int32 [T, N, top_k], the largest K where heads differ: block numbers within the query's document, its own block
+        first, then past blocks by falling score, equal scores by lower number, -1 where there are fewer. Without
+        scores: the document's first block, if the selector names it, and then the nearest first.
 
     Raises:
         ValueError: as `moba_attention`.
@@ -182,11 +184,12 @@ def select_blocks(
     >>> select_blocks(torch.ones(7, 1, 1), keys, block_size=2, top_k=3)[-1, 0].tolist()
     [3, 2, 0]
     """
+    top_k, selection = Selection(selector, summary, threshold, share_selection).with_blocks(top_k)
     check_settings(block_size, top_k)
     check_inputs({"q": q, "k": k}, cu_seqlens)
+    selection.with_blocks(top_k, k.shape[1])
     layout = layout_of(q, cu_seqlens, block_size, max_seqlen)
     own_TN1 = layout.block_T.to(torch.int32).view(-1, 1, 1).expand(-1, q.shape[1], 1)
-    selection = Selection(selector, summary, threshold, share_selection)
     num_heads = q.shape[1]
     if router is not None:
         check_router(router, q, k.shape[1], selection)

@@ -55,7 +55,7 @@ _SETTINGS = "Tensor? cu_seqlens, int block_size, SymInt? max_seqlen, str backend
     "moba_megatron::select_past",
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, SymInt num_past, {_SETTINGS}, str selector='top_k', str summary='mean', "
-    "float? threshold=None, str share_selection='none') -> Tensor",
+    "float? threshold=None, str share_selection='none', int[]? budgets=None) -> Tensor",
 )
 def select_past_op(q, k, num_past, cu_seqlens, block_size, max_seqlen, backend, *selection):
     """int32 [T, N, num_past] ids of past blocks for q [T, N, D], k [T, G, D], as `ops.gathered.select_past`."""
@@ -169,7 +169,8 @@ def traced_attention(
     """`moba_attention` through the operators; arguments as there, `backend` resolved and a router without a loss."""
     settings = (cu_seqlens, block_size, max_seqlen, backend)
     chooses_q, chooses_k = (q, k) if router is None else (router.q, router.k)
-    ids = select_past_op(chooses_q.detach(), chooses_k.detach(), top_k - 1, *settings, *selection.settings.values())
+    how = (*selection.settings.values(), selection.budgets)
+    ids = select_past_op(chooses_q.detach(), chooses_k.detach(), top_k - 1, *settings, *how)
     return attend_op(q, k, v, for_heads(ids, q.shape[1]), softmax_scale, *settings, workspace_bytes)[0]
 
 

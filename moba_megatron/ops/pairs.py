@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
 
-def attended_pairs(length: int, block_size: int | None = None, top_k: int | None = None) -> int:
+
+def attended_pairs(
+    length: int, block_size: int | None = None, top_k: int | Sequence[int] | None = None
+) -> int | Fraction:
     """Query-key pairs of one document of `length` tokens for one head; without block size: full causal attention.
 
-    A query at position t attends min(top_k - 1, past blocks) * block_size + (t mod block_size) + 1 keys.
+    A query at position t attends min(top_k - 1, past blocks) * block_size + (t mod block_size) + 1 keys. Of several K
+    this is the mean.
 
     >>> attended_pairs(4), attended_pairs(4, block_size=2, top_k=1)
     (10, 6)
@@ -18,8 +24,10 @@ def attended_pairs(length: int, block_size: int | None = None, top_k: int | None
     return own + (chosen_blocks(length, block_size, top_k)) * block_size
 
 
-def chosen_blocks(length: int, block_size: int, top_k: int) -> int:
-    """(Query, past block) pairs of one document that one head attends."""
+def chosen_blocks(length: int, block_size: int, top_k: int | Sequence[int]) -> int | Fraction:
+    """(Query, past block) pairs of one document that one head attends; of several K the mean."""
+    if not isinstance(top_k, int):
+        return Fraction(sum(chosen_blocks(length, block_size, number) for number in top_k), len(top_k))
     whole, tail = divmod(length, block_size)
     rising = min(top_k - 1, whole)
     full_rows = rising * (rising - 1) // 2 + (whole - rising) * rising

@@ -79,6 +79,10 @@ def reference_select(
             rows = slice(start + block * block_size, min(start + (block + 1) * block_size, end))
             ranking = _ranking(_widen(q[rows]), past_keys, num_past, selection, num_kv_heads)
             ids[rows, :, : ranking.shape[-1]] = ranking.to(torch.int32)
+    if selection.budgets is not None:
+        places, heads = torch.arange(num_past, device=ids.device), num_heads // len(selection.budgets)
+        kept = torch.tensor(selection.budgets, device=ids.device).repeat_interleave(heads) - 1
+        ids.masked_fill_(places >= kept[:, None], -1)
     return ids
 
 

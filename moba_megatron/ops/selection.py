@@ -8,6 +8,11 @@
 | `recent` | the K - 1 nearest | sliding window |
 | `sink_recent` | the document's first and the K - 2 nearest | attention sink |
 
+`budgets` give each key head a K of its own (AB-Sparse, arXiv 2605.12110, gives heads block sizes of their own instead,
+because they differ in what they need): a head with a smaller one than
+the largest keeps the first K - 1 of its choice, which is what it would choose by that K. So attention, its kernels,
+exchanges and caches see nothing but ids.
+
 With `share_selection` the query heads of a key head choose together (as NSA and MSA do): a block's score for the key
 head is the `mean` or the `max` of the scores of its query heads. Each query head is scored by itself first.
 
@@ -17,7 +22,10 @@ two that share nothing with it on purpose: the definition (`reference`), and the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from moba_megatron.ops.selectors import RECENT, SINK_RECENT, TOP_K, Selector, Threshold
 from moba_megatron.ops.summaries import MEAN, MIN_MAX, Summary
@@ -39,6 +47,8 @@ class Selection:
         threshold: for `threshold` alone: the share of the softmax over all candidates, above 0 and up to 1.
         share_selection: `none`: each query head chooses for itself. `mean`, `max`: those of a key head choose together,
             by the mean or the largest of their scores. Only with a selector that looks at scores.
+        budgets: K of each key head, its own block counted, where they are not all the same; None: all have the K that
+            a call names. Beside budgets a call's K is the largest of them.
 
     Raises:
         ValueError: an unknown word, or settings that do not go together.
@@ -48,6 +58,7 @@ class Selection:
     summary: str = "mean"
     threshold: float | None = None
     share_selection: str = "none"
+    budgets: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.selector not in SELECTORS:
@@ -73,6 +84,8 @@ class Selection:
             )
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise ValueError(f"threshold = {self.threshold}: a share above 0 and up to 1")
+        if self.budgets is not None:
+            object.__setattr__(self, "budgets", _checked_budgets(self.budgets))
 
     @classmethod
     def of_settings(
@@ -113,7 +126,7 @@ class Selection:
     @property
     def is_plain(self) -> bool:
         """Whether this is MoBA as its report defines it: top-k of the means."""
-        return self.selector == "top_k" and self.summary == "mean" and not self.shared
+        return self.selector == "top_k" and self.summary == "mean" and not self.shared and self.budgets is None
 
     @property
     def uses_scores(self) -> bool:
@@ -131,8 +144,71 @@ class Selection:
         return self.selector != "threshold"
 
     @property
+    def with_one_budget(self) -> Selection:
+        """The same for heads that all have the largest K."""
+        return self if self.budgets is None else replace(self, budgets=None)
+
+    def with_blocks(self, top_k: int | Sequence[int], kv_heads: int | None = None) -> tuple[int, Selection]:
+        """What a call's `top_k` says: the largest K, and this selection with a K for each key head where they differ.
+
+        Args:
+            top_k: blocks per query, or a list of them for the key heads.
+            kv_heads: how many there are, where that is known.
+
+        Raises:
+            ValueError: no whole numbers of at least 1, or another number of them than of key heads.
+
+        >>> MOBA.with_blocks([2, 5])[0], MOBA.with_blocks([5, 5]) == MOBA.with_blocks(5)
+        (5, True)
+        """
+        if isinstance(top_k, Sequence) and not isinstance(top_k, str):
+            budgets = _checked_budgets(tuple(top_k))
+            _check_count(budgets, kv_heads)
+            same = len(set(budgets)) == 1
+            return max(budgets), replace(self, budgets=None if same else budgets)
+        if self.budgets is not None:
+            _check_count(self.budgets, kv_heads)
+            if top_k != max(self.budgets):
+                raise ValueError(f"top_k = {top_k} beside budgets {list(self.budgets)}: give the largest of them")
+        return top_k, self
+
+    def fewest_blocks(self, top_k: int) -> int:
+        """The smallest K of any head, where the largest is `top_k`."""
+        return top_k if self.budgets is None else min(self.budgets)
+
+    def blocks(self, top_k: int) -> int | tuple[int, ...]:
+        """What `with_blocks` took apart: one K, or one for each key head."""
+        return top_k if self.budgets is None else self.budgets
+
+    def of_heads(self, first: int, count: int) -> Selection:
+        """The selection of some of the key heads.
+
+        >>> MOBA.with_blocks([2, 5, 3])[1].of_heads(1, 2).budgets
+        (5, 3)
+        """
+        return self if self.budgets is None else replace(self, budgets=self.budgets[first : first + count])
+
+    def within_budgets(self, ids_TNK: Tensor) -> Tensor:
+        """Ids [T, heads, K - 1] in a selector's order with -1, in place, where a head has a smaller K."""
+        if self.budgets is not None:
+            heads = ids_TNK.shape[1] // len(self.budgets)
+            for kv_head, number in enumerate(self.budgets):
+                ids_TNK[:, kv_head * heads : (kv_head + 1) * heads, number - 1 :] = -1
+        return ids_TNK
+
+    def words(self, top_k: int) -> str:
+        """K and how blocks are chosen, as short as it can be said.
+
+        >>> MOBA.words(3), Selection("recent", budgets=(2, 3)).words(3)
+        ('K=3', 'K=2,3 recent')
+        """
+        alike = self.with_one_budget
+        numbers = ",".join(map(str, self.budgets or (top_k,)))
+        return f"K={numbers}" + ("" if alike.is_plain else f" {alike}")
+
+    @property
     def settings(self) -> dict[str, str | float | None]:
-        """The arguments of `moba_attention` that say the same."""
+        """The arguments of `moba_attention` that say the same, `top_k` left out (see `blocks`)."""
         return {
             "selector": self.selector,
             "summary": self.summary,
@@ -151,7 +227,22 @@ class Selection:
     def __str__(self) -> str:
         parts = [self.selector] + [f"of {self.summary}"] * (self.summary != "mean")
         parts += [str(self.threshold)] * (self.threshold is not None)
-        return " ".join(parts + [f"shared by {self.share_selection}"] * self.shared)
+        parts += [f"shared by {self.share_selection}"] * self.shared
+        if self.budgets is not None:
+            parts.append(f"with {','.join(map(str, self.budgets))} blocks")
+        return " ".join(parts)
+
+
+def _checked_budgets(budgets: Sequence[int]) -> tuple[int, ...]:
+    wrong = [k for k in budgets if isinstance(k, bool) or not isinstance(k, int) or k < 1]
+    if wrong or not budgets:
+        raise ValueError(f"top_k = {list(budgets)}: give an integer of at least 1 for each key head")
+    return tuple(budgets)
+
+
+def _check_count(budgets: tuple[int, ...], kv_heads: int | None) -> None:
+    if kv_heads is not None and len(budgets) != kv_heads:
+        raise ValueError(f"top_k = {list(budgets)} has {len(budgets)} entries for {kv_heads} key heads: give one each")
 
 
 MOBA = Selection()

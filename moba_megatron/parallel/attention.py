@@ -22,8 +22,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -94,7 +94,7 @@ def context_attention(
     cp_groups: ContextGroups,
     exchange: str,
     block_size: int | None,
-    top_k: int | None,
+    top_k: int | Sequence[int] | None,
     softmax_scale: float | None = None,
     backend: str = "auto",
     selection: Selection = MOBA,
@@ -129,6 +129,7 @@ def context_attention(
     if (block_size is None) != (top_k is None):
         raise ValueError(f"block_size = {block_size} and top_k = {top_k}: give both (MoBA) or none (full attention)")
     if block_size is not None and top_k is not None:
+        top_k, selection = selection.with_blocks(top_k, k.shape[1])
         check_settings(block_size, top_k, workspace_bytes)
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange = {exchange!r}: choose one of {', '.join(EXCHANGES)}")
@@ -196,10 +197,11 @@ class _Call:
         if choice is not None:
             (ids,) = to_heads(wire, order, choice.ids)
             choose = functools.cache(lambda: chosen_for(q, ids, learns))
+        here = replace(self, selection=self.selection.of_heads(wire.rank * k.shape[1], k.shape[1]))
         if self.levels[1] == 1:
-            out, lse = self._whole_pack(q, k, v, choose)
+            out, lse = here._whole_pack(q, k, v, choose)
         else:
-            out, lse = self._between_shards(q, k, v, self.cp_groups.outer, choose)
+            out, lse = here._between_shards(q, k, v, self.cp_groups.outer, choose)
         masses = None
         if learns:
             masses = to_tokens(wire, order, block_masses(choose().block_lse, lse, ids.shape[1]))
@@ -211,7 +213,8 @@ class _Call:
         wire, steps = Wire(self.cp_groups.whole), steps_of(self.name, self.selection)
         plan = plan_context(self.boundaries, self.block_size, (1, wire.size), wire.rank, q.device)
         num_past = min(self.top_k, plan.layout.max_blocks) - 1
-        covers = self.backend == "auto" and self.selection.fills_up and self.top_k >= plan.layout.max_blocks
+        fewest = self.selection.fewest_blocks(self.top_k)
+        covers = self.backend == "auto" and self.selection.fills_up and fewest >= plan.layout.max_blocks
         if num_past == 0 or (covers and router.loss != "sparse"):
             # None or all are chosen, whoever chooses.
             out, masses, choice = *self.attend(q, k, v), None
@@ -257,7 +260,7 @@ class _Call:
             layout = layout_of(q, cu_seqlens, self.block_size, longest)
             steps = steps_of(self.name, self.selection)
             return steps.attend(q, k, v, chosen.ids, layout, self.scale, self.workspace_bytes, chosen.block_lse)
-        sizes = {"block_size": self.block_size, "top_k": self.top_k}
+        sizes = {"block_size": self.block_size, "top_k": self.selection.blocks(self.top_k)}
         how = {"backend": self.backend, "workspace_bytes": self.workspace_bytes, **self.selection.settings}
         return moba_attention(q, k, v, **whole, **sizes, **how), None
 

@@ -18,7 +18,7 @@ _SAMPLES = 8
 
 
 @functools.cache
-def random_choice_factor(ranks: int, blocks: float, top_k: int) -> float:
+def random_choice_factor(ranks: int, blocks: float, top_k: float) -> float:
     """Time of a ring over the work of one rank, for random choice. With less than a block in each of the 2 C chunks
     of a document it is rough: a query's own block counts in its own chunk.
 

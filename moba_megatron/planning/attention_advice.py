@@ -48,8 +48,8 @@ class SlowerThanFull:
         sizes, covered = self.layer, self.layer.block_size * self.layer.top_k
         within = f" over {self.context} context-parallel ranks" if self.context > 1 else ""
         return (
-            f"({sizes.block_size}, {sizes.top_k}) at {self.tokens:,} tokens{within}: MoBA takes {self.ratio:.1f} x the "
-            f"time of full attention on {self.gpu} (estimate: {self.moba_seconds * 1e3:.3g} against "
+            f"({sizes.block_size}, {sizes.blocks}) at {self.tokens:,} tokens{within}: MoBA takes {self.ratio:.1f} x "
+            f"the time of full attention on {self.gpu} (estimate: {self.moba_seconds * 1e3:.3g} against "
             f"{self.full_seconds * 1e3:.3g} ms a layer and microbatch, forward and backward); full attention is faster "
             f"there (attention.kind=full), or MoBA with a smaller top_k x block_size than {covered:,} tokens"
         )
@@ -71,7 +71,7 @@ def slower_than_full(config: Config, schedule: AttentionSchedule, cluster: Clust
     found = []
     for layer in _moba_layers(schedule):
         seconds = _attention_seconds(config, layer, cluster)
-        if layer.block_size * layer.top_k < tokens and seconds > LEAST_RATIO * full:
+        if layer.block_size * layer.fewest_blocks < tokens and seconds > LEAST_RATIO * full:
             found.append(SlowerThanFull(layer, tokens, seconds, full, cluster.gpu.name, context))
     return found
 

@@ -30,6 +30,7 @@ from moba_megatron.ops.kernel_sizes import (
 )
 from moba_megatron.ops.pairs import attended_pairs, chosen_blocks, scored_pairs
 from moba_megatron.planning.flops import PEAK_BF16
+from moba_megatron.planning.index_shape import IndexShape
 
 # Streams: 4.3 of 4.8 TB/s were seen on an H200. Gathered and scattered rows of 256 bytes: an assumption.
 STREAM_SHARE, GATHER_SHARE = 0.9, 0.8
@@ -64,6 +65,8 @@ class Machine:
     cache: float
 
 
+# Steps in plain PyTorch, for each tile of tokens; one tile is assumed.
+INDEX_LOSS_LAUNCHES = 30
 # Lanes: multiprocessors x 128 x boost clock.
 MACHINES = (
     Machine("A100", 2.04e12, PEAK_BF16["A100"], 108 * 128 * 1.41e9, 4.0e12),
@@ -75,7 +78,8 @@ MACHINES = (
 
 @dataclass(frozen=True)
 class AttentionSizes:
-    """One document and one setting; `element_bytes` of q, k, v and of partial outputs."""
+    """One document and one setting; `element_bytes` of q, k, v and of partial outputs. Where key heads have a K of
+    their own, `top_k` is the largest of the layer's `budgets`, whose mean the heads at hand are taken to have."""
 
     tokens: int
     heads: int
@@ -85,11 +89,13 @@ class AttentionSizes:
     top_k: int
     element_bytes: int = 2
     partial_bytes: int = 2
+    budgets: tuple[int, ...] | None = None
+    index: IndexShape | None = None
 
     @property
     def entries(self) -> int:
         """E, over all heads."""
-        return self.heads * chosen_blocks(self.tokens, self.block_size, self.top_k)
+        return int(self.heads * chosen_blocks(self.tokens, self.block_size, self.budgets or self.top_k))
 
     @property
     def past_pairs(self) -> int:
@@ -181,11 +187,14 @@ class Work:
 def route_work(sizes: AttentionSizes, screened: bool | None = None) -> list[Work]:
     """The kernels of routing: scores in three planes and the choice among them, or (`screened`, by default where the
     operator does so) one plane twice and then the listed blocks, which one kernel does one after the other."""
-    size, past, rows = sizes.head_size, sizes.top_k - 1, sizes.tokens * sizes.heads
+    heads, kv_heads, size = sizes.heads, sizes.kv_heads, sizes.head_size
+    if sizes.index is not None:
+        heads, kv_heads, size = sizes.index.queries, sizes.index.keys, sizes.index.size
+    past, rows = sizes.top_k - 1, sizes.tokens * heads
     blocks = -(-sizes.tokens // sizes.block_size)
-    means = blocks * sizes.kv_heads * size * 4
-    scores = sizes.heads * scored_pairs(sizes.tokens, sizes.block_size)
-    moved = sizes.query_bytes + means + 4 * rows * past
+    means = blocks * kv_heads * size * 4
+    scores = heads * scored_pairs(sizes.tokens, sizes.block_size)
+    moved = sizes.tokens * heads * size * sizes.element_bytes + means + 4 * rows * past
     plane = 2 * size * scores
     if not (screens(blocks, past, sizes.element_bytes) if screened is None else screened):
         select = SELECT_INSTRUCTIONS + SELECT_INSTRUCTIONS_PER_K * sizes.top_k
@@ -257,6 +266,7 @@ def backward_work(sizes: AttentionSizes, fused: bool | None = None) -> list[Work
         ]
     own = 2 * sizes.query_bytes + sizes.key_bytes + statistics
     return [
+        *_index_loss_work(sizes),
         Work("delta", stream_bytes=2 * sizes.query_bytes + statistics / 2),
         Work("index", stream_bytes=16 * slots, launches=INDEX_LAUNCHES * passes),
         *past,
@@ -271,9 +281,22 @@ def backward_work(sizes: AttentionSizes, fused: bool | None = None) -> list[Work
     ]
 
 
+def _index_loss_work(sizes: AttentionSizes) -> list[Work]:
+    """What an index learns from, forward and backward: the summaries of the chosen blocks are gathered twice."""
+    index = sizes.index
+    if index is None or index.loss == "none":
+        return []
+    slots = sizes.tokens * index.queries * (sizes.top_k - 1)
+    products = 6 * index.size * slots
+    gathered, scores = 2 * slots * index.size * 4, 12 * slots
+    if index.loss == "dense":
+        products += 2 * sizes.head_size * sizes.heads * attended_pairs(sizes.tokens)
+    return [Work(f"index: {index.loss} loss", products, gathered, scores, launches=INDEX_LOSS_LAUNCHES)]
+
+
 def expected_seconds(sizes: AttentionSizes, machine: Machine, backward: bool) -> float:
     """Expected time of a forward pass, or of forward and backward; full attention where K blocks cover the document."""
-    if sizes.top_k * sizes.block_size >= sizes.tokens:
+    if min(sizes.budgets or (sizes.top_k,)) * sizes.block_size >= sizes.tokens:
         return dense_seconds(sizes, machine, backward)
     works = forward_work(sizes) + (backward_work(sizes) if backward else [])
     return sum(work.seconds(machine) for work in works)

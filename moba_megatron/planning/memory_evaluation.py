@@ -10,6 +10,7 @@ Not in it: what the process has before a model is built, and the tables of the r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from moba_megatron.config import Config
@@ -70,7 +71,7 @@ def _workspace(shape: Shape, layer: LayerAttention) -> int:
     if layer.kind == "full":
         return 0
     queries = shape.tokens * shape.heads * shape.head_size
-    slots = shape.tokens * shape.heads * (layer.top_k - 1)
+    slots = math.ceil(shape.tokens * shape.heads * (layer.mean_blocks - 1))
     if shape.cuda:
         room = shape.workspace_bytes or default_workspace(queries * shape.width)
         return min(room, slots * forward_entry_bytes(shape.head_size, shape.width))

@@ -14,11 +14,12 @@ hidden h, feed-forward f, N query and G key heads of size D, e bytes an element.
 
 Tensor parallelism divides heads and feed-forward, sequence parallelism the norms. `selective` recomputation drops the
 last row, `full` keeps t h e. In a mixture of experts the feed-forward is that of the shared expert, and the others have
-`memory_experts`.
+`memory_experts`, and an index that chooses blocks has `index_shape`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from moba_megatron.config import Config, TrainingConfig
@@ -28,6 +29,7 @@ from moba_megatron.ops.kernel_sizes import backward_entry_bytes, default_workspa
 from moba_megatron.parallel.exchange_kind import ExchangeKind, RankSizes
 from moba_megatron.parallel.exchanges import EXCHANGES
 from moba_megatron.planning.expert_shape import ExpertShape
+from moba_megatron.planning.index_shape import IndexShape
 from moba_megatron.planning.memory_experts import expert_layer_bytes, expert_working_bytes
 from moba_megatron.planning.plan_stages import tokens_of_rank
 
@@ -71,6 +73,7 @@ class Shape:
     experts: ExpertShape | None = None
     shared: int = 0
     shared_gate: bool = False
+    index: IndexShape | None = None
 
     @classmethod
     def of(cls, config: Config, device_type: str) -> Shape:
@@ -90,6 +93,7 @@ class Shape:
             experts=ExpertShape.of(config),
             shared=(model.moe_shared_expert_intermediate_size or 0) // tensor,
             shared_gate=model.moe_shared_expert_gate,
+            index=IndexShape.of(config.attention, model, tensor),
         )
 
     @property
@@ -111,11 +115,15 @@ def layer_bytes(shape: Shape, layer: LayerAttention, exchange: str | None, exper
     shards = 3 * shape.heads + saved_kv * shape.kv_heads
     rotary = 0 if shape.cuda else 4
     past = 0 if layer.kind == "full" else layer.top_k - 1
+    index = shape.index if layer.kind == "moba" else None
+    of_index = learned = 0
+    if index is not None:
+        of_index, learned = index.kept_bytes(t, width), index.loss_bytes(t, past, t // (layer.block_size or t))
     return LayerBytes(
         norms=2 * norm * t * shape.hidden // shape.norm_split,
-        attention=t * size * width * (shards + rotary),
+        attention=t * size * width * (shards + rotary) + of_index,
         mlp=_mlp_bytes(shape, experts),
-        selected=t * shape.heads * (4 + 4 * past),
+        selected=t * shape.heads * (4 + 4 * past) + learned,
         entry=shape.stream,
     )
 
@@ -206,7 +214,7 @@ def attention_backward_bytes(shape: Shape, layer: LayerAttention) -> int:
         gradients += 2 * t * shape.hidden * width
     if layer.kind == "full":
         return gradients
-    entries = t * shape.heads * (layer.top_k - 1)
+    entries = math.ceil(t * shape.heads * (layer.mean_blocks - 1))
     if shape.cuda:
         room = shape.workspace_bytes or default_workspace(queries * width)
         return gradients + min(room, entries * backward_entry_bytes(size, width))

@@ -214,7 +214,7 @@ def _plan_values(plan: RunPlan) -> dict[str, Any]:
         "slower_than_full_attention": [
             {
                 "block_size": slow.layer.block_size,
-                "top_k": slow.layer.top_k,
+                "top_k": slow.layer.blocks,
                 "moba_seconds": slow.moba_seconds,
                 "full_seconds": slow.full_seconds,
                 "message": slow.line,

@@ -22,6 +22,7 @@ from moba_megatron.parallel.exchanges import ring_ranks
 from moba_megatron.parallel.ring_load import random_choice_factor
 from moba_megatron.planning.expert_shape import ExpertShape
 from moba_megatron.planning.expert_traffic import ExpertTraffic, expert_traffic, sorted_bytes
+from moba_megatron.planning.index_shape import IndexShape
 from moba_megatron.planning.kernel_model import STREAM_SHARE, AttentionSizes, Machine, dense_seconds, expected_seconds
 from moba_megatron.planning.memory_layer import Shape, layer_bytes, offloaded
 from moba_megatron.planning.plan_machines import EXPERT_SHARE, MATRIX_SHARE, Cluster
@@ -191,6 +192,8 @@ def layer_seconds(
         head_size=config.model.head_size,
         block_size=layer.block_size or 0,
         top_k=layer.top_k or 0,
+        budgets=layer.selection.budgets,
+        index=IndexShape.of(config.attention, config.model, parallel.tensor) if layer.kind == "moba" else None,
     )
     documents = training.micro_batch_size / parallel.context
     attention = _attention_seconds(sizes, machine, training.repeats("core_attn")) * documents
@@ -215,7 +218,7 @@ def _ring_factor(config: Config, layer: LayerAttention, exchange: ExchangeChoice
     if layer.kind == "full" or exchange.moba is None:
         return 1.0
     ranks = ring_ranks(exchange.moba, config.parallel.context, exchange.levels)
-    return random_choice_factor(ranks, config.data.sequence_length / layer.block_size, layer.top_k)
+    return random_choice_factor(ranks, config.data.sequence_length / layer.block_size, layer.mean_blocks)
 
 
 def _matrix_seconds(config: Config, cluster: Cluster, experts: bool) -> float:

@@ -149,7 +149,7 @@ def plan_run(config: Config, schedule: AttentionSchedule, vocab_size: int, clust
     full = (FULL,) * schedule.num_layers
     length = config.data.sequence_length
     flops = [
-        training_flops_per_token(config, vocab_size, [_block(layer) for layer in layers])
+        training_flops_per_token(config, vocab_size, [layer.sizes for layer in layers])
         * config.training.global_batch_size
         * length
         for layers in schedule.stages
@@ -191,7 +191,3 @@ def stage_shares(schedule: AttentionSchedule, steps: int) -> tuple[float, ...]:
     """The share of the steps that is taken in each stage of the training."""
     ends = [0, *(schedule.last_step(stage, steps) for stage in range(len(schedule.stages)))]
     return tuple((end - start) / steps for start, end in zip(ends, ends[1:], strict=False))
-
-
-def _block(layer) -> tuple[int, int] | None:
-    return None if layer.kind == "full" else (layer.block_size, layer.top_k)

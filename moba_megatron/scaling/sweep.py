@@ -139,7 +139,7 @@ def _true_flops(config: Config) -> float:
     total, first = 0.0, 0
     for number, stage in enumerate(schedule.stages):
         last = schedule.last_step(number, config.training.steps)
-        layers = [None if a.kind == "full" else (a.block_size, a.top_k) for a in stage]
+        layers = [a.sizes for a in stage]
         flops = training_flops_per_token(config, config.model.vocab_size, layers)
         total += (last - first) * config.tokens_per_step * flops
         first = last

@@ -60,9 +60,11 @@ def _weights(config: Config) -> str:
 def _print_flops(console: Console, config: Config, schedule: AttentionSchedule, vocab_size: int) -> None:
     full = attended_pairs(config.data.sequence_length)
     for number, stage in enumerate(schedule.stages, start=1):
-        layers = [None if a.kind == "full" else (a.block_size, a.top_k) for a in stage]
+        layers = [a.sizes for a in stage]
         flops = training_flops_per_token(config, vocab_size, layers)
-        pairs = sum(attended_pairs(config.data.sequence_length, *(layer or ())) for layer in layers) / len(layers)
+        pairs = float(
+            sum(attended_pairs(config.data.sequence_length, *(layer or ())) for layer in layers) / len(layers)
+        )
         console.print(
             f"stage {number}: {flops:.3e} training FLOPs a token, {pairs / full:.1%} of the pairs of full attention"
         )

@@ -147,7 +147,7 @@ def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:
     ]
     length = config.data.sequence_length
     covered = sum(
-        layer.kind == "moba" and layer.block_size * layer.top_k >= length and layer.selection.fills_up
+        layer.kind == "moba" and layer.block_size * layer.fewest_blocks >= length and layer.selection.fills_up
         for layers in schedule.stages
         for layer in layers
     )

@@ -25,7 +25,7 @@ def gpu_metrics(config: Config, ready: Preflight, stage: int, seconds: float) ->
         stage: of the attention schedule.
         seconds: that the step took.
     """
-    layers = [None if a.kind == "full" else (a.block_size, a.top_k) for a in ready.schedule.stages[stage]]
+    layers = [a.sizes for a in ready.schedule.stages[stage]]
     per_token = training_flops_per_token(config, ready.vocab_size, layers)
     flops = per_token * config.tokens_per_step / seconds / ready.world_size
     metrics: dict[str, float] = {"tflops": flops / 1e12}

@@ -34,6 +34,14 @@ LAYOUTS = {
         "summary": "min_max",
         "layers": {1: {"selector": "recent", "block_size": 8, "top_k": 5}, 2: {"selector": "top_k"}},
     },
+    # A K of its own for each key head, and summaries that differ between layers.
+    "budgets": {
+        "layers": {
+            1: {"top_k": [2, 5]},
+            2: {"selector": "sink_recent", "top_k": [4, 1]},
+            3: {"summary": "min_max", "selector": "threshold", "threshold": 0.6, "top_k": [3, 4]},
+        }
+    },
 }
 
 
@@ -98,6 +106,14 @@ def test_the_configuration_says_it_and_comes_back(run, tmp_path):
         assert (moba["selector"], moba["layer_types"]) == ("sink_recent", ["moba", "moba", "full", "moba"])
         card = (run.parent / "full/README.md").read_text()
         assert "the 2 past blocks of 16 tokens that are the first one and the nearest to it" in card
+    if run.parent.name.startswith("budgets"):
+        assert (moba["top_k"], moba["layer_sizes"], moba["budgets"]) == (
+            4,
+            {"0": {"block_size": 16, "top_k": 5}},
+            [2, 5],
+        )
+        assert moba["layer_selections"]["1"] == {"selector": "sink_recent", "summary": "mean", "budgets": [4, 1]}
+        assert "1, 4 (by key head)" in (run.parent / "full/README.md").read_text()
     run_ranks(1, lambda: import_huggingface(run.parent / "full", tmp_path / "back"))
     before = AttentionSchedule.from_config(saved_config(open_exported(run).checkpoint).attention, 4)
     assert (
@@ -107,8 +123,8 @@ def test_the_configuration_says_it_and_comes_back(run, tmp_path):
 
 def test_what_no_attention_section_says_is_refused():
     moba = {"block_size": 4, "top_k": 3, "version": 2, "summary": "min_max"}
-    mixed = {**moba, "layer_selections": {"1": {"selector": "top_k", "summary": "mean"}}}
-    with pytest.raises(ConfigError, match=r"layers of several summaries \(mean, min_max\)"):
+    mixed = {**moba, "layer_selections": {"1": {"selector": "top_k", "share_selection": "mean"}}}
+    with pytest.raises(ConfigError, match=r"layers of several share_selection \(mean, none\)"):
         attention_section({"num_hidden_layers": 3, "moba_config": mixed})
     with pytest.raises(ConfigError, match="version 9"):
         attention_section({"num_hidden_layers": 3, "moba_config": {**moba, "version": 9}})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from distributed import run_ranks
 from megatron.core import parallel_state
 from small_run import small_config, train_here
@@ -31,8 +32,11 @@ COMMANDS = (evaluate_command, evaluate_losses, evaluate_routing, evaluate_tasks)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """MoBA with 3 of 8 blocks in 3 of 4 layers, on packs of documents; an odd vocabulary."""
-    config = small_config(tmp_path_factory.mktemp("trained"), model__init_method_std=0.3, training__steps=4)
+    """MoBA with 3 of 8 blocks in 3 of 4 layers, on packs of documents; an odd vocabulary. The key heads of the second
+    have a K of their own."""
+    own = {2: {"top_k": [2, 4]}}
+    folder = tmp_path_factory.mktemp("trained")
+    config = small_config(folder, model__init_method_std=0.3, training__steps=4, attention__layers=own)
     run_ranks(1, train_here, config)
     return Path(config.run.dir)
 
@@ -60,7 +64,9 @@ def on_ranks(ranks: int, cases: list[list[Any]], code: int = 0) -> list[str]:
 
 
 def records(folder: Path) -> dict[str, Any]:
-    return {path.name: json.loads(path.read_text()) for path in sorted((folder / "evaluation").glob("*.json"))}
+    found = {path.name: json.loads(path.read_text()) for path in sorted((folder / "evaluation").glob("*.json"))}
+    suggested = (folder / "evaluation").glob("*_budget_*.yaml")
+    return {**found, **{path.name: yaml.safe_load(path.read_text()) for path in suggested}}
 
 
 def same(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
@@ -80,6 +86,7 @@ def same(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
 
 
 ASKED = ["--attention", "moba", "--samples", 3, "--losses-choice", "8:3@1-2", "--routing", "--routing-samples", 3]
+ASKED += ["--suggest-budget", 0.6]
 # By number of ranks; what the sizes leave over is data parallel.
 LAYOUTS = [
     pytest.param(2, ["tensor=2,sequence=true", "pipeline=2", "context=2", ""], id="two"),
@@ -101,7 +108,9 @@ def test_losses_and_routing_are_those_of_one_rank(run, tmp_path, seen_by_one, ra
     """Also where the data-parallel ranks do not divide the samples."""
     cases = [[run, *ASKED, "--parallel", sizes, "--output", tmp_path / (sizes or "data")] for sizes in layouts]
     outputs = on_ranks(ranks, cases)
-    assert set(seen_by_one) == {"step_4.json", "step_4_B8_K3_in_layers_1-2.json", "routing_step_4_moba.json"}
+    budgets = "routing_step_4_moba_budget_0.6.yaml"
+    assert set(seen_by_one) == {"step_4.json", "step_4_B8_K3_in_layers_1-2.json", "routing_step_4_moba.json", budgets}
+    assert set(seen_by_one[budgets]["attention"]["layers"]) == {1, 2, 3}
     assert [layer["layer"] for layer in seen_by_one["routing_step_4_moba.json"]["layers"]] == [1, 2, 3]
     for case, output in zip(cases, outputs, strict=True):
         found = records(case[-1])
@@ -109,7 +118,8 @@ def test_losses_and_routing_are_those_of_one_rank(run, tmp_path, seen_by_one, ra
             record.pop("power_law", None)  # a fit of many steps
         same(found, seen_by_one)
         assert "validation loss" in output and (case[-1] / "plots/loss_by_position_step_4.png").is_file()
-        assert "layers 1, 2, 3 (B=16 K=3): the chosen blocks hold" in output
+        assert "layers 1, 3 (B=16 K=3): the chosen blocks hold" in output
+        assert "layer 2 (B=16 K=2,4): the chosen blocks hold" in output
         assert len((case[-1] / "evaluations.jsonl").read_text().splitlines()) == 3
 
 

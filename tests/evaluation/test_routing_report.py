@@ -11,8 +11,10 @@ import torch
 from rich.console import Console
 
 from moba_megatron.evaluation.report.pictures import routing_pictures
+from moba_megatron.evaluation.routing.budgets import smallest_blocks
 from moba_megatron.evaluation.routing.capture import Captured
 from moba_megatron.evaluation.routing.evaluate_routing import LayerRouting, choices_of, counted_tokens
+from moba_megatron.evaluation.routing.held_curve import held_curve, queries_joined
 from moba_megatron.evaluation.routing.mass import RoutingChoice, attention_masses
 from moba_megatron.evaluation.routing.routing_report import advice, layer_record, overall, table
 from moba_megatron.evaluation.routing.selection_counts import (
@@ -25,6 +27,7 @@ from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.ops import select_blocks
 from moba_megatron.ops.selection import Selection
 
+MIN_MAX = Selection(summary="min_max")
 CU_SEQLENS = torch.tensor([0, 37, 41, 100], dtype=torch.int32)
 
 
@@ -63,6 +66,40 @@ def test_masses_are_those_of_the_whole_softmax(monkeypatch, most):
             expected = torch.tensor(masses_by_definition(seen, query, choice.block_size, choice.top_k))
             found = torch.stack([mass.held[row], mass.best[row], mass.nearest[row]], dim=1)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_key_heads_with_a_k_of_their_own_hold_what_each_would_hold():
+    seen = seen_by(LayerAttention.moba(8, [2, 4]))
+    queries = torch.tensor([70, 99])
+    (both,) = attention_masses(seen, queries, choices_of(seen.attention)[:1])
+    alone = attention_masses(seen, queries, [RoutingChoice(8, 2), RoutingChoice(8, 4)])
+    for name in ("held", "best", "nearest"):
+        parts = [getattr(mass, name)[:, heads] for mass, heads in zip(alone, (slice(2), slice(2, 4)), strict=True)]
+        torch.testing.assert_close(getattr(both, name), torch.cat(parts, dim=1))
+    assert [str(choice) for choice in choices_of(LayerAttention.moba(32, [4, 6]))] == [
+        "B=32 K=4,6", "B=16 K=8,12", "B=64 K=2,3", "B=32 K=8,12",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("attention", [LayerAttention("moba", 8, 3), LayerAttention.moba(8, [1, 3], MIN_MAX)])
+def test_the_curve_is_what_each_k_would_hold(attention):
+    """By the masses of that many blocks; and the smallest K of each key head is the first that holds enough."""
+    seen, queries = seen_by(attention), torch.tensor([25, 36, 66, 99])
+    curve = held_curve(seen, queries)
+    past = torch.tensor([3, 4, 3, 7])
+    assert curve.queries.tolist() == [int((past > at).sum()) for at in range(7)]
+    selection = attention.selection.with_one_budget
+    for at in range(7):
+        (mass,) = attention_masses(seen, queries[past > at], [RoutingChoice(8, at + 1, selection)])
+        torch.testing.assert_close(curve.held[:, at].float(), mass.held.sum(dim=0), rtol=1e-4, atol=1e-5)
+    means = (curve.held / curve.queries).unflatten(0, (2, 2)).mean(dim=1)
+    for share in (0.3, 0.7, 0.9):
+        found = smallest_blocks(curve, 2, share)
+        for row, k in zip(means, found, strict=True):
+            assert (row[: k - 1] < share).all() and (k > 7 or row[k - 1] >= share)
+    assert smallest_blocks(curve, 2, 1.0) == [8, 8]
+    twice = queries_joined([curve, held_curve(seen, queries[:2])])
+    torch.testing.assert_close(twice.queries, curve.queries + torch.tensor([2.0, 2, 2, 1, 0, 0, 0]).double())
 
 
 def test_enough_blocks_hold_everything_and_a_window_is_the_nearest():

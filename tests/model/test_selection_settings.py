@@ -55,6 +55,28 @@ def test_settings_reach_the_layers_that_ask_for_them():
         schedule_of(last_n_full=1, layers={3: {"selector": "recent"}})
 
 
+def test_a_layer_may_have_settings_of_its_own():
+    layers = {
+        1: {"top_k": [2, 4], "summary": "min_max"},
+        2: {"selector": "threshold", "threshold": 0.5, "top_k": [3, 3]},
+        3: {"top_k": 4},
+    }
+    schedule = schedule_of(layers=layers)
+    assert schedule.stages[0] == (
+        LayerAttention("moba", 8, 4, Selection(summary="min_max", budgets=(2, 4))),
+        LayerAttention("moba", 8, 3, Selection("threshold", threshold=0.5)),
+        LayerAttention("moba", 8, 4),
+    )
+    first = schedule.stages[0][0]
+    assert (str(first), first.blocks, first.fewest_blocks, first.mean_blocks) == (
+        "moba B=8 K=2,4 top_k of min_max", (2, 4), 2, 3.0,
+    )  # fmt: skip
+    assert first.of_heads(1, 1) == LayerAttention("moba", 8, 4, Selection(summary="min_max"))
+    assert AttentionSchedule.from_dict(schedule.to_dict()) == schedule
+    with pytest.raises(ValueError, match="layer 3 a block_size, top_k or selector, but it is full"):
+        schedule_of(last_n_full=1, layers={3: {"summary": "min_max"}})
+
+
 def test_a_schedule_is_stored_with_its_selections():
     for schedule in (schedule_of(), schedule_of(selector="threshold", threshold=0.5), schedule_of(selector="recent")):
         assert AttentionSchedule.from_dict(schedule.to_dict()) == schedule
@@ -83,6 +105,20 @@ def test_a_schedule_is_stored_with_its_selections():
         ({"share_selection": "mean", "selector": "recent"}, "attention.share_selection = mean has no effect with the"),
         ({"share_selection": "max", "backend": "flash_moba"}, r"share_selection: max\): use auto"),
         ({"selector": "nearest"}, "attention.selector = 'nearest'"),
+        (
+            {"layers": {1: {"top_k": [2, 3, 4]}}},
+            r"attention.layers.1.top_k = \[2, 3, 4\] has 3 entries, but model.num_query_groups = 2: give one number",
+        ),
+        ({"layers": {1: {"top_k": [2, 0]}}}, r"attention.layers.1.top_k = \[2, 0\]: a number of blocks from 1 to"),
+        ({"layers": {1: {"top_k": []}}}, r"attention.layers.1.top_k = \[\]: give one number for each key head"),
+        ({"layers": {1: {"top_k": [2, 3]}}, "backend": "flash_moba"}, "flash_moba chooses blocks by top_k"),
+        ({"layers": {1: {"summary": "min_max"}}, "backend": "flash_moba"}, "flash_moba chooses blocks by top_k"),
+        ({"layers": {1: {"threshold": 0.5}}}, "attention.layers.1.threshold = 0.5 has no effect with the selector top"),
+        (
+            {"layers": {1: {"selector": "recent", "summary": "min_max"}}},
+            "attention.layers.1.summary = min_max has no effect with the selector recent",
+        ),
+        ({"layers": {1: {"selector": "threshold"}}}, "attention.threshold is not set"),
         ({"workspace_bytes": 0}, "attention.workspace_bytes = 0"),
         ({"workspace_bytes": 2**20, "backend": "flash_moba"}, "backend = flash_moba cannot be kept to a workspace"),
     ],
@@ -114,14 +150,16 @@ SETTINGS = [
     {"summary": "min_max"},
     {"selector": "threshold", "threshold": 0.6},
     {"share_selection": "mean"},
+    {"layers": {1: {"top_k": [2, 4]}}},
 ]
 
 
-def test_training_is_the_same_over_context_parallel_ranks():
-    """Each variant trains at C = 1 and at C = 2, by heads and by a ring, alike; and none as plain MoBA does."""
+def test_training_is_the_same_over_ranks():
+    """Each variant trains at C = 1 and at C = 2, by heads and by a ring, and over tensor-parallel ranks alike; and none
+    as plain MoBA does."""
     _, _, weights = run_ranks(1, train, config(), VOCABULARY, 0)[0]
     plain, *ones = run_ranks(1, train_each, [config(**a) for a in ({}, *SETTINGS)], VOCABULARY, STEPS, weights)[0]
-    forms = [{"context": 2}, {"context": 2, "exchange": "p2p"}]
+    forms = [{"context": 2}, {"context": 2, "exchange": "p2p"}, {"tensor": 2}]
     configs = [config(parallel, **attention) for attention in SETTINGS for parallel in forms]
     for rank in run_ranks(2, train_each, configs, VOCABULARY, STEPS, weights):
         for number, (losses, norms) in enumerate(rank):

@@ -44,8 +44,9 @@ def disagreements() -> dict[str, list[str]]:
     wrong: dict[str, list[str]] = {}
     for exchange in EXCHANGES:
         cp_groups, wrong[exchange] = groups_for(exchange), []
-        for selection in SELECTIONS:
-            for block_size, top_k in ((5, 4), (16, 2), (60, 200)):
+        for block_size, top_k in ((5, 4), (16, 2), (60, 200)):
+            budgets = (top_k, 1, max(1, top_k // 2), top_k)
+            for selection in [*SELECTIONS, Selection(budgets=budgets), Selection("sink_recent", budgets=budgets)]:
                 tensors = pack_inputs(BOUNDS[-1], 8, 4, seed=block_size)
                 attention = functools.partial(
                     context_attention,

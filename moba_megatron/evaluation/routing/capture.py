@@ -24,12 +24,13 @@ class Captured:
 
     Attributes:
         layer: its number, from 1.
-        attention: how it attends.
+        attention: how these heads attend.
         q: [T, N, D] after rotary embedding.
         k: [T, G, D], N a multiple of G.
         cu_seqlens: [documents + 1] boundaries of the pack; None for one document.
         softmax_scale: factor on the scores before the softmax.
         first_head: number of the first of these query heads in the layer; others are those of other ranks.
+        whole: how all heads of the layer attend, where that is not the same.
         index: queries and keys of the layer's index, of these heads; None where it chooses by `q` and `k`.
     """
 
@@ -40,11 +41,12 @@ class Captured:
     cu_seqlens: Tensor | None
     softmax_scale: float
     first_head: int = 0
+    whole: LayerAttention | None = None
     index: Router | None = None
 
     def chooser(self, selection: Selection) -> Router | None:
         """The index, where it can choose so; None: `q` and `k` do."""
-        by_mean = selection.uses_scores and selection.summary == "mean"
+        by_mean = selection.uses_scores and selection.uses_means
         return self.index if by_mean and not selection.shared else None
 
 
@@ -84,12 +86,13 @@ def _captured(core: MoBACoreAttention, query: Tensor, key: Tensor, packed: Any, 
         router = Router(*(x if packed is not None else x[:, 0] for x in (index.query, index.key)))
     return Captured(
         layer=core.layer_number,
-        attention=core.attention,
+        attention=core.attention_of_rank(key.shape[-2]),
         q=query if packed is not None else query[:, 0],
         k=key if packed is not None else key[:, 0],
         cu_seqlens=None if packed is None else pack_boundaries(packed)[0],
         softmax_scale=query.shape[-1] ** -0.5 if scale is None else scale,
         first_head=_tensor_rank() * query.shape[-2],
+        whole=core.attention,
         index=router,
     )
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from moba_megatron.evaluation.attention_choice import as_file_name, words_of
 from moba_megatron.evaluation.progress import shown
+from moba_megatron.evaluation.routing.budgets import SuggestedBudgets, held_curve, suggested
 from moba_megatron.evaluation.routing.capture import Captured, capture_attention
 from moba_megatron.evaluation.routing.mass import Mass, RoutingChoice, attention_masses
 from moba_megatron.evaluation.routing.parts import Part, gathered, merged
@@ -39,7 +42,12 @@ SMALLEST_BLOCK = 16
 
 
 def evaluate_routing(
-    subject: Subject, records: EvaluationRecords, console: Console, samples: int, choice: LayerAttention | None = None
+    subject: Subject,
+    records: EvaluationRecords,
+    console: Console,
+    samples: int,
+    choice: LayerAttention | None = None,
+    budget: float | None = None,
 ) -> None:
     """The routing report: a table, sentences on what to do, a record, a picture a layer. Collective; the rank whose
     records are written shows it.
@@ -48,12 +56,13 @@ def evaluate_routing(
         samples: of the validation data, the first ones.
         choice: look at this one in place of the layers' own; also for a model that attends fully, to see what MoBA
             would hold of its attention.
+        budget: the share of the mass for which the K of each key head is suggested; None: no suggestion.
 
     Raises:
         ValueError: a model without MoBA layers and no `choice`, or samples in which no query has a choice.
     """
     attention = "moba" if "moba" in subject.attentions else "full"
-    layers = observe_routing(subject, attention, samples, console, choice)
+    layers = observe_routing(subject, attention, samples, console, choice, curves=budget is not None)
     if not records.writes:
         return
     report = [layer_record(layer) for layer in layers]
@@ -74,14 +83,32 @@ def evaluate_routing(
         name += f"_{as_file_name(values['choice'])}"
     path = records.write("routing", **own, values={**values, "layers": report}, summary=summary, name=name)
     console.print(f"  {path}")
+    if budget is not None:
+        found = suggested(layers, budget, subject.config, choice)
+        _show_budgets(found, console, path)
     for record in routed(report):
         picture = subject.folder.plots / f"{name}_layer_{record['layer']}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
         console.print(f"  {plot_layer(record, picture)}")
 
 
+def _show_budgets(found: SuggestedBudgets, console: Console, report: Path) -> None:
+    """Print the suggestion and write it beside the report."""
+    text = found.as_yaml(report.name)
+    path = report.with_name(f"{report.stem}_budget_{found.share:g}.yaml")
+    path.write_text(text, encoding="utf-8")
+    console.print(text.rstrip(), markup=False)
+    console.print(f"  {path}")
+
+
 def observe_routing(
-    subject: Subject, attention: Attention, samples: int, console: Console, choice: LayerAttention | None = None
+    subject: Subject,
+    attention: Attention,
+    samples: int,
+    console: Console,
+    choice: LayerAttention | None = None,
+    *,
+    curves: bool = False,
 ) -> list[LayerRouting]:
     """Run the model over samples and look at its MoBA layers, under full attention at all layers; first layer first.
     One of them at least has queries with a choice. Collective; rank 0 gets the layers, the others none."""
@@ -92,7 +119,7 @@ def observe_routing(
         )
     subject.attend(attention)
     model, at_once = subject.opened.model, subject.data_parallel
-    watch = _Watch(attention, choice)
+    watch = _Watch(attention, choice, curves)
     batches = shown(subject.batches(samples), samples, "routing", console, at_once)
     taken = watch.taken(batches, parallel_state.get_data_parallel_rank(), at_once, samples)
     with capture_attention(model, watch.see):
@@ -116,10 +143,11 @@ class _Watch:
     Args:
         attention: of the layers to look at.
         choice: in place of theirs.
+        curves: whether to keep what any number of blocks would hold.
     """
 
-    def __init__(self, attention: Attention, choice: LayerAttention | None):
-        self.attention, self.choice = attention, choice
+    def __init__(self, attention: Attention, choice: LayerAttention | None, curves: bool = False):
+        self.attention, self.choice, self.curves = attention, choice, curves
         self.parts: list[Part] = []
         self._sample: int | None = None
         self._counted = torch.empty(0)
@@ -138,35 +166,55 @@ class _Watch:
         """Look at one layer."""
         if self._sample is None or seen.attention.kind != self.attention:
             return
-        attention = self.choice or seen.attention
-        heads = self._shards.heads_of(seen, attention.selection.shared) if self._shards else seen
+        whole = self.choice or seen.whole or seen.attention
+        heads = self._shards.heads_of(seen, whole.selection.shared) if self._shards else seen
         if heads is None:
             return
-        by = "own" if heads.chooser(attention.selection) is None else "index"
-        layer = LayerRouting(seen.layer, attention, choices_of(attention, by))
-        _look(layer, replace(heads, attention=attention), self._counted)
+        by = "own" if heads.chooser(whole.selection) is None else "index"
+        layer = LayerRouting(seen.layer, whole, choices_of(whole, by))
+        _look(layer, replace(heads, attention=self.choice or heads.attention), self._counted, by, self.curves)
         self.parts.append(Part(self._sample, heads.first_head, layer))
 
 
-def choices_of(attention: LayerAttention, by: Literal["own", "index"] = "own") -> list[RoutingChoice]:
+def choices_of(
+    attention: LayerAttention, by: Literal["own", "index"] = "own", whole: LayerAttention | None = None
+) -> list[RoutingChoice]:
     """What a layer's choice is compared with: itself first, then finer and coarser blocks of equal cost (block size
     times top-k), then twice as many blocks. The choice of an index is also compared with those of the attention's own
     queries and keys, by their means and by bounds on them.
+
+    Args:
+        whole: how all heads of the layer attend, where `attention` is that of some of them; it says which there are.
 
     >>> [str(choice) for choice in choices_of(LayerAttention("moba", 128, 4))]
     ['B=128 K=4', 'B=32 K=16', 'B=64 K=8', 'B=256 K=2', 'B=128 K=8']
     >>> [str(choice) for choice in choices_of(LayerAttention("moba", 128, 4), "index")[-3:]]
     ['B=128 K=8 by the index', 'B=128 K=4', 'B=128 K=4 top_k of min_max']
     """
-    block_size, top_k, selection = attention.block_size, attention.top_k, attention.selection
-    pairs = [(block_size // factor, top_k * factor) for factor in (4, 2) if block_size % factor == 0]
-    pairs = [(block, number) for block, number in pairs if block >= SMALLEST_BLOCK]
-    if top_k >= 4 and top_k % 2 == 0:
-        pairs.append((block_size * 2, top_k // 2))
-    pairs.append((block_size, top_k * 2))
-    own = [RoutingChoice(block_size, top_k, Selection(summary=summary)) for summary in ("mean", "min_max")]
-    choices = [RoutingChoice(block, number, selection, by) for block, number in [(block_size, top_k), *pairs]]
+    block_size, alike = attention.block_size, attention.selection.with_one_budget
+    # Blocks of another size, and how many times as many of them.
+    factors = [(block_size, Fraction(1))]
+    factors += [
+        (block_size // n, Fraction(n)) for n in (4, 2) if block_size % n == 0 and block_size // n >= SMALLEST_BLOCK
+    ]
+    of_all = _numbers(whole or attention)
+    if min(of_all) >= 4 and all(number % 2 == 0 for number in of_all):
+        factors.append((block_size * 2, Fraction(1, 2)))
+    factors.append((block_size, Fraction(2)))
+    numbers = _numbers(attention)
+    own = [
+        RoutingChoice(block_size, *Selection(summary=summary).with_blocks(numbers)) for summary in ("mean", "min_max")
+    ]
+    choices = [
+        RoutingChoice(block, *alike.with_blocks([int(number * factor) for number in numbers]), by)
+        for block, factor in factors
+    ]
     return choices + (own if by == "index" else [])
+
+
+def _numbers(attention: LayerAttention) -> tuple[int, ...]:
+    """K of each key head, or of all."""
+    return attention.selection.budgets or (attention.top_k,)
 
 
 def counted_tokens(batch: Batch) -> Tensor:
@@ -182,11 +230,13 @@ def counted_tokens(batch: Batch) -> Tensor:
     return tokens <= last[document]
 
 
-def _look(layer: LayerRouting, seen: Captured, counted: Tensor) -> None:
-    queries = count_selection(seen, counted, layer.counts)
+def _look(layer: LayerRouting, seen: Captured, counted: Tensor, by: Literal["own", "index"], curves: bool) -> None:
+    queries = count_selection(seen, counted, layer.counts, layer.attention.top_k)
     if not len(queries):
         return
     places = torch.linspace(0, len(queries) - 1, min(SAMPLED_QUERIES, len(queries)), device=queries.device)
     sampled = queries[places.round().long()]
-    masses = attention_masses(seen, sampled, layer.choices)
+    masses = attention_masses(seen, sampled, choices_of(seen.attention, by, layer.attention))
     layer.masses.append([Mass(mass.held.cpu(), mass.best.cpu(), mass.nearest.cpu()) for mass in masses])
+    if curves:
+        layer.curves.append(held_curve(seen, sampled))

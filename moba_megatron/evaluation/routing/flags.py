@@ -25,11 +25,38 @@ class RoutingFlags:
         str | None,
         typer.Option(help="B:K, in place of the layers' own; also on a model that attends fully. Asks for --routing."),
     ] = None
+    suggest_budget: Annotated[
+        float | None,
+        typer.Option(
+            help="With --routing: print the smallest K of each key head whose choice holds this share of full "
+            "attention's mass, such as 0.9, as YAML for attention.layers. Own block counted; the mean over sampled "
+            "queries that have more past blocks."
+        ),
+    ] = None
 
     @property
     def wanted(self) -> bool:
         """Whether there is a report."""
         return self.routing or self.routing_choice is not None
+
+    def budget(self) -> float | None:
+        """The share of `--suggest-budget`.
+
+        Raises:
+            ValueError: no share, or no report to take it from.
+        """
+        share = self.suggest_budget
+        if share is None:
+            return None
+        if not 0 < share <= 1:
+            raise ValueError(
+                f"--suggest-budget {share:g}: a share of attention's mass above 0 and up to 1, such as 0.9"
+            )
+        if not self.wanted:
+            raise ValueError(
+                f"--suggest-budget {share:g} without --routing, whose samples it is made from: add --routing"
+            )
+        return share
 
     def choice(self) -> LayerAttention | None:
         """The attention of `--routing-choice`.

@@ -37,8 +37,8 @@ class RoutingChoice:
     by: Literal["own", "index"] = "own"
 
     def __str__(self) -> str:
-        own = "" if self.selection.is_plain else f" {self.selection}"
-        return f"B={self.block_size} K={self.top_k}{own}" + (" by the index" if self.by == "index" else "")
+        by = " by the index" if self.by == "index" else ""
+        return f"B={self.block_size} {self.selection.words(self.top_k)}{by}"
 
 
 @dataclass
@@ -58,11 +58,12 @@ def attention_masses(seen: Captured, queries: Tensor, choices: list[RoutingChoic
         queries: int64 [Q], positions in the pack, rising.
         choices: what to compare, on the same queries.
     """
-    ids = [_past_ids(seen, queries, choice) for choice in choices]
+    ids = [past_ids(seen, queries, choice) for choice in choices]
     parts: list[list[Mass]] = [[] for _ in choices]
-    for rows, first, cumulative in _cumulative_probabilities(seen, queries):
+    for rows, first, cumulative in cumulative_probabilities(seen, queries):
         for place, choice in enumerate(choices):
-            parts[place].append(_block_masses(cumulative, queries[rows] - first, choice.block_size, ids[place][rows]))
+            positions = queries[rows] - first
+            parts[place].append(_block_masses(cumulative, positions, choice, ids[place][rows]))
     return [joined(some) for some in parts]
 
 
@@ -72,7 +73,7 @@ def joined(parts: list[Mass]) -> Mass:
     return Mass(*map(torch.cat, fields))
 
 
-def _past_ids(seen: Captured, queries: Tensor, choice: RoutingChoice) -> Tensor:
+def past_ids(seen: Captured, queries: Tensor, choice: RoutingChoice) -> Tensor:
     """int32 [Q, N, K - 1], past blocks within the document, -1 where fewer."""
     layout = block_layout(seen.q.shape[0], choice.block_size, seen.cu_seqlens, device=seen.q.device)
     steps = steps_of("gathered", choice.selection)
@@ -82,7 +83,7 @@ def _past_ids(seen: Captured, queries: Tensor, choice: RoutingChoice) -> Tensor:
     return for_heads(ids, seen.q.shape[1])
 
 
-def _cumulative_probabilities(seen: Captured, queries: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
+def cumulative_probabilities(seen: Captured, queries: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
     """For a few neighbouring queries of one document at a time: which they are, the first token of the document, and
     their probabilities summed up from it, fp32 [Q', N, tokens + 1], starting with 0."""
     cu_seqlens = [0, seen.q.shape[0]] if seen.cu_seqlens is None else seen.cu_seqlens.tolist()
@@ -105,17 +106,31 @@ def _cumulative_probabilities(seen: Captured, queries: Tensor) -> Iterator[tuple
         at = stop
 
 
-def _block_masses(cumulative: Tensor, positions: Tensor, block_size: int, ids: Tensor) -> Mass:
-    """Masses of one choice; `positions` [Q'] count from the start of the document, `ids` are [Q', N, K - 1]."""
+def own_and_past(cumulative: Tensor, positions: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Mass of each query's own block [Q', N] and of its document's blocks [Q', N, M], 0 where they are not past;
+    `positions` [Q'] count from the start of the document."""
     length = cumulative.shape[-1] - 1
     bounds = torch.arange(0, length + block_size, block_size, device=positions.device).clamp_(max=length)
     by_block = cumulative[..., bounds].diff(dim=-1)
     own_block = positions // block_size
     own = by_block.gather(-1, own_block.view(-1, 1, 1).expand(*by_block.shape[:2], 1)).squeeze(-1)
     blocks = torch.arange(by_block.shape[-1], device=positions.device)
-    past = by_block * (blocks < own_block[:, None])[:, None]
-    num_past = ids.shape[-1]
-    chosen = past.gather(-1, ids.clamp(min=0).long()).masked_fill(ids < 0, 0).sum(dim=-1)
-    best = past.topk(min(num_past, past.shape[-1]), dim=-1).values.sum(dim=-1)
-    near = (blocks >= (own_block - num_past)[:, None])[:, None]
-    return Mass(own + chosen, own + best, own + (past * near).sum(dim=-1))
+    return own, by_block * (blocks < own_block[:, None])[:, None]
+
+
+def mass_of(past: Tensor, ids: Tensor) -> Tensor:
+    """Mass [Q', N, K] of the past blocks [Q', N, M] that ids [Q', N, K] name, 0 for -1."""
+    return past.gather(-1, ids.clamp(min=0).long()).masked_fill(ids < 0, 0)
+
+
+def _block_masses(cumulative: Tensor, positions: Tensor, choice: RoutingChoice, ids: Tensor) -> Mass:
+    """Masses of one choice, `ids` [Q', N, K - 1]."""
+    own, past = own_and_past(cumulative, positions, choice.block_size)
+    heads, device = past.shape[1], positions.device
+    budgets = torch.tensor(choice.selection.budgets or (choice.top_k,), device=device)
+    most_N1 = budgets.repeat_interleave(heads // len(budgets))[:, None] - 1
+    best = past.topk(min(ids.shape[-1], past.shape[-1]), dim=-1).values
+    best = best * (torch.arange(best.shape[-1], device=device) < most_N1)
+    distance = (positions // choice.block_size)[:, None, None] - torch.arange(past.shape[-1], device=device)
+    near = past * (distance <= most_N1)
+    return Mass(own + mass_of(past, ids).sum(dim=-1), own + best.sum(dim=-1), own + near.sum(dim=-1))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moba_megatron.evaluation.routing.held_curve import heads_joined
 from moba_megatron.evaluation.routing.mass import Mass
 from moba_megatron.evaluation.routing.routing_report import LayerRouting
 from moba_megatron.evaluation.routing.selection_counts import DocumentChoices, SelectionCounts, added
@@ -71,6 +72,7 @@ def _side_by_side(parts: list[Part]) -> LayerRouting:
             [_heads_joined(same) for same in zip(*batch, strict=True)]
             for batch in zip(*(routing.masses for routing in routings), strict=True)
         ],
+        [heads_joined(list(same)) for same in zip(*(routing.curves for routing in routings), strict=True)],
     )
 
 
@@ -83,4 +85,5 @@ def _one_after_the_other(samples: list[LayerRouting]) -> LayerRouting:
     first = samples[0]
     counts = added([sample.counts for sample in samples])
     masses = [batch for sample in samples for batch in sample.masses]
-    return LayerRouting(first.layer, first.attention, first.choices, counts, masses)
+    curves = [curve for sample in samples for curve in sample.curves]
+    return LayerRouting(first.layer, first.attention, first.choices, counts, masses, curves)

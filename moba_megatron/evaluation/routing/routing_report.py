@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 from torch import Tensor
 
+from moba_megatron.evaluation.routing.held_curve import HeldCurve
 from moba_megatron.evaluation.routing.mass import Mass, RoutingChoice, joined
 from moba_megatron.evaluation.routing.selection_counts import SelectionCounts
 from moba_megatron.model.schedule import LayerAttention
@@ -31,6 +32,8 @@ class LayerRouting:
     counts: SelectionCounts = field(default_factory=SelectionCounts)
     masses: list[list[Mass]] = field(default_factory=list)
     """One list a batch, in the order of `choices`."""
+    curves: list[HeldCurve] = field(default_factory=list)
+    """One a batch, where they are asked for."""
 
 
 def layer_record(layer: LayerRouting) -> dict[str, Any]:

@@ -75,20 +75,22 @@ class SelectionCounts:
         return (torch.stack(values) * weights[:, None]).sum(dim=0) / weights.sum()
 
 
-def count_selection(seen: Captured, counted: Tensor, counts: SelectionCounts) -> Tensor:
+def count_selection(seen: Captured, counted: Tensor, counts: SelectionCounts, most: int | None = None) -> Tensor:
     """Add what the queries of one batch choose.
 
     Args:
         counted: bool [T], tokens of documents that count (padding does not).
         counts: changed in place.
+        most: the largest K of any head of the layer, where these are some of them.
 
     Returns:
         int64, rising: positions of the queries that had a choice.
     """
-    block_size, top_k = seen.attention.block_size, seen.attention.top_k
-    settings = {**seen.attention.selection.settings, "router": seen.chooser(seen.attention.selection)}
+    block_size, top_k = seen.attention.block_size, most or seen.attention.top_k
+    selection = seen.attention.selection
+    settings = {"top_k": seen.attention.blocks, **selection.settings, "router": seen.chooser(selection)}
     layout = block_layout(seen.q.shape[0], block_size, seen.cu_seqlens, device=seen.q.device)
-    ids_TNK = select_blocks(seen.q, seen.k, seen.cu_seqlens, block_size=block_size, top_k=top_k, **settings)[..., 1:]
+    ids_TNK = select_blocks(seen.q, seen.k, seen.cu_seqlens, block_size=block_size, **settings)[..., 1:]
     queries = torch.nonzero(counted & (layout.block_T >= top_k)).flatten()
     counts.queries += int(counted.sum())
     counts.with_choice += len(queries)

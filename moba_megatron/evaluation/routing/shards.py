@@ -65,11 +65,13 @@ class Shards:
             together: whether the query heads of a key head choose together, and so have to be on one rank.
         """
         heads, kv_heads, k, index = seen.q.shape[1], seen.k.shape[1], seen.k, seen.index
+        attention = seen.attention
         if index is not None:
             together = together or index.q.shape[1] < heads
             index = replace(index, k=index.k.repeat_interleave(kv_heads // index.k.shape[1], dim=1))
         if self.size > kv_heads and not together:
             each = heads // kv_heads
+            attention = attention.repeated(each)
             k, kv_heads = k.repeat_interleave(each, dim=1), heads
             index = None if index is None else replace(index, k=index.k.repeat_interleave(each, dim=1))
         bounds = [kv_heads * rank // self.size for rank in range(self.size + 1)]
@@ -82,7 +84,9 @@ class Shards:
         if q.shape[1] == 0:
             return None
         first = seen.first_head + bounds[self.rank] * each
-        return replace(seen, q=q, k=k, cu_seqlens=self.cu_seqlens, first_head=first, index=index)
+        attention = attention.of_heads(bounds[self.rank], k.shape[1])
+        of_rank = {"q": q, "k": k, "cu_seqlens": self.cu_seqlens, "first_head": first, "index": index}
+        return replace(seen, attention=attention, **of_rank)
 
     def _trade(self, x_tHD: Tensor, bounds: list[int]) -> Tensor:
         """[T, this rank's heads, D]; rank r gets the heads from bounds[r] to bounds[r + 1]."""

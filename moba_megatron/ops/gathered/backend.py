@@ -18,13 +18,14 @@ class GatheredSteps:
 
     def __init__(self, selection: Selection):
         self.summary = selection.make_summary()
-        self._selector, self._share = selection.make_selector(), selection.share_selection
+        self._selection, self._selector = selection, selection.make_selector()
 
     def summarize(self, k_TGD: Tensor, layout: BlockLayout) -> Tensor | None:
         return summaries.summarize(k_TGD, layout, self.summary)
 
     def select_past(self, q_TND: Tensor, summaries_MGD: Tensor | None, layout: TokenBlocks, num_past: int) -> Tensor:
-        return routing.select_past(q_TND, summaries_MGD, layout, num_past, self._selector, self.summary, self._share)
+        how = self._selector, self.summary, self._selection.share_selection
+        return self._selection.within_budgets(routing.select_past(q_TND, summaries_MGD, layout, num_past, *how))
 
     attend = staticmethod(attention.attend)
     attend_forward = staticmethod(attention.attend_forward)

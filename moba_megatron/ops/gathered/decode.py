@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from moba_megatron.ops.gathered.attention import accumulate
 from moba_megatron.ops.gathered.routing import select_past
 from moba_megatron.ops.layout import TokenBlocks, check_settings
 from moba_megatron.ops.precision import score_dtype, without_autocast
+from moba_megatron.ops.router import Router, check_router, for_heads
 from moba_megatron.ops.selection import MOBA, Selection
 from moba_megatron.ops.summaries import MEAN
 
@@ -93,9 +95,11 @@ def continue_text(
     summaries_MGD: Tensor | None = None,
     *,
     block_size: int,
-    top_k: int,
+    top_k: int | Sequence[int],
     softmax_scale: float | None = None,
     selection: Selection = MOBA,
+    router_q_tHC: Tensor | None = None,
+    router_k_SJC: Tensor | None = None,
 ) -> Tensor:
     """MoBA for the newest tokens of one text; no gradient.
 
@@ -105,6 +109,9 @@ def continue_text(
         summaries_MGD: of the text's complete blocks (`block_summaries`); made here if None and needed.
         block_size, top_k, softmax_scale: as for `moba_attention`; `block_size` >= S is full attention.
         selection: how past blocks are chosen.
+        router_q_tHC, router_k_SJC: queries and keys of a router (`ops.router`) that choose in place of q and k, of the
+            same tokens: [t, H, C] and [S, J, C]. The summaries are then those of the router's keys, which may be left
+            out beside them.
 
     Returns:
         [t, N, D] in q's dtype.
@@ -116,20 +123,24 @@ def continue_text(
     >>> continue_text(q[-1:], k, v, block_size=2, top_k=2).shape
     torch.Size([1, 2, 4])
     """
+    top_k, selection = selection.with_blocks(top_k)
     check_settings(block_size, top_k)
     _check_shapes(q_tND, k_SGD, v_SGD)
+    chooses_q, chooses_k = choosing(q_tND, k_SGD, summaries_MGD, selection, router_q_tHC, router_k_SJC)
+    selection.with_blocks(top_k, k_SGD.shape[1])
     new, length = q_tND.shape[0], k_SGD.shape[0]
     scale = 1 / math.sqrt(q_tND.shape[2]) if softmax_scale is None else softmax_scale
     num_past = min(top_k - 1, length // block_size)
     if not selection.uses_scores:
         summaries_MGD = None
     elif summaries_MGD is None and num_past:
-        summaries_MGD = block_summaries(k_SGD, block_size, selection=selection)
+        summaries_MGD = block_summaries(chooses_k, block_size, selection=selection)
     blocks_t = torch.arange(length - new, length, device=q_tND.device) // block_size
     known = length // block_size if summaries_MGD is None else summaries_MGD.shape[0]
     layout = TokenBlocks(known, blocks_t, torch.zeros_like(blocks_t))
     chosen = selection.make_selector(), selection.make_summary(), selection.share_selection
-    ids_tNK = select_past(q_tND, summaries_MGD, layout, num_past, *chosen)
+    ids_tHK = selection.within_budgets(select_past(chooses_q, summaries_MGD, layout, num_past, *chosen))
+    ids_tNK = for_heads(ids_tHK, q_tND.shape[1])
     if new <= ONE_BY_ONE:
         out = [
             _attend_newest(q_tND[at], k_SGD[:end], v_SGD[:end], ids_tNK[at], block_size, scale)
@@ -153,6 +164,37 @@ def continue_text(
         for start, end in itertools.pairwise(bounds)
     ]
     return torch.cat(out)
+
+
+def choosing(
+    q_tND: Tensor,
+    k_SGD: Tensor,
+    summaries_MGD: Tensor | None,
+    selection: Selection,
+    router_q_tHC: Tensor | None,
+    router_k_SJC: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The queries that choose, and the keys that summaries are made of: attention's or a router's.
+
+    Raises:
+        ValueError: a router without keys and summaries, or one that does not fit the attention.
+    """
+    if router_q_tHC is None:
+        if router_k_SJC is not None:
+            raise ValueError("a router's keys without its queries: give both")
+        return q_tND, k_SGD
+    if router_k_SJC is not None and router_k_SJC.shape[0] != k_SGD.shape[0]:
+        raise ValueError(f"a router's keys of {router_k_SJC.shape[0]} tokens for a text of {k_SGD.shape[0]}")
+    if router_k_SJC is not None:
+        like = router_k_SJC
+    elif summaries_MGD is not None:
+        # They stand for the keys: as many heads of the same size.
+        like = summaries_MGD.to(q_tND.dtype)
+    else:
+        raise ValueError("a router's queries without its keys or their summaries: give one of these")
+    new = like.new_empty(len(q_tND), *like.shape[1:])
+    check_router(Router(router_q_tHC, new), q_tND, k_SGD.shape[1], selection)
+    return router_q_tHC, k_SGD if router_k_SJC is None else router_k_SJC
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -19,7 +19,8 @@ class TritonSteps:
 
     def __init__(self, selection: Selection):
         self.summary = selection.make_summary()
-        self._portable = None if selection.is_plain else GatheredSteps(selection)
+        self._selection = selection
+        self._portable = None if selection.with_one_budget.is_plain else GatheredSteps(selection)
 
     def summarize(self, k_TGD: Tensor, layout: BlockLayout) -> Tensor | None:
         if self._portable is not None:
@@ -30,7 +31,7 @@ class TritonSteps:
         if self._portable is not None:
             return self._portable.select_past(q_TND, summaries_MGD, layout, num_past)
         assert summaries_MGD is not None
-        return routing.select_past(q_TND, summaries_MGD, layout, num_past)
+        return self._selection.within_budgets(routing.select_past(q_TND, summaries_MGD, layout, num_past))
 
     attend = staticmethod(attention.attend)
     attend_forward = staticmethod(attention.attend_forward)

@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moba_megatron.ops.router import for_heads
+from moba_megatron.ops.selection import MOBA, Selection
 from moba_megatron.ops.triton import config
 from moba_megatron.ops.triton.combine import combine_out
 from moba_megatron.ops.triton.common import COUNTS, LN_2, LOG2_E, load_kv
@@ -103,6 +105,8 @@ def decode_cached(
     block_size: int,
     top_k: int,
     softmax_scale: float,
+    selection: Selection = MOBA,
+    router_q_bHC: Tensor | None = None,
 ) -> Tensor:
     """MoBA for the newest token of each sequence; no gradient, nothing is read on the host.
 
@@ -114,6 +118,9 @@ def decode_cached(
         lengths_b: integer [b], tokens in each cache, the newest included; at least 1.
         block_size, top_k: as for `moba_attention`; at most 64 past blocks.
         softmax_scale: factor on the scores.
+        selection: top-k of the means, with budgets of the key heads or without.
+        router_q_bHC: a router's queries [b, H, C], which choose in place of q; the summaries [b, M, J, C] are then
+            those of its keys.
 
     Returns:
         [b, N, D] in q's dtype.
@@ -126,7 +133,9 @@ def decode_cached(
         k, v = k.contiguous(), v.contiguous()
     lengths = lengths_b.to(torch.int32)
     sequences, heads, size = q.shape
-    ids = choose_cached(q, summaries_bMGD, lengths, block_size, top_k)
+    ids = choose_cached(q if router_q_bHC is None else router_q_bHC, summaries_bMGD, lengths, block_size, top_k)
+    selection.within_budgets(ids[..., :-1])
+    ids = for_heads(ids, heads)
     splits = triton.cdiv(min(block_size, k.shape[1]), SPLIT_KEYS)
     slots = ids.shape[2]
     partial_out = torch.empty(sequences, heads, slots * splits, size, dtype=torch.float32, device=q.device)

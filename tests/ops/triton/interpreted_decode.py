@@ -5,6 +5,8 @@ import torch
 from kernel_examples import inputs, whole_numbers
 
 from moba_megatron.ops import moba_attention
+from moba_megatron.ops.decode import decode_tokens
+from moba_megatron.ops.router import Router
 from moba_megatron.ops.triton import complete_summaries, config, decode_cached
 from moba_megatron.ops.triton.decode import SPLIT_KEYS, choose_cached
 
@@ -79,3 +81,24 @@ def test_too_many_blocks_are_refused():
         decode_cached(
             q[-1:], k[None], v[None], k[None], torch.tensor([70]), block_size=1, top_k=100, softmax_scale=0.25
         )  # fmt: skip
+
+
+def test_key_heads_with_a_k_of_their_own():
+    q, k, v, _ = inputs(50, 4, 2)
+    want = moba_attention(q, k, v, block_size=8, top_k=[2, 5], backend="gathered")[-1:]
+    out = decode_tokens(q[-1:], k[None], v[None], block_size=8, top_k=[2, 5], backend="triton")
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("router_heads", "router_key_heads"), [(2, 1), (4, 2)])
+def test_a_router_chooses(router_heads, router_key_heads):
+    q, k, v, _ = inputs(50, 4, 2)
+    generator = torch.Generator().manual_seed(3)
+    router_q, router_k = (torch.randn(50, n, 8, generator=generator) for n in (router_heads, router_key_heads))
+    router = Router(router_q, router_k)
+    want = moba_attention(q, k, v, block_size=8, top_k=[2, 4], backend="reference", router=router)[-1:]
+    out = decode_tokens(
+        q[-1:], k[None], v[None], block_size=8, top_k=[2, 4], backend="triton", router_q_bHC=router_q[-1:],
+        router_k_bSJC=router_k[None],
+    )  # fmt: skip
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)

@@ -23,3 +23,14 @@ def test_ids_of_the_portable_routing_reach_the_kernels(selection):
     )
     assert max(float((a - b).abs().max()) for a, b in zip(kernels, definition, strict=True)) <= 1e-5
     assert float((definition[0] - plain[0]).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("selector", ["top_k", "sink_recent"])
+def test_key_heads_with_a_k_of_their_own(selector):
+    tensors = inputs(60, 4, 2)
+    settings = {"block_size": 8, "top_k": [2, 4], "selector": selector}
+    kernels, definition = (
+        results(lambda *x, b=backend: moba_attention(*x, cu([0, 5, 60]), backend=b, **settings), *tensors)
+        for backend in ("triton", "reference")
+    )
+    assert max(float((a - b).abs().max()) for a, b in zip(kernels, definition, strict=True)) <= 1e-5
