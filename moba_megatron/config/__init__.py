@@ -1,5 +1,6 @@
 """The one configuration: a strict, typed schema, loaded from YAML files and command-line overrides."""
 
+from moba_megatron.config.attention import AttentionConfig, AttentionKind, AttentionStage, LayerAttentionOverride
 from moba_megatron.config.attention_file import AttentionFile, load_attention
 from moba_megatron.config.checks import ConfigError, attention_checks, check_world
 from moba_megatron.config.load import config_from_dict
@@ -7,15 +8,11 @@ from moba_megatron.config.model import ModelConfig
 from moba_megatron.config.named import load_config
 from moba_megatron.config.parallel import Exchange, ExchangeConfig, ParallelConfig
 from moba_megatron.config.schema import (
-    AttentionConfig,
-    AttentionKind,
-    AttentionStage,
     BlendEntry,
     CheckpointConfig,
     Config,
     DataConfig,
     EvaluationConfig,
-    LayerAttentionOverride,
     LoggingConfig,
     OptimizerConfig,
     RunConfig,

@@ -12,11 +12,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from moba_megatron.config.attention import AttentionConfig
 from moba_megatron.config.checks import ConfigError
 from moba_megatron.config.load import explain, read_yaml
 from moba_megatron.config.overrides import refuse_missing, resolved
 from moba_megatron.config.parallel import ExchangeConfig, ExchangeSetting
-from moba_megatron.config.schema import AttentionConfig
 from moba_megatron.config.section import Section
 
 

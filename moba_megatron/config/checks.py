@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import math
 
+from moba_megatron.config.attention import AttentionConfig
 from moba_megatron.config.experts import expert_checks
 from moba_megatron.config.families import family_checks
 from moba_megatron.config.layer_selection import lacks_threshold, layer_selection_checks
 from moba_megatron.config.model import ModelConfig
+from moba_megatron.config.parallel import ParallelConfig
 from moba_megatron.config.rotary import rotary_checks
 from moba_megatron.config.router import router_checks
-from moba_megatron.config.schema import AttentionConfig, Config, ParallelConfig
+from moba_megatron.config.schema import Config
 from moba_megatron.config.training_checks import training_checks
 from moba_megatron.config.words import divisors, nearest_multiples, one_of
 

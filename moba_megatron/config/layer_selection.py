@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moba_megatron.config.schema import AttentionConfig, AttentionStage, LayerAttentionOverride
+from moba_megatron.config.attention import AttentionConfig, AttentionStage, LayerAttentionOverride
 
 _USE_SCORES = ("top_k", "threshold")
 

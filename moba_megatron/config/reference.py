@@ -10,8 +10,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from moba_megatron.config.attention import AttentionStage, LayerAttentionOverride
 from moba_megatron.config.parallel import ExchangeConfig
-from moba_megatron.config.schema import AttentionStage, BlendEntry, Config, LayerAttentionOverride
+from moba_megatron.config.schema import BlendEntry, Config
 
 HEAD = """# Configuration reference
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from moba_megatron.config.attention import AttentionConfig
 from moba_megatron.config.model import ModelConfig
-from moba_megatron.config.schema import AttentionConfig, Config
+from moba_megatron.config.schema import Config
 from moba_megatron.config.words import one_of
 
 SHAPE = ("router", "router_dim", "router_heads", "router_keys", "router_norm")

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from moba_megatron.config.checks import ConfigError
 from moba_megatron.config.load import config_from_tree, read_bases
 from moba_megatron.config.overrides import as_override
-from moba_megatron.config.schema import MOST_STEPS, Config
+from moba_megatron.config.schema import Config
+from moba_megatron.config.section import MOST_STEPS
 from moba_megatron.config.sizes import matrix_parameters
 from moba_megatron.config.sweep_file import LearningRateRule, OptionKeys, SweepFile, explain_keys
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba_megatron.checkpoint.finite import is_finite
+from moba_megatron.checkpoint import NotFinite
+from moba_megatron.checkpoint.finite import is_finite, list_of_names, weights_not_finite
 from moba_megatron.config import Config
 from moba_megatron.data.batches import rank_samples
 from moba_megatron.training.data_position import DataPosition
@@ -68,6 +69,16 @@ def rank_facts(model: list[torch.nn.Module], sums: list[Tensor], samples: list[l
         "weights": weights[:MOST_NAMES],
         "more": max(len(gradients) - MOST_NAMES, 0) + max(len(weights) - MOST_NAMES, 0),
     }
+
+
+def refuse_weights(model: list[torch.nn.Module], step: int) -> None:
+    """Raise NotFinite on every rank if the update of a step left weights that are not finite. Collective."""
+    if names := weights_not_finite(model):
+        raise NotFinite(
+            f"step {step}: the update left weights that are not finite: {list_of_names(names)}. Lower "
+            "optimizer.lr, lengthen optimizer.warmup_steps, or look at this step's data",
+            step=step,
+        )
 
 
 def gathered(facts: dict[str, Any]) -> list[dict[str, Any]]:

@@ -17,21 +17,19 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.timers import Timers
 
 from moba_megatron.checkpoint import NotFinite, SaveError, TrainingState, load_training
-from moba_megatron.checkpoint.finite import list_of_names, weights_not_finite
 from moba_megatron.config import Config
 from moba_megatron.data.feed import rank_batches
 from moba_megatron.evaluation.losses.positions import evaluate
-from moba_megatron.model.block_router import read_index_tallies
 from moba_megatron.model.core_attention import set_attention_stage
-from moba_megatron.model.experts import expert_biases, read_tallies
-from moba_megatron.model.forward import Batch, forward_step, microbatch_shape, reduce_over_ranks
+from moba_megatron.model.experts import expert_biases
+from moba_megatron.model.forward import Batch
 from moba_megatron.parallel.wire import observe
 from moba_megatron.runs.folder import RunFolder
 from moba_megatron.runs.metrics import MetricsWriter
+from moba_megatron.training.batch_pass import BatchPass, compute_gradients, expert_counts
 from moba_megatron.training.divergence import (
     DivergencePolicy,
     SkippedBatches,
@@ -41,13 +39,13 @@ from moba_megatron.training.divergence import (
     last_losses,
 )
 from moba_megatron.training.faults import StopRequest, TrainingDiverged
-from moba_megatron.training.finite import gathered, rank_facts, samples_of_rank
+from moba_megatron.training.finite import gathered, rank_facts, refuse_weights, samples_of_rank
 from moba_megatron.training.optimizer import UpdateRefused, update
 from moba_megatron.training.preflight import Preflight
 from moba_megatron.training.profiling import step_profiler
 from moba_megatron.training.progress import ProgressView
 from moba_megatron.training.saving import Saver
-from moba_megatron.training.step_metrics import context_metrics, expert_metrics, gpu_metrics, index_metrics
+from moba_megatron.training.step_metrics import context_metrics, gpu_metrics
 from moba_megatron.training.watch import Watch
 
 # Number of steps whose median gives the estimate of the time left.
@@ -98,7 +96,6 @@ class Trainer:
         self.saver = Saver(config, ready, self.folder, self._flush_records, progress.say) if keeps else None
         self.samples_at_once = config.training.micro_batch_size * ready.data_parallel
         self.num_microbatches = config.training.global_batch_size // self.samples_at_once
-        self.forward_backward = get_forward_backward_func()
         self.timers = Timers(log_level=0, log_option="max")
         self.stage = -1
         self.seconds: list[float] = []
@@ -251,45 +248,19 @@ class Trainer:
             "optimizer_seconds": self.timers("optimizer").elapsed(reset=True),
             "tokens_per_second": self.config.tokens_per_step / self.seconds[-1],
             "stage": self.stage,
-            **(expert_metrics(self.tallies, self.config.model) if self.tallies is not None else {}),
-            **(index_metrics(self.index_sums, self.config.attention) if self.index_sums is not None else {}),
+            **self.passed.metrics,
             **(context_metrics(seen) if self.config.parallel.context > 1 else {}),
             **(gpu_metrics(self.config, self.ready, self.stage, self.seconds[-1]) if on_gpu else {}),
         }
 
     def compute(self, number: int) -> float:
         """Forward and backward pass of the next global batch: gradients, added up over the ranks, and the mean loss
-        over its tokens. What each microbatch gave stays in `sums`."""
+        over its tokens. All that it gave stays in `passed`."""
         self.attend_as_at(number)
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.state.optimizer.zero_grad()
-        reductions = self.forward_backward(
-            forward_step_func=forward_step,
-            data_iterator=self.batches if len(self.batches) > 1 else self.batches[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=self.num_microbatches,
-            **microbatch_shape(self.config.data, self.config.training.micro_batch_size),
-            forward_only=False,
+        self.passed = compute_gradients(
+            self.config, self.state, self.chunks, self.batches, self.num_microbatches, self.device
         )
-        self.sums = [item["sums"] for item in reductions]
-        self.tallies = self._read_tallies()
-        self.index_sums = self._read_index_sums()
-        total, count = reduce_over_ranks(self.sums, (2,)).tolist()
-        return total / max(count, 1)
-
-    def _read_tallies(self) -> torch.Tensor | None:
-        """What the routers counted since this was called last; None of a dense model."""
-        if self.config.model.num_moe_experts is None:
-            return None
-        return read_tallies(self.state.model, self.config.model, self.device).cpu()
-
-    def _read_index_sums(self) -> torch.Tensor | None:
-        """What the indexes learnt from since this was called last; None of a model without any that learns."""
-        attention = self.config.attention
-        if attention.router == "own" or attention.router_loss == "none":
-            return None
-        return read_index_tallies(self.state.model, self.config.model.num_layers, self.device).cpu()
+        return self.passed.loss
 
     def pass_over(self, number: int, why: str) -> dict[str, Any]:
         """Leave the next global batch out: only data and learning rate advance. Returns the line of metrics."""
@@ -304,7 +275,7 @@ class Trainer:
         """What this rank has that is not finite after `compute` of a step, see `finite.rank_facts`."""
         ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         return rank_facts(
-            self.state.model, self.sums, samples_of_rank(self.config, self.ready.position, number, *ranks)
+            self.state.model, self.passed.sums, samples_of_rank(self.config, self.ready.position, number, *ranks)
         )
 
     def _answer(self, number: int, diverged: StepDiverged) -> int | None:
@@ -345,7 +316,7 @@ class Trainer:
         """Take the data, and what spikes are compared with, as they are after a step."""
         position = self.ready.position.after(step, self.config)
         self.batches = self._feed(self.train_data, position.in_order, position.order_length(self.config))
-        self.sums: list[torch.Tensor] = []
+        self.passed = BatchPass([], math.nan, {})
         losses = [last_losses(self.folder, self.config.training.spike_window) if self.writer else []]
         torch.distributed.broadcast_object_list(losses, src=0)
         self.spikes.remember(losses[0])
@@ -377,9 +348,7 @@ class Trainer:
         samples = self.config.evaluation.samples
         batches = self._feed(self.validation_data, 0, samples)
         result = evaluate(self.chunks, batches, self.config, math.ceil(samples / self.samples_at_once)).to_dict()
-        tallies = self._read_tallies()
-        if tallies is not None:
-            result |= expert_metrics(tallies, self.config.model)
+        result |= expert_counts(self.config, self.state.model, self.device)
         if not math.isfinite(result["loss"]):
             raise TrainingDiverged(
                 f"validation after step {number}: the loss is {result['loss']}. The weights after this step are "
@@ -392,12 +361,7 @@ class Trainer:
 
     def check_weights(self, number: int) -> None:
         """Raise NotFinite on every rank if the update of a step left weights that are not finite."""
-        if names := weights_not_finite(self.state.model):
-            raise NotFinite(
-                f"step {number}: the update left weights that are not finite: {list_of_names(names)}. Lower "
-                "optimizer.lr, lengthen optimizer.warmup_steps, or look at this step's data",
-                step=number,
-            )
+        refuse_weights(self.state.model, number)
 
     def save(self, number: int, *, last: bool) -> None:
         """Start a checkpoint of the state after a step; the last one of a process is complete then."""

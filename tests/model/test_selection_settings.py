@@ -10,7 +10,7 @@ from distributed import run_ranks
 from model_examples import tiny, train, train_each
 
 from moba_megatron.config import ConfigError
-from moba_megatron.config.schema import AttentionConfig, AttentionSelector
+from moba_megatron.config.attention import AttentionConfig, AttentionSelector
 from moba_megatron.convert.families import moba_config
 from moba_megatron.model.schedule import FULL, AttentionSchedule, LayerAttention
 from moba_megatron.model.specs import moba_layer_spec
