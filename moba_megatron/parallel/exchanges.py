@@ -26,6 +26,8 @@ blocks of the pack, I ranks that trade heads):
 | choice, where heads are traded | (I - 1)/I t H (K - 1) 4 | none |
 | shares for the sparse loss, where heads are traded | (I - 1)/I t H (K - 1) f | none |
 | the same under `dispatch` | at most E t N (K - 1) f | none |
+| queries and keys for the dense loss (`a2a`); J = C for a shared key | (C - 1)/C t (H + J) c e | the same |
+| queries and keys of the attention, and the loss mask, for it | (C - 1)/C t ((N + G) D + C) e | none |
 """
 
 from __future__ import annotations
@@ -93,13 +95,13 @@ class RouterSizes:
 
     Attributes:
         heads, key_heads, head_size: H, J, c.
-        learns: whether it has the sparse loss.
+        loss: `none`, `sparse` or `dense`, the latter with a loss mask.
     """
 
     heads: int
     key_heads: int
     head_size: int
-    learns: bool = False
+    loss: str = "none"
 
 
 def router_traffic(
@@ -121,18 +123,27 @@ def router_traffic(
         blocks: M.
     """
     kind, past, f = EXCHANGES[exchange], max(0, (sizes.top_k or 1) - 1), sizes.score_bytes
+    learns = router.loss == "sparse"
+    forward = backward = 0
+    if router.loss == "dense":
+        keys = context_size if router.key_heads == 1 else router.key_heads
+        of_rank = (context_size - 1) * sizes.tokens * sizes.element_bytes
+        backward = of_rank * (router.heads + keys) * router.head_size // context_size
+        attended = (sizes.heads + sizes.kv_heads) * sizes.head_size
+        forward = backward + of_rank * (attended + context_size) // context_size
     if past == 0:
-        return Traffic(0, 0)
+        return Traffic(forward, backward)
     width = router.key_heads * router.head_size * f
-    forward = (context_size - 1) * touched * width
+    forward += (context_size - 1) * touched * width
     if kind.trades_heads:
         found = kind.levels(context_size, sizes, levels)
         inner = context_size if found is None else found[0]
-        forward += (inner - 1) * sizes.tokens * router.heads * past * (4 + f * router.learns) // inner
-    if kind.depends_on_choices and router.learns:
+        forward += (inner - 1) * sizes.tokens * router.heads * past * (4 + f * learns) // inner
+    if kind.depends_on_choices and learns:
         owners = most_remote_owners(sizes, context_size) if remote_owners is None else remote_owners
         forward += int(sizes.tokens * sizes.heads * owners * past * f)
-    return Traffic(forward, 2 * blocks * width * (context_size - 1) // context_size if router.learns else 0)
+    backward += 2 * blocks * width * (context_size - 1) // context_size * learns
+    return Traffic(forward, backward)
 
 
 def choose_exchange(sizes: RankSizes, context_size: int, levels: Levels | None = None) -> ChosenExchange:

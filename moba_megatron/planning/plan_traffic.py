@@ -7,7 +7,7 @@ Received by one rank; s = bytes of a microbatch's hidden states on a context-par
 | TP | layer and microbatch: 4 all-reduces | 8 (n - 1)/n s |
 | TP with SP | layer and microbatch: 10 gathers and scatters, two of them for the weights' gradients | 10 (n - 1)/n s |
 | PP | microbatch and model chunk | 2 s, over the TP ranks with SP |
-| CP | layer and microbatch | `parallel.exchanges`, and the summaries |
+| CP | layer and microbatch | `parallel.exchanges`, and the summaries, or what an index brings |
 | EP | layer with experts and microbatch | `expert_traffic` |
 | DP | step, P parameters of a rank | 8 P (n - 1)/n; distributed optimizer: (4 + 2) P (n - 1)/n |
 
@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from moba_megatron.config import Config
 from moba_megatron.model.exchange_choice import ExchangeChoice, rank_sizes
 from moba_megatron.model.schedule import LayerAttention
-from moba_megatron.parallel.exchanges import EXCHANGES
+from moba_megatron.parallel.exchanges import EXCHANGES, RouterSizes, router_traffic
+from moba_megatron.planning.index_shape import IndexShape
 from moba_megatron.planning.plan_machines import LINK_SHARE, Cluster
 from moba_megatron.planning.plan_stages import (
     GRADIENT_BYTES,
@@ -113,14 +114,11 @@ def context_moved(
         return Moved()
     again = config.training.repeats("core_attn")
     kind, sizes = EXCHANGES[name], rank_sizes(config, layer)
-    summaries = 0
-    if layer.kind == "moba" and kind.sends_summaries:
-        blocks = sizes.tokens // layer.block_size + 2
-        summaries = (ranks - 1) * blocks * sizes.kv_heads * sizes.head_size * 4 * (1 + again)
+    choosing = _choosing_bytes(config, layer, name, choice, again)
     moved, seconds = 0.0, 0.0
     for message in kind.messages(sizes, ranks, choice.levels):
-        bytes_ = message.forward * (1 + again) + message.backward + summaries
-        moved, summaries = moved + bytes_, 0
+        bytes_ = message.forward * (1 + again) + message.backward + choosing
+        moved, choosing = moved + bytes_, 0
         apart = stride * message.stride
         if message.hidden:
             waited = max(0.0, bytes_ / cluster.link(apart, message.ranks) - attention_seconds)
@@ -128,6 +126,36 @@ def context_moved(
         else:
             seconds += cluster.scatter_seconds(bytes_, apart, message.ranks)
     return Moved(moved, seconds)
+
+
+def _choosing_bytes(config: Config, layer: LayerAttention, exchange: str, choice: ExchangeChoice, again: bool) -> int:
+    """What the choice of blocks adds to an exchange: summaries, or all that an index brings.
+
+    Args:
+        again: whether the forward pass is made twice; an index learns in the second one alone.
+    """
+    if layer.kind == "full" or layer.block_size is None:
+        return 0
+    ranks, sizes = config.parallel.context, rank_sizes(config, layer)
+    touched = sizes.tokens // layer.block_size + 2
+    index = IndexShape.of(config.attention, config.model, config.parallel.tensor)
+    if index is None:
+        width = sizes.kv_heads * sizes.head_size * 4
+        return EXCHANGES[exchange].sends_summaries * (ranks - 1) * touched * width * (1 + again)
+    blocks = -(-sizes.tokens * ranks // layer.block_size)
+    passes = [
+        router_traffic(
+            exchange,
+            sizes,
+            RouterSizes(index.queries, index.keys, index.size, loss),
+            ranks,
+            choice.levels,
+            touched=touched,
+            blocks=blocks,
+        )
+        for loss in ["none"] * again + [index.loss]
+    ]
+    return sum(traffic.total for traffic in passes)
 
 
 def data_moved(config: Config, cluster: Cluster, stage: Stage, data_parallel: int, microbatch_seconds: float) -> Moved:

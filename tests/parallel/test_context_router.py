@@ -142,14 +142,14 @@ def bytes_that_differ(exchange, attention, tensors) -> list[str]:
     """Where what travels is not what the formulas say, or under dispatch more than that."""
     plan = plan_context(attention.keywords["cu_seqlens"], 5, (1, 2), dist.get_rank(), torch.device("cpu"))
     sizes, wrong = RankSizes(48, 4, 2, HEAD_SIZE, 4, 5, 4), []
-    for loss in ("none", "sparse"):
+    for loss in ("none", "sparse", *["dense"] * (exchange == "a2a")):
         leaves = [x.clone().requires_grad_() for x in tensors[4:6]]
         with observe() as forward:
-            found = attention(*tensors[:3], router=Router(*leaves, loss))
+            found = attention(*tensors[:3], router=Router(*leaves, loss, torch.ones(48)))
         with observe() as backward:
-            if loss == "sparse":
+            if loss != "none":
                 found[1].loss.backward()
-        router = RouterSizes(2, 1, ROUTER_SIZE, loss == "sparse")
+        router = RouterSizes(2, 1, ROUTER_SIZE, loss)
         more = router_traffic(exchange, sizes, router, 2, touched=most_touched(plan), blocks=plan.layout.num_blocks)
         expected = (traffic(exchange, sizes, 2).forward + more.forward, more.backward)
         got = (forward.total - forward.received["plan"] * (exchange == "dispatch"), backward.total)
