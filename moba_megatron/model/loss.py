@@ -114,18 +114,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # The factor of each token goes into the narrow [C, H] matrices instead of the wide [C, V] one.
         factor_T1 = grad_T[:, None]
         grad_hidden_TH = torch.empty_like(hidden_TH)
-        grad_weight_VH = torch.zeros(weight_VH.shape, dtype=lse_T.dtype, device=weight_VH.device)
+        grad_weight_VH = None
+        if ctx.needs_input_grad[1]:
+            grad_weight_VH = torch.zeros(weight_VH.shape, dtype=lse_T.dtype, device=weight_VH.device)
         wide_CV = _wide_buffer(hidden_TH, min(ctx.chunk_size, len(target_T)), ctx.rows)
         for chunk in _chunks(len(target_T), ctx.chunk_size):
             logits_CV = hidden_TH[chunk] @ rows_VH.t() if kept is None else kept
             error_CV = _error(logits_CV, target_T[chunk], lse_T[chunk], wide_CV)
             torch.mm(error_CV, rows_VH, out=grad_hidden_TH[chunk])
+            if grad_weight_VH is None:
+                continue
             scaled_CH = (hidden_TH[chunk] * factor_T1[chunk]).to(hidden_TH.dtype)
             _add_product(grad_weight_VH[: ctx.rows], error_CV.t(), scaled_CH)
         grad_hidden_TH *= factor_T1
         if ctx.group is not None:
             grad_hidden_TH = _sum_over_ranks(grad_hidden_TH, ctx.group, ctx.sequence_parallel)
-        return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None, None
+        if grad_weight_VH is not None:
+            grad_weight_VH = grad_weight_VH.to(weight_VH.dtype)
+        return grad_hidden_TH, grad_weight_VH, None, None, None, None, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

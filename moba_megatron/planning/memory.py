@@ -3,7 +3,8 @@
 Weights and optimizer (bytes a parameter of this rank): weights 2 in bf16, or 4 in fp32, which are their own main copy;
 gradients 4, in fp32; with bf16 weights main weights 4; Adam's two moments 8. The distributed optimizer splits main
 weights and moments over the data-parallel and context-parallel ranks, which hold the same weights; those of experts
-over the ranks that hold the same experts.
+over the ranks that hold the same experts. Weights that `training.train_only` freezes have the weights alone: neither
+megatron-core's gradient buffers nor its optimizer hold them.
 
 Activations are those of `memory_layer`, for all layers of a stage and all microbatches that it holds at once. On top
 comes the largest of three moments that never meet: the loss (the final norm; gradients of hidden states and, in fp32,
@@ -120,12 +121,12 @@ def _stage_memory(
     loss = _loss_bytes(config, shape, vocab_size) if stage.last else 0
     kept = activations + _edge_bytes(stage, shape)
     # Gradients in bf16 are copied to be summed in fp32, when activations are gone.
-    copies = 2 * stage.parameters if config.training.gradient_precision == "bf16" else 0
+    copies = 2 * stage.trained if config.training.gradient_precision == "bf16" else 0
     return MemoryEstimate(
         stage=stage.number,
         weights=stage.parameters * shape.width,
-        gradients=stage.parameters * GRADIENT_BYTES[config.training.gradient_precision],
-        optimizer=(stage.parameters - stage.experts) * state // dense + stage.experts * state // experts,
+        gradients=stage.trained * GRADIENT_BYTES[config.training.gradient_precision],
+        optimizer=(stage.trained - stage.trained_experts) * state // dense + stage.trained_experts * state // experts,
         activations=kept,
         moba=moba,
         loss=loss,
@@ -201,6 +202,6 @@ def _loss_bytes(config: Config, shape: Shape, vocab_size: int) -> int:
     rows = vocabulary_rows(config, vocab_size)
     hidden = shape.tokens * shape.hidden * shape.width
     norm = shape.tokens * shape.hidden * (shape.width + (shape.width if shape.cuda else 8)) // shape.norm_split
-    weight = rows * shape.hidden * (4 + (shape.width if shape.width == 2 else 0))
+    weight = rows * shape.hidden * (4 + (shape.width if shape.width == 2 else 0)) * (config.training.train_only is None)
     chunk = min(config.training.tokens_of_loss_chunk("cuda" if shape.cuda else "cpu"), shape.tokens) * rows * 8
     return norm + hidden * (2 if config.parallel.sequence else 1) + weight + chunk

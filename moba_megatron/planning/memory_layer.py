@@ -15,6 +15,10 @@ hidden h, feed-forward f, N query and G key heads of size D, e bytes an element.
 Tensor parallelism divides heads and feed-forward, sequence parallelism the norms. `selective` recomputation drops the
 last row, `full` keeps t h e. In a mixture of experts the feed-forward is that of the shared expert, and the others have
 `memory_experts`, and an index that chooses blocks has `index_shape`.
+
+Frozen weights (`training.train_only`) do not keep what their gradients would need: on a CPU the normalised inputs, the
+output of a norm unless an index reads it, and the product of the feed-forward. On a GPU this was not measured, and is
+counted as without.
 """
 
 from __future__ import annotations
@@ -74,6 +78,7 @@ class Shape:
     shared: int = 0
     shared_gate: bool = False
     index: IndexShape | None = None
+    frozen: bool = False
 
     @classmethod
     def of(cls, config: Config, device_type: str) -> Shape:
@@ -94,6 +99,7 @@ class Shape:
             shared=(model.moe_shared_expert_intermediate_size or 0) // tensor,
             shared_gate=model.moe_shared_expert_gate,
             index=IndexShape.of(config.attention, model, tensor),
+            frozen=config.training.train_only is not None,
         )
 
     @property
@@ -120,7 +126,7 @@ def layer_bytes(shape: Shape, layer: LayerAttention, exchange: str | None, exper
     if index is not None:
         of_index, learned = index.kept_bytes(t, width), index.loss_bytes(t, past, t // (layer.block_size or t))
     return LayerBytes(
-        norms=2 * norm * t * shape.hidden // shape.norm_split,
+        norms=(2 * norm - _unneeded(shape, index is not None)) * t * shape.hidden // shape.norm_split,
         attention=t * size * width * (shards + rotary) + of_index,
         mlp=_mlp_bytes(shape, experts),
         selected=t * shape.heads * (4 + 4 * past) + learned,
@@ -135,7 +141,12 @@ def _mlp_bytes(shape: Shape, experts: bool) -> int:
 
 
 def _parts(shape: Shape) -> int:
-    return 3 if shape.cuda else 5
+    return 3 if shape.cuda else 5 - shape.frozen
+
+
+def _unneeded(shape: Shape, indexed: bool) -> int:
+    """Bytes of a channel that the two norms of a frozen layer do not keep."""
+    return 0 if shape.cuda or not shape.frozen else 2 * 4 + shape.width * (1 if indexed else 2)
 
 
 def _shared_bytes(shape: Shape) -> int:
@@ -177,7 +188,8 @@ def mlp_working_bytes(training: TrainingConfig, shape: Shape, experts: bool = Fa
 def _dense_working_bytes(shape: Shape, ffn: int) -> int:
     streams = 2 if shape.norm_split == 1 else 4
     around = streams * shape.tokens * shape.hidden * shape.width
-    return 2 * shape.tokens * ffn * shape.width + around + 2 * ffn * shape.hidden * shape.width
+    weights = 0 if shape.frozen else 2 * ffn * shape.hidden * shape.width
+    return 2 * shape.tokens * ffn * shape.width + around + weights
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moba_megatron.config import AttentionConfig, Config, ModelConfig, ParallelConfig
+from moba_megatron.config import Config, ParallelConfig
 from moba_megatron.config.sizes import expert_parameters, router_parameters
+from moba_megatron.model.schedule import AttentionSchedule
 
 GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
 """Of one number, by `training.gradient_precision`."""
@@ -19,6 +20,8 @@ class Stage:
         number: from 0; `first` has the embedding, `last` the final norm, the output layer and the loss.
         layers: numbers of its layers, counted from 1, over all its model chunks.
         parameters: of one rank, experts among them; `experts`: those of its experts alone.
+        trained, trained_experts: the part of both that learns: `training.train_only` may freeze the rest, which has
+            neither gradients nor a state of the optimizer.
         in_flight: microbatches whose activations it holds at once, in units of all its layers: with the interleaved
             schedule a fraction.
     """
@@ -30,6 +33,8 @@ class Stage:
     parameters: int
     in_flight: float
     experts: int = 0
+    trained: int = 0
+    trained_experts: int = 0
 
 
 def stages_of(config: Config, vocab_size: int, microbatches: int) -> list[Stage]:
@@ -38,31 +43,49 @@ def stages_of(config: Config, vocab_size: int, microbatches: int) -> list[Stage]
     Args:
         microbatches: of one rank in an optimizer step.
     """
-    count = config.parallel.pipeline
+    count, indexed = config.parallel.pipeline, indexed_layers(config)
+    frozen = config.training.train_only is not None
     stages = []
     for number, layers in enumerate(_layer_numbers(config)):
         first, last = number == 0, number == count - 1
         mixtures = sum(config.model.expert_layers[layer - 1] for layer in layers)
         experts = mixtures * experts_of_rank(config) * expert_parameters(config.model) // config.parallel.expert_tensor
+        index = len(indexed.intersection(layers)) * index_of_rank(config)
         dense = (len(layers) - mixtures) * layer_parameters(config) + mixtures * layer_parameters(config, experts=True)
+        parameters = dense + index + experts + _edge_parameters(config, vocab_size, first, last)
         stages.append(
             Stage(
                 number=number,
                 first=first,
                 last=last,
                 layers=layers,
-                parameters=dense + experts + _edge_parameters(config, vocab_size, first, last),
+                parameters=parameters,
                 in_flight=_in_flight(config, number, microbatches),
                 experts=experts,
+                trained=index if frozen else parameters,
+                trained_experts=0 if frozen else experts,
             )
         )
     return stages
 
 
-def whole_parameters(config: Config, vocab_size: int) -> int:
-    """Parameters of the whole model, as if one rank held it."""
+def whole_model(config: Config, vocab_size: int) -> Stage:
+    """The whole model, as if one rank held it."""
     (stage,) = stages_of(config.model_copy(update={"parallel": ParallelConfig()}), vocab_size, 1)
-    return stage.parameters
+    return stage
+
+
+def whole_parameters(config: Config, vocab_size: int) -> int:
+    """Parameters of the whole model."""
+    return whole_model(config, vocab_size).parameters
+
+
+def indexed_layers(config: Config) -> frozenset[int]:
+    """Layers, counted from 1, that have an index of their own: those that are MoBA in some stage of the training."""
+    if config.attention.router == "own":
+        return frozenset()
+    schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
+    return frozenset(n for n in range(1, config.model.num_layers + 1) if not schedule.always_full(n))
 
 
 def repeated_layers(config: Config) -> frozenset[int]:
@@ -91,7 +114,7 @@ def tokens_of_rank(config: Config) -> int:
 
 
 def layer_parameters(config: Config, experts: bool = False) -> int:
-    """Parameters of one layer on one tensor-parallel rank.
+    """Parameters of one layer on one tensor-parallel rank, without an index that chooses blocks.
 
     Args:
         experts: whether it is a mixture; its experts, which are split over other ranks, are not counted.
@@ -102,19 +125,20 @@ def layer_parameters(config: Config, experts: bool = False) -> int:
     split = joint * hidden + heads * size * hidden + joint * model.add_qkv_bias
     split += kv_heads * size * (config.attention.key_convolution or 0)
     whole = 2 * hidden + 2 * size * model.qk_layernorm
-    index = index_parameters(config.attention, model)
-    return (split + index[0]) // tensor + whole + index[1] + feed_forward_parameters(config, experts)
+    return split // tensor + whole + feed_forward_parameters(config, experts)
 
 
-def index_parameters(attention: AttentionConfig, model: ModelConfig) -> tuple[int, int]:
-    """Those of a layer's index that chooses blocks: split over tensor-parallel ranks, and whole on each."""
+def index_of_rank(config: Config) -> int:
+    """Parameters of a layer's index that chooses blocks, on one tensor-parallel rank; 0 without."""
+    attention, model = config.attention, config.model
     size, hidden = attention.router_dim, model.hidden_size
     if attention.router == "own" or size is None:
-        return 0, 0
+        return 0
     queries = model.query_groups if attention.router_heads == "key" else model.num_attention_heads
     keys = model.query_groups if attention.router_keys == "key" else 0
     shared = size * hidden * (attention.router_keys == "shared")
-    return (queries + keys) * size * hidden, shared + 2 * size * (attention.router_norm == "rms")
+    split = (queries + keys) * size * hidden
+    return split // config.parallel.tensor + shared + 2 * size * (attention.router_norm == "rms")
 
 
 def feed_forward_parameters(config: Config, experts: bool = False) -> int:

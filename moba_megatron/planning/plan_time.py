@@ -1,12 +1,13 @@
 """Seconds of an optimizer step, from operations and bytes.
 
 The time of a microbatch in a pipeline stage: the matrix products of its layers (`MATRIX_SHARE` of the peak, of experts
-`EXPERT_SHARE`; three times the forward's, more with recomputation), sorting tokens by their experts, attention by
-`kernel_model` (one document as long as the sequence, split evenly over tensor- and context-parallel ranks; its forward
-part again where it is recomputed; in a ring the busiest rank of each step counts, `ring_load`), and what the exchanges
-make it wait (`plan_traffic`, `expert_traffic`). m microbatches through p stages take m times the slowest stage; filling
-and draining (the *bubble*) take each other stage once, or 1/v of that with v interleaved chunks. Then gradients are
-reduced, as far as that is not overlapped, and the optimizer passes over its state.
+`EXPERT_SHARE`; three times the forward's, two times with frozen weights, more with recomputation), sorting tokens by
+their experts, attention by `kernel_model` (one document as long as the sequence, split evenly over tensor- and
+context-parallel ranks; its forward part again where it is recomputed; in a ring the busiest rank of each step counts,
+`ring_load`), and what the exchanges make it wait (`plan_traffic`, `expert_traffic`). m microbatches through p stages
+take m times the slowest stage; filling and draining (the *bubble*) take each other stage once, or 1/v of that with v
+interleaved chunks. Then gradients are reduced, as far as that is not overlapped, and the optimizer passes over its
+state.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from moba_megatron.planning.plan_stages import (
     config_of_layers,
     expert_replicas,
     feed_forward_parameters,
+    index_of_rank,
     layer_parameters,
     repeated_layers,
     stages_of,
@@ -172,7 +174,7 @@ def step_time(
 def _optimizer_seconds(config: Config, stage: Stage, data_parallel: int, cluster: Cluster) -> float:
     replicas = (data_parallel * config.parallel.context, expert_replicas(config, data_parallel))
     dense, experts = replicas if config.parallel.distributed_optimizer else (1, 1)
-    parameters = (stage.parameters - stage.experts) / dense + stage.experts / experts
+    parameters = (stage.trained - stage.trained_experts) / dense + stage.trained_experts / experts
     return parameters * OPTIMIZER_BYTES / (cluster.gpu.machine.bandwidth * STREAM_SHARE)
 
 
@@ -199,7 +201,7 @@ def layer_seconds(
     attention = _attention_seconds(sizes, machine, training.repeats("core_attn")) * documents
     attention *= _ring_factor(config, layer, exchange)
     time = LayerTime(
-        matrices=_matrix_seconds(config, cluster, experts),
+        matrices=_matrix_seconds(config, cluster, experts) + _index_seconds(config, cluster, layer),
         attention=attention,
         context=context_moved(config, cluster, layer, exchange, attention),
     )
@@ -226,17 +228,28 @@ def _matrix_seconds(config: Config, cluster: Cluster, experts: bool) -> float:
     training, tokens, shape = config.training, tokens_of_rank(config), ExpertShape.of(config)
     feed_forward = feed_forward_parameters(config, experts)
     attention = tokens * (layer_parameters(config, experts) - feed_forward)
-    passes = 4 if training.recompute == "full" else 3
+    # Frozen weights have no gradients.
+    fewer = training.train_only is not None
+    passes = 3 - fewer + (training.recompute == "full")
     if not experts or shape is None:
-        mlp = training.feed_forward_passes * tokens * feed_forward
+        mlp = (training.feed_forward_passes - fewer) * tokens * feed_forward
         return 2 * (passes * attention + mlp) / MATRIX_SHARE / cluster.gpu.machine.peak
-    of_shared, of_experts = (4 if training.repeats(part) else 3 for part in ("shared_experts", "moe"))
+    of_shared, of_experts = (3 - fewer + training.repeats(part) for part in ("shared_experts", "moe"))
     of_shared = max(of_shared, of_experts)
     # A router sees the tokens that sequence parallelism leaves this rank.
     router = router_parameters(config.model)
     whole = of_shared * tokens * (feed_forward - router) + of_experts * shape.tokens * router
     rows = of_experts * shape.rows * 3 * shape.hidden * shape.ffn
     return 2 * ((passes * attention + whole) / MATRIX_SHARE + rows / EXPERT_SHARE) / cluster.gpu.machine.peak
+
+
+def _index_seconds(config: Config, cluster: Cluster, layer: LayerAttention) -> float:
+    """Projections of the index that chooses the blocks of a layer: the hidden states get no gradients from it."""
+    if layer.kind == "full":
+        return 0.0
+    passes = 1 + (config.attention.router_loss != "none") + (config.training.recompute == "full")
+    operations = 2 * passes * tokens_of_rank(config) * index_of_rank(config)
+    return operations / (cluster.gpu.machine.peak * MATRIX_SHARE)
 
 
 @functools.cache
@@ -248,7 +261,8 @@ def _attention_seconds(sizes: AttentionSizes, machine: Machine, twice: bool) -> 
 
 def loss_seconds(config: Config, vocab_size: int, cluster: Cluster) -> float:
     """The output layer and the loss of one microbatch: logits are made again in the backward pass."""
-    operations = 8 * tokens_of_rank(config) * vocabulary_rows(config, vocab_size) * config.model.hidden_size
+    products = 4 - (config.training.train_only is not None)
+    operations = 2 * products * tokens_of_rank(config) * vocabulary_rows(config, vocab_size) * config.model.hidden_size
     return operations / (cluster.gpu.machine.peak * MATRIX_SHARE)
 
 

@@ -9,7 +9,7 @@ Received by one rank; s = bytes of a microbatch's hidden states on a context-par
 | PP | microbatch and model chunk | 2 s, over the TP ranks with SP |
 | CP | layer and microbatch | `parallel.exchanges`, and the summaries, or what an index brings |
 | EP | layer with experts and microbatch | `expert_traffic` |
-| DP | step, P parameters of a rank | 8 P (n - 1)/n; distributed optimizer: (4 + 2) P (n - 1)/n |
+| DP | step, P parameters of a rank that learn | 8 P (n - 1)/n; distributed optimizer: (4 + 2) P (n - 1)/n |
 
 The router and the experts work on the tokens that sequence parallelism leaves a rank, so a layer with experts has half
 of TP's transfers, those of attention, and the other half for a shared expert alone. Parameters of experts are reduced
@@ -74,7 +74,9 @@ def tensor_moved(config: Config, cluster: Cluster, stage: Stage) -> Moved:
     """TP of one microbatch in one pipeline stage. Embedding and loss cost an all-reduce each, or its two halves."""
     ranks, model = config.parallel.tensor, config.model
     share = (ranks - 1) / ranks * stream_bytes(config)
-    half, repeated = 5 if config.parallel.sequence else 4, repeated_layers(config)
+    # Frozen weights need nothing gathered for gradients.
+    gathers = config.parallel.sequence and config.training.train_only is None
+    half, repeated = 5 if gathers else 4, repeated_layers(config)
     halves = 0
     for number in stage.layers:
         training = config_of_layers(config, number in repeated).training
@@ -163,10 +165,10 @@ def data_moved(config: Config, cluster: Cluster, stage: Stage, data_parallel: in
     same weights, so they are among the ranks. Overlapped, gradients hide behind the backward pass of the last
     microbatch, two thirds of its `microbatch_seconds`."""
     parallel = config.parallel
-    groups = [(stage.parameters - stage.experts, data_parallel * parallel.context, parallel.tensor)]
-    if stage.experts:
+    groups = [(stage.trained - stage.trained_experts, data_parallel * parallel.context, parallel.tensor)]
+    if stage.trained_experts:
         stride = parallel.expert * parallel.expert_tensor
-        groups.append((stage.experts, expert_replicas(config, data_parallel), stride))
+        groups.append((stage.trained_experts, expert_replicas(config, data_parallel), stride))
     width = 2 if config.training.precision == "bf16" else 4
     moved = reduced = gathered = 0.0
     for parameters, ranks, stride in groups:

@@ -16,14 +16,14 @@ import torch
 from moba_megatron import __version__
 from moba_megatron.checkpoint import CheckpointWriter, Manifest, SaveError, TrainingState, find_latest
 from moba_megatron.config import Config
-from moba_megatron.model.builder import count_parameters
+from moba_megatron.planning.plan_stages import whole_model
 from moba_megatron.runs.disk import size_text
 from moba_megatron.runs.folder import RunFolder
 from moba_megatron.training.data_position import DataPosition
 from moba_megatron.training.preflight import Preflight
 
-# Weights and two moments of Adam in fp32; in bf16 the weights once more.
-_BYTES = {"fp32": 12, "bf16": 14}
+# Of a weight, and of what the optimizer keeps for one that learns: Adam's moments, in bf16 also the weight in fp32.
+_BYTES = {"fp32": (4, 8), "bf16": (2, 12)}
 
 
 class Saver:
@@ -107,8 +107,10 @@ class Saver:
         found = [0]
         if torch.distributed.get_rank() == 0:
             newest = find_latest(self.folder.checkpoints)
-            parameters = count_parameters(self.config, self.ready.vocab_size).total
-            found = [_bytes_of(newest) if newest else parameters * _BYTES[self.config.training.precision]]
+            of_weight, of_state = _BYTES[self.config.training.precision]
+            model = whole_model(self.config, self.ready.vocab_size)
+            first = model.parameters * of_weight + model.trained * of_state
+            found = [_bytes_of(newest) if newest else first]
         torch.distributed.broadcast_object_list(found, src=0)
         return found[0]
 

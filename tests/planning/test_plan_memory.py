@@ -146,6 +146,23 @@ SAVINGS = [
 ]
 
 
+FROZEN = {"attention__router": "index", "attention__router_dim": 64, "training__train_only": ["router"]}
+
+
+def test_the_peak_of_a_short_run_of_the_index_alone(tmp_path):
+    check(tmp_path, 1, data__sequence_length=2048, model__num_layers=2, attention__last_n_full=1, **FROZEN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"training__recompute": "full"}, {"training__precision": "bf16"}, {"training__mlp_chunk_size": 512}],
+    ids=["index", "index-full", "index-bf16", "index-chunks"],
+)
+def test_the_peak_of_the_index_alone(tmp_path, changes):
+    check(tmp_path, 1, **FROZEN, **changes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", SAVINGS, ids=["chunks", "chunks-selective", "chunks-full", "full-of-2"])
 @pytest.mark.parametrize("world_size", [1, 2])

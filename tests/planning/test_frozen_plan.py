@@ -1,0 +1,100 @@
+"""Plans of a model whose index alone learns, against what megatron-core holds for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from model_examples import VOCABULARY, loss_of_batch, tiny
+
+from moba_megatron import platform
+from moba_megatron.config import Config
+from moba_megatron.config.sizes import matrix_parameters
+from moba_megatron.model.builder import build_model
+from moba_megatron.model.exchange_choice import resolve_exchange
+from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.planning.flops import training_flops_per_token
+from moba_megatron.planning.memory import estimate_memory
+from moba_megatron.planning.plan_machines import GPUS, Cluster
+from moba_megatron.planning.plan_stages import stages_of
+from moba_megatron.planning.plan_time import step_time
+from moba_megatron.training.optimizer import build_optimizer, wrap_data_parallel
+
+# The last layer has no index.
+INDEX = {"router": "index", "router_dim": 6, "last_n_full": 1}
+CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"tensor": 2}, {}),
+    ({"tensor": 2}, {"precision": "bf16"}),
+    ({"distributed_optimizer": True}, {}),
+    ({"pipeline": 2}, {}),
+]
+
+
+def config_of(parallel: dict[str, Any], training: dict[str, Any], frozen: bool = True) -> Config:
+    only = {"train_only": ["router"]} if frozen else {}
+    return tiny(attention=INDEX, parallel=parallel, training={**training, **only})
+
+
+def schedule_of(config: Config) -> AttentionSchedule:
+    return AttentionSchedule.from_config(config.attention, config.model.num_layers)
+
+
+def held(configs: list[Config]) -> list[tuple[int, int, int]]:
+    """On one of two ranks, of each configuration: bytes of weights, of gradients, and of the optimizer after a step,
+    its scalars left out."""
+    from megatron.core import parallel_state
+
+    found = []
+    for config in configs:
+        platform.start_model_parallel(config.parallel, resolve_exchange(config).levels)
+        chunks = build_model(config, VOCABULARY + 1, schedule_of(config))
+        wrapped = wrap_data_parallel(chunks, config)
+        optimizer = build_optimizer(wrapped, config)
+        loss_of_batch(config, wrapped, 0)
+        optimizer.step()
+        weights = [p for chunk in chunks for p in chunk.parameters()]
+        own = {p.untyped_storage().data_ptr() for p in weights}
+        buffers = [b.grad_data for chunk in wrapped for b in [*chunk.buffers, *chunk.expert_parallel_buffers]]
+        states: dict[int, torch.Tensor] = {}
+        for part in optimizer.chained_optimizers:
+            mains = [p for group in part.optimizer.param_groups for p in group["params"]]
+            moments = [t for state in part.optimizer.state.values() for t in state.values()]
+            states |= {t.untyped_storage().data_ptr(): t for t in [*mains, *moments] if torch.is_tensor(t)}
+        state = sum(t.nbytes for place, t in states.items() if t.dim() and place not in own)
+        found.append((sum(p.nbytes for p in weights), sum(b.nbytes for b in buffers), state))
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def test_frozen_weights_have_neither_gradients_nor_state():
+    configs = [config_of(*case) for case in CASES]
+    ranks = run_ranks(2, held, configs)
+    for number, config in enumerate(configs):
+        replicas = 2 // (config.parallel.tensor * config.parallel.pipeline)
+        planned = estimate_memory(config, schedule_of(config), VOCABULARY + 1, replicas, "cpu")
+        for rank, found in enumerate(ranks):
+            stage = planned[rank if config.parallel.pipeline > 1 else 0]
+            weights, gradients, state = found[number]
+            assert weights == stage.weights, CASES[number]
+            # The distributed optimizer pads its buffers to a multiple of 128 numbers or so, and splits them there.
+            slack = 4 * 2**10 if config.parallel.distributed_optimizer else 0
+            assert 0 <= gradients - stage.gradients <= slack, CASES[number]
+            assert abs(state - stage.optimizer) <= slack, CASES[number]
+
+
+def test_operations_and_seconds_of_a_step():
+    frozen, whole = (config_of({}, {"precision": "bf16"}, only) for only in (True, False))
+    layers = schedule_of(frozen).stages[0]
+    sizes = [layer.sizes for layer in layers]
+    less = training_flops_per_token(whole, VOCABULARY, sizes) - training_flops_per_token(frozen, VOCABULARY, sizes)
+    assert less == pytest.approx(2 * matrix_parameters(frozen.model, VOCABULARY))
+    ours, all_ = (step_time(config, layers, VOCABULARY, 2, Cluster(GPUS["h100"], 2)) for config in (frozen, whole))
+    assert ours.parts["matrix products"] < 0.75 * all_.parts["matrix products"]
+    (stage,) = stages_of(frozen, VOCABULARY, 1)
+    (full,) = stages_of(whole, VOCABULARY, 1)
+    assert (full.trained, stage.parameters) == (full.parameters, full.parameters)
+    assert ours.received["data"] == pytest.approx(all_.received["data"] * stage.trained / full.trained)
+    assert ours.parts["optimizer"] == pytest.approx(all_.parts["optimizer"] * stage.trained / full.trained)
