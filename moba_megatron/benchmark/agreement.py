@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moba_megatron.ops import select_blocks
+from moba_megatron.ops import Router, select_blocks
 from moba_megatron.ops.reference import reference_attend, reference_select
 
 # Units of the last place that count as rounding. fp64 has no wider oracle, so the definition's own rounding over
@@ -35,6 +35,7 @@ def disagreement(
     *,
     block_size: int,
     top_k: int,
+    router: Router | None = None,
 ) -> str | None:
     """Why the operator is not MoBA on these inputs, None if it is.
 
@@ -42,9 +43,12 @@ def disagreement(
         operator: from q [T, N, D], k and v [T, G, D] to the output [T, N, D], differentiable.
         q, k, v, dout: one document and the gradient of its output, in one dtype.
         block_size, top_k: of the operator, in tokens and in blocks.
+        router: what chooses blocks in the operator.
     """
-    ids = select_blocks(q, k, block_size=block_size, top_k=top_k)[..., 1:]
-    exact_ids = reference_select(q.double(), k.double(), None, block_size, top_k - 1)
+    ids = select_blocks(q, k, block_size=block_size, top_k=top_k, router=router)[..., 1:]
+    choosing = (q, k) if router is None else (router.q, router.k)
+    exact_ids = reference_select(*(x.double() for x in choosing), None, block_size, top_k - 1)
+    exact_ids = exact_ids.repeat_interleave(q.shape[1] // exact_ids.shape[1], dim=1)
     if top_k > 1 and not bool((ids >= 0).any()):
         return "no past block was selected on the test document"
     if top_k > 1 and float((ids != exact_ids).double().mean()) > NEAR_TIES:

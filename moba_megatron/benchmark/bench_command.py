@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from moba_megatron.before_torch import wait_briefly
-from moba_megatron.benchmark.settings import BenchSettings
+from moba_megatron.benchmark.settings import BenchRouter, BenchSettings
 from moba_megatron.errors import one_door
 
 DEFAULTS = BenchSettings()
@@ -44,6 +44,17 @@ def bench_command(
         ),
     ] = "random",
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    router_dim: Annotated[
+        int | None,
+        typer.Option(
+            help="Let a router of this head size choose (attention.router: index); its projections are not measured, "
+            "its choice is, and in fwd+bwd its loss. Not with --context-parallel, --decode, --model, --tune, "
+            "flash_moba or --preset targets; one K for all key heads."
+        ),
+    ] = None,
+    router_heads: Annotated[str, typer.Option(help="key or query: as attention.router_heads.")] = "key",
+    router_keys: Annotated[str, typer.Option(help="shared or key: as attention.router_keys.")] = "shared",
+    router_loss: Annotated[str, typer.Option(help="none, sparse or dense: as attention.router_loss.")] = "sparse",
     preset: Annotated[
         str | None,
         typer.Option(
@@ -79,6 +90,8 @@ def bench_command(
     """
     if decode:
         _refuse_ignored(context)
+    others = {"--decode": decode, "--model": model, "--tune": tune, "--context-parallel": context_parallel is not None}
+    _refuse_router(context, router_dim, [name for name, given in others.items() if given])
 
     import torch
     from rich.console import Console
@@ -103,6 +116,7 @@ def bench_command(
         threads=threads,
         inputs=inputs,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        router=None if router_dim is None else BenchRouter(router_dim, router_heads, router_keys, router_loss),
     )
     if tune:
         from moba_megatron.benchmark.tune import run_tune
@@ -132,12 +146,28 @@ def bench_command(
 
 def _refuse_ignored(context: typer.Context) -> None:
     """Exit code 2 if options are given that --decode would ignore."""
-    source = context.get_parameter_source
-    given = [name for name in _NOT_FOR_DECODE if getattr(source(name), "name", "") == "COMMANDLINE"]
-    if given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    options = _given(context, _NOT_FOR_DECODE)
+    if options:
         typer.echo(f"error: --decode measures in fp32, and only steps and the prefill: leave out {options}", err=True)
         raise typer.Exit(2)
+
+
+def _refuse_router(context: typer.Context, dim: int | None, others: list[str]) -> None:
+    """Exit code 2 if a router is asked for that would be ignored."""
+    options = _given(context, ("router_heads", "router_keys", "router_loss"))
+    if dim is None and options:
+        typer.echo(f"error: {options} without a router: add --router-dim", err=True)
+        raise typer.Exit(2)
+    if dim is not None and others:
+        typer.echo(f"error: --router-dim is not measured with {', '.join(others)}: leave one of them out", err=True)
+        raise typer.Exit(2)
+
+
+def _given(context: typer.Context, names: tuple[str, ...]) -> str:
+    """The options among these that are on the command line."""
+    source = context.get_parameter_source
+    given = [name for name in names if getattr(source(name), "name", "") == "COMMANDLINE"]
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
 def _show(output: Path, name: str) -> None:

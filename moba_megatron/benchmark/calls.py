@@ -74,8 +74,11 @@ def full_call(tensors: list[Tensor], mode: str, backend: str) -> Call:
     )
 
 
-def call_of(operator: Callable[..., Tensor], tensors: list[Tensor], upstream: Tensor, mode: str) -> Call:
-    """A call without arguments that runs the operator forward, or forward and backward from `upstream`."""
+def call_of(
+    operator: Callable[..., Tensor | tuple[Tensor, Tensor]], tensors: list[Tensor], upstream: Tensor, mode: str
+) -> Call:
+    """A call without arguments that runs the operator forward, or forward and backward from `upstream`; and from a
+    loss, if the operator gives one as well."""
     leaves = [x.detach().requires_grad_(mode == "fwd+bwd") for x in tensors]
 
     def forward() -> None:
@@ -85,7 +88,11 @@ def call_of(operator: Callable[..., Tensor], tensors: list[Tensor], upstream: Te
     def both() -> None:
         for leaf in leaves:
             leaf.grad = None
-        operator(*leaves).backward(upstream)
+        found = operator(*leaves)
+        if isinstance(found, tuple):
+            torch.autograd.backward(found, (upstream, torch.ones_like(found[1])))
+        else:
+            found.backward(upstream)
 
     return forward if mode == "fwd" else both
 

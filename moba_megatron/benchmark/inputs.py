@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moba_megatron.benchmark.calls import DTYPES, random_inputs
 from moba_megatron.benchmark.settings import INPUTS
-from moba_megatron.ops import select_blocks
+from moba_megatron.ops import Router, select_blocks
 from moba_megatron.parallel.ring_load import by_rank, ring_factor
 
 # What is added to keys, and at least to queries, in the units of the noise.
@@ -71,9 +71,9 @@ def past_choices(q: Tensor, k: Tensor, block_size: int, top_k: int) -> Tensor:
     return torch.bincount(pairs, minlength=blocks * blocks).view(blocks, blocks).cpu()
 
 
-def hottest_load(q: Tensor, k: Tensor, block_size: int, top_k: int) -> float:
+def hottest_load(q: Tensor, k: Tensor, block_size: int, top_k: int, router: Router | None = None) -> float:
     """How often the most chosen past block of one document is chosen, over the mean of all blocks."""
-    ids = select_blocks(q, k, block_size=block_size, top_k=top_k)
+    ids = select_blocks(q, k, block_size=block_size, top_k=top_k, router=router)
     chosen = torch.zeros(-(-q.shape[0] // block_size) + 1, dtype=torch.int64, device=q.device)
     for some in ids.split(_TOKENS_AT_ONCE):
         chosen += torch.bincount(some[..., 1:].flatten().long() + 1, minlength=len(chosen))

@@ -40,8 +40,9 @@ from moba_megatron.benchmark.calls import (
 from moba_megatron.benchmark.inputs import chosen_inputs, hottest_load
 from moba_megatron.benchmark.presets import PRESETS
 from moba_megatron.benchmark.report import print_bench, write_bench
+from moba_megatron.benchmark.routing import loss_disagreement, routed
 from moba_megatron.benchmark.settings import BenchResult, BenchRow, BenchSettings, Case, pair_ratio
-from moba_megatron.ops import moba_attention, resolve_backend, resolve_full_backend
+from moba_megatron.ops import Router, moba_attention, resolve_backend, resolve_full_backend
 from moba_megatron.ops.layout import block_layout
 from moba_megatron.planning.flops import peak_flops
 
@@ -58,8 +59,21 @@ def _inputs(settings: BenchSettings, length: int, dtype: str, block_size: int = 
     return chosen_inputs(settings.inputs, length, *heads, dtype, settings.device, settings.seed, block_size)
 
 
+def _router_inputs(settings: BenchSettings, length: int, dtype: str, block_size: int) -> list[Tensor]:
+    """Queries and keys of the router, by what they choose; none without a router."""
+    if settings.router is None:
+        return []
+    sizes = settings.router.sizes(settings.num_heads, settings.num_kv_heads)
+    place = (dtype, settings.device, settings.seed + 2, block_size)
+    return chosen_inputs(settings.inputs, length, *sizes, *place)[:2]
+
+
 def _moba_call(settings: BenchSettings, case: Case, backend: str) -> Call:
     tensors = _inputs(settings, case.length, case.dtype, case.block_size)
+    if settings.router is not None:
+        operator = routed(settings.router, backend, case.block_size, case.top_k, case.mode)
+        of_router = _router_inputs(settings, case.length, case.dtype, case.block_size)
+        return call_of(operator, [*tensors, *of_router], torch.ones_like(tensors[0]), case.mode)
     sizes = {"block_size": case.block_size, "top_k": case.top_k}
     return call_of(
         lambda *x: moba_attention(*x, backend=backend, **sizes), tensors, torch.ones_like(tensors[0]), case.mode
@@ -69,7 +83,8 @@ def _moba_call(settings: BenchSettings, case: Case, backend: str) -> Call:
 @functools.lru_cache(maxsize=1)
 def _hottest(settings: BenchSettings, dtype: str, length: int, block_size: int, top_k: int) -> float:
     q, k, _ = _inputs(settings, length, dtype, block_size)
-    return hottest_load(q, k, block_size, top_k)
+    of_router = _router_inputs(settings, length, dtype, block_size)
+    return hottest_load(q, k, block_size, top_k, Router(*of_router) if of_router else None)
 
 
 def _scored_again(settings: BenchSettings, case: Case) -> tuple[float, float] | tuple[None, None]:
@@ -78,7 +93,8 @@ def _scored_again(settings: BenchSettings, case: Case) -> tuple[float, float] | 
     from moba_megatron.ops.triton import summarize
     from moba_megatron.ops.triton.routing import shares_scored_again
 
-    q, k, _ = _inputs(settings, case.length, case.dtype, case.block_size)
+    of_router = _router_inputs(settings, case.length, case.dtype, case.block_size)
+    q, k = of_router or _inputs(settings, case.length, case.dtype, case.block_size)[:2]
     layout = block_layout(case.length, case.block_size, device=q.device)
     return shares_scored_again(q, summarize(k, layout), layout, case.top_k - 1) or (None, None)
 
@@ -135,11 +151,27 @@ def disagreement(settings: BenchSettings, dtype: str, block_size: int, top_k: in
     else:
         q, k, v = random_inputs(*sizes, settings.seed)
     dout = random_inputs(*sizes, settings.seed + 1)[0]
+    if settings.router is not None:
+        of_router = _router_on(settings, length, heads, kv_heads, dtype)
+        routed_here = routed(settings.router, backend, tested_size, top_k, "fwd")
+        return agreement.disagreement(
+            lambda *x: routed_here(*x, *of_router),
+            *(q, k, v, dout),
+            block_size=tested_size,
+            top_k=top_k,
+            router=Router(*of_router),
+        ) or loss_disagreement(settings.router, backend, [q, k, v, *of_router], tested_size, top_k)
 
     def operator(*tensors: Tensor) -> Tensor:
         return moba_attention(*tensors, block_size=tested_size, top_k=top_k, backend=backend)
 
     return agreement.disagreement(operator, q, k, v, dout, block_size=tested_size, top_k=top_k)
+
+
+def _router_on(settings: BenchSettings, length: int, heads: int, kv_heads: int, dtype: str) -> list[Tensor]:
+    """Queries and keys of the router on the document of the gate."""
+    sizes = settings.router.sizes(heads, kv_heads)
+    return random_inputs(length, *sizes, dtype, settings.device, settings.seed + 2)[:2]
 
 
 def _times(settings: BenchSettings, case: Case, backend: str, with_flash_moba: bool) -> tuple[dict[str, float], int]:
@@ -197,6 +229,7 @@ def measure(settings: BenchSettings, case: Case, with_flash_moba: bool = False) 
         tiles_scored_again=tiles,
         floor=case.floor,
         goal=case.goal,
+        router=settings.router.words if settings.router else "",
     )
 
 
@@ -212,8 +245,12 @@ def run_bench(
         console: where to print; None for the terminal.
 
     Raises:
-        ValueError: an unknown preset, or a backend that cannot run on the device.
+        ValueError: an unknown preset, a backend that cannot run on the device, or something that is not measured with
+            a router.
     """
+    if settings.router is not None and (settings.backend == "flash_moba" or preset == "targets"):
+        what = "backend flash_moba has none" if settings.backend == "flash_moba" else "the targets are of MoBA"
+        raise ValueError(f"bench: --router-dim {settings.router.dim}, but {what}: leave one of the two out")
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"bench: unknown preset {preset!r}; choose from {list(PRESETS)}")
     resolve_backend(settings.backend, settings.device)
@@ -258,6 +295,7 @@ def _measure_all(
 ) -> Iterator[BenchRow]:
     """Add rows and refusals to the result; yields every row as it is there."""
     gate = _Gate(settings, result, console)
+    with_flash_moba = settings.device == "cuda" and settings.router is None
     for case in cases:
         if case.block_size * case.top_k >= case.length:
             result.full.append(f"{case}: top_k blocks cover the document, MoBA is full attention there")
@@ -268,7 +306,7 @@ def _measure_all(
             console.print(
                 f"measuring {case.dtype} L = {case.length} ({case.block_size}, {case.top_k}) {case.mode}", style="dim"
             )
-            row = measure(settings, case, settings.device == "cuda" and gate.passes_flash_moba(case))
+            row = measure(settings, case, with_flash_moba and gate.passes_flash_moba(case))
         except torch.OutOfMemoryError:
             result.refused.append(f"{case}: out of GPU memory")
             continue

@@ -80,6 +80,7 @@ HEADINGS = (
     "rows, tiles scored again",
     "floor",
     "goal",
+    "router",
 )
 
 
@@ -106,6 +107,7 @@ def _cells(row: BenchRow) -> list[str]:
         _shares(row.rows_scored_again, row.tiles_scored_again),
         optional(row.floor, "g"),
         optional(row.goal, "g"),
+        row.router,
     ]
 
 

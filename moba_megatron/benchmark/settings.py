@@ -10,6 +10,44 @@ INPUTS = ("random", "sink", "hot", "local")
 
 
 @dataclass(frozen=True)
+class BenchRouter:
+    """A router that chooses blocks instead of queries and keys; as `attention.router_dim` and the settings beside it.
+
+    Attributes:
+        dim: head size, an even number.
+        heads: `key` or `query`.
+        keys: `shared` or `key`.
+        loss: `none`, `sparse` or `dense`; a part of forward and backward together, not of `fwd`.
+    """
+
+    dim: int
+    heads: str = "key"
+    keys: str = "shared"
+    loss: str = "sparse"
+
+    def __post_init__(self) -> None:
+        if self.dim < 2 or self.dim % 2:
+            raise ValueError(f"bench: --router-dim {self.dim} is not a positive even number of channels")
+        known = {"heads": ("key", "query"), "keys": ("shared", "key"), "loss": ("none", "sparse", "dense")}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"bench: unknown --router-{name} {getattr(self, name)!r}; choose from {list(values)}")
+
+    def sizes(self, heads: int, kv_heads: int) -> tuple[int, int, int]:
+        """Router heads, router key heads and head size beside so many query and key heads."""
+        return (kv_heads if self.heads == "key" else heads), (1 if self.keys == "shared" else kv_heads), self.dim
+
+    @property
+    def words(self) -> str:
+        """For a table.
+
+        >>> BenchRouter(32).words
+        '32, key/shared, sparse'
+        """
+        return f"{self.dim}, {self.heads}/{self.keys}, {self.loss}"
+
+
+@dataclass(frozen=True)
 class BenchSettings:
     """What to measure.
 
@@ -28,6 +66,7 @@ class BenchSettings:
         seed: of the inputs.
         inputs: which blocks queries like, see `benchmark.inputs`.
         limit: seconds after which a case makes no further runs; None: all runs.
+        router: what chooses blocks instead of queries and keys, if anything.
     """
 
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
@@ -45,6 +84,7 @@ class BenchSettings:
     seed: int = 0
     inputs: str = "random"
     limit: float | None = None
+    router: BenchRouter | None = None
 
     def __post_init__(self) -> None:
         for name, known, given in (("dtypes", DTYPES, self.dtypes), ("modes", MODES, self.modes)):
@@ -108,6 +148,7 @@ class BenchRow:
     tiles_scored_again: float | None = None
     floor: float | None = None
     goal: float | None = None
+    router: str = ""
 
     @property
     def curve(self) -> tuple[str, int, int, int, int, str]:

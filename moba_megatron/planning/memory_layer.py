@@ -146,7 +146,7 @@ def _parts(shape: Shape) -> int:
 
 def _unneeded(shape: Shape, indexed: bool) -> int:
     """Bytes of a channel that the two norms of a frozen layer do not keep."""
-    return 0 if shape.cuda or not shape.frozen else 2 * 4 + shape.width * (1 if indexed else 2)
+    return 0 if shape.cuda or not shape.frozen else shape.width * (3 if indexed else 4)
 
 
 def _shared_bytes(shape: Shape) -> int:
