@@ -67,6 +67,8 @@ def print_plan(console: Console, plan: RunPlan) -> None:
     )
     if plan.parameters != plan.active:
         console.print(f"{plan.parameters:,} parameters, {plan.active:,} of them active for a token")
+    if plan.parameters != plan.trained:
+        console.print(f"{plan.parameters:,} parameters, {plan.trained:,} of them learn (training.train_only)")
     if parallel.pipeline_layers:
         console.print(f"layers of each pipeline stage: {parallel.pipeline_layers}", markup=False)
     for line in resolve_exchange(config).lines:
@@ -202,6 +204,7 @@ def _plan_values(plan: RunPlan) -> dict[str, Any]:
         "parallel": {**plan.config.parallel.model_dump(mode="json"), "data": plan.data_parallel},
         "parameters": plan.parameters,
         "active_parameters": plan.active,
+        "trained_parameters": plan.trained,
         "fits": plan.fits,
         "memory_bytes": [{**asdict(estimate), "total": estimate.total} for estimate in plan.memory],
         "evaluation_bytes": {**asdict(plan.evaluation), "total": plan.evaluation.total},

@@ -14,7 +14,7 @@ from moba_megatron.planning.memory import MemoryEstimate, estimate_memory, fulle
 from moba_megatron.planning.memory_evaluation import EvaluationMemory, evaluation_memory
 from moba_megatron.planning.plan_machines import MEMORY_SHARE, Cluster
 from moba_megatron.planning.plan_savings import Saving, savings, with_offloading
-from moba_megatron.planning.plan_stages import whole_parameters
+from moba_megatron.planning.plan_stages import whole_model
 from moba_megatron.planning.plan_time import StepTime, step_time
 
 
@@ -29,7 +29,8 @@ class RunPlan:
         full: time of a step if every layer attended fully.
         slower: MoBA settings that take longer than full attention would.
         model_flops: of one step in each stage of the training: nothing recomputed.
-        parameters: of the whole model; `active`: those that a token passes, embedding and output layer included.
+        parameters: of the whole model; `active`: those that a token passes, embedding and output layer included;
+            `trained`: those that learn (`training.train_only`).
     """
 
     config: Config
@@ -44,6 +45,7 @@ class RunPlan:
     model_flops: tuple[float, ...]
     parameters: int
     active: int
+    trained: int
 
     @property
     def peak(self) -> MemoryEstimate:
@@ -154,7 +156,7 @@ def plan_run(config: Config, schedule: AttentionSchedule, vocab_size: int, clust
         * length
         for layers in schedule.stages
     ]
-    parameters = whole_parameters(config, vocab_size)
+    whole = whole_model(config, vocab_size)
     return RunPlan(
         config=config,
         cluster=cluster,
@@ -169,8 +171,9 @@ def plan_run(config: Config, schedule: AttentionSchedule, vocab_size: int, clust
         full=step_time(with_full_exchange(config), full, vocab_size, data_parallel, cluster),
         slower=tuple(slower_than_full(config, schedule, cluster)),
         model_flops=tuple(flops),
-        parameters=parameters,
-        active=parameters - idle_parameters(config.model),
+        parameters=whole.parameters,
+        active=whole.parameters - idle_parameters(config.model),
+        trained=whole.trained,
     )
 
 

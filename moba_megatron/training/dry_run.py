@@ -16,6 +16,7 @@ from moba_megatron.planning.flops import attended_pairs, training_flops_per_toke
 from moba_megatron.planning.memory import estimate_memory, fullest
 from moba_megatron.planning.plan_machines import GPUS, Cluster
 from moba_megatron.planning.plan_report import memory_table
+from moba_megatron.planning.plan_stages import whole_model
 from moba_megatron.planning.run_plan import plan_run, vocabulary_size
 from moba_megatron.training.preflight import run_choices
 from moba_megatron.training.resume import chosen_checkpoint
@@ -41,6 +42,8 @@ def print_dry_run(config: Config, world_size: int) -> None:
     idle = idle_parameters(config.model)
     if idle:
         console.print(f"active for a token   {counts.total - idle:,} ({counts.layers - idle:,} without embeddings)")
+    if config.training.train_only is not None:
+        console.print(f"learning             {whole_model(config, vocab_size).trained:,} (training.train_only)")
     console.print(f"tokens per step      {config.tokens_per_step:,}")
     console.print(f"tokens in all        {config.tokens_per_step * config.training.steps:,}")
     console.print("\n".join([_weights(config), *choices, schedule.table(config.training.steps)]), markup=False)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distributed import run_ranks
 from model_examples import VOCABULARY, loss_of_batch, tiny
+from typer.testing import CliRunner
 
 from moba_megatron import platform
-from moba_megatron.config import Config
+from moba_megatron.cli import app
+from moba_megatron.config import Config, load_config
 from moba_megatron.config.sizes import matrix_parameters
 from moba_megatron.model.builder import build_model
 from moba_megatron.model.exchange_choice import resolve_exchange
@@ -20,6 +23,7 @@ from moba_megatron.planning.memory import estimate_memory
 from moba_megatron.planning.plan_machines import GPUS, Cluster
 from moba_megatron.planning.plan_stages import stages_of
 from moba_megatron.planning.plan_time import step_time
+from moba_megatron.training.dry_run import print_dry_run
 from moba_megatron.training.optimizer import build_optimizer, wrap_data_parallel
 
 # The last layer has no index.
@@ -98,3 +102,15 @@ def test_operations_and_seconds_of_a_step():
     assert (full.trained, stage.parameters) == (full.parameters, full.parameters)
     assert ours.received["data"] == pytest.approx(all_.received["data"] * stage.trained / full.trained)
     assert ours.parts["optimizer"] == pytest.approx(all_.parts["optimizer"] * stage.trained / full.trained)
+
+
+def test_commands_say_what_learns(capsys, tmp_path):
+    path = Path(__file__).parents[2] / "configs/continued_pretraining/llama3.1_8b/128k_moba.yaml"
+    index = ["attention.router=index", "attention.router_dim=128", "training.train_only=[router]"]
+    # 29 of 32 layers: 8 queries and a key of 128 channels, from 4,096, and two norms.
+    learning = 29 * (9 * 128 * 4096 + 2 * 128)
+    print_dry_run(load_config(path, index), 1)
+    assert f"learning             {learning:,} (training.train_only)" in capsys.readouterr().out
+    arguments = ["plan", str(path), *index, "--gpus", "64", "--layouts", "0", "--json", str(tmp_path / "plan.json")]
+    output = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, arguments).output
+    assert f"{learning:,} of them learn (training.train_only)" in output
