@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SmolLM2-135M, a real language model, through the whole road on two CPU cores: weights (they come in a Python package), import, data,
 # what MoBA loses before any training, continued pretraining, what it loses then, export, text.
-#   launch/smollm2.sh          half an hour: 4,096 tokens, 30 steps of MoBA
+#   launch/smollm2.sh          an hour or two: 4,096 tokens, 30 steps of MoBA
 #   launch/smollm2.sh long     hours: 2,048 to 8,192 tokens, windows and full attention beside MoBA; tables in docs/results/smollm2
 # Each call works for about MINUTES (50) and ends with 3 if something is left; the same call goes on. What is there is kept.
 set -euo pipefail

@@ -28,7 +28,7 @@ PYTHON
 
 end=$((SECONDS + ${MINUTES:-50} * 60)) failed=0
 moba-megatron prepare data/python_twins.yaml data/prepared/python_twins
-for name in ${@:-seeds scaling_8k more_blocks chinchilla hybrid_stages granularity selection_variants needle_variants layer_hybrid continued_pretraining scaling_32k mixtures gradients}; do
+for name in ${@:-seeds scaling_8k more_blocks chinchilla hybrid_stages granularity selection_variants needle_variants layer_hybrid continued_pretraining scaling_32k mixtures gradients router}; do
     left=$(((end - SECONDS) / 60))
     if ((left <= 0)); then
         echo "time is up: the same command continues $name"
