@@ -156,3 +156,19 @@ def test_an_index_is_not_lost(plain, indexed, tmp_path):
     notes = check_initial_weights(small_config(tmp_path, **INDEX, model__init_from=str(plain)), 0)
     assert notes == [f"attention.router = index: {plain} has none, it is drawn"]
     assert not check_initial_weights(small_config(tmp_path, **start, **INDEX), 0)
+    for full, layers in ((0, "1, 2, 3, 4"), (2, "1, 2")):
+        other = small_config(tmp_path, **start, **INDEX, attention__last_n_full=full)
+        with pytest.raises(ConfigError, match=f"is another one: MoBA layers {layers}, not 1, 2, 3: make these MoBA"):
+            check_initial_weights(other, 0)
+
+
+def test_an_index_that_is_there_is_not_copied_again(plain, tmp_path):
+    given = {**COPIED, "attention__block_size": 8, "attention__router_init": "drawn"}
+    run_ranks(1, train_here, small_config(tmp_path, training__steps=4, training__stop_after=1, **given))
+    again = {**given, "attention__router_init": "copied", "training__steps": 4}
+    notes = check_initial_weights(small_config(tmp_path, **again, model__init_from=str(tmp_path / "run")), 0)
+    assert notes == [
+        f"attention.router_init = copied: nothing is copied, {tmp_path / 'run'} brings an index of its own"
+    ]
+    notes = check_initial_weights(small_config(tmp_path, **again, model__init_from=str(plain)), 0)
+    assert notes == [f"attention.router = index: {plain} has none, it is copied"]
