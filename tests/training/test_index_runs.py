@@ -86,14 +86,18 @@ def test_a_run_resumes_bit_for_bit_and_at_another_layout(indexed, tmp_path):
 def test_a_pipeline_stage_with_nothing_to_train_resumes(tmp_path):
     """Its layers are full in every stage, so it has no index, and its optimizer no parameters."""
     changes = {**INDEX, "attention__last_n_full": 2, "parallel__pipeline": 2, "training__train_only": ["router"]}
-    for distributed in (False, True):
-        changes |= {"parallel__distributed_optimizer": distributed, "training__steps": 3}
-        for name, stops in (("straight", (3,)), ("stopped", (1, 3))):
-            for stop in stops:
-                config = small_config(tmp_path / f"{name}-{distributed}", **changes, training__stop_after=stop)
-                run_ranks(2, train_here, config, 2)
-        straight, stopped = (read_metrics(tmp_path / f"{name}-{distributed}/run") for name in ("straight", "stopped"))
-        assert numbers_of(straight) == numbers_of(stopped) and len(stopped) == 3
+    found = []
+    for distributed, stops in ((False, (2,)), (False, (1, 2)), (True, (1, 2))):
+        changes |= {"training__steps": 3, "parallel__distributed_optimizer": distributed}
+        folder = tmp_path / str(len(found))
+        for stop in stops:
+            run_ranks(2, train_here, small_config(folder, **changes, training__stop_after=stop), 2)
+        found.append(read_metrics(folder / "run"))
+    straight, resumed, other = found
+    assert numbers_of(straight) == numbers_of(resumed)
+    assert [line["router_loss"] for line in other] == pytest.approx(
+        [line["router_loss"] for line in straight], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
