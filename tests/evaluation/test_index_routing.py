@@ -19,9 +19,9 @@ ASKED = ["--attention", "moba", "--routing", "--routing-samples", 3]
 NAME = "routing_step_1_moba.json"
 
 
-def trained(kind: str, tmp_path: Path) -> Path:
+def trained(kind: str, tmp_path: Path, **others: str) -> Path:
     """One step, which changes nothing: weights differ in the index alone. The last of 4 layers is full."""
-    index = {f"attention__{name}": value for name, value in INDEXES[kind].items()}
+    index = {f"attention__{name}": value for name, value in {**INDEXES[kind], **others}.items()}
     config = small_config(
         tmp_path, attention__router="index", attention__router_loss="none", model__init_method_std=0.3,
         training__steps=1, optimizer__warmup_steps=0, optimizer__lr=1e-9, optimizer__min_lr=0.0, **index,
@@ -67,3 +67,11 @@ def test_choices_that_an_index_does_not_make_are_made_without_it(tmp_path):
     assert same_loss == [False, False, True, True, True]
     (output,) = on_ranks(1, [[tmp_path / "by_key/run", *ASKED, "--routing-choice", "16:3:min_max"]])
     assert "moba B=16 K=3 top_k of min_max: chosen by own keys" in output
+
+
+def test_heads_that_choose_together_do_so_by_the_index(tmp_path):
+    run = trained("copied", tmp_path, share_selection="mean")
+    (output,) = on_ranks(1, [[run, *ASKED, "--losses-choice", "16:3:share_mean"]])
+    assert "K=3 top_k shared by mean by the index; by own keys in layers 3" in output
+    chosen = records(run)[NAME]["layers"][0]["choices"][0]
+    assert chosen["choice"] == "B=16 K=3 top_k shared by mean by the index"

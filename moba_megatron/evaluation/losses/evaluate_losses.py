@@ -78,7 +78,9 @@ def _name(subject: Subject, choice: LossesChoice) -> str:
 
 def _chosen_by(subject: Subject, choice: LossesChoice) -> str | None:
     indexed = subject.indexed_layers
-    return chosen_by(choice, indexed, subject.opened.schedule.num_layers) if indexed else None
+    if not indexed:
+        return None
+    return chosen_by(choice, indexed, subject.opened.schedule.num_layers, subject.config.attention.share_selection)
 
 
 def _record(
@@ -124,7 +126,8 @@ def _losses(subject: Subject, name: str, way: Attention | LossesChoice, console:
     config = subject.config
     if isinstance(way, LossesChoice):
         layers = way.layers(subject.opened.schedule.num_layers)
-        subject.attend(layers, by_index=index_chooses(way.attention.selection))
+        trained = subject.config.attention.share_selection
+        subject.attend(layers, by_index=index_chooses(way.attention.selection, trained))
     else:
         subject.attend(way)
     samples = config.evaluation.samples

@@ -47,7 +47,8 @@ class Captured:
 
     def chooser(self, selection: Selection) -> Router | None:
         """The index, where it can choose so; None: `q` and `k` do."""
-        return self.index if index_chooses(selection) else None
+        trained = (self.whole or self.attention).selection.share_selection
+        return self.index if index_chooses(selection, trained) else None
 
 
 @contextmanager

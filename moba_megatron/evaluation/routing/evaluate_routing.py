@@ -74,7 +74,7 @@ def evaluate_routing(
     values["advice"] = advice(report)
     console.print(f"{subject.folder}, step {subject.step}: routing on {samples} samples of validation data")
     if choice is not None and subject.indexed_layers:
-        by_index = attention == "moba" and index_chooses(choice.selection)
+        by_index = attention == "moba" and index_chooses(choice.selection, subject.config.attention.share_selection)
         values["chosen"] = (
             "by the index" if by_index else "by own keys" if choice.selection.uses_scores else "by position"
         )
