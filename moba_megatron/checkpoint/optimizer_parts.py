@@ -26,7 +26,8 @@ def parts_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def fit_parts(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> dict[Any, Any]:
-    """The loaded state of an optimizer in its own form; as it is where it has that.
+    """The loaded state of an optimizer in its own form; where it has that, only what a part without parameters asks for
+    is added.
 
     Args:
         loaded: what was stored that is not a tensor, in the form in which it was stored, merged with the tensors in the
@@ -40,6 +41,7 @@ def fit_parts(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> dict[Any,
     single = {key: value for key, value in loaded.items() if not isinstance(key, int)}
     states = [single] if len(parts) == 1 else [numbered.get(number, {}) for number in range(len(parts))]
     if len(parts) == 1 and not numbered:
+        _fill_empty(parts[0], loaded)
         return loaded
     if len(parts) > 1 and not single:
         for part, state in zip(parts, states, strict=True):
@@ -58,7 +60,7 @@ def fit_parts(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> dict[Any,
 
 def _fill_empty(part: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Add what a part asks for and loading leaves out because there is nothing in it: where all layers of a rank are
-    dense, the state of its experts."""
+    dense, the state of its experts; where `training.train_only` leaves a rank nothing to train, all of it."""
     if not part.get_parameters():
         for key, value in part.state_dict().items():
             state.setdefault(key, value)

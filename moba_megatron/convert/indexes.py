@@ -100,5 +100,5 @@ class Indexes:
         ]
         if self.layers != other.layers:
             mine, theirs = (", ".join(str(n + 1) for n in sorted(one.layers)) for one in (self, other))
-            found.append(f"MoBA layers {mine}, not {theirs}")
+            found.append(f"MoBA layers {mine}, not {theirs}: make these MoBA in some stage, and no others")
         return found

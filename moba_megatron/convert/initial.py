@@ -79,13 +79,15 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
     _check_tokenizer(config, source, tokenizer)
     if _is_huggingface(source):
         dtypes = sorted(set(open_weights(source, model).dtypes.values()))
-        _check_index_of_folder(config, source)
         lines = [f"model.init_from: {half_precision_note(config.training.precision)}"] if F16 in dtypes else []
     else:
         _check_own_parameters(config, _find(source))
         lines = []
+    _check_index(config, source)
     if _adds_index(config, source):
         lines.append(f"attention.router = index: {source} has none, it is {config.attention.router_init}")
+    elif config.attention.router_init == "copied":
+        lines.append(f"attention.router_init = copied: nothing is copied, {source} brings an index of its own")
     lines += _without_beginning(config, tokenizer)
     rotary = {key: values for key, values in differing.items() if key.startswith("rotary_")}
     lines += [
@@ -162,11 +164,17 @@ def load_initial_weights(config: Config, vocab_size: int, chunks: list[torch.nn.
 
 def _adds_index(config: Config, source: Path) -> bool:
     """Whether the model has an index and its first weights have none; it was drawn when the model was built."""
-    if config.attention.router == "own":
-        return False
-    if _is_huggingface(source):
-        return Indexes.of_folder(source) is None
-    return saved_config(_find(source)).attention.router == "own"
+    return config.attention.router == "index" and _stored_indexes(source) is None
+
+
+def _stored_indexes(source: Path) -> Indexes | None:
+    """Those of the first weights; None without."""
+    return Indexes.of_folder(source) if _is_huggingface(source) else _indexes_of(saved_config(_find(source)))
+
+
+def _indexes_of(config: Config) -> Indexes | None:
+    schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
+    return Indexes.of_config(config.attention, schedule)
 
 
 def _verify_together(export: Path) -> None:
@@ -211,20 +219,18 @@ def _check_own_parameters(config: Config, checkpoint: Path) -> None:
         raise ConfigError(problems)
 
 
-def _check_index_of_folder(config: Config, folder: Path) -> None:
-    """An index of a Hugging Face folder is taken over as it is, in the same layers."""
-    theirs = Indexes.of_folder(folder)
+def _check_index(config: Config, source: Path) -> None:
+    """An index of the first weights is taken over as it is, in the same layers: none is lost, none begins anew."""
+    theirs, ours = _stored_indexes(source), _indexes_of(config)
     if theirs is None:
         return
-    schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
-    ours = Indexes.of_config(config.attention, schedule)
     if ours is None:
         raise ConfigError([
-            f"attention.router = own, but {folder} has an index that chooses its blocks: set attention.router: index "
+            f"attention.router = own, but {source} has an index that chooses its blocks: set attention.router: index "
             f"and {', '.join(f'{key}: {value}' for key, value in theirs.settings.items())}"
         ])  # fmt: skip
     if differences := ours.differences(theirs):
-        raise ConfigError([f"the index of {folder} is another one: {line}" for line in differences])
+        raise ConfigError([f"the index of {source} is another one: {line}" for line in differences])
 
 
 def _all_chats(recipe: dict[str, Any]) -> bool:

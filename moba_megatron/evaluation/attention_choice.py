@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,6 +108,41 @@ def parse_losses_choice(text: str) -> LossesChoice:
             raise ValueError(f"{option} {text}: after @ come layers, counted from 0, such as 5 or 0-26,29")
         ranges.append((int(match[1]), int(match[2] or match[1])))
     return LossesChoice(parse_choice(option, words), tuple(ranges))
+
+
+def index_chooses(selection: Selection, trained: str = "none") -> bool:
+    """Whether an index makes a choice. It scores means, for each head by itself, or for those of a key head together if
+    it was trained so; what asks for something else is left to the attention's own queries and keys.
+
+    Args:
+        trained: the model's own `share_selection`.
+
+    >>> [index_chooses(Selection.of_word(word)) for word in ("top_k", "min_max", "share_mean", "recent")]
+    [True, False, False, False]
+    """
+    return selection.uses_means and (not selection.shared or trained != "none")
+
+
+def chosen_by(choice: LossesChoice, indexed: Collection[int], num_layers: int, trained: str = "none") -> str:
+    """What chooses the blocks, in a model with an index in some layers.
+
+    Args:
+        indexed: layers that have one, from 0.
+        trained: as for `index_chooses`.
+
+    >>> [chosen_by(parse_losses_choice(text), range(3), 4) for text in ("16:3@1", "16:3", "16:3@3")]
+    ['by the index', 'by the index; by own keys in layers 3', 'by own keys']
+    >>> [chosen_by(parse_losses_choice(text), range(3), 4) for text in ("16:3:min_max", "16:3:recent")]
+    ['by own keys', 'by position']
+    """
+    selection = choice.attention.selection
+    if not selection.uses_scores:
+        return "by position"
+    sparse = [number for number, layer in enumerate(choice.layers(num_layers)) if layer.kind == "moba"]
+    others = [str(number) for number in sparse if number not in indexed]
+    if not index_chooses(selection, trained) or len(others) == len(sparse):
+        return "by own keys"
+    return f"by the index; by own keys in layers {','.join(others)}" if others else "by the index"
 
 
 def words_of(choice: LayerAttention | LossesChoice) -> str:

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from moba_megatron.checkpoint.find import find_checkpoint, saved_layout
 from moba_megatron.checkpoint.manifest import Manifest
 from moba_megatron.config import Config
+from moba_megatron.convert.indexes import Indexes
 from moba_megatron.convert.run_inputs import found_config
 from moba_megatron.corpus.tokenizer import Tokenizer
 from moba_megatron.data.datasets import ValidationSummary, build_validation, check_validation
@@ -25,6 +26,7 @@ from moba_megatron.evaluation.attention_choice import Attention, chosen_attentio
 from moba_megatron.evaluation.layout import evaluation_layout
 from moba_megatron.evaluation.memory import memory_lines
 from moba_megatron.generation.loading import OpenedModel, open_model
+from moba_megatron.model.block_router import block_routers
 from moba_megatron.model.core_attention import set_attention_stage
 from moba_megatron.model.forward import Batch
 from moba_megatron.model.schedule import FULL, AttentionSchedule, LayerAttention, kind_of
@@ -82,10 +84,22 @@ class Subject:
         """How the model attended at its last training step: `moba` if any layer did."""
         return kind_of(_own_layers(self.opened))
 
-    def attend(self, attention: Attention | tuple[LayerAttention, ...]) -> None:
-        """Let the layers attend so from now on; the parameters stay the same."""
+    def attend(self, attention: Attention | tuple[LayerAttention, ...], *, by_index: bool = True) -> None:
+        """Let the layers attend so from now on; the parameters stay the same.
+
+        Args:
+            by_index: whether an index chooses in the layers that have one.
+        """
         layers = attention if isinstance(attention, tuple) else self.layers_of(attention)
         set_attention_stage(self.opened.model, AttentionSchedule((layers,)), 0)
+        for router in block_routers(self.opened.model):
+            router.set_aside = not by_index
+
+    @cached_property
+    def indexed_layers(self) -> frozenset[int]:
+        """Layers that have an index to choose blocks, from 0."""
+        found = Indexes.of_config(self.config.attention, self.opened.schedule)
+        return frozenset() if found is None else found.layers
 
     def layers_of(self, attention: Attention) -> tuple[LayerAttention, ...]:
         """How each layer attends then."""

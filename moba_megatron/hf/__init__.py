@@ -27,6 +27,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from moba_megatron.hf.attention import moba_attention_forward
+from moba_megatron.hf.block_router import keep_block_routers
 from moba_megatron.hf.cache import BlockSummaries, MoBACache, MoBACacheLayer
 from moba_megatron.hf.mask import moba_mask
 from moba_megatron.hf.prefill import prefill
@@ -62,16 +63,20 @@ def configure(
         decode: how new tokens attend to a cache: `full` (the MoBA report's way) or `moba`.
         selector, summary, threshold, share_selection: how past blocks are chosen, as for `moba_attention`.
 
+    A model whose blocks an index chooses keeps it. Layers that attend fully from now on lose theirs.
+
     Raises:
-        ValueError: settings that do not fit, or a class of models that does not take its attention by name.
+        ValueError: settings that do not fit, a class of models that does not take its attention by name, or MoBA layers
+            without the index that other layers have.
     """
     check_takes_attention(model)
     config = model.config.get_text_config()
     kinds = layer_types(config.num_hidden_layers, last_n_full)
     top_k, selection = Selection(selector, summary, threshold, share_selection).with_blocks(top_k, key_heads(config))
-    # An index that the model has stays the one that chooses.
     index = MoBASettings.from_config(config).index if getattr(config, "moba_config", None) else None
     settings = MoBASettings(block_size, top_k, kinds, decode, selection=selection, index=index)
+    if index is not None:
+        keep_block_routers(model, kinds)
     config.moba_config = settings.to_config()
     model.set_attn_implementation(NAME)
     return settings

@@ -15,11 +15,13 @@ This file needs torch and transformers only: exports with code of their own brin
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicLayer
 
 NAME, ATTENTION = "block_router", "moba"
@@ -48,6 +50,7 @@ class BlockRouter(nn.Module):
     Attributes:
         inputs: index queries [batch, H, tokens, C] of the tokens at hand and index keys [batch, J, slots, C], with a
             cache of all its slots; only during the layer's attention.
+        hooks: those of the layer's attention that compute them.
     """
 
     def __init__(self, config: Any, number: int, rotary: nn.Module | None):
@@ -64,6 +67,7 @@ class BlockRouter(nn.Module):
             self.key_norm = RouterRMSNorm(self.size, config.rms_norm_eps)
         self.rotary_emb = rotary
         self.inputs: tuple[Tensor, Tensor] | None = None
+        self.hooks: tuple[RemovableHandle, ...] = ()
 
     def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Index queries [batch, H, tokens, C] and keys [batch, J, tokens, C] of hidden states [batch, tokens, h].
@@ -125,15 +129,48 @@ def add_block_routers(model: nn.Module) -> None:
     kinds = entry.get("layer_types") or [ATTENTION] * config.num_hidden_layers
     places = [number for number, kind in enumerate(kinds) if kind == ATTENTION]
     rotary: tuple[nn.Module | None] | None = None
-    for module in model.modules():
-        layer = getattr(getattr(module, "self_attn", None), "layer_idx", None)
-        if layer not in places or hasattr(module.self_attn, NAME):
+    for layer, attention in _attentions(model):
+        if layer not in places or hasattr(attention, NAME):
             continue
         if rotary is None:
             rotary = _rotary_of_size(model, config, entry["router_dim"])
-        module.self_attn.block_router = BlockRouter(config, places.index(layer), rotary[0])
-        module.self_attn.register_forward_pre_hook(_compute, with_kwargs=True)
-        module.self_attn.register_forward_hook(_forget, always_call=True)
+        attention.block_router = router = BlockRouter(config, places.index(layer), rotary[0])
+        router.hooks = (
+            attention.register_forward_pre_hook(_compute, with_kwargs=True),
+            attention.register_forward_hook(_forget, always_call=True),
+        )
+
+
+def keep_block_routers(model: nn.Module, kinds: Sequence[str]) -> None:
+    """Fit the indexes of a model to other kinds of layers: those that attend fully from now on lose theirs, as a folder
+    that says so has no weights of it.
+
+    Args:
+        kinds: `moba` or `full` for each layer.
+
+    Raises:
+        ValueError: layers that would be MoBA and have no index. Nothing has changed then.
+    """
+    layers = {n: attention for n, attention in _attentions(model) if n < len(kinds)}
+    without = [str(n) for n, attention in layers.items() if kinds[n] == ATTENTION and not hasattr(attention, NAME)]
+    if without:
+        raise ValueError(
+            f"this model's blocks are chosen by an index (moba_config: router = index), and layers "
+            f"{', '.join(without)}, counted from 0, have none: let them attend fully, or load weights with one there"
+        )
+    for number, attention in layers.items():
+        if kinds[number] != ATTENTION and hasattr(attention, NAME):
+            for hook in attention.block_router.hooks:
+                hook.remove()
+            del attention.block_router
+
+
+def _attentions(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    """The attention of each layer, by its number from 0."""
+    for module in model.modules():
+        attention = getattr(module, "self_attn", None)
+        if (layer := getattr(attention, "layer_idx", None)) is not None:
+            yield layer, attention
 
 
 def _rotary_of_size(model: nn.Module, config: Any, size: int) -> tuple[nn.Module | None]:

@@ -94,6 +94,9 @@ class BlockRouter(MegatronModule):
         layer_number: of the layer, from 1.
         query_heads, key_heads: of the layer, on this tensor-parallel rank.
         tp_group, cp_group: ranks over which heads are split, and sequences.
+
+    Attributes:
+        set_aside: let the layer's own queries and keys choose, to see what that changes.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class BlockRouter(MegatronModule):
             RMSNorm(config, settings.dim, eps=config.layernorm_epsilon) if norms else None for _ in range(2)
         )
         self.tally: Tensor | None = None
+        self.set_aside = False
 
     def _projection(self, heads: int, *, split: bool) -> _Projection:
         projection = _Projection(self.config, heads * self.settings.dim)
@@ -248,7 +252,7 @@ class _WithIndex:
         **others: Any,
     ) -> Any:
         """As megatron-core's."""
-        used = self.core_attention.attention.kind == "moba"
+        used = self.core_attention.attention.kind == "moba" and not self.block_router.set_aside
         self._index = self._index_of(hidden_states, rotary_pos_emb, packed_seq_params) if used else None
         learns = used and self.block_router.settings.loss != "none"
         try:

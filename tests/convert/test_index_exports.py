@@ -221,6 +221,24 @@ def test_a_loaded_model_is_saved_with_its_index(run, tmp_path):
     assert again.config.moba_config["router"] == "index"
     with torch.no_grad():
         again(ids)
-    configure(again, block_size=8, top_k=3)
-    with torch.no_grad(), pytest.raises(ValueError, match="chosen by an index .* LlamaAttention has none"):
-        again(ids)
+    with pytest.raises(ValueError, match=r"by an index .*, and layers 3, counted from 0, have none: let them attend"):
+        configure(again, block_size=8, top_k=3)
+    assert again.config.moba_config["layer_types"][3] == "full"
+
+
+def test_layers_that_become_full_lose_their_index(run, tmp_path):
+    """So a saved folder has the weights that its configuration tells of."""
+    model = AutoModelForCausalLM.from_pretrained(run.parent / "moba").eval()
+    configure(model, block_size=8, top_k=3, last_n_full=3, decode="moba")
+    names = {name for name, _ in model.named_parameters() if "block_router" in name}
+    assert names and all(name.startswith("model.layers.0.") for name in names)
+    model.save_pretrained(tmp_path)
+    again, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not found["unexpected_keys"] and not found["missing_keys"]
+    ids = torch.randint(1, 128, (1, 120), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        whole = model(ids).logits
+        assert torch.equal(whole, again.eval()(ids).logits)
+        cached = model(ids[:, :100], past_key_values=(cache := MoBACache())).logits
+        cached = torch.cat([cached, model(ids[:, 100:], past_key_values=cache).logits], dim=1)
+    assert (cached - whole).abs().max() < 1e-4

@@ -83,6 +83,23 @@ def test_a_run_resumes_bit_for_bit_and_at_another_layout(indexed, tmp_path):
             assert line["router_loss"] == pytest.approx(expected["router_loss"], rel=1e-3)
 
 
+def test_a_pipeline_stage_with_nothing_to_train_resumes(tmp_path):
+    """Its layers are full in every stage, so it has no index, and its optimizer no parameters."""
+    changes = {**INDEX, "attention__last_n_full": 2, "parallel__pipeline": 2, "training__train_only": ["router"]}
+    found = []
+    for distributed, stops in ((False, (2,)), (False, (1, 2)), (True, (1, 2))):
+        changes |= {"training__steps": 3, "parallel__distributed_optimizer": distributed}
+        folder = tmp_path / str(len(found))
+        for stop in stops:
+            run_ranks(2, train_here, small_config(folder, **changes, training__stop_after=stop), 2)
+        found.append(read_metrics(folder / "run"))
+    straight, resumed, other = found
+    assert numbers_of(straight) == numbers_of(resumed)
+    assert [line["router_loss"] for line in other] == pytest.approx(
+        [line["router_loss"] for line in straight], rel=1e-5
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -143,3 +160,19 @@ def test_an_index_is_not_lost(plain, indexed, tmp_path):
     notes = check_initial_weights(small_config(tmp_path, **INDEX, model__init_from=str(plain)), 0)
     assert notes == [f"attention.router = index: {plain} has none, it is drawn"]
     assert not check_initial_weights(small_config(tmp_path, **start, **INDEX), 0)
+    for full, layers in ((0, "1, 2, 3, 4"), (2, "1, 2")):
+        other = small_config(tmp_path, **start, **INDEX, attention__last_n_full=full)
+        with pytest.raises(ConfigError, match=f"is another one: MoBA layers {layers}, not 1, 2, 3: make these MoBA"):
+            check_initial_weights(other, 0)
+
+
+def test_an_index_that_is_there_is_not_copied_again(plain, tmp_path):
+    given = {**COPIED, "attention__block_size": 8, "attention__router_init": "drawn"}
+    run_ranks(1, train_here, small_config(tmp_path, training__steps=4, training__stop_after=1, **given))
+    again = {**given, "attention__router_init": "copied", "training__steps": 4}
+    notes = check_initial_weights(small_config(tmp_path, **again, model__init_from=str(tmp_path / "run")), 0)
+    assert notes == [
+        f"attention.router_init = copied: nothing is copied, {tmp_path / 'run'} brings an index of its own"
+    ]
+    notes = check_initial_weights(small_config(tmp_path, **again, model__init_from=str(plain)), 0)
+    assert notes == [f"attention.router = index: {plain} has none, it is copied"]

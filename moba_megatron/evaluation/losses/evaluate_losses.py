@@ -14,7 +14,13 @@ from rich.table import Column, Table
 
 from moba_megatron.config import Config
 from moba_megatron.corpus.manifest import load_manifest
-from moba_megatron.evaluation.attention_choice import LossesChoice, as_file_name, words_of
+from moba_megatron.evaluation.attention_choice import (
+    LossesChoice,
+    as_file_name,
+    chosen_by,
+    index_chooses,
+    words_of,
+)
 from moba_megatron.evaluation.losses.positions import doubling_bounds, position_totals, range_losses, summarise
 from moba_megatron.evaluation.losses.power_law import fit_power_law
 from moba_megatron.evaluation.plots import plot_positions
@@ -44,7 +50,7 @@ def evaluate_losses(
         choice.layers(subject.opened.schedule.num_layers)
     unigram = unigram_baseline(subject.config)
     ways: dict[str, Attention | LossesChoice] = {name: name for name in subject.attentions}
-    ways |= {str(choice): choice for choice in choices}
+    ways |= {_name(subject, choice): choice for choice in choices}
     results, paths = {}, []
     for name, way in ways.items():
         results[name] = _losses(subject, name, way, console)
@@ -64,6 +70,19 @@ def evaluate_losses(
     console.print(f"  {_plot(subject, results)}")
 
 
+def _name(subject: Subject, choice: LossesChoice) -> str:
+    """A choice in tables: with an index in the model, also what chooses."""
+    words = _chosen_by(subject, choice)
+    return f"{choice} {words}" if words else str(choice)
+
+
+def _chosen_by(subject: Subject, choice: LossesChoice) -> str | None:
+    indexed = subject.indexed_layers
+    if not indexed:
+        return None
+    return chosen_by(choice, indexed, subject.opened.schedule.num_layers, subject.config.attention.share_selection)
+
+
 def _record(
     subject: Subject,
     records: EvaluationRecords,
@@ -81,6 +100,8 @@ def _record(
     common = {"data": config.data.validation, "samples": config.evaluation.samples}
     # Says that these are not the model's own sizes, or not its own length.
     result = {**common, **result, **({"choice": " ".join(words)} if words else {})}
+    if is_choice and (by := _chosen_by(subject, way)):
+        result["chosen"] = by
     return records.write(
         "losses",
         step=subject.step,
@@ -103,7 +124,12 @@ def unigram_baseline(config: Config) -> float | None:
 def _losses(subject: Subject, name: str, way: Attention | LossesChoice, console: Console) -> dict[str, Any]:
     """All numbers of one attention, JSON-ready. One sample at a time; logits live in chunks only."""
     config = subject.config
-    subject.attend(way.layers(subject.opened.schedule.num_layers) if isinstance(way, LossesChoice) else way)
+    if isinstance(way, LossesChoice):
+        layers = way.layers(subject.opened.schedule.num_layers)
+        trained = subject.config.attention.share_selection
+        subject.attend(layers, by_index=index_chooses(way.attention.selection, trained))
+    else:
+        subject.attend(way)
     samples = config.evaluation.samples
     batches = shown(subject.batches(samples), samples, f"losses, {name} attention", console, subject.data_parallel)
     passes = -(-samples // subject.data_parallel)
@@ -144,7 +170,7 @@ def _table(subject: Subject, results: dict[str, dict[str, Any]], unigram: float 
 
 def _table_of_choices(against: str, results: dict[str, dict[str, Any]]) -> Table:
     """A row for each way to attend, and how far its losses are from those of one of them."""
-    name = Column("all layers attend by", no_wrap=True)
+    name = Column("the layers attend by", no_wrap=True)
     table = Table(name, "validation loss", "trailing loss", f"minus {against}", "trailing")
     for name, result in results.items():
         losses = [result[key] for key in ("loss", "trailing_loss")]

@@ -11,6 +11,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from moba_megatron.evaluation.attention_choice import index_chooses
 from moba_megatron.model.core_attention import MoBACoreAttention, pack_boundaries
 from moba_megatron.model.index_inputs import IndexInputs
 from moba_megatron.model.schedule import LayerAttention
@@ -46,8 +47,8 @@ class Captured:
 
     def chooser(self, selection: Selection) -> Router | None:
         """The index, where it can choose so; None: `q` and `k` do."""
-        by_mean = selection.uses_scores and selection.uses_means
-        return self.index if by_mean and not selection.shared else None
+        trained = (self.whole or self.attention).selection.share_selection
+        return self.index if index_chooses(selection, trained) else None
 
 
 @contextmanager

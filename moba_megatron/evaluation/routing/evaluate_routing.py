@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from rich.console import Console
 from torch import Tensor
 
-from moba_megatron.evaluation.attention_choice import as_file_name, words_of
+from moba_megatron.evaluation.attention_choice import as_file_name, index_chooses, words_of
 from moba_megatron.evaluation.progress import shown
 from moba_megatron.evaluation.routing.budgets import SuggestedBudgets, held_curve, suggested
 from moba_megatron.evaluation.routing.capture import Captured, capture_attention
@@ -73,6 +73,12 @@ def evaluate_routing(
         values["choice"] = " ".join(words)
     values["advice"] = advice(report)
     console.print(f"{subject.folder}, step {subject.step}: routing on {samples} samples of validation data")
+    if choice is not None and subject.indexed_layers:
+        by_index = attention == "moba" and index_chooses(choice.selection, subject.config.attention.share_selection)
+        values["chosen"] = (
+            "by the index" if by_index else "by own keys" if choice.selection.uses_scores else "by position"
+        )
+        console.print(f"{choice}: chosen {values['chosen']}")
     console.print(table(report))
     for line in values["advice"]:
         console.print(line)
