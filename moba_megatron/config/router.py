@@ -15,16 +15,19 @@ _SETTINGS = (*SHAPE[1:], "router_loss", "router_loss_coeff", "router_init")
 def router_checks(config: Config) -> list[tuple[bool, str]]:
     """(wrong, what to say) for each combination."""
     if config.attention.router == "own":
-        return [*_without_index(config.attention), _nothing_to_train(config)]
+        return [_nothing_to_train(config)]
     return [
         *_dimension_checks(config.attention, config.model),
-        *_choice_checks(config.attention),
+        *_choice_checks(config),
         *_loss_checks(config),
         *_copy_checks(config.attention, config.model),
     ]
 
 
-def _without_index(attention: AttentionConfig) -> list[tuple[bool, str]]:
+def without_index_checks(attention: AttentionConfig) -> list[tuple[bool, str]]:
+    """(wrong, what to say) for each setting of an index where there is none."""
+    if attention.router != "own":
+        return []
     fields = type(attention).model_fields
     return [
         (
@@ -38,7 +41,7 @@ def _without_index(attention: AttentionConfig) -> list[tuple[bool, str]]:
 
 def _nothing_to_train(config: Config) -> tuple[bool, str]:
     return (
-        config.training.train_only is not None,
+        bool(config.training.train_only),
         f"training.train_only = {config.training.train_only}, but attention.router = own has no weights: set "
         "attention.router: index, or take it out",
     )
@@ -64,7 +67,8 @@ def _dimension_checks(attention: AttentionConfig, model: ModelConfig) -> list[tu
     ]
 
 
-def _choice_checks(attention: AttentionConfig) -> list[tuple[bool, str]]:
+def _choice_checks(config: Config) -> list[tuple[bool, str]]:
+    attention, context = config.attention, config.parallel.context
     selectors, share = attention.selectors, attention.share_selection
     finest = attention.router_heads == "query" and attention.router_keys == "key"
     return [
@@ -88,6 +92,11 @@ def _choice_checks(attention: AttentionConfig) -> list[tuple[bool, str]]:
             "index: use auto",
         ),
         (
+            attention.backend == "reference" and context > 1,
+            f"attention.backend = reference with attention.router = index and parallel.context = {context}: it chooses "
+            "among the blocks of whole packs: use auto, gathered or triton",
+        ),
+        (
             share != "none" and not finest,
             f"attention.share_selection = {share} with attention.router_heads = {attention.router_heads} and "
             f"router_keys = {attention.router_keys}: it needs router_heads: query and router_keys: key. router_heads: "
@@ -97,7 +106,7 @@ def _choice_checks(attention: AttentionConfig) -> list[tuple[bool, str]]:
 
 
 def _loss_checks(config: Config) -> list[tuple[bool, str]]:
-    attention, parallel = config.attention, config.parallel
+    attention, parallel, parts = config.attention, config.parallel, config.training.train_only
     return [
         (
             attention.router_loss == "none" and attention.router_loss_coeff != 1.0,
@@ -105,8 +114,8 @@ def _loss_checks(config: Config) -> list[tuple[bool, str]]:
             "none: take it out",
         ),
         (
-            attention.router_loss == "none" and config.training.train_only is not None,
-            f"training.train_only = {config.training.train_only} with attention.router_loss = none: nothing learns; "
+            attention.router_loss == "none" and bool(parts),
+            f"training.train_only = {parts} with attention.router_loss = none: nothing learns; "
             "use sparse or dense",
         ),
         (
