@@ -42,9 +42,9 @@ class LayerAttentionOverride(Section):
         return value
 
     @property
-    def chooses(self) -> bool:
-        """Whether anything but the kind is set: what has an effect in a MoBA layer alone."""
-        return bool(self.block_size or self.top_k or self.selector or self.summary or self.threshold)
+    def of_moba(self) -> list[str]:
+        """Names of the settings that are given and have an effect in a MoBA layer alone."""
+        return [name for name in type(self).model_fields if name != "kind" and getattr(self, name)]
 
 
 class AttentionStage(Section):

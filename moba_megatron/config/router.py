@@ -115,8 +115,7 @@ def _loss_checks(config: Config) -> list[tuple[bool, str]]:
         ),
         (
             attention.router_loss == "none" and bool(parts),
-            f"training.train_only = {parts} with attention.router_loss = none: nothing learns; "
-            "use sparse or dense",
+            f"training.train_only = {parts} with attention.router_loss = none: nothing learns; use sparse or dense",
         ),
         (
             attention.router_loss == "dense" and parallel.context > 1 and parallel.exchange.moba != "a2a",

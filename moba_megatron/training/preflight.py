@@ -152,9 +152,14 @@ def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:
         for layer in layers
     )
     if covered:
+        learns = config.attention.router == "index" and config.attention.router_loss == "sparse"
         lines.append(
             f"attention: in {covered} layers (over all stages) top_k blocks cover data.sequence_length = {length}: "
-            "MoBA is full attention there"
+            + (
+                "MoBA's kernels attend to all of them, and the index learns"
+                if learns
+                else "MoBA is full attention there"
+            )
         )
     if backend == "triton" and device.type == "cuda":
         lines += advice_here(config, schedule, torch.cuda.get_device_name(device), torch.cuda.device_count())

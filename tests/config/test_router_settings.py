@@ -44,7 +44,10 @@ def test_a_copied_index_has_the_shape_of_the_attention():
         ({"attention__selector": "sink_recent"}, "the selector sink_recent looks at no scores"),
         ({"attention__summary": "min_max"}, "attention.summary = min_max: attention.router = index scores means"),
         ({"attention__backend": "flash_moba"}, "attention.backend = flash_moba chooses by attention's own"),
-        ({"attention__backend": "reference", "parallel__context": 2}, "parallel.context = 2: it chooses among the blocks"),
+        (
+            {"attention__backend": "reference", "parallel__context": 2},
+            "parallel.context = 2: it chooses among the blocks",
+        ),
         ({"attention__share_selection": "mean"}, "it needs router_heads: query and router_keys: key"),
         ({"attention__router_loss": "none", "attention__router_loss_coeff": 2.0}, "router_loss_coeff = 2.0 has no"),
         ({"attention__router_loss": "none", "training__train_only": ["router"]}, "nothing learns"),

@@ -25,6 +25,16 @@ def test_the_full_attention_backend_is_told_with_its_reason(tmp_path):
     assert line(parallel__context=2) == "attention.full_backend = auto: the exchange (context parallelism)"
 
 
+def test_blocks_that_cover_a_sequence_are_told(tmp_path):
+    index = {"attention__router": "index", "attention__router_dim": 8}
+    said = "attention: in 3 layers (over all stages) top_k blocks cover data.sequence_length = 128: "
+    assert said + "MoBA is full attention there" in choices(tmp_path, attention__top_k=8)
+    dense = choices(tmp_path, attention__top_k=8, **index, attention__router_loss="dense")
+    assert said + "MoBA is full attention there" in dense
+    kernels = said + "MoBA's kernels attend to all of them, and the index learns"
+    assert kernels in choices(tmp_path, attention__top_k=8, **index)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
