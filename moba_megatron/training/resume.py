@@ -140,7 +140,10 @@ def differences(manifest: Manifest, config: Config, schedule: AttentionSchedule,
         if not free(key)
     ]
     fixed = {f"attention.{name}": "it is parameters" for name in ("key_convolution", *SHAPE)}
-    fixed["training.train_only"] = "it is what the optimizer holds"
+    held = "it is what the optimizer holds"
+    fixed["training.train_only"] = held
+    if "none" in (before.get("attention.router_loss"), now.get("attention.router_loss")):
+        fixed["attention.router_loss"] = held
     problems += [
         f"{key} = {now.get(key)}, but the run has {before.get(key)}: {why}; set it back"
         for key, why in fixed.items()
