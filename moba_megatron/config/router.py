@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moba_megatron.config.attention import AttentionConfig
 from moba_megatron.config.model import ModelConfig
 from moba_megatron.config.schema import Config
@@ -37,6 +39,48 @@ def without_index_checks(attention: AttentionConfig) -> list[tuple[bool, str]]:
         )
         for name in _SETTINGS
     ]
+
+
+def index_learns(config: Config, block_size: int, top_k: int) -> bool:
+    """Whether a MoBA layer can teach its index anything: some query has two past blocks to compare, among those that
+    are chosen (`sparse`) or all (`dense`). One alone has the whole attention, whatever the index says.
+
+    Args:
+        block_size: tokens.
+        top_k: of the head with most.
+    """
+    enough = config.attention.router_loss == "dense" or top_k >= 3
+    return config.attention.router_loss != "none" and enough and config.data.sequence_length > 2 * block_size
+
+
+def learning_problems(config: Config, stages: Sequence[Sequence[tuple[int, int] | None]]) -> list[str]:
+    """What lets an index learn nothing, a line for each.
+
+    Args:
+        stages: for each stage and layer the block size and the largest top_k; None for a full layer.
+    """
+    attention, length, parts = config.attention, config.data.sequence_length, config.training.train_only
+    if attention.router == "own" or attention.router_loss == "none":
+        return []
+    idle = [
+        number
+        for number, layers in enumerate(stages, start=1)
+        if not any(index_learns(config, *layer) for layer in layers if layer is not None)
+    ]
+    chooses = "top_k of at least 3 and " if attention.router_loss == "sparse" else ""
+    needs = f"{chooses}a block_size below half of data.sequence_length = {length}"
+    if len(idle) == len(stages):
+        instead = "router_loss: dense or none" if chooses else "router_loss: none"
+        return [
+            f"attention.router_loss = {attention.router_loss}: an index learns by comparing past blocks, but no MoBA "
+            f"layer has two to compare: give one {needs}, or set {instead}"
+        ]
+    if idle and parts:
+        return [
+            f"training.train_only = {parts}: nothing learns in stage {one_of(idle)} of attention.stages: give it a "
+            f"MoBA layer with {needs}, or leave it to a run without train_only"
+        ]
+    return []
 
 
 def _nothing_to_train(config: Config) -> tuple[bool, str]:

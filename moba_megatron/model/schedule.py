@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moba_megatron.config import AttentionConfig, AttentionKind, AttentionStage, Config, ConfigError
+from moba_megatron.config.router import learning_problems
 from moba_megatron.ops.selection import MOBA, Selection
 
 
@@ -284,7 +285,8 @@ def checked_schedule(config: Config) -> AttentionSchedule:
     """The attention schedule of a configuration.
 
     Raises:
-        ConfigError: settings without effect, or blocks longer than the sequence, in any layer of any stage.
+        ConfigError: settings without effect, or blocks longer than the sequence, in any layer of any stage; an index
+            that can learn nothing.
     """
     try:
         schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
@@ -299,6 +301,10 @@ def checked_schedule(config: Config) -> AttentionSchedule:
         if layer.block_size is not None and layer.block_size > length
     ]
     problems += without_effect(config.attention, schedule)
+    sizes = [
+        [None if layer.kind == "full" else (layer.block_size, layer.top_k) for layer in s] for s in schedule.stages
+    ]
+    problems += learning_problems(config, sizes)
     if problems:
         raise ConfigError(problems)
     return schedule
