@@ -42,9 +42,9 @@ class LayerAttentionOverride(Section):
         return value
 
     @property
-    def chooses(self) -> bool:
-        """Whether anything but the kind is set: what has an effect in a MoBA layer alone."""
-        return bool(self.block_size or self.top_k or self.selector or self.summary or self.threshold)
+    def of_moba(self) -> list[str]:
+        """Names of the settings that are given and have an effect in a MoBA layer alone."""
+        return [name for name in type(self).model_fields if name != "kind" and getattr(self, name)]
 
 
 class AttentionStage(Section):
@@ -106,11 +106,12 @@ class AttentionConfig(Section):
     router_norm: Literal["rms", "none"] = "rms"
     """Norm of the index's queries and keys, by head."""
     router_loss: Literal["none", "sparse", "dense"] = "sparse"
-    """What the index learns from. `sparse`: the attention that each chosen past block gets. `dense`: the full
-    attention of every past block, as expensive as full attention; under context parallelism only with
-    `parallel.exchange: a2a`. `none`: it stays as it is."""
+    """What the index learns from. `sparse`: the attention that each chosen past block gets; it needs two, so a `top_k`
+    of 3. `dense`: the full attention of every past block, as expensive as full attention; under context parallelism
+    only with `parallel.exchange: a2a`. `none`: it is frozen."""
     router_loss_coeff: float = Field(default=1.0, gt=0)
-    """Weight of this loss, a mean over the heads of the index, for each layer and token."""
+    """Weight of this loss, a mean over the heads of the index, for each layer and token. Its gradient is part of the
+    norm that `optimizer.clip_grad` bounds, so a large weight slows the model."""
     router_init: Literal["drawn", "copied"] = "drawn"
     """First weights of an index that `model.init_from` does not bring. `copied`: the layer's own queries and keys, so
     that it chooses as MoBA does; it needs `router_heads: query`, `router_keys: key`, the head size as `router_dim`, and

@@ -12,7 +12,7 @@ from moba_megatron.config.layer_selection import lacks_threshold, layer_selectio
 from moba_megatron.config.model import ModelConfig
 from moba_megatron.config.parallel import ParallelConfig
 from moba_megatron.config.rotary import rotary_checks
-from moba_megatron.config.router import router_checks
+from moba_megatron.config.router import router_checks, without_index_checks
 from moba_megatron.config.schema import Config
 from moba_megatron.config.training_checks import training_checks
 from moba_megatron.config.words import divisors, nearest_multiples, one_of
@@ -256,6 +256,7 @@ def attention_checks(
             f"{name}.last_n_full = {part.last_n_full} is over {layers_key} = {layers}",
         ))  # fmt: skip
     checks += _selection_checks(attention)
+    checks += without_index_checks(attention)
     checks += layer_selection_checks(attention, kv_heads, kv_heads_key)
     ends = [stage.until for stage in attention.stages]
     rising = all(a < b for a, b in zip(ends, ends[1:], strict=False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moba_megatron.config.attention import AttentionConfig
 from moba_megatron.config.model import ModelConfig
 from moba_megatron.config.schema import Config
@@ -15,16 +17,19 @@ _SETTINGS = (*SHAPE[1:], "router_loss", "router_loss_coeff", "router_init")
 def router_checks(config: Config) -> list[tuple[bool, str]]:
     """(wrong, what to say) for each combination."""
     if config.attention.router == "own":
-        return [*_without_index(config.attention), _nothing_to_train(config)]
+        return [_nothing_to_train(config)]
     return [
         *_dimension_checks(config.attention, config.model),
-        *_choice_checks(config.attention),
+        *_choice_checks(config),
         *_loss_checks(config),
         *_copy_checks(config.attention, config.model),
     ]
 
 
-def _without_index(attention: AttentionConfig) -> list[tuple[bool, str]]:
+def without_index_checks(attention: AttentionConfig) -> list[tuple[bool, str]]:
+    """(wrong, what to say) for each setting of an index where there is none."""
+    if attention.router != "own":
+        return []
     fields = type(attention).model_fields
     return [
         (
@@ -36,9 +41,51 @@ def _without_index(attention: AttentionConfig) -> list[tuple[bool, str]]:
     ]
 
 
+def index_learns(config: Config, block_size: int, top_k: int) -> bool:
+    """Whether a MoBA layer can teach its index anything: some query has two past blocks to compare, among those that
+    are chosen (`sparse`) or all (`dense`). One alone has the whole attention, whatever the index says.
+
+    Args:
+        block_size: tokens.
+        top_k: of the head with most.
+    """
+    enough = config.attention.router_loss == "dense" or top_k >= 3
+    return config.attention.router_loss != "none" and enough and config.data.sequence_length > 2 * block_size
+
+
+def learning_problems(config: Config, stages: Sequence[Sequence[tuple[int, int] | None]]) -> list[str]:
+    """What lets an index learn nothing, a line for each.
+
+    Args:
+        stages: for each stage and layer the block size and the largest top_k; None for a full layer.
+    """
+    attention, length, parts = config.attention, config.data.sequence_length, config.training.train_only
+    if attention.router == "own" or attention.router_loss == "none":
+        return []
+    idle = [
+        number
+        for number, layers in enumerate(stages, start=1)
+        if not any(index_learns(config, *layer) for layer in layers if layer is not None)
+    ]
+    chooses = "top_k of at least 3 and " if attention.router_loss == "sparse" else ""
+    needs = f"{chooses}a block_size below half of data.sequence_length = {length}"
+    if len(idle) == len(stages):
+        instead = "router_loss: dense or none" if chooses else "router_loss: none"
+        return [
+            f"attention.router_loss = {attention.router_loss}: an index learns by comparing past blocks, but no MoBA "
+            f"layer has two to compare: give one {needs}, or set {instead}"
+        ]
+    if idle and parts:
+        return [
+            f"training.train_only = {parts}: nothing learns in stage {one_of(idle)} of attention.stages: give it a "
+            f"MoBA layer with {needs}, or leave it to a run without train_only"
+        ]
+    return []
+
+
 def _nothing_to_train(config: Config) -> tuple[bool, str]:
     return (
-        config.training.train_only is not None,
+        bool(config.training.train_only),
         f"training.train_only = {config.training.train_only}, but attention.router = own has no weights: set "
         "attention.router: index, or take it out",
     )
@@ -64,7 +111,8 @@ def _dimension_checks(attention: AttentionConfig, model: ModelConfig) -> list[tu
     ]
 
 
-def _choice_checks(attention: AttentionConfig) -> list[tuple[bool, str]]:
+def _choice_checks(config: Config) -> list[tuple[bool, str]]:
+    attention, context = config.attention, config.parallel.context
     selectors, share = attention.selectors, attention.share_selection
     finest = attention.router_heads == "query" and attention.router_keys == "key"
     return [
@@ -88,6 +136,11 @@ def _choice_checks(attention: AttentionConfig) -> list[tuple[bool, str]]:
             "index: use auto",
         ),
         (
+            attention.backend == "reference" and context > 1,
+            f"attention.backend = reference with attention.router = index and parallel.context = {context}: it chooses "
+            "among the blocks of whole packs: use auto, gathered or triton",
+        ),
+        (
             share != "none" and not finest,
             f"attention.share_selection = {share} with attention.router_heads = {attention.router_heads} and "
             f"router_keys = {attention.router_keys}: it needs router_heads: query and router_keys: key. router_heads: "
@@ -97,7 +150,7 @@ def _choice_checks(attention: AttentionConfig) -> list[tuple[bool, str]]:
 
 
 def _loss_checks(config: Config) -> list[tuple[bool, str]]:
-    attention, parallel = config.attention, config.parallel
+    attention, parallel, parts = config.attention, config.parallel, config.training.train_only
     return [
         (
             attention.router_loss == "none" and attention.router_loss_coeff != 1.0,
@@ -105,9 +158,8 @@ def _loss_checks(config: Config) -> list[tuple[bool, str]]:
             "none: take it out",
         ),
         (
-            attention.router_loss == "none" and config.training.train_only is not None,
-            f"training.train_only = {config.training.train_only} with attention.router_loss = none: nothing learns; "
-            "use sparse or dense",
+            attention.router_loss == "none" and bool(parts),
+            f"training.train_only = {parts} with attention.router_loss = none: nothing learns; use sparse or dense",
         ),
         (
             attention.router_loss == "dense" and parallel.context > 1 and parallel.exchange.moba != "a2a",

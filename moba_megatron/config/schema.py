@@ -176,7 +176,7 @@ class OptimizerConfig(Section):
     wsd_decay_steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     """Steps of the final decay of `WSD`."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled weight decay; norms and biases are exempt."""
+    """Decoupled weight decay; norms, biases and the indexes of `attention.router` are exempt."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest norm of the gradient; 0: no clipping."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)

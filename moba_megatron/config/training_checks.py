@@ -39,6 +39,7 @@ def training_checks(config: Config) -> list[tuple[bool, str]]:
             training.stop_after is not None and training.stop_after > training.steps,
             f"training.stop_after = {training.stop_after} is over training.steps = {training.steps}",
         ),
+        *_train_only_checks(training.train_only),
         *_recompute_checks(config),
         *_memory_checks(config),
         *_offload_checks(config),
@@ -60,6 +61,16 @@ def training_checks(config: Config) -> list[tuple[bool, str]]:
             bool(profile) and (len(profile) != 2 or not 1 <= profile[0] <= profile[1] <= training.steps),
             f"logging.profile_steps = {profile}: give the first and the last step, within 1 to {training.steps}",
         ),
+    ]
+
+
+def _train_only_checks(parts: list[str] | None) -> list[tuple[bool, str]]:
+    if parts is None:
+        return []
+    key = f"training.train_only = {parts}"
+    return [
+        (not parts, f"{key}: nothing learns; name a part such as router, or take it out"),
+        (len(set(parts)) < len(parts), f"{key} names one twice"),
     ]
 
 

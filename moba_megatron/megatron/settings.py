@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from moba_megatron.config import AttentionConfig, AttentionFile, ConfigError, attention_checks, load_attention
-from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.model.schedule import AttentionSchedule, without_effect
 
 CONFIG_VARIABLE = "MOBA_CONFIG"
 STAGE_VARIABLE = "MOBA_STAGE"
@@ -94,6 +94,8 @@ def attention_plan(
         schedule = AttentionSchedule.from_config(file.attention, layers)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
+    if unused := without_effect(file.attention, schedule):
+        raise ConfigError(unused)
     plan = AttentionPlan(schedule, _stage(schedule), file)
     if given is None:
         _refuse_another_plan_than_other_ranks(plan)

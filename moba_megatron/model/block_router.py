@@ -261,8 +261,9 @@ class _WithIndex:
             )
         finally:
             self._index = None
-        if not learns and torch.is_grad_enabled():
-            output = _NoGradient.apply(output, *self.block_router.parameters())
+        waiting = [weight for weight in self.block_router.parameters() if weight.requires_grad]
+        if waiting and not learns and torch.is_grad_enabled():
+            output = _NoGradient.apply(output, *waiting)
         return output, bias
 
     def _index_of(self, hidden: Tensor, rotary_pos_emb: Any, packed_seq_params: PackedSeqParams | None) -> IndexInputs:

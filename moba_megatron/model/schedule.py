@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moba_megatron.config import AttentionConfig, AttentionKind, AttentionStage, Config, ConfigError
+from moba_megatron.config.router import learning_problems
 from moba_megatron.ops.selection import MOBA, Selection
 
 
@@ -147,10 +148,11 @@ class AttentionSchedule:
         schedule = cls(layers, tuple(stage.until for stage in stages))
         for given in (attention.layers, *(stage.layers or {} for stage in stages)):
             for number, override in given.items():
-                if override.chooses and schedule.always_full(number):
+                names = override.of_moba
+                if names and schedule.always_full(number):
                     raise ValueError(
-                        f"attention.layers gives layer {number} a block_size, top_k or selector, but it is full in "
-                        "every stage: give it `kind: moba` or take them out"
+                        f"attention.layers gives layer {number} {', '.join(names)}, but it is full in every stage: "
+                        f"give it `kind: moba`, or take {', '.join(names)} out"
                     )
         return schedule
 
@@ -283,7 +285,8 @@ def checked_schedule(config: Config) -> AttentionSchedule:
     """The attention schedule of a configuration.
 
     Raises:
-        ConfigError: settings without effect, or blocks longer than the sequence, in any layer of any stage.
+        ConfigError: settings without effect, or blocks longer than the sequence, in any layer of any stage; an index
+            that can learn nothing.
     """
     try:
         schedule = AttentionSchedule.from_config(config.attention, config.model.num_layers)
@@ -297,9 +300,29 @@ def checked_schedule(config: Config) -> AttentionSchedule:
         for number, layer in enumerate(layers, start=1)
         if layer.block_size is not None and layer.block_size > length
     ]
+    problems += without_effect(config.attention, schedule)
+    sizes = [
+        [None if layer.kind == "full" else (layer.block_size, layer.top_k) for layer in s] for s in schedule.stages
+    ]
+    problems += learning_problems(config, sizes)
     if problems:
         raise ConfigError(problems)
     return schedule
+
+
+def without_effect(attention: AttentionConfig, schedule: AttentionSchedule) -> list[str]:
+    """Settings of the section that no MoBA layer of its schedule has, each layer having its own or no use for them: a
+    line for each. All go where a comparison makes every layer full."""
+    if not any(kind_of(layers) == "moba" for layers in schedule.stages):
+        return []
+    problems = []
+    for name in ("summary", "threshold", "share_selection"):
+        value, default = getattr(attention, name), type(attention).model_fields[name].default
+        other = value / 2 if isinstance(value, float) else default
+        changed = attention.model_copy(update={name: other})
+        if value != default and AttentionSchedule.from_config(changed, schedule.num_layers) == schedule:
+            problems.append(f"attention.{name} = {value} has no effect: no MoBA layer takes it from here; take it out")
+    return problems
 
 
 def _to_list(layer: LayerAttention) -> list[Any]:

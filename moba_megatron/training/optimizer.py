@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from moba_megatron.config import Config
-from moba_megatron.model.frozen import train_only
+from moba_megatron.model.block_router import NAME as INDEX
+from moba_megatron.model.frozen import freeze
 from moba_megatron.platform import current_device
 
 
@@ -20,10 +21,9 @@ def wrap_data_parallel(model: list[torch.nn.Module], config: Config) -> list[Dis
     in bf16.
 
     The gathering of parameters is not overlapped with computation: it would leave stale ones for saving and evaluation.
-    Weights that `training.train_only` leaves out are frozen.
+    Weights that are to learn nothing are frozen.
     """
-    if config.training.train_only is not None:
-        train_only(model, config.training.train_only)
+    freeze(model, config)
     half = config.training.gradient_precision == "bf16"
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=not half,
@@ -43,7 +43,8 @@ def wrap_data_parallel(model: list[torch.nn.Module], config: Config) -> list[Dis
 
 
 def build_optimizer(model: list[DistributedDataParallel], config: Config) -> MegatronOptimizer:
-    """AdamW in fp32 over the wrapped chunks; norms and biases are not decayed."""
+    """AdamW in fp32 over the wrapped chunks. Norms and biases are not decayed; nor are indexes, for decay would change
+    them in the stages that do not use them."""
     transformer, optimizer = model[0].config, config.optimizer
     settings = OptimizerConfig(
         optimizer="adam",
@@ -58,7 +59,9 @@ def build_optimizer(model: list[DistributedDataParallel], config: Config) -> Meg
         params_dtype=transformer.params_dtype,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
     )
-    built = get_megatron_optimizer(settings, model, config_overrides=get_standard_config_overrides(settings))
+    overrides = get_standard_config_overrides(settings)
+    overrides[ParamKey(name=f"*.{INDEX}.*")] = ParamGroupOverride(wd_mult=0.0)
+    built = get_megatron_optimizer(settings, model, config_overrides=overrides)
     assert isinstance(built, ChainedOptimizer), "`update` looks at the gradients where this kind asks for their norm"
     transformer.grad_scale_func = built.scale_loss
     return built

@@ -10,6 +10,7 @@ import torch
 
 from moba_megatron.checkpoint import Manifest
 from moba_megatron.config import Config, ConfigError, check_world
+from moba_megatron.config.router import index_learns
 from moba_megatron.convert.initial import check_initial_weights, describe_weights, require_source
 from moba_megatron.data.datasets import DataSummary, check_data
 from moba_megatron.data.index_cache import index_lines
@@ -152,13 +153,36 @@ def run_choices(config: Config, schedule: AttentionSchedule) -> list[str]:
         for layer in layers
     )
     if covered:
+        learns = config.attention.router == "index" and config.attention.router_loss == "sparse"
         lines.append(
             f"attention: in {covered} layers (over all stages) top_k blocks cover data.sequence_length = {length}: "
-            "MoBA is full attention there"
+            + (
+                "MoBA's kernels attend to all of them, and the index learns"
+                if learns
+                else "MoBA is full attention there"
+            )
         )
+    if config.attention.router == "index" and config.attention.router_loss != "none":
+        lines += _index_lines(config, schedule)
     if backend == "triton" and device.type == "cuda":
         lines += advice_here(config, schedule, torch.cuda.get_device_name(device), torch.cuda.device_count())
     return lines
+
+
+def _index_lines(config: Config, schedule: AttentionSchedule) -> list[str]:
+    """A note on indexes that never learn, beside others that do."""
+    idle = [
+        number
+        for number, stages in enumerate(zip(*schedule.stages, strict=True), start=1)
+        if not schedule.always_full(number)
+        and not any(layer.kind == "moba" and index_learns(config, layer.block_size, layer.top_k) for layer in stages)
+    ]
+    if not idle:
+        return []
+    return [
+        f"attention.router_loss = {config.attention.router_loss}: the index of layer {', '.join(map(str, idle))} stays "
+        "as it is: no query there has two past blocks to compare"
+    ]
 
 
 def _check_dispatcher(config: Config, device: torch.device) -> None:

@@ -121,12 +121,17 @@ def differences(manifest: Manifest, config: Config, schedule: AttentionSchedule,
         return any(key == name or key.startswith(name + ".") for name in allowed)
 
     before, now = _flatten(_with_defaults(manifest.config)), _flatten(_compared(config))
+    fixed = {f"attention.{name}": "it is parameters" for name in ("key_convolution", *SHAPE)}
+    held = "it is what the optimizer holds"
+    fixed["training.train_only"] = held
+    if "none" in (before.get("attention.router_loss"), now.get("attention.router_loss")):
+        fixed["attention.router_loss"] = held
     changed = [
         (key, f"{key} = {now.get(key)!r}, but the run has {before.get(key)!r}")
         for key in sorted(before.keys() | now.keys())
         # Schedules are compared by what they mean.
         if before.get(key) != now.get(key) and (key in _OF_INDEX or not key.startswith("attention."))
-        if key != "training.train_only"
+        if key not in fixed
     ]
     for line in schedule.differences(AttentionSchedule.from_dict(manifest.schedule)):
         changed.append(("attention", f"attention: {line} in the run's schedule"))
@@ -139,8 +144,6 @@ def differences(manifest: Manifest, config: Config, schedule: AttentionSchedule,
         for key, line in changed
         if not free(key)
     ]
-    fixed = {f"attention.{name}": "it is parameters" for name in ("key_convolution", *SHAPE)}
-    fixed["training.train_only"] = "it is what the optimizer holds"
     problems += [
         f"{key} = {now.get(key)}, but the run has {before.get(key)}: {why}; set it back"
         for key, why in fixed.items()

@@ -44,6 +44,10 @@ def test_a_copied_index_has_the_shape_of_the_attention():
         ({"attention__selector": "sink_recent"}, "the selector sink_recent looks at no scores"),
         ({"attention__summary": "min_max"}, "attention.summary = min_max: attention.router = index scores means"),
         ({"attention__backend": "flash_moba"}, "attention.backend = flash_moba chooses by attention's own"),
+        (
+            {"attention__backend": "reference", "parallel__context": 2},
+            "parallel.context = 2: it chooses among the blocks",
+        ),
         ({"attention__share_selection": "mean"}, "it needs router_heads: query and router_keys: key"),
         ({"attention__router_loss": "none", "attention__router_loss_coeff": 2.0}, "router_loss_coeff = 2.0 has no"),
         ({"attention__router_loss": "none", "training__train_only": ["router"]}, "nothing learns"),
@@ -66,3 +70,7 @@ def test_a_frozen_rest_needs_an_index():
         config_from_dict(changed(training__train_only=["router"]))
     with pytest.raises(ConfigError, match="train_only"):
         indexed(training__train_only=["embedding"])
+    with pytest.raises(ConfigError, match=r"training.train_only = \[\]: nothing learns; name a part such as router"):
+        indexed(training__train_only=[])
+    with pytest.raises(ConfigError, match="training.train_only = .'router', 'router'. names one twice"):
+        indexed(training__train_only=["router", "router"])

@@ -65,9 +65,9 @@ def test_a_stage_that_sets_the_kind_overrides_the_kinds_of_the_sections_layers()
 
 def test_sizes_of_a_layer_that_is_never_moba_are_refused():
     for layer in ({"top_k": 4}, {"block_size": 16}):
-        with pytest.raises(ValueError, match="layer 6 a block_size, top_k or selector, but it is full in every stage"):
+        with pytest.raises(ValueError, match=f"gives layer 6 {next(iter(layer))}, but it is full in every stage: give"):
             schedule(last_n_full=1, layers={6: layer})
-    with pytest.raises(ValueError, match="gives layer 2 a block_size, top_k or selector"):
+    with pytest.raises(ValueError, match="gives layer 2 top_k, but it is full"):
         schedule(stages=[{"until": 1.0, "kind": "full", "layers": {2: {"top_k": 4}}}])
     staged = schedule(
         last_n_full=1, layers={6: {"top_k": 4}}, stages=[{"until": 0.5, "last_n_full": 0}, {"until": 1.0}]

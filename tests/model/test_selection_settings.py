@@ -12,7 +12,7 @@ from model_examples import tiny, train, train_each
 from moba_megatron.config import ConfigError
 from moba_megatron.config.attention import AttentionConfig, AttentionSelector
 from moba_megatron.convert.families import moba_config
-from moba_megatron.model.schedule import FULL, AttentionSchedule, LayerAttention
+from moba_megatron.model.schedule import FULL, AttentionSchedule, LayerAttention, without_effect
 from moba_megatron.model.specs import moba_layer_spec
 from moba_megatron.ops.selection import SELECTORS, SUMMARIES, Selection
 
@@ -51,7 +51,7 @@ def test_settings_reach_the_layers_that_ask_for_them():
         *[Selection("threshold", "min_max", 0.9)] * 2,
     ]
     assert str(mixed.stages[0][1]) == "moba B=8 K=2 threshold of min_max 0.9"
-    with pytest.raises(ValueError, match="layer 3 a block_size, top_k or selector, but it is full"):
+    with pytest.raises(ValueError, match="layer 3 selector, but it is full"):
         schedule_of(last_n_full=1, layers={3: {"selector": "recent"}})
 
 
@@ -73,8 +73,27 @@ def test_a_layer_may_have_settings_of_its_own():
     )  # fmt: skip
     assert first.of_heads(1, 1) == LayerAttention("moba", 8, 4, Selection(summary="min_max"))
     assert AttentionSchedule.from_dict(schedule.to_dict()) == schedule
-    with pytest.raises(ValueError, match="layer 3 a block_size, top_k or selector, but it is full"):
-        schedule_of(last_n_full=1, layers={3: {"summary": "min_max"}})
+    with pytest.raises(
+        ValueError, match="layer 3 summary, threshold, but it is full in every stage: give it `kind: moba`, or"
+    ):
+        schedule_of(last_n_full=1, layers={3: {"summary": "min_max", "threshold": 0.5}})
+
+
+def test_settings_of_the_section_that_no_layer_takes_are_found():
+    def unused(**settings):
+        attention = AttentionConfig(block_size=8, top_k=2, **settings)
+        return without_effect(attention, AttentionSchedule.from_config(attention, 2))
+
+    own = {n: {"selector": "threshold", "threshold": 0.5, "summary": "mean"} for n in (1, 2)}
+    assert unused(selector="threshold", threshold=0.9, summary="min_max", layers=own) == [
+        f"attention.{name} has no effect: no MoBA layer takes it from here; take it out"
+        for name in ("summary = min_max", "threshold = 0.9")
+    ]
+    assert not unused(selector="threshold", threshold=0.9, summary="min_max", layers={1: own[1]})
+    recent = {n: {"selector": "recent"} for n in (1, 2)}
+    assert len(unused(share_selection="mean", layers=recent)) == 1
+    assert not unused(summary="min_max", stages=[{"until": 0.5}, {"until": 1.0, "layers": recent}])
+    assert not unused(summary="min_max", kind="full")
 
 
 def test_a_schedule_is_stored_with_its_selections():

@@ -326,6 +326,11 @@ def test_a_stage_is_named_or_asked_for(monkeypatch):
         ("attention: {block_size: 8, full_layers: [7]}", "names layer 7: layers are counted from 1 to 2"),
         ("attention: {block_size: 8}\nmodel: {num_layers: 2}", "model: unknown key"),
         ("attention: {block_size: 8}\nexchange: carrier_pigeon", "exchange.moba = 'carrier_pigeon'"),
+        ("{block_size: 8, router_dim: 8}", "attention.router_dim = 8 has no effect with attention.router = own"),
+        (
+            "{block_size: 8, summary: min_max, layers: {1: {summary: mean}, 2: {summary: mean}}}",
+            "no MoBA layer takes it",
+        ),
         ("", "must hold a mapping|no attention setting"),
         ("attention: {block_size: 8", "is not valid YAML"),
     ],

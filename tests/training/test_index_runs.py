@@ -135,6 +135,27 @@ def test_a_frozen_model_stays_bit_for_bit(plain, tmp_path):
     assert read_metrics(tmp_path / "sparse/run")[0]["router_loss"] < 0.7 * losses[0]
 
 
+def test_an_index_that_learns_nothing_stays_bit_for_bit(indexed, tmp_path):
+    """Neither weight decay nor gradients of zero change it, with a whole optimizer and with its parts on two ranks."""
+    start = {**INDEX, "model__init_from": str(indexed), "training__steps": 4, "training__stop_after": 2}
+    start["optimizer__weight_decay"] = 0.5
+    untaught = {"attention__router_loss": "none"}
+    full_first = {"attention__stages": [{"until": 0.5, "kind": "full"}, {"until": 1.0}]}
+    two = {**untaught, "parallel__distributed_optimizer": True, "parallel__overlap_grad_reduce": True}
+    before = weights(indexed, 4)
+    for name, changes in {"untaught": untaught, "full": full_first, "two": two}.items():
+        config = small_config(tmp_path / name, **start, **changes)
+        ranks = 2 if name == "two" else 1
+        run_ranks(ranks, train_here, config, ranks)
+        after = weights(tmp_path / name / "run", 2)
+        same = {key for key in before if torch.equal(after[key], before[key])}
+        assert same == {key for key in before if "block_router" in key}, name
+    with pytest.raises(ConfigError, match="router_loss = sparse, but the run has none: it is what the optimizer holds"):
+        allowed = {"checkpoint__allow_changed": ["attention.router_loss"]}
+        preflight(small_config(tmp_path / "untaught", **start, **allowed), 1)
+    run_ranks(1, train_here, small_config(tmp_path / "two", **{**start, **two, "training__stop_after": 3}))
+
+
 def test_a_copied_index_starts_as_the_model_chooses(plain, tmp_path):
     """From a checkpoint and from Hugging Face weights, on one rank and on two."""
     export_huggingface(open_exported(plain), tmp_path / "hf")

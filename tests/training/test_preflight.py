@@ -25,6 +25,41 @@ def test_the_full_attention_backend_is_told_with_its_reason(tmp_path):
     assert line(parallel__context=2) == "attention.full_backend = auto: the exchange (context parallelism)"
 
 
+def test_blocks_that_cover_a_sequence_are_told(tmp_path):
+    index = {"attention__router": "index", "attention__router_dim": 8}
+    said = "attention: in 3 layers (over all stages) top_k blocks cover data.sequence_length = 128: "
+    assert said + "MoBA is full attention there" in choices(tmp_path, attention__top_k=8)
+    dense = choices(tmp_path, attention__top_k=8, **index, attention__router_loss="dense")
+    assert said + "MoBA is full attention there" in dense
+    kernels = said + "MoBA's kernels attend to all of them, and the index learns"
+    assert kernels in choices(tmp_path, attention__top_k=8, **index)
+
+
+def test_an_index_that_cannot_learn_is_refused(tmp_path):
+    """Two past blocks of 16 tokens and a query behind them are the least: 33 tokens."""
+    index = {"attention__router": "index", "attention__router_dim": 8, "attention__block_size": 16}
+    only = {**index, "training__train_only": ["router"]}
+    dense = {**index, "attention__router_loss": "dense"}
+
+    def lines(**changes):
+        return choices(tmp_path, **{"data__sequence_length": 33, **changes})
+
+    for wrong in (
+        {**index, "attention__top_k": 2}, {**index, "data__sequence_length": 32}, {**dense, "data__sequence_length": 32}
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match="but no MoBA layer has two to compare: give one .* below half of data"):
+            lines(**wrong)
+    budgets = {n: {"top_k": [2, 3] if n == 2 else 2} for n in (1, 2, 3)}
+    stays = "attention.router_loss = sparse: the index of layer 1, 3 stays as it is: no query there has two past blocks"
+    assert any(line.startswith(stays) for line in lines(**only, attention__layers=budgets))
+    stages = [{"until": 0.5, "kind": "full"}, {"until": 1.0}]
+    with pytest.raises(ConfigError, match="train_only = .'router'.: nothing learns in stage 1 of attention.stages"):
+        lines(**only, attention__stages=stages)
+    for right in ({**index, "attention__stages": stages}, {**dense, "attention__top_k": 1}, only):
+        assert not any("stays as it is" in line for line in lines(**right))
+    assert lines(**index, attention__top_k=2, attention__router_loss="none")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
