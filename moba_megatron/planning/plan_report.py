@@ -68,7 +68,7 @@ def print_plan(console: Console, plan: RunPlan) -> None:
     if plan.parameters != plan.active:
         console.print(f"{plan.parameters:,} parameters, {plan.active:,} of them active for a token")
     if plan.parameters != plan.trained:
-        console.print(f"{plan.parameters:,} parameters, {plan.trained:,} of them learn (training.train_only)")
+        console.print(f"{plan.parameters:,} parameters, {plan.trained:,} of them learn, the rest is frozen")
     if parallel.pipeline_layers:
         console.print(f"layers of each pipeline stage: {parallel.pipeline_layers}", markup=False)
     for line in resolve_exchange(config).lines:

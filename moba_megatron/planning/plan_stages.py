@@ -20,8 +20,8 @@ class Stage:
         number: from 0; `first` has the embedding, `last` the final norm, the output layer and the loss.
         layers: numbers of its layers, counted from 1, over all its model chunks.
         parameters: of one rank, experts among them; `experts`: those of its experts alone.
-        trained, trained_experts: the part of both that learns: `training.train_only` may freeze the rest, which has
-            neither gradients nor a state of the optimizer.
+        trained, trained_experts: the part of both that learns: `training.train_only` may freeze the rest, and an index
+            without a loss is frozen. Frozen weights have neither gradients nor a state of the optimizer.
         in_flight: microbatches whose activations it holds at once, in units of all its layers: with the interleaved
             schedule a fraction.
     """
@@ -44,7 +44,7 @@ def stages_of(config: Config, vocab_size: int, microbatches: int) -> list[Stage]
         microbatches: of one rank in an optimizer step.
     """
     count, indexed = config.parallel.pipeline, indexed_layers(config)
-    frozen = config.training.train_only is not None
+    frozen, still = config.training.train_only is not None, config.attention.router_loss == "none"
     stages = []
     for number, layers in enumerate(_layer_numbers(config)):
         first, last = number == 0, number == count - 1
@@ -62,7 +62,7 @@ def stages_of(config: Config, vocab_size: int, microbatches: int) -> list[Stage]
                 parameters=parameters,
                 in_flight=_in_flight(config, number, microbatches),
                 experts=experts,
-                trained=index if frozen else parameters,
+                trained=index if frozen else parameters - index * still,
                 trained_experts=0 if frozen else experts,
             )
         )

@@ -42,8 +42,9 @@ def print_dry_run(config: Config, world_size: int) -> None:
     idle = idle_parameters(config.model)
     if idle:
         console.print(f"active for a token   {counts.total - idle:,} ({counts.layers - idle:,} without embeddings)")
-    if config.training.train_only is not None:
-        console.print(f"learning             {whole_model(config, vocab_size).trained:,} (training.train_only)")
+    whole = whole_model(config, vocab_size)
+    if whole.trained < whole.parameters:
+        console.print(f"learning             {whole.trained:,}, the rest is frozen")
     console.print(f"tokens per step      {config.tokens_per_step:,}")
     console.print(f"tokens in all        {config.tokens_per_step * config.training.steps:,}")
     console.print("\n".join([_weights(config), *choices, schedule.table(config.training.steps)]), markup=False)
