@@ -148,9 +148,7 @@ class AttentionConfig(Section):
     @property
     def selectors(self) -> set[str]:
         """All selectors that some layer may have in some stage."""
-        named = [self.selector, *(stage.selector for stage in self.stages)]
-        layers = [self.layers, *(stage.layers or {} for stage in self.stages)]
-        return {*named, *(layer.selector for some in layers for layer in some.values())} - {None}
+        return self._named("selector")
 
     @property
     def overrides(self) -> dict[str, LayerAttentionOverride]:
@@ -162,9 +160,11 @@ class AttentionConfig(Section):
     @property
     def kinds(self) -> set[str]:
         """Kinds of layers that are named for some stage."""
-        named = [self.kind, *(stage.kind for stage in self.stages)]
-        layers = [self.layers, *(stage.layers or {} for stage in self.stages)]
-        return {*named, *(layer.kind for some in layers for layer in some.values())} - {None}
+        return self._named("kind")
+
+    def _named(self, key: str) -> set[str]:
+        """The values of a setting here, in the stages and in single layers."""
+        return {getattr(section, key) for section in (self, *self.stages, *self.overrides.values())} - {None}
 
     @property
     def top_k_of_means(self) -> bool:
