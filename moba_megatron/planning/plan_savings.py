@@ -72,9 +72,7 @@ class Saving:
 
 def savings(config: Config) -> list[Saving]:
     """What this model can do without, `full` for some layers aside; nothing first, everything last."""
-    model = config.model
-    dense, experts = not all(model.expert_layers), any(model.expert_layers)
-    feed_forward = ["mlp"] * dense + ["moe"] * experts
+    model, experts, feed_forward = config.model, any(config.model.expert_layers), _feed_forward(config)
     found = [Saving(), Saving("selective")]
     if model.moe_shared_expert_intermediate_size is not None:
         found.append(Saving(["shared_experts"]))
@@ -90,9 +88,13 @@ def savings(config: Config) -> list[Saving]:
 def with_offloading(config: Config) -> list[Saving]:
     """Those that keep attention's activations in the memory of the host, which no layout is searched with: no GPU has
     confirmed them yet."""
-    model = config.model
-    feed_forward = ["mlp"] * (not all(model.expert_layers)) + ["moe"] * any(model.expert_layers)
-    return [Saving(offload=OFFLOADED), Saving(feed_forward, offload=OFFLOADED)]
+    return [Saving(offload=OFFLOADED), Saving(_feed_forward(config), offload=OFFLOADED)]
+
+
+def _feed_forward(config: Config) -> list[str]:
+    """The parts that recompute the feed-forward of every layer."""
+    has_experts = config.model.expert_layers
+    return ["mlp"] * (not all(has_experts)) + ["moe"] * any(has_experts)
 
 
 def fitting(
