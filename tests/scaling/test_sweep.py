@@ -146,7 +146,7 @@ def test_skipped_combinations(tmp_path):
         ({"figures": [{"kind": "scaling", "metric": "needle"}]}, "shows loss or trailing_loss, not 'needle'"),
         (
             {"axes": {"x": {"a": {"attention.layers": {1: {"kind": "full", "block_size": 8}}}}}, "figures": []},
-            "run a: attention.layers gives layer 1 a block_size",
+            "run a: attention.layers gives layer 1 block_size, but it is full in every stage",
         ),
         ({"axes": {"x": {"a": {"run.dir": "b"}}}, "figures": []}, "run a: run.dir: the folder of a run is"),
         ({"axes": {"x": {"a": {"tokens": "1e6", "start_from": 3}}}, "figures": []}, "start_from: Input should be"),
