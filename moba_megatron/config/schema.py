@@ -102,8 +102,8 @@ class TrainingConfig(Section):
     offloading): `qkv_linear`, `core_attn`, `attn_proj`, and in layers of experts `mlp_norm`, `expert_fc1`, `moe_act`.
     It needs GPUs and the layers of Transformer Engine."""
     train_only: list[Literal["router"]] | None = None
-    """`[router]`: only the index of `attention.router` learns, all other weights stay as they are. None: everything
-    learns."""
+    """`[router]`: only the index of `attention.router` learns, all other weights stay as they are. A step then costs
+    little more than a forward pass, and keeps little for the backward pass. None: everything learns."""
     gradient_precision: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients are accumulated and sent. `bf16` halves their memory while activations are held, and
     the bytes that are sent; it adds microbatches with less precision. Ranks are summed in fp32, from a copy. It needs

@@ -110,6 +110,10 @@ def _offload_checks(config: Config) -> list[tuple[bool, str]]:
             f"{key}: no layer has experts, so there is no {' and no '.join(of_experts)} to offload",
         ),
         (
+            bool(modules) and training.train_only is not None,
+            f"{key} has nothing to offload with training.train_only: layers that learn nothing keep nothing",
+        ),
+        (
             bool(modules) and training.recompute == "full",
             f"{key} has nothing to offload with training.recompute: full, which keeps the inputs of layers only",
         ),

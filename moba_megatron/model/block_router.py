@@ -47,6 +47,7 @@ from torch.distributed import ProcessGroup
 from moba_megatron.model.core_attention import MoBASelfAttention, pack_boundaries
 from moba_megatron.model.index_inputs import IndexInputs, loss_mask_of
 from moba_megatron.model.key_convolution import ConvolvedKeysSelfAttention
+from moba_megatron.model.no_gradient import without_gradient
 from moba_megatron.model.norm import RMSNorm
 
 NAME = "block_router"
@@ -263,7 +264,7 @@ class _WithIndex:
             self._index = None
         waiting = [weight for weight in self.block_router.parameters() if weight.requires_grad]
         if waiting and not learns and torch.is_grad_enabled():
-            output = _NoGradient.apply(output, *waiting)
+            output = without_gradient(output, *waiting)
         return output, bias
 
     def _index_of(self, hidden: Tensor, rotary_pos_emb: Any, packed_seq_params: PackedSeqParams | None) -> IndexInputs:
@@ -322,19 +323,6 @@ class IndexedSelfAttention(_WithIndex, MoBASelfAttention):
 
 class IndexedConvolvedKeysSelfAttention(_WithIndex, ConvolvedKeysSelfAttention):
     """The same, with a convolution of the attention's own keys."""
-
-
-class _NoGradient(torch.autograd.Function):
-    """Gradients of zero for weights that a pass does not use: the reduction of gradients waits for each of them."""
-
-    @staticmethod
-    def forward(ctx, output: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(*weights)
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, *(torch.zeros_like(weight) for weight in ctx.saved_tensors)
 
 
 def is_of_index(name: str) -> bool:

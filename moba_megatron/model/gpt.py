@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moba_megatron.model.context_parallel import check_layout
 from moba_megatron.model.loss import chunked_cross_entropy
+from moba_megatron.model.no_gradient import without_gradient
 from moba_megatron.model.rotary import RotaryFrequencies, document_rotary
 
 
@@ -53,6 +54,9 @@ class ChunkedLossGPTModel(GPTModel):
         rotary_frequencies: of the rotary embedding, in place of the stock model's `rotary_base` and its scalings.
         **stock: arguments of `GPTModel`, by name.
 
+    Attributes:
+        loss_teaches: whether anything learns from the loss; where nothing does, its gradient is 0 and not computed.
+
     Raises:
         ValueError: for settings that the chunked loss or the rotary embedding of documents does not serve; and in the
             forward of the first pipeline stage, for CPU tensors, if a batch is not cut for this context-parallel rank.
@@ -74,6 +78,7 @@ class ChunkedLossGPTModel(GPTModel):
             super().__init__(**stock)
         self.loss_chunk_size = loss_chunk_size
         self.unpadded_vocab_size = unpadded_vocab_size
+        self.loss_teaches = True
         self.rotary_pos_emb = document_rotary(
             self.config,
             rotary_frequencies,
@@ -99,8 +104,8 @@ class ChunkedLossGPTModel(GPTModel):
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
         tied = self.share_embeddings_and_output_weights
-        return chunked_cross_entropy(
-            hidden_states,
+        losses = chunked_cross_entropy(
+            hidden_states if self.loss_teaches else hidden_states.detach(),
             self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
             labels,
             chunk_size=self.loss_chunk_size,
@@ -108,3 +113,4 @@ class ChunkedLossGPTModel(GPTModel):
             tp_group=self.pg_collection.tp,
             sequence_parallel=self.config.sequence_parallel,
         )
+        return losses if self.loss_teaches else without_gradient(losses, hidden_states)

@@ -1,10 +1,10 @@
 """Floating-point operations of training, with attention counted by the pairs that are attended.
 
 Each pair of a query and a key that it attends costs 4 D operations a head forward (two products of size D, two
-operations each) and twice that backward. A matrix of P parameters costs 2 P a token forward and 4 P backward, or 2 P
-where `training.train_only` freezes it; of the experts of a layer those count that a token is sent to. An index that
-chooses blocks counts as in `index_shape`. Recomputed activations do not count, so *MFU* (model FLOPs utilisation,
-arXiv 2204.02311) is useful work over the machine's peak.
+operations each) and twice that backward. A matrix of P parameters costs 2 P a token forward and 4 P backward; of the
+experts of a layer those count that a token is sent to. An index that chooses blocks counts as in `index_shape`. Where
+it alone learns (`training.train_only`) there is no backward pass but its own. Recomputed activations do not count, so
+*MFU* (model FLOPs utilisation, arXiv 2204.02311) is useful work over the machine's peak.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def training_flops_per_token(config: Config, vocab_size: int, layers: Sequence[S
     """
     length = config.data.sequence_length
     pairs = float(sum(attended_pairs(length, *(layer or ())) for layer in layers) / length)
-    attention = 12 * config.model.head_size * config.model.num_attention_heads * pairs
+    passes = 3 if config.training.train_only is None else 1
+    attention = 4 * passes * config.model.head_size * config.model.num_attention_heads * pairs
     index = IndexShape.of(config.attention, config.model)
     if index is not None:
         attention += sum(index.training_flops(config.model, length, *layer) for layer in layers if layer) / length
-    passes = 3 if config.training.train_only is None else 2
     return 2 * passes * matrix_parameters(config.model, vocab_size) + attention
 
 

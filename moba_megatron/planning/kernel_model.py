@@ -302,6 +302,11 @@ def expected_seconds(sizes: AttentionSizes, machine: Machine, backward: bool) ->
     return sum(work.seconds(machine) for work in works)
 
 
+def index_loss_seconds(sizes: AttentionSizes, machine: Machine) -> float:
+    """Expected time of what an index learns from, forward and backward, beyond the choice itself; 0 without one."""
+    return sum(work.seconds(machine) for work in _index_loss_work(sizes))
+
+
 def dense_seconds(sizes: AttentionSizes, machine: Machine, backward: bool) -> float:
     """Expected time of the best full causal attention: 4 D operations a pair forward, 10 D backward."""
     forward = 4 * sizes.head_size * sizes.heads * attended_pairs(sizes.tokens) / machine.peak

@@ -4,7 +4,7 @@ Weights and optimizer (bytes a parameter of this rank): weights 2 in bf16, or 4 
 gradients 4, in fp32; with bf16 weights main weights 4; Adam's two moments 8. The distributed optimizer splits main
 weights and moments over the data-parallel and context-parallel ranks, which hold the same weights; those of experts
 over the ranks that hold the same experts. Weights that `training.train_only` freezes have the weights alone: neither
-megatron-core's gradient buffers nor its optimizer hold them.
+megatron-core's gradient buffers nor its optimizer hold them; and what their layers need is that of a forward pass.
 
 Activations are those of `memory_layer`, for all layers of a stage and all microbatches that it holds at once. On top
 comes the largest of three moments that never meet: the loss (the final norm; gradients of hidden states and, in fp32,
@@ -29,6 +29,8 @@ from moba_megatron.planning.memory_layer import (
     Shape,
     attention_backward_bytes,
     exchange_bytes,
+    forward_bytes,
+    index_bytes,
     layer_bytes,
     mlp_working_bytes,
     offloaded,
@@ -140,6 +142,8 @@ def _stage_activations(
     config: Config, layers: tuple[LayerAttention, ...], stage: Stage, shape: Shape, exchanges: ExchangeChoice
 ) -> tuple[int, int, int, int, int]:
     """(activations, MoBA's own, backward, exchange, freed by then) of one stage of the training."""
+    if config.training.train_only is not None:
+        return _frozen_activations(config, layers, stage, shape, exchanges)
     has_experts, repeated = config.model.expert_layers, repeated_layers(config)
     activations, moba, moments = 0.0, 0.0, [(0, 0, 0)]
     kinds = Counter((layers[number - 1], has_experts[number - 1], number in repeated) for number in stage.layers)
@@ -165,6 +169,24 @@ def _stage_activations(
             freed += count * (kept + selected) / (config.parallel.virtual_pipeline or 1)
     # One layer's are on their way out while the next one makes its own; and one layer's come while one is used.
     return int(activations) + 2 * travelling, int(moba), *max(moments, key=lambda moment: moment[0] + moment[1])
+
+
+def _frozen_activations(
+    config: Config, layers: tuple[LayerAttention, ...], stage: Stage, shape: Shape, exchanges: ExchangeChoice
+) -> tuple[int, int, int, int, int]:
+    """As `_stage_activations`, where the index alone learns."""
+    has_experts, repeated = config.model.expert_layers, repeated_layers(config)
+    activations, moments = 0.0, [(0, 0, 0)]
+    for number in stage.layers:
+        layer = layers[number - 1]
+        name = exchanges.full if layer.kind == "full" else exchanges.moba
+        training, kept = config_of_layers(config, number in repeated).training, index_bytes(shape, layer)
+        again = kept if training.recompute == "full" else 0
+        activations += stage.in_flight * (shape.stream if training.recompute == "full" else kept)
+        attention, mlp = forward_bytes(training, shape, layer, layer_bytes(shape, layer, name, has_experts[number - 1]))
+        most = max(attention, mlp)
+        moments.append((again + most, exchange_bytes(config, shape, layer, name), most - attention))
+    return int(activations), 0, *max(moments, key=lambda moment: moment[0] + moment[1])
 
 
 def _layer_moment(
@@ -199,9 +221,22 @@ def _edge_bytes(stage: Stage, shape: Shape) -> int:
 def _loss_bytes(config: Config, shape: Shape, vocab_size: int) -> int:
     """The final norm, and what `model.loss` needs: under sequence parallelism a gathered copy of the hidden states,
     their gradient, the weight's, one chunk of logits."""
+    if config.training.train_only is not None:
+        return loss_forward_bytes(config, shape, vocab_size)
     rows = vocabulary_rows(config, vocab_size)
     hidden = shape.tokens * shape.hidden * shape.width
     norm = shape.tokens * shape.hidden * (shape.width + (shape.width if shape.cuda else 8)) // shape.norm_split
-    weight = rows * shape.hidden * (4 + (shape.width if shape.width == 2 else 0)) * (config.training.train_only is None)
-    chunk = min(config.training.tokens_of_loss_chunk("cuda" if shape.cuda else "cpu"), shape.tokens) * rows * 8
-    return norm + hidden * (2 if config.parallel.sequence else 1) + weight + chunk
+    weight = rows * shape.hidden * (4 + (shape.width if shape.width == 2 else 0))
+    return norm + hidden * (2 if config.parallel.sequence else 1) + weight + _chunk_tokens(config, shape) * rows * 8
+
+
+def loss_forward_bytes(config: Config, shape: Shape, vocab_size: int) -> int:
+    """The same without gradients: the final norm, under sequence parallelism a gathered copy of the hidden states, one
+    chunk of logits."""
+    rows, hidden = vocabulary_rows(config, vocab_size), shape.tokens * shape.hidden * shape.width
+    logits = _chunk_tokens(config, shape) * rows * (4 + shape.width)
+    return 2 * shape.stream + hidden * config.parallel.sequence + logits
+
+
+def _chunk_tokens(config: Config, shape: Shape) -> int:
+    return min(config.training.tokens_of_loss_chunk("cuda" if shape.cuda else "cpu"), shape.tokens)

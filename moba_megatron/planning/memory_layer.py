@@ -16,9 +16,9 @@ Tensor parallelism divides heads and feed-forward, sequence parallelism the norm
 last row, `full` keeps t h e. In a mixture of experts the feed-forward is that of the shared expert, and the others have
 `memory_experts`, and an index that chooses blocks has `index_shape`.
 
-Frozen weights (`training.train_only`) do not keep what their gradients would need: on a CPU the normalised inputs, the
-output of a norm unless an index reads it, and the product of the feed-forward. On a GPU this was not measured, and is
-counted as without.
+Layers whose index alone learns (`training.train_only`) have no other backward pass (`model.frozen`). They keep what the
+index keeps, and the normalised hidden states that it reads: `index_bytes`. The most of a layer is then alive in its
+forward pass, as in an evaluation: `forward_bytes`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from moba_megatron.config import Config, TrainingConfig
 from moba_megatron.model.schedule import LayerAttention
 from moba_megatron.ops.gathered.index import ENTRY_BYTES, default_entries
-from moba_megatron.ops.kernel_sizes import backward_entry_bytes, default_workspace
+from moba_megatron.ops.kernel_sizes import backward_entry_bytes, default_workspace, forward_entry_bytes
 from moba_megatron.parallel.exchange_kind import ExchangeKind, RankSizes
 from moba_megatron.parallel.exchanges import EXCHANGES
 from moba_megatron.planning.expert_shape import ExpertShape
@@ -78,7 +78,6 @@ class Shape:
     shared: int = 0
     shared_gate: bool = False
     index: IndexShape | None = None
-    frozen: bool = False
 
     @classmethod
     def of(cls, config: Config, device_type: str) -> Shape:
@@ -99,7 +98,6 @@ class Shape:
             shared=(model.moe_shared_expert_intermediate_size or 0) // tensor,
             shared_gate=model.moe_shared_expert_gate,
             index=IndexShape.of(config.attention, model, tensor),
-            frozen=config.training.train_only is not None,
         )
 
     @property
@@ -121,17 +119,54 @@ def layer_bytes(shape: Shape, layer: LayerAttention, exchange: str | None, exper
     shards = 3 * shape.heads + saved_kv * shape.kv_heads
     rotary = 0 if shape.cuda else 4
     past = 0 if layer.kind == "full" else layer.top_k - 1
-    index = shape.index if layer.kind == "moba" else None
-    of_index = learned = 0
-    if index is not None:
-        of_index, learned = index.kept_bytes(t, width), index.loss_bytes(t, past, t // (layer.block_size or t))
+    of_index, learned = _of_index(shape, layer)
     return LayerBytes(
-        norms=(2 * norm - _unneeded(shape, index is not None)) * t * shape.hidden // shape.norm_split,
+        norms=2 * norm * t * shape.hidden // shape.norm_split,
         attention=t * size * width * (shards + rotary) + of_index,
         mlp=_mlp_bytes(shape, experts),
         selected=t * shape.heads * (4 + 4 * past) + learned,
         entry=shape.stream,
     )
+
+
+def _of_index(shape: Shape, layer: LayerAttention) -> tuple[int, int]:
+    """Bytes that the index of a layer keeps: of its queries and keys, and of its loss."""
+    if shape.index is None or layer.kind == "full":
+        return 0, 0
+    tokens, blocks = shape.tokens, shape.tokens // (layer.block_size or shape.tokens)
+    return shape.index.kept_bytes(tokens, shape.width), shape.index.loss_bytes(tokens, layer.top_k - 1, blocks)
+
+
+def index_bytes(shape: Shape, layer: LayerAttention) -> int:
+    """All that a layer keeps for its backward pass if its index alone learns."""
+    kept = sum(_of_index(shape, layer))
+    return kept + shape.stream if kept else 0
+
+
+def forward_bytes(training: TrainingConfig, shape: Shape, layer: LayerAttention, bytes_: LayerBytes) -> tuple[int, int]:
+    """The most alive in the forward pass of a layer that keeps nothing, in its attention (without the buffers of an
+    exchange) and in its feed-forward: the stream before and after, a norm, and the tensors of the one or the other.
+
+    Args:
+        bytes_: that the layer would keep.
+    """
+    around = 2 * shape.stream + bytes_.norms // 2
+    chunk = training.mlp_chunk_size
+    mlp = bytes_.mlp if chunk is None else bytes_.mlp * min(chunk, shape.tokens) // shape.tokens
+    return around + bytes_.attention + bytes_.selected + _forward_workspace(shape, layer), around + mlp
+
+
+def _forward_workspace(shape: Shape, layer: LayerAttention) -> int:
+    """What the backend keeps of the chosen blocks."""
+    if layer.kind == "full":
+        return 0
+    queries = shape.tokens * shape.heads * shape.head_size
+    slots = math.ceil(shape.tokens * shape.heads * (layer.mean_blocks - 1))
+    if shape.cuda:
+        room = shape.workspace_bytes or default_workspace(queries * shape.width)
+        return min(room, slots * forward_entry_bytes(shape.head_size, shape.width))
+    entries = min(default_entries(shape.tokens * shape.heads // shape.kv_heads), slots)
+    return entries * (shape.head_size * shape.width + ENTRY_BYTES)
 
 
 def _mlp_bytes(shape: Shape, experts: bool) -> int:
@@ -141,12 +176,7 @@ def _mlp_bytes(shape: Shape, experts: bool) -> int:
 
 
 def _parts(shape: Shape) -> int:
-    return 3 if shape.cuda else 5 - shape.frozen
-
-
-def _unneeded(shape: Shape, indexed: bool) -> int:
-    """Bytes of a channel that the two norms of a frozen layer do not keep."""
-    return 0 if shape.cuda or not shape.frozen else shape.width * (3 if indexed else 4)
+    return 3 if shape.cuda else 5
 
 
 def _shared_bytes(shape: Shape) -> int:
@@ -188,8 +218,7 @@ def mlp_working_bytes(training: TrainingConfig, shape: Shape, experts: bool = Fa
 def _dense_working_bytes(shape: Shape, ffn: int) -> int:
     streams = 2 if shape.norm_split == 1 else 4
     around = streams * shape.tokens * shape.hidden * shape.width
-    weights = 0 if shape.frozen else 2 * ffn * shape.hidden * shape.width
-    return 2 * shape.tokens * ffn * shape.width + around + weights
+    return 2 * shape.tokens * ffn * shape.width + around + 2 * ffn * shape.hidden * shape.width
 
 
 @dataclass(frozen=True)

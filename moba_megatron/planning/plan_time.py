@@ -1,8 +1,8 @@
 """Seconds of an optimizer step, from operations and bytes.
 
 The time of a microbatch in a pipeline stage: the matrix products of its layers (`MATRIX_SHARE` of the peak, of experts
-`EXPERT_SHARE`; three times the forward's, two times with frozen weights, more with recomputation), sorting tokens by
-their experts, attention by `kernel_model` (one document as long as the sequence, split evenly over tensor- and
+`EXPERT_SHARE`; three times the forward's, more with recomputation, once where the index alone learns), sorting tokens
+by their experts, attention by `kernel_model` (one document as long as the sequence, split evenly over tensor- and
 context-parallel ranks; its forward part again where it is recomputed; in a ring the busiest rank of each step counts,
 `ring_load`), and what the exchanges make it wait (`plan_traffic`, `expert_traffic`). m microbatches through p stages
 take m times the slowest stage; filling and draining (the *bubble*) take each other stage once, or 1/v of that with v
@@ -24,7 +24,14 @@ from moba_megatron.parallel.ring_load import random_choice_factor
 from moba_megatron.planning.expert_shape import ExpertShape
 from moba_megatron.planning.expert_traffic import ExpertTraffic, expert_traffic, sorted_bytes
 from moba_megatron.planning.index_shape import IndexShape
-from moba_megatron.planning.kernel_model import STREAM_SHARE, AttentionSizes, Machine, dense_seconds, expected_seconds
+from moba_megatron.planning.kernel_model import (
+    STREAM_SHARE,
+    AttentionSizes,
+    Machine,
+    dense_seconds,
+    expected_seconds,
+    index_loss_seconds,
+)
 from moba_megatron.planning.memory_layer import Shape, layer_bytes, offloaded
 from moba_megatron.planning.plan_machines import EXPERT_SHARE, MATRIX_SHARE, Cluster
 from moba_megatron.planning.plan_stages import (
@@ -198,7 +205,8 @@ def layer_seconds(
         index=IndexShape.of(config.attention, config.model, parallel.tensor) if layer.kind == "moba" else None,
     )
     documents = training.micro_batch_size / parallel.context
-    attention = _attention_seconds(sizes, machine, training.repeats("core_attn")) * documents
+    learns = training.train_only is None
+    attention = _attention_seconds(sizes, machine, training.repeats("core_attn"), learns) * documents
     attention *= _ring_factor(config, layer, exchange)
     time = LayerTime(
         matrices=_matrix_seconds(config, cluster, experts) + _index_seconds(config, cluster, layer),
@@ -228,13 +236,12 @@ def _matrix_seconds(config: Config, cluster: Cluster, experts: bool) -> float:
     training, tokens, shape = config.training, tokens_of_rank(config), ExpertShape.of(config)
     feed_forward = feed_forward_parameters(config, experts)
     attention = tokens * (layer_parameters(config, experts) - feed_forward)
-    # Frozen weights have no gradients.
-    fewer = training.train_only is not None
-    passes = 3 - fewer + (training.recompute == "full")
+    again, learns = training.recompute == "full", training.train_only is None
+    passes = 3 + again if learns else 1 + again
     if not experts or shape is None:
-        mlp = (training.feed_forward_passes - fewer) * tokens * feed_forward
+        mlp = (training.feed_forward_passes if learns else passes) * tokens * feed_forward
         return 2 * (passes * attention + mlp) / MATRIX_SHARE / cluster.gpu.machine.peak
-    of_shared, of_experts = (3 - fewer + training.repeats(part) for part in ("shared_experts", "moe"))
+    of_shared, of_experts = (3 + training.repeats(part) if learns else passes for part in ("shared_experts", "moe"))
     of_shared = max(of_shared, of_experts)
     # A router sees the tokens that sequence parallelism leaves this rank.
     router = router_parameters(config.model)
@@ -253,15 +260,17 @@ def _index_seconds(config: Config, cluster: Cluster, layer: LayerAttention) -> f
 
 
 @functools.cache
-def _attention_seconds(sizes: AttentionSizes, machine: Machine, twice: bool) -> float:
-    """Forward (twice, if recomputed) and backward over one document; full attention where there is no block size."""
+def _attention_seconds(sizes: AttentionSizes, machine: Machine, twice: bool, learns: bool) -> float:
+    """Forward (twice, if recomputed) and backward over one document; full attention where there is no block size.
+    Where the attention learns nothing, its index alone has a backward pass."""
     seconds = expected_seconds if sizes.block_size else dense_seconds
-    return seconds(sizes, machine, True) + (seconds(sizes, machine, False) if twice else 0)
+    repeated = seconds(sizes, machine, False) if twice else 0
+    return seconds(sizes, machine, learns) + repeated + (0 if learns else index_loss_seconds(sizes, machine))
 
 
 def loss_seconds(config: Config, vocab_size: int, cluster: Cluster) -> float:
-    """The output layer and the loss of one microbatch: logits are made again in the backward pass."""
-    products = 4 - (config.training.train_only is not None)
+    """The output layer and the loss of one microbatch: logits are made again in the backward pass, if there is one."""
+    products = 4 if config.training.train_only is None else 1
     operations = 2 * products * tokens_of_rank(config) * vocabulary_rows(config, vocab_size) * config.model.hidden_size
     return operations / (cluster.gpu.machine.peak * MATRIX_SHARE)
 

@@ -15,6 +15,7 @@ The router and the experts work on the tokens that sequence parallelism leaves a
 of TP's transfers, those of attention, and the other half for a shared expert alone. Parameters of experts are reduced
 over the ranks that hold the same experts.
 
+Where the index alone learns, TP and CP have their forward part alone, under SP with one gather for attention's output.
 Full recomputation repeats the forward part of TP and CP, selective that of CP. A ring and a gather run beside the
 attention, but for the launches of each hop; interleaved pipelines run beside everything; all else is waited for.
 """
@@ -74,18 +75,19 @@ def tensor_moved(config: Config, cluster: Cluster, stage: Stage) -> Moved:
     """TP of one microbatch in one pipeline stage. Embedding and loss cost an all-reduce each, or its two halves."""
     ranks, model = config.parallel.tensor, config.model
     share = (ranks - 1) / ranks * stream_bytes(config)
-    # Frozen weights need nothing gathered for gradients.
-    gathers = config.parallel.sequence and config.training.train_only is None
-    half, repeated = 5 if gathers else 4, repeated_layers(config)
-    halves = 0
+    learns, sequence = config.training.train_only is None, config.parallel.sequence
+    repeated, halves = repeated_layers(config), 0
+    # An attention or a feed-forward is half of a layer.
+    half, of_attention = (4 + sequence, 4 + sequence) if learns else (2, 2 + sequence)
     for number in stage.layers:
         training = config_of_layers(config, number in repeated).training
-        # An attention or a feed-forward is half of a layer.
-        halves += half + 2 * (training.recompute == "full")
+        again = 2 * (training.recompute == "full")
+        halves += of_attention + again
         if not model.expert_layers[number - 1]:
-            halves += half + 2 * (training.feed_forward_passes - 3)
+            halves += half + (2 * (training.feed_forward_passes - 3) if learns else again)
         elif model.moe_shared_expert_intermediate_size is not None:
-            halves += half + 2 * (training.repeats("shared_experts") or training.repeats("moe"))
+            repeats = training.repeats("shared_experts") or training.repeats("moe") if learns else again > 0
+            halves += half + 2 * repeats
     bytes_ = share * halves + 2 * share * (stage.first + stage.last)
     return Moved(bytes_, bytes_ / cluster.link(1, ranks))
 
@@ -114,17 +116,17 @@ def context_moved(
     name = choice.full if layer.kind == "full" else choice.moba
     if ranks == 1 or name is None:
         return Moved()
-    again = config.training.repeats("core_attn")
+    again, learns = config.training.repeats("core_attn"), config.training.train_only is None
     kind, sizes = EXCHANGES[name], rank_sizes(config, layer)
     choosing = _choosing_bytes(config, layer, name, choice, again)
     moved, seconds = 0.0, 0.0
     for message in kind.messages(sizes, ranks, choice.levels):
-        bytes_ = message.forward * (1 + again) + message.backward + choosing
+        bytes_ = message.forward * (1 + again) + message.backward * learns + choosing
         moved, choosing = moved + bytes_, 0
         apart = stride * message.stride
         if message.hidden:
             waited = max(0.0, bytes_ / cluster.link(apart, message.ranks) - attention_seconds)
-            seconds += waited + (2 + again) * (message.ranks - 1) * HOP_SECONDS
+            seconds += waited + (1 + learns + again) * (message.ranks - 1) * HOP_SECONDS
         else:
             seconds += cluster.scatter_seconds(bytes_, apart, message.ranks)
     return Moved(moved, seconds)
@@ -178,5 +180,6 @@ def data_moved(config: Config, cluster: Cluster, stage: Stage, data_parallel: in
         moved += gradients + weights
         reduced += cluster.reduce_seconds(gradients, stride, ranks)
         gathered += cluster.reduce_seconds(weights, stride, ranks)
-    hidden = microbatch_seconds * 2 / 3 if parallel.overlap_grad_reduce else 0.0
+    backward = 2 / 3 if config.training.train_only is None else 0.0
+    hidden = microbatch_seconds * backward if parallel.overlap_grad_reduce else 0.0
     return Moved(moved, max(0.0, reduced - hidden) + gathered)

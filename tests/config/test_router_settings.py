@@ -51,6 +51,10 @@ def test_a_copied_index_has_the_shape_of_the_attention():
         ({"attention__share_selection": "mean"}, "it needs router_heads: query and router_keys: key"),
         ({"attention__router_loss": "none", "attention__router_loss_coeff": 2.0}, "router_loss_coeff = 2.0 has no"),
         ({"attention__router_loss": "none", "training__train_only": ["router"]}, "nothing learns"),
+        (
+            {"training__train_only": ["router"], "training__offload": ["core_attn"]},
+            "training.offload = ['core_attn'] has nothing to offload with training.train_only",
+        ),
         ({"attention__router_loss": "dense", "parallel__context": 2}, "use parallel.exchange: a2a"),
         (COPIED, "has router_dim = "),
         ({**COPIED, "attention__router_heads": "key"}, "has router_heads = query, not key"),

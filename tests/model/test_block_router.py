@@ -220,6 +220,46 @@ def test_a_frozen_rest_agrees_at_every_layout():
             assert our_norms == pytest.approx(norms, rel=1e-4), layout
 
 
+def backward_products(settings, packs):
+    """Gradients as `gradients_of` has them, and the operations of the matrix products of all backward passes."""
+    from megatron.core.pipeline_parallel import schedules
+    from torch.utils.flop_counter import FlopCounterMode
+
+    backward, operations = schedules.backward_step, []
+
+    def counted(*args, **named):
+        with FlopCounterMode(display=False) as counter:
+            gradient = backward(*args, **named)
+        operations.append(counter.get_total_flops())
+        return gradient
+
+    schedules.backward_step = counted
+    try:
+        return gradients_of(settings, None, packs), sum(operations)
+    finally:
+        schedules.backward_step = backward
+
+
+def products_of_each(configs, packs):
+    return [backward_products(settings, packs) for settings in configs]
+
+
+def test_a_frozen_rest_has_no_backward_pass():
+    """The index gets the gradients it gets beside a model that learns, bit for bit. Products of a layer with an
+    index: the input of the output projection, and the index's weights."""
+    experts = {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.01, "moe_ffn_hidden_size": 32}
+    for model in ({}, experts):
+        both = [config(SHARED, training, model) for training in ({}, FROZEN)]
+        (whole, whole_operations), (index, operations) = run_ranks(1, products_of_each, both, PACKS)[0]
+        assert index[0] == whole[0] and torch.equal(index[1], whole[1]) and len(index[2]) == 3 * 4
+        assert all(torch.equal(gradient, whole[2][name][0]) for name, (gradient, *_) in index[2].items())
+        shape = both[1].model
+        heads = shape.num_attention_heads * shape.head_size
+        learns = 6 * (shape.query_groups + 1)
+        a_token = 3 * 2 * shape.hidden_size * (heads + learns)
+        assert operations == a_token * sum(pack[-1] for pack in PACKS) < 0.2 * whole_operations
+
+
 FULL_FIRST = {**SHARED, "stages": [{"until": 0.5, "kind": "full"}, {"until": 1.0}]}
 UNTAUGHT = {**SHARED, "router_loss": "none"}
 
