@@ -65,7 +65,7 @@ def doctor_command(
 
 
 def _check_data(console: Console, folders: list[Path]) -> None:
-    """Hold prepared data against their manifests: digests of all files, indices, ids.
+    """Compare prepared data with its manifest: digests of all files, indices, ids.
 
     Raises:
         ValueError: a folder is damaged, or none that `prepare` made.

@@ -2,7 +2,7 @@
 
 The manifest is the last file to appear in a checkpoint and the folder gets its name `step_N` only after it, by one
 rename. So a folder with that name is complete, and whatever a killed run left behind is a hidden `.step_N.partial` that
-nobody reads. The manifest records size and digest of every file; `verify` holds them against the disk. It carries a
+nobody reads. The manifest records size and digest of every file; `verify` compares them with the disk. It carries a
 digest of itself as well. Digests find damage; they are no signature, for who changes a file can write them anew.
 """
 
@@ -169,8 +169,8 @@ def digest_file(path: Path) -> FileRecord:
 
 
 def verify(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> list[str]:
-    """Hold every `parts`-th file, from number `part` on, against the manifest; one line for each that does not fit.
-    Part 0 holds the list of files against the folder, too."""
+    """Compare every `parts`-th file, from number `part` on, with the manifest; one line for each difference.
+    Part 0 also compares the list of files with the folder."""
     problems = unlisted(folder, manifest) if part == 0 else []
     for name in sorted(manifest.files)[part::parts]:
         problem = differs(folder / NAME, name, manifest.files[name])

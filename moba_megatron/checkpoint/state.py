@@ -86,7 +86,7 @@ def _places_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
 
 
 def _refuse_misplaced_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Hold the ends of the optimizer's own copy of each parameter, as it would be saved, against the parameter.
+    """Compare the first and last values of the optimizer's copy of each parameter, as it would be saved, with it.
 
     Raises:
         CheckpointError: they differ, so what would be saved belongs to other parameters.

@@ -58,7 +58,7 @@ def import_huggingface(
         source: a Hugging Face folder with safetensors.
         out: the run folder to make: `config.yaml`, `tokenizer/`, `checkpoints/step_0/`, and `origin.json` where a
             name or a license of the source is known. It appears when it is complete.
-        verify: hold an export of ours against its digests.
+        verify: compare the files of this package's own export with its digests.
         upcycling: make a mixture of experts of a dense model.
         advance: told parameters done and in all, after each.
 

@@ -81,7 +81,7 @@ class Encoder:
         return _with_beginning(encoded, begin) if begin else encoded
 
     def check(self, documents: Sequence[Document]) -> None:
-        """Hold gigatoken against `tokenizers` on the beginnings of up to 16 of these texts, evenly spread.
+        """Compare gigatoken with `tokenizers` on the beginnings of up to 16 of these texts, evenly spread.
 
         Raises:
             EngineMismatch: with the first text that differs.

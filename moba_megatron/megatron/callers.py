@@ -50,7 +50,7 @@ def sequence_length(config: Any = None) -> int | None:
 
 
 def check_caller(config: Any, transformer: TransformerConfig) -> None:
-    """Hold the caller's settings against what MoBA's spec can serve; print once what is to be said of them.
+    """Check that MoBA's spec supports the caller's settings; print notes on them once.
 
     Raises:
         ConfigError: naming everything that does not go together with MoBA.

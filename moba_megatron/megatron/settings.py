@@ -114,8 +114,8 @@ def plan_of_environment(config: str | None, stage: str | None, layers: int, leng
 
 
 def _refuse_another_plan_than_other_ranks(plan: AttentionPlan) -> None:
-    """Hold the plan against the first one that any rank had; through the store of the process group, because not every
-    rank builds a layer, and so not every rank comes here."""
+    """Compare the plan with the first one that any rank had. It uses the store of the process group, because not every
+    rank builds a layer and comes here."""
     if not torch.distributed.is_initialized():
         return
     ours = str(plan)

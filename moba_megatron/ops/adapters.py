@@ -12,7 +12,7 @@ is not `cu_seqlens_q`, and it returns the log-sum-exp as well. So everything beh
 FlashMoBA (arXiv 2511.11571; package `flash_moba` 2.0.0) chooses blocks by itself. As its sources say: `moba_topk`
 counts the query's own block, as `top_k` does here; block means are kept in the inputs' dtype, so that near-ties fall
 otherwise than in fp32; and equal scores go to the *higher* block, here to the lower. No GPU has confirmed this adapter;
-the benchmark holds it against the definition before it times it.
+the benchmark compares it with the definition before timing it.
 
 Legend: T tokens, N query heads, G kv heads, D head size.
 """

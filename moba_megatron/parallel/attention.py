@@ -273,13 +273,13 @@ def _check_router_call(
     check_router_backend(router, backend)
     if not has_steps(backend):
         raise ValueError(
-            f"backend {backend!r} chooses among the blocks of whole packs: with a router under context parallelism use "
-            "gathered or triton"
+            f"backend {backend!r} needs the whole pack on one rank. With a router and context parallelism use gathered "
+            "or triton"
         )
     if router.loss == "dense" and levels[1] > 1:
         raise ValueError(
-            f"router.loss = 'dense' with exchange {kind.name!r}: it is held against full attention of whole packs; use "
-            "a2a, a context-parallel size of 1, or router.loss = 'sparse'"
+            f"router.loss = 'dense' with exchange {kind.name!r}: the dense loss compares with full attention over "
+            "whole packs; use a2a, a context-parallel size of 1, or router.loss = 'sparse'"
         )
 
 

@@ -138,9 +138,9 @@ class Held(Exception):
 
 @contextmanager
 def hold(path: Path) -> Iterator[str]:
-    """Hold the lock of a file, made if missing, which then names this process in the words that are yielded. However
-    the process ends, the lock ends with it; children do not inherit it. It also ends where this process opens the file
-    once more and closes it. A file system without locks lets everybody pass.
+    """Hold the lock of a file, made if missing. The file then names this process; the name is yielded. The lock ends
+    with the process, however that ends; children do not inherit it. It also ends if this process opens the file once
+    more and closes it. On a file system without locks everybody passes.
 
     Raises:
         Held: another process has it.

@@ -120,8 +120,8 @@ def observe_routing(
     One of them at least has queries with a choice. Collective; rank 0 gets the layers, the others none."""
     if attention == "full" and choice is None:
         raise ValueError(
-            "--routing: under full attention nothing is chosen. Say with --routing-choice B:K what MoBA shall be held "
-            "against it, or take a model with MoBA layers"
+            "--routing: full attention chooses no blocks. Give --routing-choice B:K to compare MoBA with it, or use a "
+            "model with MoBA layers"
         )
     subject.attend(attention)
     model, at_once = subject.opened.model, subject.data_parallel
