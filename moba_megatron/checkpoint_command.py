@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from moba_megatron.errors import one_door
+from moba_megatron.errors import user_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +31,7 @@ def checkpoint() -> None:
 
 
 @checkpoint_app.command("verify")
-@one_door()
+@user_errors()
 def verify_command(
     place: Annotated[
         Path,
@@ -60,7 +60,7 @@ def verify_command(
 
 
 @checkpoint_app.command("list")
-@one_door()
+@user_errors()
 def list_command(place: PlaceArgument) -> None:
     """List the checkpoints of a run: step, samples, tokens, size, when they were written and by what."""
     import datetime
@@ -95,7 +95,7 @@ def list_command(place: PlaceArgument) -> None:
 
 
 @checkpoint_app.command("inspect")
-@one_door()
+@user_errors()
 def inspect_command(place: PlaceArgument, optimizer: OptimizerOption = False, top: TopOption = 1000) -> None:
     """Show what a checkpoint holds: its counts, shapes, dtypes and norms of its tensors. Ends with 1 if a number is not
     finite."""
@@ -127,7 +127,7 @@ def inspect_command(place: PlaceArgument, optimizer: OptimizerOption = False, to
 
 
 @checkpoint_app.command("diff")
-@one_door()
+@user_errors()
 def diff_command(
     first: PlaceArgument, second: PlaceArgument, optimizer: OptimizerOption = False, top: TopOption = 20
 ) -> None:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from moba_megatron import __version__
-from moba_megatron.errors import one_door
+from moba_megatron.errors import user_errors
 
 _HALF_INSTALLED = (
     "Transformer Engine without its compiled part does this: install it whole (pip install --no-build-isolation "
@@ -23,7 +23,7 @@ _HALF_INSTALLED = (
 PACKAGES = ("torch", "megatron-core", "triton", "transformers", "tokenizers", "datasets", "gigatoken", "wandb")
 
 
-@one_door()
+@user_errors()
 def doctor_command(
     config: Annotated[
         Path | None,

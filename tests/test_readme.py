@@ -53,8 +53,8 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target.split("#")[0]).exists(), target
 
 
-def test_train_py_is_a_thin_door():
-    """What it does stands in the package: it defines `main` alone, and `main` goes through nothing again and again."""
+def test_train_py_is_thin():
+    """What it does is in the package: it defines `main` alone, and `main` has no loop."""
     module = ast.parse((ROOT / "train.py").read_text())
     defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
     repeated = (ast.For, ast.AsyncFor, ast.While, ast.comprehension)

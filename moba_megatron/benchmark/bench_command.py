@@ -15,13 +15,13 @@ import typer
 
 from moba_megatron.before_torch import wait_briefly
 from moba_megatron.benchmark.settings import BenchRouter, BenchSettings
-from moba_megatron.errors import one_door
+from moba_megatron.errors import user_errors
 
 DEFAULTS = BenchSettings()
 _NOT_FOR_DECODE = ("dtypes", "inputs", "modes", "backend", "full", "preset", "context_parallel", "tune", "model")
 
 
-@one_door()
+@user_errors()
 def bench_command(
     context: typer.Context,
     lengths: Annotated[str, typer.Option(help="Lengths in tokens, by commas; 32K means 32768.")] = "2K,4K,8K,16K,32K",

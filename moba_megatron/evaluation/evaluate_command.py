@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moba_megatron.errors import one_door
+from moba_megatron.errors import user_errors
 from moba_megatron.evaluation.lm_eval.flags import HarnessFlags
 from moba_megatron.evaluation.losses.flags import LossesFlags
 from moba_megatron.evaluation.option_groups import with_flags
@@ -16,7 +16,7 @@ from moba_megatron.evaluation.routing.flags import RoutingFlags
 from moba_megatron.evaluation.tasks.flags import TasksFlags
 
 
-@one_door()
+@user_errors()
 @with_flags(losses=LossesFlags, routing=RoutingFlags, tasks=TasksFlags, harness=HarnessFlags)
 def evaluate_command(
     target: Annotated[

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from moba_megatron.errors import one_door
+from moba_megatron.errors import user_errors
 
 
-@one_door()
+@user_errors()
 def report_command(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],
     output: Annotated[
