@@ -155,9 +155,7 @@ class CheckpointWriter:
             tensors += report["tensors"]
             part.unlink()
         if not tensors:
-            raise CheckpointError(
-                f"{unfinished}: no rank saw a tensor in what megatron-core wrote, so none was checked"
-            )
+            raise CheckpointError(f"{unfinished}: megatron-core wrote no tensor that a rank could check")
         if names:
             raise NotFinite(
                 f"step {manifest.step} is not saved, for what is not finite (infinite, NaN, or weights over 1.8e19): "

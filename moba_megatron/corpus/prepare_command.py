@@ -132,7 +132,7 @@ def inspect_command(
     document: Annotated[int | None, typer.Option(help="Show this document of the split, counted from 0.")] = None,
     split: Annotated[str, typer.Option(help="Which split: train, validation, or a view of a blend.")] = "train",
     check: Annotated[
-        bool, typer.Option("--check", help="Read all files: sizes, hashes, index against data, loss mask, ids.")
+        bool, typer.Option("--check", help="Read all files and check sizes, hashes, index, loss mask and token ids.")
     ] = False,
 ) -> None:
     """Show the contents of a prepared dataset or one of its documents, or check all its files."""
