@@ -1,4 +1,4 @@
-"""What there is to export in a checkpoint: its settings, the attention of its last step, its tokenizer."""
+"""The parts of a checkpoint that an export needs: its settings, the attention of its last step, its tokenizer."""
 
 from __future__ import annotations
 

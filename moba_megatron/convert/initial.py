@@ -87,7 +87,7 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
     if _adds_index(config, source):
         lines.append(f"attention.router = index: {source} has none, it is {config.attention.router_init}")
     elif config.attention.router_init == "copied":
-        lines.append(f"attention.router_init = copied: nothing is copied, {source} brings an index of its own")
+        lines.append(f"attention.router_init = copied has no effect: {source} has an index of its own")
     lines += _without_beginning(config, tokenizer)
     rotary = {key: values for key, values in differing.items() if key.startswith("rotary_")}
     lines += [

@@ -1,4 +1,4 @@
-"""Check that a model really uses the attention registered as "moba": asked of the model, not of its configuration."""
+"""Check that a model really uses the attention registered as "moba": tests the model, not its configuration."""
 
 from __future__ import annotations
 

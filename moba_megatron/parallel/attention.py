@@ -142,7 +142,9 @@ def context_attention(
         raise ValueError(reason)
     name, _ = resolve_backend(backend, q.device, q.dtype)
     if levels[1] > 1 and not has_steps(name):
-        raise ValueError(f"backend {name!r} holds whole packs: with exchange {exchange!r} use gathered, or use a2a")
+        raise ValueError(
+            f"backend {name!r} needs the whole pack on one rank: with exchange {exchange!r} use gathered, or use a2a"
+        )
     if router is not None:
         check_router(router, q, k.shape[1], selection)
         _check_router_call(router, block_size, name, kind, levels)

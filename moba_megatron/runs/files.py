@@ -1,4 +1,4 @@
-"""Files that outlive a kill and that other processes read meanwhile: whole or not at all, one writer at a time."""
+"""Files that stay valid after a kill and while other processes read them: complete or absent, one writer at a time."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Running the points of a sweep as ordinary trainings, several at once, in pieces if need be.
+"""Run the points of a sweep as ordinary trainings, several at once, in several pieces of time if necessary.
 
-Each point is `python train.py BASE key=value ...` in a process of its own. What is finished is skipped; what was cut
-continues from its newest checkpoint, because that is what `train.py` does in a run folder; what starts from another run
+Each point is `python train.py BASE key=value ...` in a process of its own. Finished runs are skipped. A run that was
+cut continues from its newest checkpoint, as `train.py` does in every run folder. A run that starts from another run
 waits for it. If a run fails, its output is in RUN/sweep.log, the other runs continue, and the sweep ends with an error
-that lists it. After `minutes`, or on Ctrl-C, runs are sent SIGTERM: they save and end, and the same command goes on
+that lists it. After `minutes`, or on Ctrl-C, runs get SIGTERM: they save and end, and the same command continues them
 later.
 """
 

@@ -359,7 +359,7 @@ def test_ranks_with_other_settings_are_refused(settings):
         if torch.distributed.get_rank() == 1:
             layer_spec(transformer_config())
 
-    with pytest.raises(AssertionError, match="rank 1 has other attention settings than another rank"):
+    with pytest.raises(AssertionError, match="rank 1 and another rank have different attention settings"):
         run_ranks(2, build)
 
 
