@@ -173,7 +173,7 @@ def test_sizes_that_nothing_is_stored_for_take_no_memory(paused, tmp_path, what)
     if what == "chunks":
         entry.chunks[0].sizes = torch.Size([2**50])
     write_list(folder, metadata)
-    with pytest.raises(CheckpointError, match="not stored in whole" if what == "sizes" else "would have"):
+    with pytest.raises(CheckpointError, match="not stored in whole" if what == "sizes" else "should have"):
         StoredTensors(folder).read(key, [0], [2**50])
 
 
