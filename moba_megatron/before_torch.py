@@ -1,13 +1,12 @@
 """What a process does before it imports torch and megatron-core: how its threads wait, what is said while it starts,
 and what the terminal gets of a text that it cannot show.
 
-PyTorch's threads meet at the end of every operation. GNU's OpenMP lets those that come early spin, and by default so
-long that they mostly find the others before they fall asleep. Where other work wants the cores, the spinning takes
-them from the very thread that is waited for: the quickstart on two cores fell from 5,500 to 33 tokens/s. A short spin
-costs 1.5% on a quiet machine and keeps a training going on a busy one.
+PyTorch's threads wait for each other at the end of every operation. In GNU's OpenMP early threads spin, by default for
+so long that they rarely fall asleep. If other work needs the cores, the spinning threads take them from the thread that
+they wait for: the quickstart on two cores fell from 5,500 to 33 tokens/s. A short spin costs 1.5% on a quiet machine
+and keeps a training going on a busy one.
 
-At import, on a machine without its optional libraries, megatron-core warns once for each; `doctor` says it once, with
-the fix.
+At import megatron-core warns about each missing optional library; `doctor` says it once, with the fix.
 """
 
 from __future__ import annotations

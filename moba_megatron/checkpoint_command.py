@@ -1,4 +1,4 @@
-"""`moba-megatron checkpoint`: what checkpoints there are, what they hold, whether they are damaged, how two differ."""
+"""`moba-megatron checkpoint`: list checkpoints, show what they hold, find damage, compare two."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from moba_megatron.errors import one_door
+from moba_megatron.errors import user_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,9 +20,9 @@ PlaceArgument = Annotated[
     Path, typer.Argument(metavar="RUN_OR_STEP", help="Run folder (its newest checkpoint) or checkpoint folder step_N.")
 ]
 OptimizerOption = Annotated[
-    bool, typer.Option("--optimizer", help="The optimizer's state as well: it is two or three times the weights.")
+    bool, typer.Option("--optimizer", help="Include the optimizer state, two to three times as large as the weights.")
 ]
-TopOption = Annotated[int, typer.Option(min=1, help="At most so many rows of each table.")]
+TopOption = Annotated[int, typer.Option(min=1, help="Largest number of rows in each table.")]
 
 
 @checkpoint_app.callback()
@@ -31,18 +31,18 @@ def checkpoint() -> None:
 
 
 @checkpoint_app.command("verify")
-@one_door()
+@user_errors()
 def verify_command(
     place: Annotated[
         Path,
         typer.Argument(
             metavar="RUN_OR_STEP",
-            help="Checkpoint folder step_N, exported folder, or run folder: then all its checkpoints and exports.",
+            help="Checkpoint folder step_N, exported folder, or run folder (all its checkpoints and exports).",
         ),
     ],
 ) -> None:
-    """Read every byte: digests of all files, surplus and missing ones, pickles that name more than they may, numbers
-    that are not finite. Ends with 1 if anything is damaged."""
+    """Read every byte and check: digests of all files, surplus and missing files, pickles that refer to classes that
+    are not allowed, infinite or NaN values. The exit code is 1 if anything is damaged."""
     from moba_megatron.convert.run_damage import checkpoint_findings
 
     console, bad, problems = _console(), 0, []
@@ -60,7 +60,7 @@ def verify_command(
 
 
 @checkpoint_app.command("list")
-@one_door()
+@user_errors()
 def list_command(place: PlaceArgument) -> None:
     """List the checkpoints of a run: step, samples, tokens, size, when they were written and by what."""
     import datetime
@@ -95,10 +95,10 @@ def list_command(place: PlaceArgument) -> None:
 
 
 @checkpoint_app.command("inspect")
-@one_door()
+@user_errors()
 def inspect_command(place: PlaceArgument, optimizer: OptimizerOption = False, top: TopOption = 1000) -> None:
-    """Show what a checkpoint holds: its counts, shapes, dtypes and norms of its tensors. Ends with 1 if a number is not
-    finite."""
+    """Show what a checkpoint holds: counts, and shapes, dtypes and norms of its tensors. The exit code is 1 if a value
+    is infinite or NaN."""
     from moba_megatron.checkpoint import Manifest
     from moba_megatron.checkpoint.find import find_checkpoint
     from moba_megatron.checkpoint.inspection import tensor_facts
@@ -127,12 +127,12 @@ def inspect_command(place: PlaceArgument, optimizer: OptimizerOption = False, to
 
 
 @checkpoint_app.command("diff")
-@one_door()
+@user_errors()
 def diff_command(
     first: PlaceArgument, second: PlaceArgument, optimizer: OptimizerOption = False, top: TopOption = 20
 ) -> None:
-    """Show how two checkpoints differ: settings and counts, and tensors by their largest difference. They may have been
-    written at other parallel layouts."""
+    """Show how two checkpoints differ: settings and counts, and tensors by their largest difference. Their parallel
+    layouts may differ."""
     from moba_megatron.checkpoint import Manifest
     from moba_megatron.checkpoint.find import find_checkpoint
     from moba_megatron.checkpoint.inspection import setting_differences, tensor_differences

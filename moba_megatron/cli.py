@@ -1,4 +1,4 @@
-"""The installed command `moba-megatron`: a thin door.
+"""The installed command `moba-megatron`.
 
 Each command is in its part of the package. Its module has the signature and the help, and imports the rest (torch,
 megatron-core, transformers) only when the command is called. So `--help` answers at once.

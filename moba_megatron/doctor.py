@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from moba_megatron import __version__
-from moba_megatron.errors import one_door
+from moba_megatron.errors import user_errors
 
 _HALF_INSTALLED = (
     "Transformer Engine without its compiled part does this: install it whole (pip install --no-build-isolation "
@@ -23,13 +23,13 @@ _HALF_INSTALLED = (
 PACKAGES = ("torch", "megatron-core", "triton", "transformers", "tokenizers", "datasets", "gigatoken", "wandb")
 
 
-@one_door()
+@user_errors()
 def doctor_command(
     config: Annotated[
         Path | None,
         typer.Argument(
             metavar="[CONFIG|RUN]",
-            help="A configuration: also say what a run of it would choose, and check its data and weights. A run "
+            help="With a configuration: also print what a run would choose, and check data and weights. With a run "
             "folder: look for damage in it instead.",
         ),
     ] = None,
@@ -37,17 +37,17 @@ def doctor_command(
     data: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A folder that `prepare` made: read all of its files and look for damage, and nothing else. May be "
-            "given several times."
+            help="A folder that `prepare` made: only read all of its files and look for damage. May be given several "
+            "times."
         ),
     ] = None,
 ) -> None:
-    """Print versions, devices, optional libraries and attention backends, and why those that cannot run cannot. With a
-    configuration, end with 2 if a run of it would not start: for its settings, data, first weights or run folder. With
-    --data, end with 2 if prepared data are damaged.
+    """Print versions, devices, optional libraries and attention backends, and why some cannot run. With a
+    configuration, the exit code is 2 if its settings, data, first weights or run folder would stop a run. With --data,
+    the exit code is 2 if prepared data are damaged.
 
-    With a run folder, read all of its checkpoints, exports and records, as `checkpoint verify` does, and end with 1 if
-    any is damaged.
+    With a run folder, read all of its checkpoints, exports and records, as `checkpoint verify` does. The exit code is 1
+    if any is damaged.
     """
     console = Console(highlight=False, soft_wrap=True)
     if data:
@@ -65,7 +65,7 @@ def doctor_command(
 
 
 def _check_data(console: Console, folders: list[Path]) -> None:
-    """Hold prepared data against their manifests: digests of all files, indices, ids.
+    """Compare prepared data with its manifest: digests of all files, indices, ids.
 
     Raises:
         ValueError: a folder is damaged, or none that `prepare` made.
@@ -85,7 +85,7 @@ def _check_data(console: Console, folders: list[Path]) -> None:
 
 
 def _print_damage(console: Console, run: Path) -> None:
-    """What is damaged in a run folder. Ends with 1 if anything is."""
+    """Print what is damaged in a run folder. The exit code is 1 if anything is."""
     from moba_megatron.convert.run_damage import run_findings
 
     table, problems = Table(str(run), "what it is", "state"), []

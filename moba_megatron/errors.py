@@ -1,8 +1,8 @@
-"""The one door through which `train.py` and all commands end: what a user can fix becomes a message, and ends with 2.
+"""Error handling of `train.py` and all commands: an error that the user can fix becomes a message and exit code 2.
 
-Known are our own exceptions and the `ValueError`s that our code raises by `raise`; errors of the system (a full disk, a
-missing or forbidden file, a folder in the place of a file); and what the libraries that read files say of files that
-they cannot read. Everything else is a bug of ours, and keeps its traceback.
+These are our own exceptions, `ValueError`s that our code raises by `raise`, errors of the system (a full disk, a
+missing or forbidden file, a folder in the place of a file), and errors of libraries about files that they cannot read.
+Any other exception is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ def describe_os_error(error: BaseException) -> str:
 
 
 @contextmanager
-def one_door(apart: bool = False) -> Iterator[None]:
-    """The end of a command, also as a decorator of one: a message and exit code 2 for what a user can fix, 130 for
-    Ctrl-C; a bug of ours goes on as it is. Notes of an exception (`add_note`) are told behind its message.
+def user_errors(apart: bool = False) -> Iterator[None]:
+    """Handle the errors of a command, as a context or a decorator: exit with a message and code 2 if the user can fix
+    it, with 130 after Ctrl-C; a bug of ours passes unchanged. Notes of an exception (`add_note`) follow its message.
 
     Args:
-        apart: the problems of a file that is not a configuration of a training stand by themselves, a line each.
+        apart: print each problem on a line of its own, for files that are not the configuration of a training.
     """
     import typer
 
@@ -110,6 +110,9 @@ def one_door(apart: bool = False) -> Iterator[None]:
             raise
         _tell(error, apart)
         raise typer.Exit(2) from error
+
+
+one_door = user_errors
 
 
 @contextmanager
@@ -200,8 +203,8 @@ def _path_of(error: BaseException) -> str:
 
 
 def _file_at_hand(traceback: TracebackType | None) -> str:
-    """The file that the innermost function with an open one was at: what fails in a write, or in a close, does not say
-    of which file."""
+    """The file that the innermost function with an open one was using: errors from write and close do not name the
+    file."""
     found = ""
     while traceback is not None:
         frame = traceback.tb_frame

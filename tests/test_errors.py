@@ -1,4 +1,4 @@
-"""The one door: what becomes a message, and what keeps its traceback."""
+"""Error handling of commands: which errors become a message, and which keep their traceback."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from small_run import small_values
 
 from moba_megatron.config import Config, ConfigError, LoggingConfig
 from moba_megatron.corpus.indexed import sync, write
-from moba_megatron.errors import explained, one_door, with_note
+from moba_megatron.errors import explained, user_errors, with_note
 from moba_megatron.platform.launched import check_launch
 from moba_megatron.runs.trackers import check_trackers
 
@@ -86,7 +86,7 @@ def _again() -> None:
 def test_a_bug_keeps_its_traceback(bug: Any):
     error = caught(bug)
     assert explained(error) is None
-    with pytest.raises(type(error)), one_door():
+    with pytest.raises(type(error)), user_errors():
         raise error
 
 
@@ -198,7 +198,7 @@ def test_a_full_disk_in_the_words_of_libraries(error: Exception):
 
 
 def test_the_door_ends_a_command(capsys: pytest.CaptureFixture):
-    @one_door()
+    @user_errors()
     def command(what: str) -> str:
         """Help."""
         with with_note("run it again"):

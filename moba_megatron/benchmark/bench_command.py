@@ -1,7 +1,7 @@
-"""`moba-megatron bench`: the operator's speed and memory against full attention, the exchanges of context parallelism
-against each other, and what a model expects of the GPU kernels.
+"""`moba-megatron bench`: speed and memory of MoBA and full attention, of the exchanges of context parallelism and of
+generation; estimated times of the GPU kernels.
 
-`python -m moba_megatron.benchmark.bench_command` is the same with torch, rich, typer and matplotlib alone.
+`python -m moba_megatron.benchmark.bench_command` does the same and needs only torch, rich, typer and matplotlib.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import typer
 
 from moba_megatron.before_torch import wait_briefly
 from moba_megatron.benchmark.settings import BenchRouter, BenchSettings
-from moba_megatron.errors import one_door
+from moba_megatron.errors import user_errors
 
 DEFAULTS = BenchSettings()
 _NOT_FOR_DECODE = ("dtypes", "inputs", "modes", "backend", "full", "preset", "context_parallel", "tune", "model")
 
 
-@one_door()
+@user_errors()
 def bench_command(
     context: typer.Context,
     lengths: Annotated[str, typer.Option(help="Lengths in tokens, by commas; 32K means 32768.")] = "2K,4K,8K,16K,32K",
@@ -47,9 +47,9 @@ def bench_command(
     router_dim: Annotated[
         int | None,
         typer.Option(
-            help="Let a router of this head size choose (attention.router: index); its projections are not measured, "
-            "its choice is, and in fwd+bwd its loss. Not with --context-parallel, --decode, --model, --tune, "
-            "flash_moba or --preset targets; one K for all key heads."
+            help="Choose blocks by a router of this head size (attention.router: index). Measures its choice, and its "
+            "loss in fwd+bwd, but not its projections. All key heads have one K. Not with --context-parallel, "
+            "--decode, --model, --tune, flash_moba or --preset targets."
         ),
     ] = None,
     router_heads: Annotated[str, typer.Option(help="key or query: as attention.router_heads.")] = "key",
@@ -62,7 +62,7 @@ def bench_command(
         ),
     ] = None,
     model: Annotated[
-        bool, typer.Option("--model", help="Print what a model expects of GPUs instead; nothing is measured.")
+        bool, typer.Option("--model", help="Print estimated times on GPUs instead; nothing is measured.")
     ] = False,
     tune: Annotated[
         bool, typer.Option("--tune", help="Search faster tiles of the GPU kernels instead (tile_table.py).")
@@ -83,10 +83,10 @@ def bench_command(
     ] = False,
     output: Annotated[Path, typer.Option(help="Folder for bench.csv, bench.md and bench.png.")] = Path("bench"),
 ) -> None:
-    """Measure MoBA against full causal attention in the same process, routing included.
+    """Measure MoBA and full causal attention in the same process, routing included.
 
     With --context-parallel C: bytes and seconds of each exchange over C ranks, which are started on this machine unless
-    torchrun has started them. No speed is reported for settings under which a result is wrong.
+    torchrun has started them. Settings with a wrong result get no speed.
     """
     if decode:
         _refuse_ignored(context)
@@ -153,7 +153,7 @@ def _refuse_ignored(context: typer.Context) -> None:
 
 
 def _refuse_router(context: typer.Context, dim: int | None, others: list[str]) -> None:
-    """Exit code 2 if a router is asked for that would be ignored."""
+    """Exit code 2 if the options of a router would be ignored."""
     options = _given(context, ("router_heads", "router_keys", "router_loss"))
     if dim is None and options:
         typer.echo(f"error: {options} without a router: add --router-dim", err=True)

@@ -1,4 +1,4 @@
-"""What benchmarks time: inputs, forward or forward + backward of an operator on them, its seconds and its memory."""
+"""The calls that benchmarks time: inputs, forward or forward + backward of an operator, its seconds and its memory."""
 
 from __future__ import annotations
 

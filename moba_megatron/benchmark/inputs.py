@@ -8,8 +8,8 @@ spread: over the programs of a kernel, and over the ranks of a ring.
 | `hot` | a few blocks above all, one in 64, at least two |
 | `local` | near blocks more than far ones |
 
-All are drawn from a standard normal; what makes them so is added to one or two channels of the keys and queries, by
-more than the scores of the other channels vary.
+All are drawn from a standard normal. The pattern is added to one or two channels of keys and queries; it is larger than
+the variation of the others.
 """
 
 from __future__ import annotations

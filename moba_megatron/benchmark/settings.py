@@ -1,4 +1,4 @@
-"""What the operator's benchmark measures, and what it finds."""
+"""Settings and results of the operator's benchmark."""
 
 from __future__ import annotations
 

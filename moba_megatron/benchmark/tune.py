@@ -1,13 +1,12 @@
 """Search for faster tile shapes of the Triton kernels on this GPU: `moba-megatron bench --tune`.
 
-For each block size, dtype and kernel in turn the tile that this case takes is replaced by every candidate (query rows,
-keys where the kernel streams them, warps, stages), and the whole call is timed: forward for the kernels of the forward
-pass, forward and backward for the others. A candidate that does not compile or does not fit the chip is passed over;
-the fastest stays if it is clearly faster, timed again beside the present one, and the operator still agrees with the
-definition. A place of the table that several block sizes share is tuned for the first of them. After each block size
-the table of all architectures is written out, with this one's changes, as a file to take the place of
-`ops/triton/tile_table.py`. Whether the winners spill registers is for the compile tests to say. Most of the time is
-spent compiling: some minutes for each block size.
+For each block size, dtype and kernel, every candidate (query rows, keys if the kernel streams them, warps, stages)
+replaces the present tile, and the whole call is timed: forward for the kernels of the forward pass, forward and
+backward for the others. Candidates that do not compile or do not fit the chip are skipped. The fastest one is timed
+again next to the present tile. It wins if it is clearly faster and the operator still agrees with the definition. If
+several block sizes share an entry of the table, it is tuned for the first of them. After each block size the table of
+all architectures, with the changes, is written to a file that can replace `ops/triton/tile_table.py`. The compile tests
+check whether the winners spill registers. Most of the time is compilation: some minutes for each block size.
 """
 
 from __future__ import annotations

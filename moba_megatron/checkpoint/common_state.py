@@ -1,4 +1,4 @@
-"""What a distributed checkpoint holds beside tensors (steps, learning rates, flags), as it lies on disk."""
+"""The part of a distributed checkpoint that is not tensors (steps, learning rates, flags), as stored on disk."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Whether all numbers of tensors are finite: neither infinite nor NaN, and for weights not so large either that what is
-computed with them is infinite at once."""
+"""Check that all values of tensors are finite: not infinite or NaN, and weights not so large that the next computation
+overflows."""
 
 from __future__ import annotations
 

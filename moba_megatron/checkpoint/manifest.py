@@ -1,9 +1,9 @@
-"""What a checkpoint folder says of itself: `step_N/checkpoint.json`.
+"""The manifest of a checkpoint folder: `step_N/checkpoint.json`.
 
-The manifest is the last file to appear in a checkpoint and the folder gets its name `step_N` only after it, by one
-rename. So a folder with that name is complete, and whatever a killed run left behind is a hidden `.step_N.partial` that
-nobody reads. The manifest records size and digest of every file; `verify` holds them against the disk. It carries a
-digest of itself as well. Digests find damage; they are no signature, for who changes a file can write them anew.
+The manifest is the last file to appear in a checkpoint, and only then one rename gives the folder its name `step_N`. So
+a folder with that name is complete, and what a killed run leaves behind is a hidden `.step_N.partial` that nobody
+reads. The manifest records size and digest of every file; `verify` compares them with the disk. It also has a digest of
+itself. Digests find damage. They are not a signature: whoever changes a file can also write new digests.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ def _contradictions(manifest: Manifest) -> list[str]:
         return [f"its configuration lacks {error}"]
     lines = []
     if type(length) is not int or type(steps) is not int:
-        return [f"data.sequence_length = {length!r} and training.steps = {steps!r} of its configuration are no numbers"]
+        return [
+            f"data.sequence_length = {length!r} and training.steps = {steps!r} of its configuration are not numbers"
+        ]
     if not 0 <= step <= steps:
         lines.append(f"step = {step}, but the run has training.steps = {steps}")
     if samples < step or (samples > 0) != (step > 0):
@@ -169,8 +171,8 @@ def digest_file(path: Path) -> FileRecord:
 
 
 def verify(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> list[str]:
-    """Hold every `parts`-th file, from number `part` on, against the manifest; one line for each that does not fit.
-    Part 0 holds the list of files against the folder, too."""
+    """Compare every `parts`-th file, from number `part` on, with the manifest; one line for each difference.
+    Part 0 also compares the list of files with the folder."""
     problems = unlisted(folder, manifest) if part == 0 else []
     for name in sorted(manifest.files)[part::parts]:
         problem = differs(folder / NAME, name, manifest.files[name])

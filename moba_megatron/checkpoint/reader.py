@@ -126,7 +126,7 @@ def _with_common_state(folder: Path) -> Iterator[Path]:
 
 
 def _check_together(folder: Path, manifest: Manifest, *, digests: bool) -> None:
-    """Hold the files against the manifest: names and sizes on rank 0, and the digests by all ranks, each its share. All
+    """Compare the files with the manifest: names and sizes on rank 0, the digests on all ranks, each its share. All
     ranks raise if any found a problem."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     own = verify(folder, manifest, rank, ranks) if digests else misplaced_files(folder, manifest) if rank == 0 else []

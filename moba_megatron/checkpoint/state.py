@@ -86,7 +86,7 @@ def _places_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
 
 
 def _refuse_misplaced_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Hold the ends of the optimizer's own copy of each parameter, as it would be saved, against the parameter.
+    """Compare the first and last values of the optimizer's copy of each parameter, as it would be saved, with it.
 
     Raises:
         CheckpointError: they differ, so what would be saved belongs to other parameters.
@@ -102,8 +102,8 @@ def _refuse_misplaced_state(optimizer: MegatronOptimizer, state: dict[str, Any])
             if not torch.allclose(kept.to(parameter), parameter, rtol=0, atol=0, equal_nan=True):
                 raise CheckpointError(
                     f"optimizer state would be saved under the wrong parameter ({entry['param'].key}): this "
-                    f"megatron-core ({megatron.core.__version__}) finds its places otherwise than 0.16 to 0.19 do. "
-                    "Use one of these"
+                    f"megatron-core ({megatron.core.__version__}) places it in another way than 0.16 to 0.19. Use "
+                    "one of these"
                 )
 
 

@@ -1,7 +1,7 @@
 """Tensors and objects of a checkpoint folder one by one, without process groups or a model.
 
-megatron-core's distributed checkpoints are read with PyTorch's own reader, and pickles by what knows only the classes
-of the format (`pickles`). What the list of tensors says is compared with what is stored before memory is taken for it.
+PyTorch's own reader reads megatron-core's distributed checkpoints. Pickles are read by an unpickler that knows only the
+classes of the format (`pickles`). The list of tensors is compared with the stored bytes before memory is allocated.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class StoredTensors:
             numbers = sizes.get(tuple(index.offset or ()), 0)
             if place is None or numbers * entry.properties.dtype.itemsize > place.length:
                 raise CheckpointError(
-                    f"{self.folder}: {key} would have {numbers} numbers, of which no more than "
+                    f"{self.folder}: {key} should have {numbers} numbers, but only "
                     f"{0 if place is None else place.length} bytes are stored"
                 )
 

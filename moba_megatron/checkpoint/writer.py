@@ -5,8 +5,8 @@ this rank's files and their digests, and ends. When every rank's process is done
 writes the manifest, flushes everything to disk and renames `.step_N.partial` to `step_N`; only then are older
 checkpoints removed. A run killed at any moment leaves either the old set or the new one.
 
-Whoever writes looks at all numbers, too. A state that is not finite on any rank is not published: nothing can be
-trained from it, and it would push good checkpoints out.
+The writer also checks all values. If the state of any rank is not finite, the checkpoint is not published: no training
+could continue from it, and it would displace good checkpoints.
 """
 
 from __future__ import annotations
@@ -155,12 +155,10 @@ class CheckpointWriter:
             tensors += report["tensors"]
             part.unlink()
         if not tensors:
-            raise CheckpointError(
-                f"{unfinished}: no rank saw a tensor in what megatron-core wrote, so none was checked"
-            )
+            raise CheckpointError(f"{unfinished}: megatron-core wrote no tensor that a rank could check")
         if names:
             raise NotFinite(
-                f"step {manifest.step} is not saved, for what is not finite (infinite, NaN, or weights over 1.8e19): "
+                f"step {manifest.step} is not saved: values are not finite (infinite, NaN, or weights over 1.8e19) in "
                 f"{list_of_names(sorted(names))}. The checkpoints before it are untouched. Lower optimizer.lr, "
                 "lengthen optimizer.warmup_steps, or look at the data of the last steps",
                 step=manifest.step,

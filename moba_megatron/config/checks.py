@@ -32,7 +32,7 @@ class ConfigError(ValueError):
 
 
 def check_world(config: Config, world_size: int) -> int:
-    """Hold the parallel sizes against the number of processes; return the data-parallel size.
+    """Check that the parallel sizes fit the number of processes; return the data-parallel size.
 
     Raises:
         ConfigError: the error names both numbers and valid ones.

@@ -39,7 +39,7 @@ def unwritten(model: ModelConfig) -> list[str]:
     ]
     if getattr(model, SINKHORN) == "sinkhorn":
         fix = _OTHER_TRAINING.format("aux_loss")
-        lines.append(f"model.{SINKHORN} = sinkhorn: no mixture of experts in transformers weighs so; {fix}")
+        lines.append(f"model.{SINKHORN} = sinkhorn: no mixture of experts in transformers uses it; {fix}")
     if model.moe_shared_expert_intermediate_size is not None and not model.moe_shared_expert_gate:
         lines.append(
             "model.moe_shared_expert_gate = False: in transformers a shared expert has a gate (Qwen 2 MoE); "

@@ -1,4 +1,4 @@
-"""Text that contains `${` and means it: OmegaConf would take it for a reference to another key."""
+"""Literal `${` in text: without an escape OmegaConf would read it as a reference to another key."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def pretrained_model_section(folder: str | Path) -> dict[str, Any]:
     length = data.get("sequence_length") if isinstance(data, dict) else None
     given = section.get("max_position_embeddings")
     if any(number is not None and not isinstance(number, int) for number in (length, given)):
-        raise ConfigError([f"model.init_from = {folder}: the lengths that {path} names are not numbers: copy it again"])
+        raise ConfigError([f"model.init_from = {folder}: {path} has lengths that are not numbers: copy it again"])
     trained = length or 0
     window = max(section.get("max_position_embeddings") or 0, trained) or None
     return {**{key: value for key, value in section.items() if key != "init_from"}, "max_position_embeddings": window}

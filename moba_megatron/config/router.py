@@ -137,8 +137,8 @@ def _choice_checks(config: Config) -> list[tuple[bool, str]]:
         ),
         (
             attention.backend == "reference" and context > 1,
-            f"attention.backend = reference with attention.router = index and parallel.context = {context}: it chooses "
-            "among the blocks of whole packs: use auto, gathered or triton",
+            f"attention.backend = reference with attention.router = index and parallel.context = {context}: it needs "
+            "the whole pack on one rank: use auto, gathered or triton",
         ),
         (
             share != "none" and not finest,

@@ -48,5 +48,5 @@ class Section(BaseModel):
         if not value.strip():
             raise ValueError("an empty path: name a file or a folder")
         if "\0" in value:
-            raise ValueError("a path cannot hold the character of number 0")
+            raise ValueError("a path cannot contain the NUL character")
         return os.path.expanduser(value)

@@ -173,7 +173,10 @@ def number_of(path: Path, names: list[str], name: str) -> int:
     if name.isdecimal() and int(name) < len(names):
         return int(name)
     if name in names and name.isdecimal():
-        raise ConfigError([f"digits are the number of a run, from 0: {name} has number {names.index(name)}"])
+        number = names.index(name)
+        raise ConfigError([
+            f"{name} is read as a run's number (from 0). The run called {name} has number {number}: use that"
+        ])  # fmt: skip
     if name in names:
         return names.index(name)
     words = ", ".join(other for other in names if not other.isdecimal())

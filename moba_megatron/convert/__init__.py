@@ -1,1 +1,1 @@
-"""Hugging Face folders in and out: configurations, weights, and the gate that holds both against transformers."""
+"""Hugging Face folders in and out: configurations, weights, and the check that compares both with transformers."""

@@ -32,7 +32,7 @@ def read_source(folder: Path, *, digest: bool = True) -> dict[str, Any] | None:
     """The contents of `exported_from.json` without its digest; None where there is none.
 
     Args:
-        digest: hold it against that digest.
+        digest: check them against that digest.
 
     Raises:
         CheckpointError: it is damaged.
@@ -55,7 +55,7 @@ def read_source(folder: Path, *, digest: bool = True) -> dict[str, Any] | None:
 
 
 def check_export(folder: Path, *, whole: bool = False) -> None:
-    """Hold the files of an export against its digests; nothing where a folder has none.
+    """Compare the files of an export with its digests; a folder without digests passes.
 
     Args:
         whole: all files. Else those that nobody writes by hand: weights, their index, the vocabulary.

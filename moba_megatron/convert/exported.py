@@ -1,4 +1,4 @@
-"""What there is to export in a checkpoint: its settings, the attention of its last step, its tokenizer."""
+"""The parts of a checkpoint that an export needs: its settings, the attention of its last step, its tokenizer."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Exported:
         return self.config.attention.key_convolution
 
     def check_files(self, *, digests: bool = True) -> None:
-        """Hold the checkpoint's files against its manifest: names and sizes always, digests as `checkpoint.verify` of
-        its run says, or not at all.
+        """Compare the checkpoint's files with its manifest: names and sizes always, digests if both `digests` and
+        `checkpoint.verify` of its run are true.
 
         Raises:
             CheckpointError: damaged files, each by name.

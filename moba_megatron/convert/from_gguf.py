@@ -14,7 +14,7 @@ import typer
 
 from moba_megatron.config import ConfigError
 from moba_megatron.convert.publish import check_unused, new_folder
-from moba_megatron.errors import one_door
+from moba_megatron.errors import user_errors
 
 _MAGIC = b"GGUF"
 
@@ -77,7 +77,7 @@ def _as_written(value: object) -> object:
     return value
 
 
-@one_door(apart=True)
+@user_errors(apart=True)
 def main(
     source: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="GGUF file.")],
     out: Annotated[Path, typer.Argument(help="Hugging Face folder to make; it must not exist.")],

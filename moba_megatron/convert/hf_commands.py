@@ -9,12 +9,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moba_megatron.errors import one_door
+from moba_megatron.errors import user_errors
 
 _VERIFY = "Compare the logits of both models in fp32, and fail if they differ."
 
 
-@one_door()
+@user_errors()
 def import_command(
     source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face folder: config.json, safetensors.")],
     out: Annotated[Path, typer.Argument(help="Run folder to make; it must not exist.")],
@@ -77,7 +77,7 @@ def import_command(
             verify_conversion(console, exported, source)
 
 
-@one_door()
+@user_errors()
 def import_megatron_command(
     source: Annotated[
         Path,
@@ -123,7 +123,7 @@ def import_megatron_command(
     console.print(str(out), markup=False)
 
 
-@one_door()
+@user_errors()
 def export_command(
     run: Annotated[
         Path, typer.Argument(help="Run folder (its newest checkpoint is used) or a checkpoint folder step_N.")

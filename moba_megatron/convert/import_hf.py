@@ -1,7 +1,8 @@
 """A Hugging Face folder becomes a run folder: one checkpoint, at step 0, and a configuration to go on from.
 
-The checkpoint is an ordinary one, so whatever takes a run takes an imported model: evaluation, generation, export, and
-`model.init_from` of another run. Weights are kept bit for bit: bf16 stays bf16, everything else becomes fp32.
+The checkpoint is an ordinary one, so everything that takes a run also takes an imported model: evaluation, generation,
+export, and `model.init_from` of another run. bf16 weights stay bf16, everything else becomes fp32; values do not
+change.
 
 This runs as one process that holds the whole model. A model too large for that is trained without this step:
 `model.init_from` takes the Hugging Face folder itself, and each rank reads its own part.
@@ -58,7 +59,7 @@ def import_huggingface(
         source: a Hugging Face folder with safetensors.
         out: the run folder to make: `config.yaml`, `tokenizer/`, `checkpoints/step_0/`, and `origin.json` where a
             name or a license of the source is known. It appears when it is complete.
-        verify: hold an export of ours against its digests.
+        verify: compare the files of this package's own export with its digests.
         upcycling: make a mixture of experts of a dense model.
         advance: told parameters done and in all, after each.
 

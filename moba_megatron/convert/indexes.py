@@ -92,7 +92,7 @@ class Indexes:
         return {f"self_attention.block_router.{part}.weight": shape for part, shape in sizes.items()}
 
     def differences(self, other: Indexes) -> list[str]:
-        """How another model's indexes differ, in the words of `attention`."""
+        """How another model's indexes differ, by the keys of `attention`."""
         found = [
             f"attention.{key} = {ours}, not {other.settings[key]}"
             for key, ours in self.settings.items()

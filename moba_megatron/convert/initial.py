@@ -45,7 +45,7 @@ _FIXED = ("rotary_percent",)
 
 
 def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
-    """Hold the source of the first weights against the model, before any process group starts.
+    """Check that the source of the first weights fits the model, before any process group starts.
 
     Args:
         vocab_size: entries of `data.tokenizer`, which count where `model.vocab_size` is not set.
@@ -87,7 +87,7 @@ def check_initial_weights(config: Config, vocab_size: int) -> list[str]:
     if _adds_index(config, source):
         lines.append(f"attention.router = index: {source} has none, it is {config.attention.router_init}")
     elif config.attention.router_init == "copied":
-        lines.append(f"attention.router_init = copied: nothing is copied, {source} brings an index of its own")
+        lines.append(f"attention.router_init = copied has no effect: {source} has an index of its own")
     lines += _without_beginning(config, tokenizer)
     rotary = {key: values for key, values in differing.items() if key.startswith("rotary_")}
     lines += [
@@ -178,7 +178,7 @@ def _indexes_of(config: Config) -> Indexes | None:
 
 
 def _verify_together(export: Path) -> None:
-    """Hold the files of an export of ours against its digests, each rank its share; nothing for other folders. All
+    """Compare the files of this package's own export with its digests, each rank its share; other folders pass. All
     ranks raise if any found a problem."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     found: list[list[str]] = [[] for _ in range(ranks)]

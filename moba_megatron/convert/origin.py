@@ -25,7 +25,7 @@ _IN_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 def origin_of(source: str | Path) -> dict[str, Any]:
     """Facts about a Hugging Face folder, a run folder or a checkpoint: some of `base_model` (a name on the hub),
-    `license`, `license_name` and `license_link`, in the words of model cards."""
+    `license`, `license_name` and `license_link`, as model cards write them."""
     source = Path(source)
     if not (source / CONFIG).is_file():
         return read_origin(RunFolder(source)) or read_origin(RunFolder.of(source))

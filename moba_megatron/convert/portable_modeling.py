@@ -74,7 +74,7 @@ def moba_attention(
 
 
 def check_documents(seen: Tensor, told: Tensor) -> None:
-    """Hold the boundaries of packed rows that a trainer tells against the documents of the mask."""
+    """Compare the document boundaries that a trainer gives for packed rows with those of the mask."""
     queries = torch.arange(seen.shape[2], device=seen.device)
     begins = seen[:, 0].any(-1) & (seen[:, 0].int().argmax(-1) == queries)
     found = begins.flatten().nonzero().flatten()

@@ -1,9 +1,9 @@
-"""The tokenizer of a converted model: its files, its special ids, and whether transformers reads it as it is meant.
+"""The tokenizer of a converted model: its files, its special ids, and whether transformers reads it correctly.
 
-`AutoTokenizer` of transformers 5 goes by `model_type` where `tokenizer_class` is not given, and for Qwen 2 even where
-it is: it builds that family's own tokenizer around the vocabulary, which cuts text in another way and gives other ids
-without a word. So the class is always written, and the ids are compared, on texts in which such tokenizers part: the
-rules differ in spaces, digits, line ends and letters, and in what comes after a special token.
+`AutoTokenizer` of transformers 5 uses `model_type` if `tokenizer_class` is missing, and for Qwen 2 always: it builds
+that family's own tokenizer around the vocabulary, which cuts text in another way and silently gives other ids. So the
+class is always written, and ids are compared on texts that such tokenizers cut differently: the rules differ in spaces,
+digits, line ends and letters, and in what follows a special token.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from pydantic import Field, ValidationError
 
 from moba_megatron.config import BlendEntry, ConfigError, Section
 from moba_megatron.config.load import explain
-from moba_megatron.config.overrides import refuse_missing
-from moba_megatron.config.reading import read_plain_yaml
+from moba_megatron.config.overrides import refuse_missing, resolved
+from moba_megatron.config.reading import read_tree
 
 BLEND_FILE = "blend.yaml"
 _ENDINGS = (".yaml", ".yml")
@@ -61,7 +61,7 @@ def _read_blend(path: Path) -> list[BlendEntry]:
         raise ConfigError([f"no such blend file: {path}; make one with `moba-megatron prepare blend`"])
     what = f"{path} is not a blend file, which holds `entries`, a list of `path` and `weight`"
     try:
-        values = read_plain_yaml(path)
+        values = resolved(read_tree(path))
     except ConfigError as error:
         raise ConfigError([f"{what}: {error.problems[0]}"]) from error
     refuse_missing(values)

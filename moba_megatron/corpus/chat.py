@@ -1,12 +1,12 @@
-"""Conversations as documents: the tokenizer's chat template, with the assistant's turns as what is learned.
+"""Conversations as documents: the tokenizer's chat template writes them, and the assistant's turns are learned.
 
-A template that marks the assistant's part with `{% generation %}` defines the tokens that count. Of any other the
-conversation is rendered up to each assistant's turn, with the prompt for an answer, and once more with that turn: what
-is new counts, the end-of-turn token included. A template that writes earlier turns otherwise once later ones follow
-(Qwen 3 drops the thoughts of earlier answers) cannot be cut this way; of such a conversation each answer becomes a
-document of its own, of which only that answer counts. So it is learned in the form in which it is generated.
+A template that marks the assistant's part with `{% generation %}` defines the tokens that count. With any other
+template, the conversation is rendered up to each assistant's turn, with the prompt for an answer, and once more with
+that turn. The difference counts, including the end-of-turn token. Some templates change earlier turns when later ones
+follow (Qwen 3 drops the thoughts of earlier answers), so such a conversation cannot be cut this way. Then each answer
+becomes a document of its own, in which only that answer counts: the model learns it in the form that it generates.
 
-What a template writes may depend on three things beside the messages, all part of the data's identity: a row's tools
+Beside the messages, the text of a template may depend on three things, all part of the data's identity: a row's tools
 and template arguments, the recipe's `chat.template_arguments`, and `chat.now`, the time that a template reads as the
 clock. The clock of the machine is never read.
 """

@@ -1,9 +1,8 @@
 """Exact duplicates over the whole corpus, by the hashes that the shards hold.
 
 Hashes of 16 bytes are spread by their value over files of about two million records, and each file is sorted by itself:
-memory does not grow with the corpus. A document costs 33 bytes of disk in its shard, 24 bytes while duplicates are
-searched, and one bit of the result. That two different texts share a hash is not to be
-expected below some 2**64 documents.
+memory does not grow with the corpus. A document needs 33 bytes of disk in its shard, 24 bytes during the search, and
+one bit of the result. Hash collisions are unlikely below about 2**64 documents.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ Plain texts go through gigatoken, which is one to two orders of magnitude faster
 it on samples. Documents in segments (a prompt and its answer, the turns of a conversation) are encoded by `tokenizers`,
 each as one text: it tells which characters a token covers, and a token belongs to the segment of its first character.
 
-The end-of-document id marks the ends of documents. A text that contains the end-of-document token, literally or in what
-a normalizer makes of it, is encoded with that token read as plain text, all other special tokens as they are. A
-document with which that is not possible is refused. Only in a conversation may the chat template write that token: the
-ends of documents are kept in the index, and training goes by it.
+The end-of-document id marks the ends of documents. If a text contains the end-of-document token, directly or after
+normalization, that token is encoded as plain text; all other special tokens keep their ids. If that is not possible,
+the document is refused. Only the chat template of a conversation may write that token: the index keeps the ends of
+documents, and training uses the index.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Encoder:
         return _with_beginning(encoded, begin) if begin else encoded
 
     def check(self, documents: Sequence[Document]) -> None:
-        """Hold gigatoken against `tokenizers` on the beginnings of up to 16 of these texts, evenly spread.
+        """Compare gigatoken with `tokenizers` on the beginnings of up to 16 of these texts, evenly spread.
 
         Raises:
             EngineMismatch: with the first text that differs.

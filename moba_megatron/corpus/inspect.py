@@ -1,4 +1,4 @@
-"""Looking at a prepared dataset: its manifest in words, one document, and whether its files are whole."""
+"""Inspect a prepared dataset: describe its manifest, show one document, check its files."""
 
 from __future__ import annotations
 

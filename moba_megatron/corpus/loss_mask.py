@@ -24,7 +24,7 @@ def open_loss_mask(prefix: str | Path) -> np.ndarray | None:
 
 
 def check_loss_mask(prefix: str | Path, token_bytes: int, wanted: bool = False) -> None:
-    """Hold the mask of a dataset, if it has one, against PREFIX.bin.
+    """Check that the mask of a dataset, if it has one, fits PREFIX.bin.
 
     Args:
         token_bytes: bytes of a token in PREFIX.bin.

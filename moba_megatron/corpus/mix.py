@@ -22,6 +22,7 @@ import numpy as np
 import yaml
 
 from moba_megatron.config import BlendEntry
+from moba_megatron.config.literal import literal
 from moba_megatron.corpus.blend import BLEND_FILE, BlendFile
 from moba_megatron.corpus.indexed import DocumentIndex, load_index, write_index
 from moba_megatron.corpus.loss_mask import loss_mask_path, open_loss_mask
@@ -87,7 +88,7 @@ def _write_blend(
         _write_view(view, indices[mix.sources.index(view.source)], work)
     shutil.copytree(_folder(mix.sources[0]) / "tokenizer", work / "tokenizer")
     entries = BlendFile(entries=[BlendEntry(path=view.name, weight=view.weight) for view in views])
-    (work / BLEND_FILE).write_text(yaml.safe_dump(entries.model_dump(), sort_keys=False), encoding="utf-8")
+    (work / BLEND_FILE).write_text(yaml.safe_dump(literal(entries.model_dump()), sort_keys=False), encoding="utf-8")
     manifest = _manifest(mix, manifests, views, work, identity)
     manifest.save(work)
     plot_mix(views, work / "blend.png")

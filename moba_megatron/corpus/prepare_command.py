@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from moba_megatron.errors import one_door, with_note
+from moba_megatron.errors import user_errors, with_note
 
 
-@one_door(apart=True)
+@user_errors(apart=True)
 def prepare_command(
     arguments: Annotated[
         list[str],
@@ -111,7 +111,7 @@ def prepare_command(
         typer.echo(prepare(recipe, Path(output), workers, overwrite).summary())
 
 
-@one_door(apart=True)
+@user_errors(apart=True)
 def merge_command(
     out: Annotated[Path, typer.Argument(help="The output folder of the shares.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another dataset in OUT.")] = False,
@@ -126,13 +126,13 @@ def merge_command(
         typer.echo(merge_shares(out, overwrite).summary())
 
 
-@one_door(apart=True)
+@user_errors(apart=True)
 def inspect_command(
     out: Annotated[Path, typer.Argument(help="Folder that `prepare` made.")],
     document: Annotated[int | None, typer.Option(help="Show this document of the split, counted from 0.")] = None,
     split: Annotated[str, typer.Option(help="Which split: train, validation, or a view of a blend.")] = "train",
     check: Annotated[
-        bool, typer.Option("--check", help="Read all files: sizes, hashes, index against data, loss mask, ids.")
+        bool, typer.Option("--check", help="Read all files and check sizes, hashes, index, loss mask and token ids.")
     ] = False,
 ) -> None:
     """Show the contents of a prepared dataset or one of its documents, or check all its files."""
@@ -160,7 +160,7 @@ def inspect_command(
                 raise typer.Exit(1)
 
 
-@one_door(apart=True)
+@user_errors(apart=True)
 def blend_command(
     recipe: Annotated[Path, typer.Argument(help="YAML file with datasets, their shares and lengths.")],
     out: Annotated[Path, typer.Argument(help="Output folder; train with data.train: OUT/blend.yaml.")],

@@ -6,10 +6,10 @@ the inputs only, never on the number of workers; read one after the other they g
 Compressed JSONL cannot be entered in the middle: one file is one part. A part is read as a stream, so memory holds one
 record at a time.
 
-What cannot be a document (bytes that are not UTF-8, a line that is not JSON, a row without text) becomes a `Skipped`
-with its place and reason; what would make the corpus another one (a column of another type, a truncated file) is an
-error. So is a column that no row of a source has, which one part cannot know: whoever reads all parts tells it from the
-rows that came out as `Incomplete`. A part gives up by itself only when its first 1,000 rows are such.
+If something cannot be a document (bytes that are not UTF-8, a line that is not JSON, a row without text), it becomes a
+`Skipped` with its place and reason. If something would change the corpus (a column of another type, a truncated file),
+it is an error. A column that no row of a source has is also an error. One part cannot know that, so the reader of all
+parts finds it from the rows that are `Incomplete`. A part alone stops only if its first 1,000 rows are incomplete.
 """
 
 from __future__ import annotations

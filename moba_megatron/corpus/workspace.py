@@ -213,7 +213,7 @@ def _join(lock: TextIO, space: Workspace, shares: int) -> bool:
     found = _plan_of(space.folder)
     if not found or found["identity"] != space.identity or found["shares"] != shares:
         what = f"{found['shares']} shares" if found and found["identity"] == space.identity else "another dataset"
-        raise ValueError(f"other processes are at work in {space.folder} on {what}: wait for them, or stop them")
+        raise ValueError(f"other processes are preparing {what} in {space.folder}: wait for them, or stop them")
     return True
 
 

@@ -6,10 +6,10 @@ the same for any D, and a run that has consumed n samples continues with sample 
 do not fill is filled with samples whose loss mask is 0: no sample is lost or counts twice, and all ranks make the same
 number of passes.
 
-Where documents do not see each other the samples of a microbatch are packed into one row, `[1, b * s]`, with
-`cu_seqlens`: a document ends where its sample's `cu_seqlens` say so, and at the end of each sample. Of a sample without
-them, from a dataset of another kind, a document ends after each end-of-document token. The dense mask over pairs of
-tokens never exists. Positions start anew at each document.
+If documents do not see each other, the samples of a microbatch are packed into one row, `[1, b * s]`, with
+`cu_seqlens`: a document ends where its sample's `cu_seqlens` say so, and at the end of each sample. If a sample of
+another kind of dataset has no `cu_seqlens`, a document ends after each end-of-document token. The dense mask over pairs
+of tokens never exists. Positions start at 0 in each document.
 
 Under context parallelism a rank keeps its part of each batch (`context_part`): two chunks of every document, or of
 every row where a row is one sequence. Documents are padded at their end to a length that can be cut. Padding is not in

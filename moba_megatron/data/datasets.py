@@ -83,7 +83,7 @@ class DataSummary(ValidationSummary):
 
 
 def check_data(config: Config) -> DataSummary:
-    """Hold the data against the configuration. Cheap: reads indices and manifests, no dataset is built.
+    """Check that the data fit the configuration. Cheap: reads indices and manifests, no dataset is built.
 
     Raises:
         ConfigError: with one line for each file that is missing or damaged, each dataset made with another tokenizer, a

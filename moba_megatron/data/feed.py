@@ -1,4 +1,4 @@
-"""What a rank feeds its model: the microbatches of its data-parallel rank, on its device, ready for the forward
+"""The input of a rank's model: the microbatches of its data-parallel rank, on its device, ready for the forward
 step."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""In which folder the sample indices of a split lie: as asked for, else beside the data, else in the run folder."""
+"""The folder of a split's sample indices: the configured one, else beside the data, else in the run folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the order of samples of a run fits into memory: it is made at once, for all steps of the run."""
+"""Check that the order of samples of a run fits into memory: it is made at once, for all steps of the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From which documents a sample of a dataset was made."""
+"""The documents that a sample of a dataset was made from."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Which attentions of the same weights an evaluation runs: what `--attention` and the choices mean, for every part of
-it."""
+"""The attentions that an evaluation runs with the same weights: the meaning of `--attention` and of the choices, for
+every part of it."""
 
 from __future__ import annotations
 

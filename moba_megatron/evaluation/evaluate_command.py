@@ -1,5 +1,5 @@
-"""`moba-megatron evaluate`: what a trained model can do. Each part of it is a folder of its own, with its options, and
-is imported when it is asked for."""
+"""`moba-megatron evaluate`: what a trained model can do. Each part is a folder with its own options. It is imported
+only when the user asks for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moba_megatron.errors import one_door
+from moba_megatron.errors import user_errors
 from moba_megatron.evaluation.lm_eval.flags import HarnessFlags
 from moba_megatron.evaluation.losses.flags import LossesFlags
 from moba_megatron.evaluation.option_groups import with_flags
@@ -16,7 +16,7 @@ from moba_megatron.evaluation.routing.flags import RoutingFlags
 from moba_megatron.evaluation.tasks.flags import TasksFlags
 
 
-@one_door()
+@user_errors()
 @with_flags(losses=LossesFlags, routing=RoutingFlags, tasks=TasksFlags, harness=HarnessFlags)
 def evaluate_command(
     target: Annotated[
@@ -42,20 +42,22 @@ def evaluate_command(
     parallel: Annotated[
         str | None,
         typer.Option(
-            help="Sizes that model and sequence are split over, under torchrun: tensor, pipeline, context, expert, "
-            "expert_tensor, such as tensor=2,context=4. Default: the run's own; one process: one rank."
+            help="Under torchrun, the parallel sizes: tensor, pipeline, context, expert, expert_tensor, such as "
+            "tensor=2,context=4. Default: those of the run. One process uses one rank."
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for results and pictures, such as of a model that may only be read. Default: RUN."),
+        typer.Option(
+            help="Folder for results and pictures, for instance if the run folder is read-only. Default: RUN."
+        ),
     ] = None,
     verify: Annotated[
         bool,
         typer.Option(
             " /--no-verify",
             show_default=False,
-            help="Leave the digests of the files alone, which are read first unless checkpoint.verify is off.",
+            help="Skip the check of the files' digests. It is done unless checkpoint.verify is off.",
         ),
     ] = True,
     *,
@@ -64,11 +66,11 @@ def evaluate_command(
     tasks: TasksFlags,
     harness: HarnessFlags,
 ) -> None:
-    """Evaluate a trained model: losses (by position, trailing, against full attention of the same weights), or what
-    the options ask for.
+    """Evaluate a trained model: losses (by position, trailing, under MoBA and full attention), or what the options ask
+    for.
 
-    Writes RUN/evaluation/*.json, a line each in RUN/evaluations.jsonl, pictures in RUN/plots, and to the trackers that
-    the run has on; with --output, the files there and nothing to the trackers.
+    Writes RUN/evaluation/*.json, lines in RUN/evaluations.jsonl, pictures in RUN/plots, and to the run's trackers. With
+    --output, writes the files there and nothing to the trackers.
     """
     from moba_megatron.platform.command_ranks import ranks_end_together
 

@@ -1,8 +1,8 @@
-"""Over how many ranks an evaluation splits model and sequence: what `--parallel` says, or what the run had.
+"""The parallel layout of an evaluation: from `--parallel`, or that of the run.
 
-A checkpoint loads at any layout, so the sizes of training are no more than a default. What cannot be asked for follows:
-sequence parallelism where the run had it (and with experts, which need it), uneven pipeline stages where the layers do
-not divide, no interleaving.
+A checkpoint loads at any layout, so the sizes of training are only a default. The rest follows from the run: sequence
+parallelism if the run had it (and with experts, which need it), uneven pipeline stages if the layers do not divide, no
+interleaving.
 """
 
 from __future__ import annotations

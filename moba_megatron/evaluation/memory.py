@@ -1,4 +1,4 @@
-"""Whether an evaluation fits, said before the model is loaded."""
+"""An estimate of whether an evaluation fits into memory, printed before the model is loaded."""
 
 from __future__ import annotations
 

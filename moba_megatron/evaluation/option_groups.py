@@ -1,4 +1,4 @@
-"""Options of a command that stand where they belong: each part of `evaluate` has a dataclass of its own options."""
+"""Options of a command in groups: each part of `evaluate` has a dataclass with its own options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `moba-megatron evaluate` looks at: a trained model, the ways it can attend, and its validation data.
+"""The subject of `moba-megatron evaluate`: a trained model, the ways it can attend, and its validation data.
 
 Every part of the command gets the same `Subject`. The weights are loaded once; `attend` switches all layers between
 MoBA and full attention of these weights, as a stage of the attention schedule would.

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from moba_megatron.errors import one_door
+from moba_megatron.errors import user_errors
 
 
 class Decode(StrEnum):
@@ -17,7 +17,7 @@ class Decode(StrEnum):
     moba = "moba"
 
 
-@one_door()
+@user_errors()
 def generate_command(
     source: Annotated[
         Path,

@@ -140,8 +140,8 @@ def load_generator(path: Path, decode: str | None = None, *, verify: bool = True
         path: a Hugging Face folder, a run folder (its newest checkpoint is used) or a checkpoint folder.
         decode: `full` or `moba`, how new tokens attend in MoBA layers; None: as `config.json` says, `full` for a
             checkpoint.
-        verify: hold the files against their digests: of a checkpoint as `checkpoint.verify` of its run says, of an
-            export of ours its weights and vocabulary; False: never.
+        verify: compare the files with their digests: of a checkpoint if `checkpoint.verify` of its run says so; of this
+            package's own export, weights and vocabulary. False: never.
 
     Raises:
         ValueError: a decode mode for a model without MoBA layers.

@@ -8,8 +8,8 @@ Three cases, by where the queries' documents begin (`mask.segments`):
    whether it attends to its blocks or to all tokens; in `full` layers it attends to everything.
 3. Several new tokens with a past: a further piece of a prompt. MoBA in `moba` layers, in either decode mode.
 
-Cases 2 and 3 have no gradient; asking for one raises. Whatever is not causal MoBA over whole documents raises too:
-nothing falls back silently to dense attention.
+Cases 2 and 3 have no gradient; a call that needs one raises. Everything else than causal MoBA over whole documents also
+raises: nothing falls back silently to dense attention.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def _index_of(module: torch.nn.Module, settings: MoBASettings, query: Tensor, ke
     router_q, router_k = router.inputs
     if router_q.shape[2] != query.shape[2] or router_k.shape[2] != key.shape[2]:
         raise ValueError(
-            f"index queries of {router_q.shape[2]} and keys of {router_k.shape[2]} tokens for an attention of "
-            f"{query.shape[2]} and {key.shape[2]}: start with an empty cache of one kind"
+            f"the index has queries of {router_q.shape[2]} and keys of {router_k.shape[2]} tokens, but the attention "
+            f"has {query.shape[2]} and {key.shape[2]}: start with an empty cache of one kind"
         )
     return router_q, router_k
 

@@ -1,4 +1,4 @@
-"""Which keys a query may see at all: from what transformers says of a batch to stretches of tokens.
+"""The keys that a query may see: from the batch arguments of transformers to stretches of tokens.
 
 transformers asks its registered mask function once per forward pass, and hands the result to every layer. Ours returns
 a small tensor of integers instead of a matrix: for each query the cache slots from its document's first token to

@@ -1,4 +1,4 @@
-"""Check that a model really uses the attention registered as "moba": asked of the model, not of its configuration."""
+"""Check that a model really uses the attention registered as "moba": tests the model, not its configuration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def has_moba_layers(model: Any) -> bool:
 
 @torch.no_grad()
 def check_attends(model: Any) -> None:
-    """Hold a model against its promise: one token goes through it, and every layer must come to MoBA's attention.
+    """Check that a model attends as it says: pass one token through it; every layer must call MoBA's attention.
 
     A model class that does not take its attention from transformers' interface would otherwise attend fully without a
     word.

@@ -9,16 +9,16 @@ It is a plain dictionary, so that `save_pretrained` writes it into config.json a
 sizes are named in `layer_sizes`, by their number from 0: `{"1": {"block_size": 128, "top_k": 8}}`. The entry lies below
 the top level because transformers refuses names of its own `layer_types` that it does not know.
 
-Blocks that are chosen otherwise than by top-k of their means have `selector`, `summary`, `threshold` and
-`share_selection` in the words of `ops.selection`, as far as they are needed; layers that differ in this from the others
-have an entry in `layer_selections`: `{"1": {"selector": "recent"}}`. `budgets` has the K of each key head where they
+If blocks are not chosen by top-k of their means, the entry has `selector`, `summary`, `threshold` and `share_selection`
+as `ops.selection` writes them, as far as they are needed. Layers that choose in another way have an entry in
+`layer_selections`: `{"1": {"selector": "recent"}}`. `budgets` has the K of each key head where they
 differ, beside a `top_k` that is the largest: `{"1": {"selector": "top_k", "budgets": [2, 5]}}`. A model whose keys are
 convolved has `key_convolution`, the filters' width. Such entries have version 2, so older readers refuse them instead
 of using another attention.
 
 `router: index` says that blocks are chosen by an index with weights of its own (`block_router`), whose shape
 `router_dim`, `router_heads` (`key` or `query`), `router_keys` (`shared` or `key`) and `router_norm` (`rms` or `none`)
-give, in the words of `attention.router_*` of a training configuration. Such entries have version 3.
+give, written as `attention.router_*` of a training configuration. Such entries have version 3.
 """
 
 from __future__ import annotations

@@ -1,17 +1,15 @@
-"""A configuration with `moba_config` attends by MoBA, wherever it goes, unless another attention is asked for.
+"""A model with `moba_config` in its configuration uses MoBA, unless the user names another attention.
 
-transformers keeps the name of a model's attention only in memory: `save_pretrained` leaves it out, and a model that is
-made without a name attends by "sdpa", fully and without a word. A MoBA model is a model with a `moba_config`, which is
-saved. So two places of transformers are taught to go by it, when this package is imported:
+transformers keeps the name of a model's attention only in memory: `save_pretrained` leaves it out, and a model without
+a name silently uses "sdpa", which is full attention. `moba_config` is saved. So this package, when imported, changes
+three places of transformers:
 
-- where a model that is being made finds the name of its attention, no name means "moba" if there is a `moba_config`;
-- where a configuration becomes a dictionary, for config.json among others, one with `moba_config` says
-  `"attn_implementation": "moba"`. Where this package is not imported, transformers 5 then refuses to load the folder.
+- If a model is made without the name of an attention, the name is "moba" if there is a `moba_config`.
+- If a configuration becomes a dictionary, for instance for config.json, one with `moba_config` also gets
+  `"attn_implementation": "moba"`. Then transformers 5 refuses to load the folder if this package is not imported.
+- If `moba_config` has an index, the layers of a new model get theirs (`block_router`) before weights are loaded.
 
-A third place is where a model has been made: with an index in `moba_config` its layers get theirs (`block_router`),
-before weights are loaded.
-
-A name that is given (`attn_implementation="sdpa"`) holds. Models without `moba_config` are left alone.
+A name that the user gives (`attn_implementation="sdpa"`) wins. Models without `moba_config` do not change.
 """
 
 from __future__ import annotations

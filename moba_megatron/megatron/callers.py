@@ -1,6 +1,6 @@
-"""What the scripts that use our specs must not ask for: found in the model's configuration and in Megatron-LM's flags.
+"""Settings that scripts with our specs must not use: checks of the model's configuration and of Megatron-LM's flags.
 
-What the core attention itself refuses (dropout, windows, latent attention, ...) is not repeated here.
+Settings that the core attention itself refuses (dropout, windows, latent attention, ...) are not repeated here.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def sequence_length(config: Any = None) -> int | None:
 
 
 def check_caller(config: Any, transformer: TransformerConfig) -> None:
-    """Hold the caller's settings against what MoBA's spec can serve; print once what is to be said of them.
+    """Check that MoBA's spec supports the caller's settings; print notes on them once.
 
     Raises:
         ConfigError: naming everything that does not go together with MoBA.

@@ -1,6 +1,6 @@
-"""What a layer spec is told beside the caller's own flags: `MOBA_CONFIG` and `MOBA_STAGE`, or a keyword.
+"""Settings of a layer spec besides the caller's own flags: `MOBA_CONFIG` and `MOBA_STAGE`, or a keyword.
 
-Environment variables, because Megatron-LM's flags cannot be extended without a change to its script.
+They are environment variables, because Megatron-LM's flags cannot be extended without a change to its script.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def plan_of_environment(config: str | None, stage: str | None, layers: int, leng
 
 
 def _refuse_another_plan_than_other_ranks(plan: AttentionPlan) -> None:
-    """Hold the plan against the first one that any rank had; through the store of the process group, because not every
-    rank builds a layer, and so not every rank comes here."""
+    """Compare the plan with the first one that any rank had. It uses the store of the process group, because not every
+    rank builds a layer and comes here."""
     if not torch.distributed.is_initialized():
         return
     ours = str(plan)
@@ -123,8 +123,8 @@ def _refuse_another_plan_than_other_ranks(plan: AttentionPlan) -> None:
     first = store.compare_set(f"moba_attention_plan_{plan.schedule.num_layers}", "", ours).decode()
     if first != ours:
         raise ConfigError([
-            f"rank {torch.distributed.get_rank()} has other attention settings than another rank: {CONFIG_VARIABLE} "
-            f"and {STAGE_VARIABLE} must say the same on all nodes.\nhere:\n{ours}\nthere:\n{first}"
+            f"rank {torch.distributed.get_rank()} and another rank have different attention settings: "
+            f"{CONFIG_VARIABLE} and {STAGE_VARIABLE} must be the same on all nodes.\nhere:\n{ours}\nthere:\n{first}"
         ])  # fmt: skip
 
 

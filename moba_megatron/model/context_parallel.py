@@ -123,7 +123,7 @@ class ContextParallel:
 def check_layout(
     position_ids: Tensor, packed_seq_params: PackedSeqParams | None, cp_group: ProcessGroup | None
 ) -> None:
-    """Hold a batch against the zigzag layout that rotary embedding and attention assume; nothing to do on one rank.
+    """Check that a batch has the zigzag layout that rotary embedding and attention assume. One rank needs no check.
 
     Args:
         position_ids: [b, s / C] of this rank's tokens, [1, t] for a pack; on the CPU.

@@ -75,7 +75,7 @@ def replay_draws(
         place: of this rank.
 
     Raises:
-        ValueError: a parameter of which it is not known here how one rank draws it.
+        ValueError: a parameter whose initialization on one rank is unknown.
     """
     local_experts = (model.num_moe_experts or 0) // place.experts
     mine = _own_parameters(chunks, first_expert=place.expert * local_experts)

@@ -321,7 +321,7 @@ def without_effect(attention: AttentionConfig, schedule: AttentionSchedule) -> l
         other = value / 2 if isinstance(value, float) else default
         changed = attention.model_copy(update={name: other})
         if value != default and AttentionSchedule.from_config(changed, schedule.num_layers) == schedule:
-            problems.append(f"attention.{name} = {value} has no effect: no MoBA layer takes it from here; take it out")
+            problems.append(f"attention.{name} = {value} has no effect: no MoBA layer uses it; take it out")
     return problems
 
 

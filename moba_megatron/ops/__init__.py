@@ -1,12 +1,12 @@
 """MoBA as pure tensor functions: ints and tensors in, tensors out; needs nothing but torch.
 
-`attention` is the operator put together and `decode` its use in generation; `backends` names what can compute it:
-`reference`, which is the definition, the folders `gathered` (portable PyTorch) and `triton` (GPU kernels), which are
-twins module by module, and `adapters` to other packages. `steps` is what these twins are made of, `library` the same
-for tracers. `layout` says where blocks lie (`kept_layouts`: once for all layers of a microbatch), `selection`,
-`summaries` and `selectors` how they are chosen, `router` what else may choose and `router_loss` and `dense_loss` how
-that learns, `fragments` which keys queries see; `combine` joins partial attentions; `dense` is full causal attention;
-`pairs` counts what it all costs.
+`attention` is the whole operator, and `decode` is the operator in generation. `backends` names what can compute it:
+`reference`, which is the definition; the folders `gathered` (portable PyTorch) and `triton` (GPU kernels), which mirror
+each other module by module; and `adapters` to other packages. `steps` are the parts that both folders have, `library`
+the same for tracers. `layout` says where blocks lie (`kept_layouts`: once for all layers of a microbatch). `selection`,
+`summaries` and `selectors` choose blocks, or a `router` does, which learns by `router_loss` or `dense_loss`.
+`fragments` says which keys queries see, `combine` joins partial attentions, `dense` is full causal attention, and
+`pairs` counts the cost.
 
 The words of these modules, portable and Triton alike:
 

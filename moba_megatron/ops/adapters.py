@@ -1,8 +1,8 @@
 """Attention of other packages behind the operator's own signatures: FlashMoBA, and flash-attn in its versions 2, 3, 4.
 
-None is needed, imported or looked for before somebody asks for it. Each has a function that says why it cannot run
-on a device (None if it can) and one that translates a call; what a call may not ask of the package raises with the
-values, and nothing falls back to another backend.
+A package is imported only when a call names it. Each has a function that says why it cannot run on a device (None if it
+can) and one that translates a call. A call that the package does not support raises with the values; nothing falls back
+to another backend.
 
 The three versions of flash-attn (github.com/Dao-AILab/flash-attention) are packages that stand beside each other:
 `flash-attn` (2; `flash_attn`), the folder `hopper` of its sources (3; `flash_attn_interface`) and `flash-attn-4` (4;
@@ -12,7 +12,7 @@ is not `cu_seqlens_q`, and it returns the log-sum-exp as well. So everything beh
 FlashMoBA (arXiv 2511.11571; package `flash_moba` 2.0.0) chooses blocks by itself. As its sources say: `moba_topk`
 counts the query's own block, as `top_k` does here; block means are kept in the inputs' dtype, so that near-ties fall
 otherwise than in fp32; and equal scores go to the *higher* block, here to the lower. No GPU has confirmed this adapter;
-the benchmark holds it against the definition before it times it.
+the benchmark compares it with the definition before timing it.
 
 Legend: T tokens, N query heads, G kv heads, D head size.
 """

@@ -1,14 +1,14 @@
 """Full causal attention of packed documents, for the full layers of a hybrid: flash-attn (2, 3 or 4) where it is
 installed, and PyTorch's fused kernels.
 
-Keys are not repeated in memory, because grouped-query attention is the kernel's own; but for fp32 on CUDA, where the
-one fused kernel takes no groups. Through PyTorch, documents on a CPU are attended one by one; packed bf16 and fp16 on
-CUDA go through the variable-length flash kernel, which takes the boundaries from the device. Packed fp32 on CUDA, which
-that kernel refuses, and packs for cuDNN read the boundaries on the host.
+The kernels do grouped-query attention, so keys are not repeated in memory. Exception: fp32 on CUDA, where the only
+fused kernel has no groups. PyTorch's kernels attend documents one by one on a CPU. Packed bf16 and fp16 on CUDA use the
+variable-length flash kernel, which reads the boundaries on the device. That kernel refuses fp32: packed fp32 on CUDA
+and packs for cuDNN read the boundaries on the host.
 
-Only kernels whose memory is linear in the tokens are allowed. PyTorch would otherwise fall back, without a word, to one
-that holds the matrix of all scores: where the last dimension is not contiguous, which a copy fixes here, and where no
-fused kernel takes the inputs (fp64 on CUDA), which raises.
+Only kernels whose memory is linear in the tokens are allowed. PyTorch silently falls back to a kernel with the matrix
+of all scores in two cases. If the last dimension is not contiguous, a copy here avoids it. If no fused kernel takes the
+inputs (fp64 on CUDA), a call raises.
 """
 
 from __future__ import annotations

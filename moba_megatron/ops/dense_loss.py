@@ -1,9 +1,9 @@
-"""The dense loss of a router: as `ops.router_loss`, but over all past blocks, held against full causal attention.
+"""The dense loss of a router: as `ops.router_loss`, but over all past blocks, compared with full causal attention.
 
-It is for warming up a router that chooses badly as yet: the sparse loss speaks of chosen blocks only. The shares of
-full attention are made by plain products, for some rows of one key head at a time, and thrown away; so are the scores
-of the router. Time is quadratic in the length of a document, memory is not. The gradients of router queries and
-summaries are made in the forward pass and kept, 4 bytes x T H C and M J C.
+Use it to warm up a router: the sparse loss sees only blocks that the router has chosen. The shares of full attention
+are computed by plain products, for some rows of one key head at a time, and not kept; nor are the scores of the router.
+Time is quadratic in the length of a document, memory is not. The gradients of router queries and summaries are computed
+in the forward pass and kept: 4 bytes x T H C and M J C.
 
 Boundaries are read on the host. Legend: as in `ops.router_loss`; S keys of a document up to a tile's last row, P past
 blocks of its last row.

@@ -58,7 +58,7 @@ class Fragment:
         if self.first_block_T is not None:
             blocks_tHK = chosen_tHK + self.first_block_T[tokens].to(torch.int32).view(-1, 1, 1)
             if self.kv_block_of_block is not None:
-                # The number of a block that is none may be another document's: it is looked up and then masked.
+                # An unused slot's block number may belong to another document: it is looked up and then masked.
                 blocks_tHK = self.kv_block_of_block[blocks_tHK.clamp_(min=0)]
             chosen_tHK = blocks_tHK.masked_fill_(chosen_tHK < 0, -1)
         if self.own_kv_block_T is None:

@@ -1,6 +1,6 @@
-"""Sizes of the GPU kernels that others reckon with: what planning foretells and what the kernels do is asked here.
+"""Sizes of the GPU kernels, in one place for the kernels and for the estimates of planning.
 
-Needs no Triton, which exists on Linux alone.
+Needs no Triton, which exists only on Linux.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""MoBA as PyTorch operators, so that what cannot look inside sees through it: `torch.compile` without graph breaks,
-meta and fake tensors (shapes without data), and FLOP counters.
+"""MoBA as PyTorch operators, for tools that cannot look inside a function: `torch.compile` without graph breaks, meta
+and fake tensors (shapes without data), and FLOP counters.
 
 | operator | computes |
 |---|---|
@@ -7,10 +7,10 @@ meta and fake tensors (shapes without data), and FLOP counters.
 | `moba_megatron::attend` | attention over given ids and own blocks: output and log-sum-exp |
 | `moba_megatron::attend_backward` | its gradients |
 
-A call goes through them where somebody traces it (`is_traced`); `moba_attention` otherwise calls a backend directly,
-which spares the dispatch and leaves the portable backend's inner operations visible to profilers. Either way the same
-functions run, those of `ops.steps`; which backend that is, is an argument. The layout of the blocks follows from the
-boundaries' values, which a tracer does not know, so it is made inside each operator, and there the values are checked.
+A traced call uses these operators (`is_traced`). Otherwise `moba_attention` calls a backend directly, which saves the
+dispatch and shows the portable backend's inner operations to profilers. In both cases the same functions run, those of
+`ops.steps`; the backend is an argument. The layout of the blocks follows from the values of the boundaries, which a
+tracer does not know, so each operator makes the layout and checks the values inside.
 
 FLOP formulas (`torch.utils.flop_counter`) count pairs of one document of all tokens, which bounds those of any pack:
 2 D operations for a scored pair, 4 D for an attended one, 10 D in its backward pass, which computes five products. The

@@ -1,8 +1,8 @@
 """The precision of the operator: sums, scores and softmax in fp32 or wider, whatever surrounds the call.
 
-`torch.autocast` would send the matrix products of fp32 inputs through bf16. A caller who hands over fp32 has decided
-otherwise, and selection must not change with the surroundings; so everything public here runs with autocast off, and
-the precision follows the inputs' dtype alone.
+`torch.autocast` would run the matrix products of fp32 inputs in bf16. A caller with fp32 inputs wants fp32, and the
+selection must not depend on the context of the call. So all public functions here run with autocast off, and the
+precision follows only from the inputs' dtype.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def reference_router_loss(
 ) -> RouterLoss:
     """A router's loss by its definition (`ops.router_loss`) for its choice `ids` [T, H, K]; gradients are autograd's.
 
-    With the dense loss every past block counts as chosen, for the loss and in the attention that it is held against.
+    With the dense loss every past block counts as chosen, for the loss and in the attention that it is compared with.
     """
     num_tokens, num_heads, num_router_heads = q.shape[0], q.shape[1], router.q.shape[1]
     if router.loss == "dense":

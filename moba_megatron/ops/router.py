@@ -61,7 +61,7 @@ class RouterLoss:
 
 
 def check_router(router: Router, q: Tensor, num_kv_heads: int, selection: Selection) -> None:
-    """Hold a router against the attention's queries [T, N, D] and the selection.
+    """Check that a router fits the attention's queries [T, N, D] and the selection.
 
     Raises:
         ValueError: shapes, dtypes, devices or settings that do not go together, with the values and what would be

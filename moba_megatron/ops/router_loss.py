@@ -1,4 +1,4 @@
-"""How a router learns: it is taught the shares of attention that its chosen blocks get.
+"""The loss of a router: the router learns the shares of attention that its chosen blocks get.
 
 For a token t and a router head h with the query heads S(h) that it chooses for (those of its key head, or one), over
 its chosen past blocks i (the sparse loss):

@@ -1,4 +1,4 @@
-"""What `selector`, `summary` and `threshold` say: how the past blocks of a query are chosen.
+"""The meaning of `selector`, `summary` and `threshold`: how a query chooses its past blocks.
 
 | setting | chooses | known as |
 |---|---|---|

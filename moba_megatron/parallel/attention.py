@@ -142,7 +142,9 @@ def context_attention(
         raise ValueError(reason)
     name, _ = resolve_backend(backend, q.device, q.dtype)
     if levels[1] > 1 and not has_steps(name):
-        raise ValueError(f"backend {name!r} holds whole packs: with exchange {exchange!r} use gathered, or use a2a")
+        raise ValueError(
+            f"backend {name!r} needs the whole pack on one rank: with exchange {exchange!r} use gathered, or use a2a"
+        )
     if router is not None:
         check_router(router, q, k.shape[1], selection)
         _check_router_call(router, block_size, name, kind, levels)
@@ -273,13 +275,13 @@ def _check_router_call(
     check_router_backend(router, backend)
     if not has_steps(backend):
         raise ValueError(
-            f"backend {backend!r} chooses among the blocks of whole packs: with a router under context parallelism use "
-            "gathered or triton"
+            f"backend {backend!r} needs the whole pack on one rank. With a router and context parallelism use gathered "
+            "or triton"
         )
     if router.loss == "dense" and levels[1] > 1:
         raise ValueError(
-            f"router.loss = 'dense' with exchange {kind.name!r}: it is held against full attention of whole packs; use "
-            "a2a, a context-parallel size of 1, or router.loss = 'sparse'"
+            f"router.loss = 'dense' with exchange {kind.name!r}: the dense loss compares with full attention over "
+            "whole packs; use a2a, a context-parallel size of 1, or router.loss = 'sparse'"
         )
 
 

@@ -1,8 +1,8 @@
 """Attention between shards: one autograd function over every exchange that leaves a rank some of the tokens.
 
-Attend the keys of one's own block at hand while block summaries travel, choose, work through the partial attentions
-that the exchange yields, and combine by log-sum-exp. The backward pass takes each with the output and the log-sum-exp
-of the whole attention, so that what they give to the gradients simply adds up.
+Attend local keys of the own block while summaries travel. Then choose blocks, compute the partial attentions that the
+exchange yields, and combine them by log-sum-exp. The backward pass uses the output and the log-sum-exp of the whole
+attention for each partial attention, so their gradients add up.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Hot blocks under `dispatch`: blocks so sought after that their keys are copied to all ranks instead.
+"""Hot blocks under `dispatch`: so many queries choose them that their keys are copied to all ranks instead.
 
-The first block of a document, say, may be chosen by every query of it. If all of them travelled to the block's owner,
-the owner would do the work of all ranks. What every rank would ask of the others is counted per block and summed over
-the ranks; where what one owner is asked for exceeds `FAIR` times the mean, its most wanted blocks are copied until it
-does not, as long as sending a copy to all ranks brings fewer rows than the queries it replaces: so copies never add to
-the traffic. Counts are integers, so all ranks decide alike, and what is attended never changes, only where.
+For instance, every query of a document may choose its first block. If all these queries travelled to the block's owner,
+the owner would do the work of all ranks. Each rank counts its queries for each block of the others, and the counts are
+summed over the ranks. If the queries for one owner exceed `FAIR` times the mean, its most chosen blocks are copied
+until they do not. A block is copied only if its copies to all ranks bring fewer rows than the queries that they
+replace, so copies never add traffic. Counts are integers, so all ranks decide alike. The attended keys never change,
+only the place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What there is to know of an exchange before anything is sent: its name, whether it can run, its bytes, its buffers.
+"""The properties of an exchange before anything is sent: its name, whether it can run, its bytes, its buffers.
 
 Each exchange describes itself so, in the module that carries it out; `exchanges` is the table of all. Sizes are those
 of one tensor- and context-parallel rank: t tokens, N query heads, G key heads, D head size, e bytes an element, f bytes

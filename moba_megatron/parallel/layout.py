@@ -89,7 +89,7 @@ def check_divisible(cu_seqlens: Tensor, context_size: int) -> None:
 
 
 def check_positions(position_ids: Tensor, cu_seqlens: Tensor, context_size: int, rank: int) -> None:
-    """Hold the positions that came with a batch against the layout that attention will assume.
+    """Compare the positions that came with a batch with the layout that attention will assume.
 
     A batch cut in another way (contiguously, or a pack cut as one sequence) has the right shape and gives wrong
     attention without an error; its positions tell.

@@ -1,5 +1,5 @@
-"""A command on several processes: how many a launcher started for it, and that all of them end with the first that
-fails, as those of a training do."""
+"""A command on several processes: the number of processes that a launcher started, and a common end when one fails, as
+in a training."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def one_process(command: str) -> None:
         ValueError: naming how many there are.
     """
     if (ranks := command_ranks()) > 1:
-        raise ValueError(f"{command} is one process, but {ranks} were started: call it alone, without torchrun")
+        raise ValueError(f"{command} needs one process, but {ranks} were started: run it without torchrun")
 
 
 @contextmanager

@@ -45,7 +45,9 @@ def start_single_rank(seed: int) -> torch.device:
     keep_temporary_files_together()
     launch = check_launch(alone=True)
     if "TORCHELASTIC_RUN_ID" in os.environ and launch.world_size > 1:
-        raise ValueError(f"this command is one process, but torchrun started {launch.world_size}: call it alone")
+        raise ValueError(
+            f"this command needs one process, but torchrun started {launch.world_size}: run it without torchrun"
+        )
     if not torch.distributed.is_initialized():
         start_process_group(alone=True)
     return start_rank(ParallelConfig(), seed=seed)

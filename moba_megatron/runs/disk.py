@@ -1,5 +1,5 @@
-"""What a full or forbidden disk means where a run writes: the file that the system did not name, and how much was
-needed (`errors.describe_os_error` has the words)."""
+"""Errors of a full or forbidden disk where a run writes: add the file that the system did not name, and the bytes that
+were needed (`errors.describe_os_error` makes the message)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def free_text(path: Path) -> str:
     try:
         return f"its disk has {size_text(shutil.disk_usage(path).free)} left"
     except OSError:
-        return "its disk cannot be asked how much is left"
+        return "the free space of its disk is unknown"
 
 
 def name_file(error: OSError, path: Path, needed: int) -> None:

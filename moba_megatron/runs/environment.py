@@ -1,4 +1,4 @@
-"""`environment.json` of a run folder: on what the run runs, and from where it was started."""
+"""`environment.json` of a run folder: the machine and versions of the run, and its working directory."""
 
 from __future__ import annotations
 

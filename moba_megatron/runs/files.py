@@ -1,4 +1,4 @@
-"""Files that outlive a kill and that other processes read meanwhile: whole or not at all, one writer at a time."""
+"""Files that stay valid after a kill and while other processes read them: complete or absent, one writer at a time."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from moba_megatron.runs.disk import name_file
+
+_LONGEST_LINE = 2**14
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -79,7 +81,7 @@ def read_json_lines(path: Path, needs: tuple[str, ...] = ()) -> list[dict[str, A
             values = _line_values(line, needs)
         except ValueError as error:
             raise ValueError(
-                f"{path}, line {number} is damaged: {error}; take that line out, or let the run go on, which does so"
+                f"{path}, line {number} is damaged: {error}; remove that line, or continue the run, which removes it"
             ) from error
         found.append(values)
     return found
@@ -96,6 +98,19 @@ def readable_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return lines, damaged
 
 
+def last_json_line(path: Path, needs: tuple[str, ...] = ()) -> dict[str, Any] | None:
+    """The last complete line of a file, of which only the end is read; None if there is none, or if it is damaged.
+
+    Args:
+        needs: keys that it has.
+    """
+    lines = _complete_lines(path, _LONGEST_LINE)
+    try:
+        return _line_values(lines[-1], needs) if lines else None
+    except ValueError:
+        return None
+
+
 def _line_values(line: bytes, needs: tuple[str, ...]) -> dict[str, Any]:
     """Raises ValueError for a line that is not a JSON object, or has not all keys that it needs."""
     try:
@@ -109,11 +124,18 @@ def _line_values(line: bytes, needs: tuple[str, ...]) -> dict[str, Any]:
     return values
 
 
-def _complete_lines(path: Path) -> list[bytes]:
-    """All lines but one that a kill cut short."""
+def _complete_lines(path: Path, within: int | None = None) -> list[bytes]:
+    """All lines but one that a kill cut short.
+
+    Args:
+        within: read only so many bytes at the end of the file; the first line may lack its beginning.
+    """
     if not path.is_file():
         return []
-    data = path.read_bytes()
+    with path.open("rb") as stream:
+        if within is not None:
+            stream.seek(max(0, stream.seek(0, 2) - within))
+        data = stream.read()
     return data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
 
 
@@ -138,9 +160,9 @@ class Held(Exception):
 
 @contextmanager
 def hold(path: Path) -> Iterator[str]:
-    """Hold the lock of a file, made if missing, which then names this process in the words that are yielded. However
-    the process ends, the lock ends with it; children do not inherit it. It also ends where this process opens the file
-    once more and closes it. A file system without locks lets everybody pass.
+    """Hold the lock of a file, made if missing. The file then names this process; the name is yielded. The lock ends
+    with the process, however that ends; children do not inherit it. It also ends if this process opens the file once
+    more and closes it. On a file system without locks everybody passes.
 
     Raises:
         Held: another process has it.

@@ -1,4 +1,4 @@
-"""`starts.jsonl` of a run folder: at which layout each part of the run was taken, one line a start."""
+"""`starts.jsonl` of a run folder: the layout of each part of the run, one line a start."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import signal
@@ -158,16 +157,6 @@ def last_line(path: Path) -> str:
         return ""
     lines = [line.strip() for line in path.read_text(errors="replace", encoding="utf-8").splitlines()]
     return next((line for line in reversed(lines) if line.strip("=- ") and not line.startswith(ENDED)), "")
-
-
-def last_record(path: Path) -> dict[str, Any] | None:
-    """The last whole object of a JSON Lines file, without reading all of it."""
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        file.seek(max(0, file.seek(0, 2) - 16384))
-        lines = file.read().split(b"\n")[:-1]
-    return json.loads(lines[-1]) if lines else None
 
 
 def _before_first_step(point: Point) -> Result:

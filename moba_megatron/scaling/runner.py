@@ -1,9 +1,9 @@
-"""Running the points of a sweep as ordinary trainings, several at once, in pieces if need be.
+"""Run the points of a sweep as ordinary trainings, several at once, in several pieces of time if necessary.
 
-Each point is `python train.py BASE key=value ...` in a process of its own. What is finished is skipped; what was cut
-continues from its newest checkpoint, because that is what `train.py` does in a run folder; what starts from another run
+Each point is `python train.py BASE key=value ...` in a process of its own. Finished runs are skipped. A run that was
+cut continues from its newest checkpoint, as `train.py` does in every run folder. A run that starts from another run
 waits for it. If a run fails, its output is in RUN/sweep.log, the other runs continue, and the sweep ends with an error
-that lists it. After `minutes`, or on Ctrl-C, runs are sent SIGTERM: they save and end, and the same command goes on
+that lists it. After `minutes`, or on Ctrl-C, runs get SIGTERM: they save and end, and the same command continues them
 later.
 """
 
@@ -28,9 +28,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import moba_megatron
 from moba_megatron.config import ConfigError
 from moba_megatron.platform.processes import die_with_parent
-from moba_megatron.runs.files import read_json
+from moba_megatron.runs.files import last_json_line, read_json
 from moba_megatron.runs.folder import RunFolder
-from moba_megatron.scaling.results import ENDED, LOG, Result, last_line, last_record, read_result
+from moba_megatron.scaling.results import ENDED, LOG, Result, last_line, read_result
 from moba_megatron.scaling.sweep import Point, Sweep
 
 _POLL_SECONDS = 1.0
@@ -104,16 +104,17 @@ def run_sweep(
             has not finished, or there are fewer GPUs than ranks of a training.
     """
     console = console or Console(stderr=True)
-    before = {point.name: read_result(point) for point in points}
-    busy = [str(result.point.folder) for result in before.values() if result.state == "running"]
+    with_sources = {of.name: of for point in points for of in (point.start_from, point) if of is not None}
+    results = {name: read_result(point) for name, point in with_sources.items()}
+    busy = [str(point.folder) for point in points if results[point.name].state == "running"]
     if busy:
         raise ConfigError([f"{folder} is being trained at this moment: wait for it, or stop it" for folder in busy])
-    todo = [point for point in points if before[point.name].state != "finished"]
-    alone = [point for point in todo if point.start_from not in todo and not _may_start(point)]
+    todo = [point for point in points if results[point.name].state != "finished"]
+    alone = [point for point in todo if point.start_from not in todo and not _may_start(point, results)]
     if alone:
         raise ConfigError([f"{p.name} starts from {p.start_from.name}, which has not finished: run that one as well"
                            for p in alone])  # fmt: skip
-    _check_sources([point for point in todo if before[point.name].step == 0])
+    _check_sources([point for point in todo if results[point.name].step == 0])
     gpus = visible_gpus()
     if gpus and processes > len(gpus):
         raise ConfigError([f"{processes} ranks of a training need as many GPUs, but this machine has {len(gpus)}"])
@@ -121,8 +122,7 @@ def run_sweep(
         console.print(f"{len(points) - len(todo)} of {len(points)} runs are finished already")
     threads = max(1, len(os.sched_getaffinity(0)) // (max(1, min(jobs, len(todo))) * processes))
     start = _Starter(sweep, threads, processes, gpus, minutes)
-    _run_all(todo, start, jobs, console)
-    results = {point.name: read_result(point) for point in points}
+    _run_all(todo, results, start, jobs, console)
     finished = [point for point in points if results[point.name].state == "finished"]
     left = [point for point in finished if _evaluations_left(sweep, point)]
     if left and start.late:
@@ -131,7 +131,7 @@ def run_sweep(
     problems = [line for point in finished if not start.late for line in _evaluate(sweep, point, console)]
     if problems:
         raise ConfigError(problems)
-    return list((results | {point.name: read_result(point) for point in left}).values())
+    return [read_result(point) if point in left else results[point.name] for point in points]
 
 
 class _Starter:
@@ -196,9 +196,9 @@ def _signal_ranks(launcher: int) -> None:
             rank.send_signal(signal.SIGUSR1)
 
 
-def _may_start(point: Point) -> bool:
+def _may_start(point: Point, results: dict[str, Result]) -> bool:
     """Whether the run that this one starts from, if any, has finished."""
-    return point.start_from is None or read_result(point.start_from).state == "finished"
+    return point.start_from is None or results[point.start_from.name].state == "finished"
 
 
 def _check_sources(points: list[Point]) -> None:
@@ -217,14 +217,19 @@ def _check_sources(points: list[Point]) -> None:
         raise ConfigError(problems)
 
 
-def _run_all(todo: list[Point], start: _Starter, jobs: int, console: Console) -> None:
+def _run_all(todo: list[Point], results: dict[str, Result], start: _Starter, jobs: int, console: Console) -> None:
+    """Run these points.
+
+    Args:
+        results: of them and of the runs that they start from, by name; each is replaced when its training ends.
+    """
     waiting, running, stopping = list(todo), [], False
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         try:
-            while running or (any(map(_may_start, waiting)) and not stopping):
+            while running or (any(_may_start(point, results) for point in waiting) and not stopping):
                 while len(running) < jobs and not stopping and not start.late:
-                    point = next((point for point in waiting if _may_start(point)), None)
+                    point = next((point for point in waiting if _may_start(point, results)), None)
                     if point is None:
                         break
                     waiting.remove(point)
@@ -237,7 +242,7 @@ def _run_all(todo: list[Point], start: _Starter, jobs: int, console: Console) ->
                     console.print("time is up: the runs save and stop; the same command continues them")
                 if stopping:
                     start.stop(running)
-                running = [job for job in running if not _ended(job, progress, console)]
+                running = [job for job in running if not _ended(job, results, progress, console)]
             for point in waiting if not stopping else []:
                 console.print(f"{point.name}: not started, {point.start_from.name} has not finished", markup=False)
         except KeyboardInterrupt:
@@ -245,21 +250,21 @@ def _run_all(todo: list[Point], start: _Starter, jobs: int, console: Console) ->
             while running:
                 start.stop(running)
                 time.sleep(_POLL_SECONDS)
-                running = [job for job in running if not _ended(job, progress, console)]
+                running = [job for job in running if not _ended(job, results, progress, console)]
             raise
 
 
-def _ended(job: Job, progress: Progress, console: Console) -> bool:
-    """Show how a job stands; True once its process has ended."""
+def _ended(job: Job, results: dict[str, Result], progress: Progress, console: Console) -> bool:
+    """Show how a job stands; True once its process has ended and its result is read."""
     ended = job.process.poll() is not None
-    newest = last_record(job.point.run.metrics)
+    newest = last_json_line(job.point.run.metrics, needs=("step",))
     if newest:
         loss = "skipped" if "skipped" in newest else f"loss {newest['loss']:.3f}"
         progress.update(job.row, completed=newest["step"], description=f"{job.point.name}  {loss}")
     if ended:
         with open(job.point.folder / LOG, "a", encoding="utf-8") as log:
             log.write(f"\n{ENDED}{job.process.returncode}\n")
-        result = read_result(job.point)
+        result = results[job.point.name] = read_result(job.point)
         progress.remove_task(job.row)
         console.print(f"{job.point.name}: {describe(result)}", markup=False)
     return ended

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moba_megatron.errors import one_door
+from moba_megatron.errors import user_errors
 
 scaling_app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -21,7 +21,7 @@ def scaling() -> None:
 
 
 @scaling_app.command("plan")
-@one_door(apart=True)
+@user_errors(apart=True)
 def plan_command(sweep: SweepArgument) -> None:
     """List the runs with parameters, tokens, learning rate, operations and state."""
     from moba_megatron.scaling.actions import show_plan
@@ -30,7 +30,7 @@ def plan_command(sweep: SweepArgument) -> None:
 
 
 @scaling_app.command("run")
-@one_door(apart=True)
+@user_errors(apart=True)
 def run_command(
     sweep: SweepArgument,
     only: Annotated[
@@ -61,7 +61,7 @@ def run_command(
 
 
 @scaling_app.command("fit")
-@one_door(apart=True)
+@user_errors(apart=True)
 def fit_command(sweep: SweepArgument, output: OutputOption = None) -> None:
     """Fit L(C) = a C^b and L(N, D) = E + A/N^alpha + B/D^beta for each attention, and write laws.json."""
     from moba_megatron.scaling.actions import fit_laws
@@ -70,7 +70,7 @@ def fit_command(sweep: SweepArgument, output: OutputOption = None) -> None:
 
 
 @scaling_app.command("plot")
-@one_door(apart=True)
+@user_errors(apart=True)
 def plot_command(sweep: SweepArgument, output: OutputOption = None) -> None:
     """Draw the sweep's figures as PNG: loss against compute with laws and the gap below, and the other figures of the
     file."""
@@ -80,7 +80,7 @@ def plot_command(sweep: SweepArgument, output: OutputOption = None) -> None:
 
 
 @scaling_app.command("table")
-@one_door(apart=True)
+@user_errors(apart=True)
 def table_command(sweep: SweepArgument, output: OutputOption = None) -> None:
     """Print results, gaps, laws and the machines of the runs as Markdown; with --output also into FOLDER/table.md."""
     from moba_megatron.scaling.actions import print_tables

@@ -69,7 +69,7 @@ class StepDiverged(Exception):
 
 
 class Spikes:
-    """Holds each loss against the median of those before it, and their median absolute deviation."""
+    """Compares each loss with the median of those before it, in units of their spread."""
 
     def __init__(self, threshold: float | None, window: int):
         self.threshold = threshold

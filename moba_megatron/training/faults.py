@@ -1,4 +1,4 @@
-"""Stopping well: on a signal after the current step, and at once when a rank fails.
+"""Clean stops: on a signal after the current step, and at once when a rank fails.
 
 Signals only set a flag; the ranks agree on it by an all-reduce at the end of each step, so that all of them save the
 same checkpoint. A rank that raises leaves without waiting for collectives that will never come, and takes the others

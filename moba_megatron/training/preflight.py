@@ -216,7 +216,7 @@ def _expert_lines(config: Config) -> list[str]:
     return [
         f"experts: {model.moe_router_topk} of {model.num_moe_experts} for each token in {sum(model.expert_layers)} of "
         f"{model.num_layers} layers, {model.num_moe_experts // parallel.expert} on a rank, "
-        f"parallel.expert_dispatcher = {parallel.expert_dispatcher}; their load is kept even by {kept}"
+        f"parallel.expert_dispatcher = {parallel.expert_dispatcher}; their load is balanced by {kept}"
     ]
 
 
@@ -240,7 +240,7 @@ def _full_attention(config: Config, schedule: AttentionSchedule, device: torch.d
     except ValueError as error:
         raise ConfigError([f"attention.full_backend = {wanted}: {error}"]) from error
     if name in KERNELS and model.query_groups != model.num_attention_heads and not takes_groups(device, dtype):
-        reason += f"; keys are repeated for each query head, for none of its fused kernels takes groups in {dtype}"
+        reason += f"; keys are repeated for each query head, because no fused kernel takes groups in {dtype}"
     layers = range(1, schedule.num_layers + 1)
     stock = choose_implementation(device.type) == "transformer_engine" and has_fused_attention(dtype)
     if stock and any(map(schedule.always_full, layers)):

@@ -1,4 +1,4 @@
-"""From which checkpoint a step is run again."""
+"""The checkpoint from which a step is computed again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing that came with a checkpoint is run: not from its list of tensors, not from its objects, on no door."""
+"""Nothing that came with a checkpoint is run: not from its list of tensors, not from its objects, by no command."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def inspect(run: Path, out: Path) -> None:
 
 
 EVERYWHERE = {"in_list", "instead_of_list"}
-# What each door reads beside the list of tensors and the tensors.
-DOORS = {
+# What each entry point reads beside the list of tensors and the tensors.
+ENTRY_POINTS = {
     resume: {"in_random_states", "in_extra_states", "in_common_state"},
     begin: {"in_extra_states", "in_common_state"},
     evaluate: {"in_extra_states", "in_common_state"},
@@ -94,16 +94,16 @@ DOORS = {
 }
 
 
-@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
-def test_a_payload_is_refused_and_does_nothing(hostile, door, tmp_path):
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS, ids=lambda entry_point: entry_point.__name__)
+def test_a_payload_is_refused_and_does_nothing(hostile, entry_point, tmp_path):
     run, made, place = hostile
-    if place.__name__ in EVERYWHERE | DOORS[door]:
+    if place.__name__ in EVERYWHERE | ENTRY_POINTS[entry_point]:
         with pytest.raises((AssertionError, CheckpointError)) as refused:
-            door(run, tmp_path)
+            entry_point(run, tmp_path)
         said = str(refused.value)
         assert "step_2" in said and ("could run code" in said or "running its code" in said), said
     else:
-        door(run, tmp_path)
+        entry_point(run, tmp_path)
     assert not made.exists()
 
 
@@ -173,7 +173,7 @@ def test_sizes_that_nothing_is_stored_for_take_no_memory(paused, tmp_path, what)
     if what == "chunks":
         entry.chunks[0].sizes = torch.Size([2**50])
     write_list(folder, metadata)
-    with pytest.raises(CheckpointError, match="not stored in whole" if what == "sizes" else "would have"):
+    with pytest.raises(CheckpointError, match="not stored in whole" if what == "sizes" else "should have"):
         StoredTensors(folder).read(key, [0], [2**50])
 
 

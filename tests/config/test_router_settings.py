@@ -46,7 +46,7 @@ def test_a_copied_index_has_the_shape_of_the_attention():
         ({"attention__backend": "flash_moba"}, "attention.backend = flash_moba chooses by attention's own"),
         (
             {"attention__backend": "reference", "parallel__context": 2},
-            "parallel.context = 2: it chooses among the blocks",
+            "parallel.context = 2: it needs the whole pack on one rank",
         ),
         ({"attention__share_selection": "mean"}, "it needs router_heads: query and router_keys: key"),
         ({"attention__router_loss": "none", "attention__router_loss_coeff": 2.0}, "router_loss_coeff = 2.0 has no"),

@@ -1,4 +1,4 @@
-"""Rotary embeddings in the words of both transformers and of other engines, without a warning of transformers."""
+"""Rotary embeddings as both transformers and other engines write them, without a warning of transformers."""
 
 from __future__ import annotations
 

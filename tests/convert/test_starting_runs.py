@@ -46,7 +46,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def imported(source, tmp_path_factory):
-    """The same, imported by the command, which holds it against transformers."""
+    """The same, imported by the command, which compares it with transformers."""
     out = tmp_path_factory.mktemp("imported") / "llama"
     output = call("import-hf", source, out, "--verify")
     assert "verified" in output and "past the original length" in output and "real tokens" in output

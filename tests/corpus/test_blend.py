@@ -43,7 +43,8 @@ def two_datasets(recipe: Recipe, text_folder: Path, tmp_path: Path) -> list[str]
 
 
 def test_entries_of_prefixes_lists_and_files(tmp_path: Path):
-    (tmp_path / "blend.yaml").write_text("entries:\n- {path: a, weight: 3}\n- {path: /b, weight: 1}\n")
+    # Numbers as in a configuration: plain YAML takes 1e+0 for a word.
+    (tmp_path / "blend.yaml").write_text("entries:\n- {path: a, weight: 3}\n- {path: /b, weight: 1e+0}\n")
     assert blend_entries(None) == []
     assert blend_entries("data/train") == [BlendEntry(path="data/train", weight=1.0)]
     found = [BlendEntry(path=f"{tmp_path}/a", weight=3.0), BlendEntry(path="/b", weight=1.0)]
@@ -59,6 +60,8 @@ def test_entries_of_prefixes_lists_and_files(tmp_path: Path):
         ("- {path: a}", "is not a blend file"),
         ("entries: [", "is not a blend file"),
         ("entries: [{path: a, weight: 0}]", "is not a blend file"),
+        ("entries: [{path: a, path: b}]", "is not a blend file.*found duplicate key path"),
+        ("entries: [{path: '${nowhere}'}]", "is not a blend file.*'nowhere' not found"),
     ],
 )
 def test_blends_that_name_nothing(tmp_path: Path, text: str, message: str):

@@ -102,4 +102,6 @@ def test_a_rank_that_fails_ends_the_others(run, tmp_path, how):
 def test_commands_of_one_process_refuse_several(run):
     for command in (["generate", run, "--prompt", "w2"], ["evaluate", run, "--lm-eval", "arc"]):
         code, output = launched(*command)
-        assert code != 0 and len(re.findall("^error: .* is one process, but 2 were started", output, re.M)) == 1, output
+        assert code != 0 and len(re.findall("^error: .* needs one process, but 2 were started", output, re.M)) == 1, (
+            output
+        )

@@ -198,7 +198,7 @@ MISTAKES = {
     "parallel.expert = 2 needs model.num_moe_experts": ["--parallel", "expert=2"],
     "1 samples for 2 data-parallel ranks": ["--samples", 1],
     "1 samples for 2 data-parallel ranks: start fewer": ["--routing", "--routing-samples", 1],
-    "is one process, but 2 were started": ["--lm-eval", "arc"],
+    "needs one process, but 2 were started": ["--lm-eval", "arc"],
     "sequence_length = 127 is not a multiple of": ["--parallel", "tensor=2,sequence=true", "--sequence-length", "127"],
 }
 

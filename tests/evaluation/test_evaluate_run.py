@@ -169,7 +169,7 @@ def test_losses_of_some_layers_and_another_length(run):
         (["--trailing", "129"], "1 to the 128 of a sample"),
         (["--samples", "100000"], "evaluation.samples"),
         (["--validation", "nowhere"], "nowhere"),
-        (["--routing", "--attention", "full"], "nothing is chosen"),
+        (["--routing", "--attention", "full"], "full attention chooses no blocks"),
     ],
 )
 def test_mistakes_are_named_before_the_work(run, options, message):

@@ -1,4 +1,4 @@
-"""Kill everything at random moments, let it go on, and hold what it leaves against what an undisturbed one leaves.
+"""Kill everything at random moments, let it go on, and compare what it leaves with what an undisturbed one leaves.
 
     python tests/faults/kill_loop.py --kills 200 --seed 0 [--only "PP 2"] [--only import]
 

@@ -36,7 +36,7 @@ SELECTIONS = {
     "shared": {"selector": "top_k", "summary": "mean", "share_selection": "mean"},
     "threshold of min_max": {"selector": "threshold", "summary": "min_max", "threshold": 0.6},
 }
-"""How blocks may be chosen, in the words of `moba_config`."""
+"""How blocks may be chosen, as `moba_config` writes it."""
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MODELS = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),

@@ -34,7 +34,7 @@ def assert_same_course(results, losses: list[float], norms: list[float]) -> None
 
 
 def assert_layouts_agree(ranks: int, layouts: list[dict], shape: dict, weights, one_rank, packs=None) -> None:
-    """Train at each layout on the same processes, and hold each course against that of one rank."""
+    """Train at each layout on the same processes, and compare the losses of each with those of one rank."""
     configs = [config(model=dict(shape), parallel=parallel) for parallel in layouts]
     results = run_ranks(ranks, train_each, configs, VOCABULARY, STEPS, weights, packs)
     for number, parallel in enumerate(layouts):

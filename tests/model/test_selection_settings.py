@@ -86,7 +86,7 @@ def test_settings_of_the_section_that_no_layer_takes_are_found():
 
     own = {n: {"selector": "threshold", "threshold": 0.5, "summary": "mean"} for n in (1, 2)}
     assert unused(selector="threshold", threshold=0.9, summary="min_max", layers=own) == [
-        f"attention.{name} has no effect: no MoBA layer takes it from here; take it out"
+        f"attention.{name} has no effect: no MoBA layer uses it; take it out"
         for name in ("summary = min_max", "threshold = 0.9")
     ]
     assert not unused(selector="threshold", threshold=0.9, summary="min_max", layers={1: own[1]})

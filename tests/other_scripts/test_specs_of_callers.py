@@ -329,7 +329,7 @@ def test_a_stage_is_named_or_asked_for(monkeypatch):
         ("{block_size: 8, router_dim: 8}", "attention.router_dim = 8 has no effect with attention.router = own"),
         (
             "{block_size: 8, summary: min_max, layers: {1: {summary: mean}, 2: {summary: mean}}}",
-            "no MoBA layer takes it",
+            "no MoBA layer uses it",
         ),
         ("", "must hold a mapping|no attention setting"),
         ("attention: {block_size: 8", "is not valid YAML"),
@@ -359,7 +359,7 @@ def test_ranks_with_other_settings_are_refused(settings):
         if torch.distributed.get_rank() == 1:
             layer_spec(transformer_config())
 
-    with pytest.raises(AssertionError, match="rank 1 has other attention settings than another rank"):
+    with pytest.raises(AssertionError, match="rank 1 and another rank have different attention settings"):
         run_ranks(2, build)
 
 

@@ -214,7 +214,7 @@ def refusals() -> list[str]:
 def test_what_cannot_be_is_refused_in_words():
     full, reference, heads, recent, dense = run_ranks(2, refusals)[0]
     assert "full attention has none" in full
-    assert "backend 'reference' chooses among the blocks of whole packs" in reference
+    assert "backend 'reference' needs the whole pack on one rank" in reference
     assert "router.q has 1 heads" in heads
     assert "selector = 'recent'" in recent
     assert "router.loss = 'dense' with exchange 'p2p'" in dense and "use a2a" in dense

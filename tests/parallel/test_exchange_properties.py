@@ -290,7 +290,7 @@ def test_what_does_not_fit_raises_on_every_rank():
         "document 0 of the pack has 12 tokens, not a multiple of 2 x context-parallel size = 8: pad it to 16",
         "4 ranks x 40 tokens = 160",
         "give both (MoBA) or none",
-        "'reference' holds whole packs",
+        "'reference' needs the whole pack on one rank",
     ]
     for found in on_four(messages):
         assert [want in have for want, have in zip(expected, found, strict=True)] == [True] * len(expected), found

@@ -91,7 +91,9 @@ def test_a_command_of_one_process_joins_no_world_around_it():
         return dist.get_world_size()
 
     assert run_ranks(1, start, prepare=False) == [1]
-    with pytest.raises(AssertionError, match="this command is one process, but torchrun started 2"):
+    with pytest.raises(
+        AssertionError, match="this command needs one process, but torchrun started 2: run it without torchrun"
+    ):
         run_ranks(1, lambda: start(TORCHELASTIC_RUN_ID="1"), prepare=False)
 
 

@@ -117,7 +117,7 @@ def test_digits_are_the_number_of_a_run(tmp_path):
     axes = {"seed": {"1": {"run.seed": 1}, "2": {"run.seed": 2}}}
     sweep = load_sweep(write_sweep(tmp_path, axes=axes, figures=[]))
     assert [sweep.point(str(number)).name for number in range(2)] == ["1", "2"]
-    with pytest.raises(ConfigError, match="from 0: 2 has number 1"):
+    with pytest.raises(ConfigError, match="The run called 2 has number 1"):
         sweep.point("2")
     with pytest.raises(ConfigError, match="has no run '3': give a number below 2$"):
         sweep.point("3")

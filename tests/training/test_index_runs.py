@@ -192,8 +192,6 @@ def test_an_index_that_is_there_is_not_copied_again(plain, tmp_path):
     run_ranks(1, train_here, small_config(tmp_path, training__steps=4, training__stop_after=1, **given))
     again = {**given, "attention__router_init": "copied", "training__steps": 4}
     notes = check_initial_weights(small_config(tmp_path, **again, model__init_from=str(tmp_path / "run")), 0)
-    assert notes == [
-        f"attention.router_init = copied: nothing is copied, {tmp_path / 'run'} brings an index of its own"
-    ]
+    assert notes == [f"attention.router_init = copied has no effect: {tmp_path / 'run'} has an index of its own"]
     notes = check_initial_weights(small_config(tmp_path, **again, model__init_from=str(plain)), 0)
     assert notes == [f"attention.router = index: {plain} has none, it is copied"]

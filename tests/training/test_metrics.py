@@ -10,7 +10,7 @@ import pytest
 from distributed import run_ranks
 from small_run import small_config, train_here
 
-from moba_megatron.runs.files import read_json_lines
+from moba_megatron.runs.files import last_json_line, read_json_lines
 from moba_megatron.runs.folder import RunFolder
 from moba_megatron.runs.metrics import JsonLines
 
@@ -34,13 +34,23 @@ def test_a_line_cut_short_by_a_kill_goes(tmp_path):
     with path.open("a") as stream:
         stream.write('{"step": 4, "lo')
     assert [line["step"] for line in read_json_lines(path)] == [1, 2, 3]
+    assert last_json_line(path) == {"step": 3}
     JsonLines(path, keep_steps=3).close()
     assert path.read_text().count("\n") == 3 and path.read_text().endswith("\n")
 
 
+def test_the_last_line_of_a_long_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(10_000))
+    assert last_json_line(path, needs=("step",)) == {"step": 9_999}
+    assert last_json_line(path, needs=("loss",)) is None
+    path.write_text("0\n")
+    assert last_json_line(path) is None
+
+
 def test_a_new_file_starts_empty(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert read_json_lines(path) == []
+    assert read_json_lines(path) == [] and last_json_line(path) is None
     JsonLines(path, keep_steps=0).close()
     assert path.read_text() == ""
 

@@ -82,7 +82,7 @@ def test_grouped_heads_in_fp32_are_named(h100):
     """PyTorch has no fused kernel for them on CUDA: they are repeated, and who starts the run is told."""
     h100(False, None)
     grouped = tiny(training={"precision": "fp32"})
-    told = "keys are repeated for each query head, for none of its fused kernels takes groups in torch.float32"
+    told = "keys are repeated for each query head, because no fused kernel takes groups in torch.float32"
     assert told in choices(grouped)[1]
     assert told not in choices(tiny(training={"precision": "bf16"}))[1]
     assert told not in choices(tiny(model={"num_query_groups": 4}))[1]

@@ -1,4 +1,4 @@
-"""What `moba-megatron evaluate` asks of EleutherAI's lm-evaluation-harness."""
+"""Options of `moba-megatron evaluate` for EleutherAI's lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class HarnessFlags:
             "attends as it was trained; --attention full or both for full attention of the same weights."
         ),
     ] = None
-    lm_eval_tasks: Annotated[Path | None, typer.Option(help="Folder of task files of your own.")] = None
+    lm_eval_tasks: Annotated[Path | None, typer.Option(help="Folder with your own task files.")] = None
     lm_eval_limit: Annotated[int | None, typer.Option(min=1, help="Samples of each task. Default: all.")] = None
-    lm_eval_batch: Annotated[int, typer.Option(min=1, help="Texts that the harness takes at a time.")] = 1
+    lm_eval_batch: Annotated[int, typer.Option(min=1, help="Batch size of the harness.")] = 1
     lm_eval_chat: Annotated[
         bool,
-        typer.Option("--lm-eval-chat", help="Ask by the tokenizer's chat template, earlier examples as turns."),
+        typer.Option("--lm-eval-chat", help="Use the tokenizer's chat template, with earlier examples as turns."),
     ] = False
     lm_eval_system: Annotated[
         str | None, typer.Option(help="System message of --lm-eval-chat, for templates that take one.")

@@ -53,7 +53,7 @@ class HarnessModel(HFLM):
         if tokens > self.max_length:
             raise ValueError(
                 f"a text of the task has {tokens} tokens ({what}), the model's window is {self.max_length} "
-                "(max_position_embeddings): nothing is cut, choose shorter tasks"
+                "(max_position_embeddings): texts are never cut; choose shorter tasks"
             )
         self.longest = max(self.longest, tokens)
 

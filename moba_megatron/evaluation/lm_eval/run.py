@@ -1,8 +1,8 @@
 """EleutherAI's lm-evaluation-harness on a trained model: `moba-megatron evaluate TARGET --lm-eval TASKS`.
 
-A checkpoint is exported into its run folder first, so what is evaluated is what others load. The model attends as it
-was trained, decodes as its `moba_config` says, and is asked whether it does; with `--attention full` the same weights
-attend fully. Task files of one's own and data beside them need no network.
+A checkpoint is exported into its run folder first, so the evaluated model is the one that others load. The model uses
+the attention of its training and decodes as its `moba_config` says, and the command checks that it does. With
+`--attention full` the same weights use full attention. Your own task files and local data need no network.
 """
 
 from __future__ import annotations

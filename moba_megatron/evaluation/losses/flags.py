@@ -1,4 +1,4 @@
-"""What `moba-megatron evaluate` asks of the losses."""
+"""Options of `moba-megatron evaluate` for the losses."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ class LossesFlags:
     TITLE: ClassVar[str] = "Losses"
 
     losses: Annotated[
-        bool | None, typer.Option("--losses/--no-losses", help="The losses. Default: if nothing else is asked for.")
+        bool | None,
+        typer.Option("--losses/--no-losses", help="Compute the losses. Default: if no other evaluation is asked for."),
     ] = None
     losses_choice: Annotated[
         list[str] | None,
         typer.Option(
-            help="B:K, or B:K:SELECTOR: what the same weights lose under MoBA of these sizes in all layers, or only in "
-            "some (B:K@5, B:K:SELECTOR@0-26,29; counted from 0); also on a model that attends fully. Several times. "
-            "Asks for the losses."
+            help="B:K or B:K:SELECTOR: loss of the same weights under MoBA with block size B and top-k K, in all "
+            "layers or in those after @ (B:K@5, B:K:SELECTOR@0-26,29; counted from 0). Also for models with full "
+            "attention. May be given several times. Implies --losses."
         ),
     ] = None
     samples: Annotated[int | None, typer.Option(min=1, help="Samples to evaluate. Default: as in training.")] = None
@@ -37,7 +38,7 @@ class LossesFlags:
         """The attentions of `--losses-choice`.
 
         Raises:
-            ValueError: what is none.
+            ValueError: a text is not B:K or B:K:SELECTOR.
         """
         from moba_megatron.evaluation.attention_choice import parse_losses_choice
 
@@ -47,11 +48,11 @@ class LossesFlags:
         """Whether the losses are evaluated.
 
         Args:
-            other: whether something else is asked for.
+            other: whether the user asks for something else.
         """
         return bool(self.losses_choice) or (not other if self.losses is None else self.losses)
 
     def unused(self) -> list[str]:
-        """Options that say something of the losses only."""
+        """Options that only the losses use."""
         given = {"--samples": self.samples, "--trailing": self.trailing}
         return [name for name, value in given.items() if value is not None]

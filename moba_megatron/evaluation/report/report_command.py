@@ -7,22 +7,24 @@ from typing import Annotated
 
 import typer
 
-from moba_megatron.errors import one_door
+from moba_megatron.errors import user_errors
 
 
-@one_door()
+@user_errors()
 def report_command(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],
     output: Annotated[
         Path | None,
-        typer.Option(help="The page to write. Default: RUN/report.html; of several: comparison.html in the first."),
+        typer.Option(
+            help="The page to write. Default: RUN/report.html; for several runs comparison.html in the first."
+        ),
     ] = None,
 ) -> None:
-    """Make a page of a run, whether it still works, has stopped or has failed: loss and learning rate, loss by
-    position, routing, tasks, throughput, configuration and environment.
+    """Make a page of a run that is running, stopped or failed: loss and learning rate, loss by position, routing,
+    tasks, throughput, configuration and environment.
 
-    What `moba-megatron evaluate` has found is in it; run that first for loss by position of both kinds of attention
-    (default), routing (--routing) and tasks (--tasks).
+    The page includes the results of `moba-megatron evaluate`. Run that first for loss by position under both kinds of
+    attention (default), routing (--routing) and tasks (--tasks).
     """
     from moba_megatron.evaluation.report.run_page import distinct, report_page
     from moba_megatron.evaluation.report.run_view import view_run

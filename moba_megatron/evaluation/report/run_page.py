@@ -50,7 +50,7 @@ def distinct(views: list[RunView]) -> list[RunView]:
 
 
 def _layouts(view: RunView) -> list[tuple[str, str]]:
-    """From which step on what of the layout was another."""
+    """The steps at which the layout changed, and how."""
     return [
         (f"from step {step + 1} on", ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items()))
         for step, changes in view.layouts

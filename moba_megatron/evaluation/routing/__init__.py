@@ -1,1 +1,1 @@
-"""What MoBA layers choose: block ids caught in the layers, counted, and the mass of attention that they hold."""
+"""The choices of MoBA layers: block ids captured in the layers, their counts, and the mass of attention they hold."""

@@ -1,4 +1,4 @@
-"""Queries and keys of the attention layers, seen while a model runs, without a change to the model."""
+"""Capture queries and keys of the attention layers while a model runs, without a change to the model."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""`moba-megatron evaluate --routing`: what the MoBA layers choose on real text, and how much of full attention that
-holds; the way to see whether block size and top-k are right.
+"""`moba-megatron evaluate --routing`: the blocks that MoBA layers choose on real text, and how much of full attention
+they hold. Use it to see whether block size and top-k are right.
 
-The model runs over validation samples as it was trained. Each MoBA layer is looked at when its queries and keys are at
-hand. Of them only counts, which grow with the number of documents, and the masses of 256 queries a sample are kept:
-some kilobytes for each layer, head and sample. On several ranks each looks at its layers, heads and samples, and rank 0
-puts them together.
+The model runs over validation samples as in training. The report reads the queries and keys of each MoBA layer while
+the layer runs. It keeps only counts, which grow with the number of documents, and the masses of 256 queries a sample:
+some kilobytes for each layer, head and sample. Each rank reads its own layers, heads and samples, and rank 0 joins
+them.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def observe_routing(
     One of them at least has queries with a choice. Collective; rank 0 gets the layers, the others none."""
     if attention == "full" and choice is None:
         raise ValueError(
-            "--routing: under full attention nothing is chosen. Say with --routing-choice B:K what MoBA shall be held "
-            "against it, or take a model with MoBA layers"
+            "--routing: full attention chooses no blocks. Give --routing-choice B:K to compare MoBA with it, or use a "
+            "model with MoBA layers"
         )
     subject.attend(attention)
     model, at_once = subject.opened.model, subject.data_parallel

@@ -1,4 +1,4 @@
-"""What `moba-megatron evaluate` asks of the routing report."""
+"""Options of `moba-megatron evaluate` for the routing report."""
 
 from __future__ import annotations
 
@@ -18,19 +18,24 @@ class RoutingFlags:
     TITLE: ClassVar[str] = "Routing"
 
     routing: Annotated[
-        bool, typer.Option("--routing", help="What the MoBA layers choose, and how much of full attention it holds.")
+        bool,
+        typer.Option(
+            "--routing", help="Which blocks the MoBA layers choose, and their share of full attention's mass."
+        ),
     ] = False
     routing_samples: Annotated[int, typer.Option(min=1, help="Validation samples of the routing report.")] = 4
     routing_choice: Annotated[
         str | None,
-        typer.Option(help="B:K, in place of the layers' own; also on a model that attends fully. Asks for --routing."),
+        typer.Option(
+            help="B:K instead of the layers' own sizes. Also for models with full attention. Implies --routing."
+        ),
     ] = None
     suggest_budget: Annotated[
         float | None,
         typer.Option(
-            help="With --routing: print the smallest K of each key head whose choice holds this share of full "
-            "attention's mass, such as 0.9, as YAML for attention.layers. Own block counted; the mean over sampled "
-            "queries that have more past blocks."
+            help="With --routing: print the smallest K of each key head whose blocks hold this share of full "
+            "attention's mass, such as 0.9, as YAML for attention.layers. The own block counts. The share is a mean "
+            "over sampled queries with more past blocks than the layer chooses now."
         ),
     ] = None
 
@@ -43,7 +48,7 @@ class RoutingFlags:
         """The share of `--suggest-budget`.
 
         Raises:
-            ValueError: no share, or no report to take it from.
+            ValueError: the number is not a share, or there is no report.
         """
         share = self.suggest_budget
         if share is None:
@@ -53,16 +58,14 @@ class RoutingFlags:
                 f"--suggest-budget {share:g}: a share of attention's mass above 0 and up to 1, such as 0.9"
             )
         if not self.wanted:
-            raise ValueError(
-                f"--suggest-budget {share:g} without --routing, whose samples it is made from: add --routing"
-            )
+            raise ValueError(f"--suggest-budget {share:g} without --routing, whose samples it needs: add --routing")
         return share
 
     def choice(self) -> LayerAttention | None:
         """The attention of `--routing-choice`.
 
         Raises:
-            ValueError: what is none.
+            ValueError: the text is not B:K or B:K:SELECTOR.
         """
         from moba_megatron.evaluation.attention_choice import parse_choice
 

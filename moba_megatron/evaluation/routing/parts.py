@@ -1,4 +1,4 @@
-"""What the ranks have seen, put together: heads of one sample side by side, samples one after the other."""
+"""Join the observations of all ranks: heads of one sample side by side, samples one after the other."""
 
 from __future__ import annotations
 

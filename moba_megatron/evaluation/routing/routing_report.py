@@ -1,4 +1,4 @@
-"""The routing report in numbers and words: a record for each layer, a table, and what to make of them."""
+"""The routing report in numbers and words: a record for each layer, a table, and advice."""
 
 from __future__ import annotations
 

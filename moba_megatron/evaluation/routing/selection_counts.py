@@ -1,11 +1,10 @@
-"""What a layer's queries choose: how far away, how evenly over the blocks, counted over all queries that have a choice.
+"""Counts of a layer's choices: how far away they are and how even over the blocks, over all queries that have a choice.
 
-A query has a choice if its document has more complete blocks before its own than it may take. The others take all there
-are, which says nothing about the routing, so every count here leaves them out.
+A query has a choice if its document has more complete blocks before its own than it may choose. Other queries take all
+of them, which says nothing about the routing, so every count leaves them out.
 
-Early blocks are offered to more queries than late ones, so even a router that chooses at random fills them unevenly.
-How evenly choices fall is therefore told against what such an *even router* gives: each query spreads its K - 1 choices
-equally over the blocks before its own.
+More queries can choose early blocks than late ones, so even random choices fill blocks unevenly. Evenness is therefore
+measured relative to an *even router*: each query spreads its K - 1 choices equally over the blocks before its own.
 
 Legend: T tokens of the pack, N heads, K blocks a query, M blocks.
 """

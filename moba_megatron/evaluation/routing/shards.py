@@ -1,9 +1,9 @@
-"""From a context-parallel rank's tokens to all tokens of some heads: what the routing report looks at.
+"""From a context-parallel rank's tokens to all tokens of some heads, for the routing report.
 
-Every number of the report is of one head, and needs all of its keys. So the ranks that share a sequence trade tokens
-for heads: each gets every token of its share of the heads, and no rank ever holds more than its part of the whole. A
-share is whole key heads with their query heads, or, where there are fewer of them than ranks, single query heads with a
-copy of their key head. The padding that context parallelism added to the documents is left out again.
+Every number of the report belongs to one head and needs all keys of that head. So the ranks that share a sequence trade
+tokens for heads: each gets all tokens of its share of the heads, and no rank holds more than its part of the whole. A
+share is whole key heads with their query heads. If there are fewer key heads than ranks, it is single query heads with
+a copy of their key head. The padding of context parallelism is removed.
 
 Legend: C ranks, t tokens of a rank, T tokens of the pack without padding, H heads, D head size.
 """

@@ -1,4 +1,4 @@
-"""Who is asked: the model of a checkpoint or of a Hugging Face folder, behind one interface."""
+"""The model that answers the tasks: that of a checkpoint or of a Hugging Face folder, behind one interface."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def make_samples(
         count: number of samples.
         seed: of all that is random.
         haystack: the text in which statements hide; None: noise sentences.
-        depth: where the decisive statement lies, 0 (start) to 1 (end); None: anywhere, drawn for each sample.
+        depth: where the statement with the answer stands, 0 (start) to 1 (end); None: anywhere, drawn for each sample.
 
     Raises:
         ValueError: an unknown task, a depth out of range or for a task that has none, or a length in which not even

@@ -21,7 +21,7 @@ from rich.progress import track
 from tokenizers import models, pre_tokenizers
 
 from moba_megatron.corpus.tokenizer import END_OF_DOCUMENT, Tokenizer
-from moba_megatron.errors import one_door
+from moba_megatron.errors import user_errors
 from moba_megatron.evaluation.tasks.compose import make_samples
 from moba_megatron.evaluation.tasks.options import parse_lengths, parse_tasks
 from moba_megatron.evaluation.tasks.puzzles import TASKS
@@ -89,7 +89,7 @@ def _reserve(name: str, length: int, tokenizer: Tokenizer) -> int:
     return len(prompt) + len(answer) + 1 - probe.length
 
 
-@one_door()
+@user_errors()
 def main(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     tasks: Annotated[str, typer.Option(help="Tasks, by commas; all: every one of them.")] = "needle",

@@ -1,4 +1,4 @@
-"""What `moba-megatron evaluate` asks of the synthetic tasks."""
+"""Options of `moba-megatron evaluate` for the synthetic tasks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TasksFlags:
 
     tasks: Annotated[
         str | None,
-        typer.Option(help="Synthetic long-range tasks, by commas, such as needle,multi_key; all: every one of them."),
+        typer.Option(help="Synthetic long-range tasks, separated by commas, such as needle,multi_key; or all."),
     ] = None
     lengths: Annotated[
         str | None,
@@ -27,7 +27,7 @@ class TasksFlags:
             help="Tokens of the tasks' samples (1024,8K,...). Default: data.sequence_length of the run and its halves."
         ),
     ] = None
-    depths: Annotated[str, typer.Option(help="Where the decisive statement lies, 0 (start) to 1 (end).")] = (
+    depths: Annotated[str, typer.Option(help="Where the statement with the answer stands, 0 (start) to 1 (end).")] = (
         "0,0.25,0.5,0.75,1"
     )
     task_samples: Annotated[int, typer.Option(min=1, help="Samples of each task, length and depth.")] = 10
@@ -36,7 +36,7 @@ class TasksFlags:
         """The tasks, None if there are none.
 
         Raises:
-            ValueError: an unknown task, what is not a length or depth, or lengths of no task.
+            ValueError: an unknown task, a wrong length or depth, or lengths without tasks.
         """
         from moba_megatron.evaluation.tasks.options import task_options
 

@@ -14,7 +14,7 @@ from typing import Annotated, Protocol
 
 import typer
 
-from moba_megatron.errors import one_door
+from moba_megatron.errors import user_errors
 from moba_megatron.evaluation.plots import plain
 
 
@@ -94,7 +94,7 @@ def read_places(record: Path, task: str) -> list[StoredPlace]:
     return places
 
 
-@one_door()
+@user_errors()
 def main(
     out: Annotated[Path, typer.Argument(help="Picture to write.")],
     records: Annotated[list[str], typer.Argument(help="NAME=RECORD.json, one for each map.")],

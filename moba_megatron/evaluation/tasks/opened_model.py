@@ -1,9 +1,9 @@
-"""A checkpoint's model as tasks ask it, over however many ranks it is split.
+"""The model of a checkpoint for the tasks, at any parallel layout.
 
-Logits of a long prompt never exist: only the last hidden states reach the output layer. Where they lie on several
-context-parallel ranks, and parts of the vocabulary on several tensor-parallel ones, the few rows of logits are added up
+Logits of a long prompt never exist: only the last hidden states reach the output layer. Context-parallel ranks have
+different hidden states and tensor-parallel ranks different parts of the vocabulary, so the few rows of logits are added
 over the ranks; the last pipeline stage sends them to the others. A prompt is padded at its end to a length that can be
-cut. Attention is causal, so no token of it sees the padding.
+cut. Attention is causal, so no token of the prompt sees the padding.
 
 Legend: S tokens of the prompt with padding, L wanted rows, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""What `--tasks` and the options around it ask for."""
+"""The meaning of `--tasks` and the options around it."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""How a model does on samples: by likelihood and by greedy match, without generating.
+"""Scores of a model on samples: by likelihood and by greedy match, without generation.
 
-Likelihood: nats per token of the right target, and whether it is more likely than each distractor. Greedy match:
-whether the most likely token is right at every place of the target while the target is fed. That is so exactly if
-greedy decoding, with the attention of this pass, says the target.
+Likelihood: nats per token of the right target, and whether it is more likely than each distractor. Greedy match: with
+the target as input, the most likely token is right at every place of the target. This is equivalent to greedy decoding
+of the target with the attention of this pass.
 
-Candidates that differ in their last token only share one forward pass: numbers of one token cost one pass in all.
+Candidates that differ only in their last token share one forward pass: numbers of one token need one pass in all.
 """
 
 from __future__ import annotations

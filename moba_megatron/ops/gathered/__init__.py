@@ -1,4 +1,4 @@
-"""The operator in portable PyTorch, sparse in time and memory, on any device: the twin of `ops.triton`.
+"""The operator in portable PyTorch, sparse in time and memory, on any device. It mirrors `ops.triton`.
 
 | module | what |
 |---|---|
@@ -8,7 +8,7 @@
 | `causal`, `past` | own blocks and past blocks, forward and backward, on `tiles` |
 | `row_sums` | sums of rows in one pass |
 | `combine` | partial results of past blocks combined into those of rows |
-| `attention` | all of it put together; autograd |
+| `attention` | the whole operator; autograd |
 | `decode` | the newest tokens of a text against all of its keys |
 | `backend` | the steps of this backend, for `ops.steps` |
 """

@@ -1,4 +1,4 @@
-"""The work of a call, cut into groups of kv heads with their query heads; the twin of `triton.passes`.
+"""The work of a call, cut into groups of kv heads with their query heads, as `triton.passes` does.
 
 A group is as many whole kv heads as one index may hold (`index.most_entries`), or some query heads of one. Keys and
 values of a group lie dense, kv head after kv head, so that the kv blocks of all of them go through the same tiles.

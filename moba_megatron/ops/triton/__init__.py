@@ -1,4 +1,4 @@
-"""The operator by Triton kernels: the twin of `ops.gathered`, module by module with the same contracts.
+"""The operator by Triton kernels. It mirrors `ops.gathered`, module by module with the same contracts.
 
 | module | what |
 |---|---|
@@ -11,7 +11,7 @@
 | `past`, `causal` | forward of past blocks and of own blocks |
 | `backward_dkdv`, `backward_dq` | delta, dk, dv and dq of both |
 | `combine` | partial results combined, in order |
-| `attention` | all of it put together; autograd |
+| `attention` | the whole operator; autograd |
 | `decode` | one query per sequence against cached keys, values and summaries |
 | `backend` | the steps of this backend, for `ops.steps` |
 | `common`, `config`, `tile_table` | what kernels share, and their launch settings |

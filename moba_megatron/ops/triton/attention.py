@@ -1,5 +1,4 @@
-"""Attention with given block ids by the kernels of this folder: the twin of `gathered.attention`, with the same
-contracts.
+"""Attention with given block ids by the kernels of this folder. It has the contracts of `gathered.attention`.
 
 A call is cut into passes. Each pass builds its index (`index`), lets its entries attend their kv blocks (`past`), and
 finishes its rows with causal spans and combining (`causal`, `combine`). The backward does the same with delta, dk and

@@ -39,7 +39,7 @@ from moba_megatron.ops.triton.common import (
     store_rows,
 )
 from moba_megatron.ops.triton.fragments import DeviceFragment
-from moba_megatron.ops.triton.index import Cut, Index, entries_of_split, keys_of_head_block, rows_of_entries
+from moba_megatron.ops.triton.index import Cut, Index, entries_of_split, keys_of_head_block, tile_of_entries
 from moba_megatron.ops.triton.passes import Pass, QueryRows
 from moba_megatron.ops.triton.splits import cut_spans
 
@@ -125,12 +125,10 @@ def past_dkdv(
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     for first in range(low, high, BLOCK_M):
-        offs_m = first + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < high
-        entry = tl.load(order_ptr + offs_m, mask=mask_m, other=0)
-        row = rows_of_entries(
-            entry, kv_head, num_slots, first_token, num_tokens, first_kv_head, num_heads, qheads_per_kvhead
-        )
+        entry, row, mask_m = tile_of_entries(
+            first, high, order_ptr, kv_head, num_slots, first_token, num_tokens, first_kv_head, num_heads,
+            qheads_per_kvhead, BLOCK_M,
+        )  # fmt: skip
         q = load_rows(q_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
         do = load_rows(do_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
         lse = tl.load(lse_ptr + row, mask=mask_m, other=float("inf"))

@@ -27,13 +27,13 @@ from moba_megatron.ops.triton.common import (
     load_kv,
     load_rows,
     query_rows,
-    quotient,
+    rows_of_span,
     safe_lse,
     store_rows,
 )
 from moba_megatron.ops.triton.devices import on_its_device
 from moba_megatron.ops.triton.fragments import DeviceFragment
-from moba_megatron.ops.triton.index import Cut, Index, entries_of_split, keys_of_head_block, rows_of_entries
+from moba_megatron.ops.triton.index import Cut, Index, entries_of_split, keys_of_head_block, tile_of_entries
 from moba_megatron.ops.triton.passes import Pass, QueryRows
 from moba_megatron.ops.triton.splits import cut_spans
 
@@ -99,12 +99,10 @@ def past_dq(
         return
     low, high = entries_of_split(split, head_block, cu_entries_ptr, cu_splits_ptr, split_size)
     kv_head = head_block // num_kv_blocks
-    offs_m = low + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < high
-    entry = tl.load(order_ptr + offs_m, mask=mask_m, other=0)
-    row = rows_of_entries(
-        entry, kv_head, num_slots, first_token, num_tokens, first_kv_head, num_heads, qheads_per_kvhead
-    )
+    entry, row, mask_m = tile_of_entries(
+        low, high, order_ptr, kv_head, num_slots, first_token, num_tokens, first_kv_head, num_heads,
+        qheads_per_kvhead, BLOCK_M,
+    )  # fmt: skip
     q = load_rows(q_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
     do = load_rows(do_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
     lse = safe_lse(tl.load(lse_ptr + row, mask=mask_m, other=0.0))
@@ -160,10 +158,8 @@ def causal_dq(
     if span >= num_spans:
         return
     start, length = bounds_of(span, span_start_ptr, span_end_ptr)
-    offs_m = (split - tl.load(cu_splits_ptr + span)).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
-    position = quotient(offs_m, qheads_per_kvhead)
-    token = start + position
-    mask_m = (position < length) & (token >= first_token) & (token < first_token + num_tokens)
+    tile = (split - tl.load(cu_splits_ptr + span)).to(tl.int32)
+    offs_m, position, mask_m = rows_of_span(tile, start, length, first_token, num_tokens, qheads_per_kvhead, BLOCK_M)
     if tl.max(mask_m.to(tl.int32), axis=0) == 0:
         return
     origin = start * num_heads + (first_kv_head + kv_head) * qheads_per_kvhead

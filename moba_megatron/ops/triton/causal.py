@@ -28,7 +28,7 @@ from moba_megatron.ops.triton.common import (
     load_kv,
     load_rows,
     query_rows,
-    quotient,
+    rows_of_span,
     store_rows,
 )
 from moba_megatron.ops.triton.fragments import DeviceFragment
@@ -72,10 +72,8 @@ def causal_fwd(
     if span >= num_spans:
         return
     start, length = bounds_of(span, span_start_ptr, span_end_ptr)
-    offs_m = (split - tl.load(cu_splits_ptr + span)).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
-    position = quotient(offs_m, qheads_per_kvhead)
-    token = start + position
-    mask_m = (position < length) & (token >= first_token) & (token < first_token + num_tokens)
+    tile = (split - tl.load(cu_splits_ptr + span)).to(tl.int32)
+    offs_m, position, mask_m = rows_of_span(tile, start, length, first_token, num_tokens, qheads_per_kvhead, BLOCK_M)
     if tl.max(mask_m.to(tl.int32), axis=0) == 0:
         return
     origin = start * num_heads + (first_kv_head + kv_head) * qheads_per_kvhead

@@ -96,6 +96,16 @@ def query_rows(origin, offs_m, token, num_heads, qheads_per_kvhead):
 
 
 @triton.jit
+def rows_of_span(tile, start, length, first_token, num_tokens, qheads_per_kvhead, BLOCK_M: tl.constexpr):
+    """A tile of the rows of a kv head in a span: their numbers, their places in the span, and which of them exist and
+    are tokens of the pass."""
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    position = quotient(offs_m, qheads_per_kvhead)
+    token = start + position
+    return offs_m, position, (position < length) & (token >= first_token) & (token < first_token + num_tokens)
+
+
+@triton.jit
 def second_id():
     """Number of a program on the second and third axis together, as `config.spread` makes them."""
     return tl.program_id(1) + tl.program_id(2) * PER_AXIS

@@ -43,7 +43,7 @@ class Spans:
 
 @dataclass(frozen=True)
 class DeviceFragment:
-    """Which of some keys some queries see; the twin of `Fragment`.
+    """Which of some keys some queries see, as `Fragment` for the device.
 
     Attributes:
         kv_blocks: two of them share no row, or they start at the same row and all kv blocks between them do too.

@@ -223,13 +223,21 @@ def keys_of_head_block(head_block, kv_block_start_ptr, kv_block_end_ptr, num_kv_
 
 
 @triton.jit
-def rows_of_entries(entry, kv_head, num_slots, first_token, num_tokens, first_kv_head, num_heads, qheads_per_kvhead):
-    """Query rows of entries of one kv head of a pass."""
+def tile_of_entries(
+    first, high, order_ptr, kv_head, num_slots, first_token, num_tokens, first_kv_head, num_heads, qheads_per_kvhead,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Entries of one kv head of a pass, from place `first` of `order` on and before place `high`: the entries, their
+    query rows, and which of them exist."""
+    places = first + tl.arange(0, BLOCK_M)
+    mask_m = places < high
+    entry = tl.load(order_ptr + places, mask=mask_m, other=0)
     offs_m = quotient(entry, num_slots)
     origin = (first_token - kv_head * num_tokens).to(tl.int64) * num_heads + (
         first_kv_head + kv_head
     ) * qheads_per_kvhead
-    return query_rows(origin, offs_m, quotient(offs_m, qheads_per_kvhead), num_heads, qheads_per_kvhead)
+    row = query_rows(origin, offs_m, quotient(offs_m, qheads_per_kvhead), num_heads, qheads_per_kvhead)
+    return entry, row, mask_m
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The work of a call, cut into passes that fit a workspace; the twin of `gathered.kv_heads`.
+"""The work of a call, cut into passes that fit a workspace, as `gathered.kv_heads` cuts it.
 
 Legend: T tokens, N query heads, D head size, K past blocks per query.
 """

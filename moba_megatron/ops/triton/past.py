@@ -25,7 +25,7 @@ from moba_megatron.ops.fragments import Keys
 from moba_megatron.ops.triton import config
 from moba_megatron.ops.triton.common import COUNTS, LN_2, LOG2_E, dot, load_kv, load_rows, store_rows
 from moba_megatron.ops.triton.fragments import DeviceFragment
-from moba_megatron.ops.triton.index import Cut, Index, entries_of_split, keys_of_head_block, rows_of_entries
+from moba_megatron.ops.triton.index import Cut, Index, entries_of_split, keys_of_head_block, tile_of_entries
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -73,12 +73,10 @@ def past_fwd_short(
     k = load_kv(k_ptr + base, offs_n, stride_kn, length, HEAD_DIM, BLOCK_D)
     v = load_kv(v_ptr + base, offs_n, stride_kn, length, HEAD_DIM, BLOCK_D)
     for first in range(low, high, BLOCK_M):
-        offs_m = first + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < high
-        entry = tl.load(order_ptr + offs_m, mask=mask_m, other=0)
-        row = rows_of_entries(
-            entry, kv_head, num_slots, first_token, num_tokens, first_kv_head, num_heads, qheads_per_kvhead
-        )
+        entry, row, mask_m = tile_of_entries(
+            first, high, order_ptr, kv_head, num_slots, first_token, num_tokens, first_kv_head, num_heads,
+            qheads_per_kvhead, BLOCK_M,
+        )  # fmt: skip
         q = load_rows(q_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
         s = tl.where(mask_n[None, :], dot(q, tl.trans(k)) * (softmax_scale * LOG2_E), float("-inf"))
         m = tl.max(s, axis=1)
@@ -126,12 +124,10 @@ def past_fwd_long(
         return
     low, high = entries_of_split(split, head_block, cu_entries_ptr, cu_splits_ptr, split_size)
     kv_head = head_block // num_kv_blocks
-    offs_m = low + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < high
-    entry = tl.load(order_ptr + offs_m, mask=mask_m, other=0)
-    row = rows_of_entries(
-        entry, kv_head, num_slots, first_token, num_tokens, first_kv_head, num_heads, qheads_per_kvhead
-    )
+    entry, row, mask_m = tile_of_entries(
+        low, high, order_ptr, kv_head, num_slots, first_token, num_tokens, first_kv_head, num_heads,
+        qheads_per_kvhead, BLOCK_M,
+    )  # fmt: skip
     q = load_rows(q_ptr, row * HEAD_DIM, mask_m, HEAD_DIM, BLOCK_D)
     length, base = keys_of_head_block(
         head_block, kv_block_start_ptr, kv_block_end_ptr, num_kv_blocks, stride_kn, stride_kh

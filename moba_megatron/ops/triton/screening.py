@@ -1,4 +1,4 @@
-"""Screening: blocks that cannot be among a query's best are told by one cheap product, the others are scored exactly.
+"""Screening: one cheap product finds the blocks that cannot be among a query's best; the others are scored exactly.
 
 **Cheap.** Less their average c, the means m of a kv head are rounded to one plane p in the queries' dtype. The average
 is one vector for all blocks of a head, so that it shifts all scores of a query row alike, by q c, and changes no order;
