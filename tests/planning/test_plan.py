@@ -20,7 +20,7 @@ from moba_megatron.planning.plan_layouts import _cut, suggest_layouts
 from moba_megatron.planning.plan_machines import GPUS, LINK_SHARE, Cluster
 from moba_megatron.planning.plan_target import own_cluster
 from moba_megatron.planning.plan_time import step_time
-from moba_megatron.planning.run_plan import plan_run
+from moba_megatron.planning.run_plan import RunPlan, plan_run
 from moba_megatron.training.dry_run import print_dry_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -53,9 +53,14 @@ def gpus_of(name: str) -> int:
 
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_every_full_size_configuration_fits_its_gpus(name):
-    config = load_config(CONFIGS / name)
-    plan = plan_run(config, schedule_of(config), config.model.vocab_size, Cluster(GPUS["h100"], gpus_of(name)))
-    assert plan.fits and 0.05 < plan.mfu < 0.6, (plan.peak, plan.mfu)
+    def plan(*overrides: str) -> RunPlan:
+        config = load_config(CONFIGS / name, list(overrides))
+        return plan_run(config, schedule_of(config), config.model.vocab_size, Cluster(GPUS["h100"], gpus_of(name)))
+
+    own = plan()
+    assert own.fits and 0.05 < own.mfu < 0.6, (own.peak, own.mfu)
+    if own.config.training.loss_chunk_size is not None:  # only where the default has no room
+        assert not plan("training.loss_chunk_size=null").fits
 
 
 @pytest.mark.parametrize(
