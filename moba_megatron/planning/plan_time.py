@@ -196,6 +196,7 @@ def layer_seconds(
         top_k=layer.top_k or 0,
         budgets=layer.selection.budgets,
         index=IndexShape.of(config.attention, config.model, parallel.tensor) if layer.kind == "moba" else None,
+        workspace_bytes=config.attention.workspace_bytes,
     )
     documents = training.micro_batch_size / parallel.context
     attention = _attention_seconds(sizes, machine, training.repeats("core_attn")) * documents
