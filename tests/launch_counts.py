@@ -3,7 +3,7 @@
 On tensors without data, with the launches of `without_data.record_launches`. An operation of PyTorch counts once if it
 computes or copies anything; views, metadata and memory without contents are free.
 
-`PYTHONPATH=. python tests/launch_counts.py` prints the table of docs/performance.md.
+`PYTHONPATH=. python tests/launch_counts.py` prints the counts of docs/results/launches.md.
 """
 
 from __future__ import annotations

@@ -79,7 +79,8 @@ MACHINES = (
 @dataclass(frozen=True)
 class AttentionSizes:
     """One document and one setting; `element_bytes` of q, k, v and of partial outputs. Where key heads have a K of
-    their own, `top_k` is the largest of the layer's `budgets`, whose mean the heads at hand are taken to have."""
+    their own, `top_k` is the largest of the layer's `budgets`, whose mean the heads at hand are taken to have.
+    `workspace_bytes`: None for the default."""
 
     tokens: int
     heads: int
@@ -91,6 +92,7 @@ class AttentionSizes:
     partial_bytes: int = 2
     budgets: tuple[int, ...] | None = None
     index: IndexShape | None = None
+    workspace_bytes: int | None = None
 
     @property
     def entries(self) -> int:
@@ -128,9 +130,9 @@ class AttentionSizes:
         return self.head_size * self.element_bytes
 
     def passes(self, entry_bytes: int) -> int:
-        """Passes into which the default workspace cuts a call, for so many bytes of it an entry."""
+        """Passes into which the workspace cuts a call, for so many bytes of it an entry."""
         each, slots = self.heads // self.kv_heads, self.top_k - 1
-        room = default_workspace(self.query_bytes)
+        room = self.workspace_bytes or default_workspace(self.query_bytes)
         heads, tokens = pass_sizes(self.tokens, self.kv_heads, each, slots, entry_bytes, room)
         return -(-self.kv_heads // heads) * -(-self.tokens // tokens)
 

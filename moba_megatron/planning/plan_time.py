@@ -203,6 +203,7 @@ def layer_seconds(
         top_k=layer.top_k or 0,
         budgets=layer.selection.budgets,
         index=IndexShape.of(config.attention, config.model, parallel.tensor) if layer.kind == "moba" else None,
+        workspace_bytes=config.attention.workspace_bytes,
     )
     documents = training.micro_batch_size / parallel.context
     learns = training.train_only is None

@@ -14,13 +14,16 @@ import pytest
 import torch
 from rich.console import Console
 from triton.errors import TritonError
+from typer.testing import CliRunner
 
 import moba_megatron.benchmark.operator as bench
 from moba_megatron.benchmark import agreement
 from moba_megatron.benchmark.calls import clear_inputs, median_seconds
+from moba_megatron.benchmark.inputs import chosen_inputs, hottest_load
 from moba_megatron.benchmark.operator import run_bench
 from moba_megatron.benchmark.presets import PRESETS
 from moba_megatron.benchmark.settings import BenchResult, BenchRow, BenchSettings, Case, pair_ratio
+from moba_megatron.cli import app
 from moba_megatron.ops import adapters, select_blocks
 from moba_megatron.ops.backends import FULL_BACKENDS
 from moba_megatron.ops.gathered import tiles
@@ -41,6 +44,20 @@ def test_writes_table_csv_and_plot(tmp_path):
     assert (tmp_path / "bench.md").read_text().count("\n") == 2 + len(result.rows)
     assert (tmp_path / "bench.png").stat().st_size > 1000
     assert "beats full attention" in text.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "least", "most"), [("sink", 30, 33), ("hot", 6, 33), ("local", 1, 4)])
+def test_rows_say_how_often_the_most_chosen_block_is_chosen(tmp_path, kind, least, most):
+    """Two past blocks for every query: the first of 64 blocks is chosen 32 times as often as the mean."""
+    sizes = "--lengths 2048 --blocks 32:3 --dtypes fp32 --modes fwd --full none --runs 1 --head-size 32"
+    result = CliRunner().invoke(app, ["bench", *sizes.split(), "--inputs", kind, "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    (row,) = csv.DictReader(open(tmp_path / "bench.csv"))
+    q, k, _ = chosen_inputs(kind, 2048, 4, 2, 32, "fp32", "cpu", 0, 32)
+    assert row["inputs"] == kind and least < float(row["hottest"]) < most
+    assert float(row["hottest"]) == pytest.approx(hottest_load(q, k, 32, 3), rel=1e-3)
+    heading, _, cells = ([cell.strip() for cell in line.split("|")] for line in open(tmp_path / "bench.md"))
+    assert cells[heading.index("hottest")] == f"{float(row['hottest']):.1f}x"
 
 
 def test_without_full_attention_there_is_no_speedup(tmp_path):

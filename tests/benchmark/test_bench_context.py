@@ -10,6 +10,7 @@ import sys
 
 from typer.testing import CliRunner
 
+from moba_megatron.benchmark.inputs import chosen_inputs, counted_ring_factor, past_choices
 from moba_megatron.cli import app
 
 SIZES = ["--lengths", "512", "--blocks", "16:3", "--dtypes", "fp32", "--heads", "4", "--groups", "2", "--runs", "1"]
@@ -20,7 +21,7 @@ def bench(folder, *options: str):
 
 
 def test_every_exchange_is_measured(tmp_path):
-    result = bench(tmp_path, "--context-parallel", "2")
+    result = bench(tmp_path, "--context-parallel", "2", "--inputs", "sink")
     assert result.exit_code == 0, result.output
     with open(tmp_path / "context.csv") as file:
         rows = {(row["exchange"], row["block_size"]): row for row in csv.DictReader(file)}
@@ -34,6 +35,11 @@ def test_every_exchange_is_measured(tmp_path):
             assert received - summaries == int(row["formula_bytes"])
         assert float(row["forward_seconds"]) > 0 and float(row["backward_seconds"]) > 0
     assert 0 < float(rows["p2p", "16"]["selected"]) <= 1
+    # A ring waits for the ranks that hold the first block's queries.
+    q, k, _ = chosen_inputs("sink", 512, 4, 2, 64, "fp32", "cpu", 0, 16)
+    ring = counted_ring_factor(past_choices(q, k, 16, 3), 4, 512, 16, 2)
+    assert rows["p2p", "16"]["load"] == f"{ring:.2f} in steps" and ring > 1.2
+    assert rows["a2a", "16"]["load"] == rows["p2p", ""]["load"] == ""
     assert (tmp_path / "context.md").exists() and (tmp_path / "context.png").stat().st_size > 1000
 
 

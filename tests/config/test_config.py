@@ -358,6 +358,12 @@ def test_sizes_are_held_against_the_number_of_processes(changes, world_size, exp
     assert expected in str(error.value)
 
 
+def test_tokens_of_a_chunk_of_the_loss_by_device():
+    default, own = config_from_dict(SMALL), config_from_dict(changed(training__loss_chunk_size=24))
+    assert [default.training.tokens_of_loss_chunk(device) for device in ("cuda", "cpu")] == [4096, 512]
+    assert [own.training.tokens_of_loss_chunk(device) for device in ("cuda", "cpu")] == [24, 24]
+
+
 def test_the_data_parallel_size_is_what_is_left():
     assert check_world(config_from_dict(changed(parallel__tensor=2)), 4) == 2
     interleaved = {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "evaluation__samples": 3}

@@ -93,6 +93,7 @@ LAYOUTS = [
     pytest.param(2, ["tensor=2", "context=2,exchange=p2p"], id="other-two", marks=pytest.mark.slow),
     pytest.param(3, ["pipeline=3", "context=3", ""], id="three", marks=pytest.mark.slow),
     pytest.param(4, ["context=2", "tensor=2,context=2", "pipeline=2,context=2"], id="four", marks=pytest.mark.slow),
+    pytest.param(4, ["tensor=2,pipeline=2"], id="four-weights", marks=pytest.mark.slow),
 ]
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from hf_examples import MODELS, SELECTIONS, build, choosing, close, padded, tokens, truth
+from peak_memory import peak_bytes
 from transformers import DynamicCache, StaticCache
 
 import moba_megatron.hf as hf
+from moba_megatron.generation.engine import continue_prompt
 
 CACHES = {
     "moba": lambda model: hf.MoBACache(),
@@ -201,6 +203,24 @@ def test_packed_rows_are_not_continued():
     model(ids, position_ids=positions, past_key_values=cache)
     with pytest.raises(ValueError, match="row 0 goes on at position 10 after 30 tokens"):
         model(ids[:, :1], position_ids=torch.tensor([[10]]), past_key_values=cache)
+
+
+def test_the_peak_of_a_prefill_goes_with_its_pieces_and_not_with_the_prompt():
+    """Beside the cache, whose room is for the whole text."""
+    model = build(intermediate_size=512, max_position_embeddings=2048)
+    hf.configure(model, block_size=64, top_k=3, last_n_full=1)
+
+    def beside_the_cache(length: int, piece: int) -> int:
+        prompt = tokens(length)[0].tolist()
+        settings = {"max_new_tokens": 1, "temperature": 0.0, "prefill_tokens": piece}
+        cache = (length + 1) * 3 * 2 * (2 * 8) * 8  # keys and values of three layers, two heads of 8 in fp64
+        return peak_bytes(lambda: list(continue_prompt(model, prompt, **settings))) - cache
+
+    small, large = ([beside_the_cache(length, piece) for length in (1024, 2048)] for piece in (256, 512))
+    for short, long in (small, large):
+        assert long == pytest.approx(short, rel=0.05)
+    assert 0 < small[1] < 0.6 * large[1]
+    assert beside_the_cache(1024, 1024) > 1.7 * large[0]
 
 
 def test_prefill_refuses_pieces_that_leave_single_tokens():

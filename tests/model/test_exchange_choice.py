@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from dataclasses import replace
 
 import pytest
 from model_examples import tiny
@@ -12,7 +13,8 @@ from moba_megatron.model.builder import transformer_config
 from moba_megatron.model.exchange_choice import rank_sizes, resolve_exchange
 from moba_megatron.model.schedule import FULL, LayerAttention
 from moba_megatron.parallel.exchange_kind import RankSizes
-from moba_megatron.parallel.exchanges import EXCHANGES
+from moba_megatron.parallel.exchanges import EXCHANGES, choose_exchange
+from moba_megatron.parallel.ring_load import random_choice_factor
 
 HYBRID = {"block_size": 8, "top_k": 2, "last_n_full": 1}
 
@@ -60,6 +62,15 @@ def test_auto_says_why_in_bytes():
     by_name = resolve(4, "a2a+p2p").lines[0]
     assert by_name.startswith("parallel.exchange.moba = a2a+p2p: a2a+p2p [2, 2] (asked for by name; ")
     assert "at most" in resolve(4, "dispatch").lines[0]
+
+
+def test_auto_says_how_much_a_ring_waits():
+    sizes = RankSizes(32768, 32, 8, 128, 2, 4096, 12)
+    choice, factor = choose_exchange(sizes, 32), random_choice_factor(4, 256, 12)
+    assert (choice.name, choice.levels) == ("a2a+p2p", (8, 4)) and factor > 1.1
+    assert f"its ring waits for the busiest rank of each step, {factor:.2g} x the attention" in choice.reason
+    full = choose_exchange(replace(sizes, block_size=None, top_k=None), 32)
+    assert full.levels == (8, 4) and "busiest" not in full.reason
 
 
 def test_a_kind_that_no_layer_is_has_no_exchange():

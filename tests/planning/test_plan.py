@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from moba_megatron.config import ConfigError, check_world, load_config
 from moba_megatron.config.checks import combination_problems
 from moba_megatron.config.named import names_in
 from moba_megatron.model.schedule import AttentionSchedule
+from moba_megatron.parallel.ring_load import random_choice_factor
+from moba_megatron.planning.kernel_model import LAUNCH_SECONDS, AttentionSizes, backward_work, forward_work
 from moba_megatron.planning.plan_layouts import _cut, suggest_layouts
 from moba_megatron.planning.plan_machines import GPUS, LINK_SHARE, Cluster
 from moba_megatron.planning.plan_target import own_cluster
 from moba_megatron.planning.plan_time import step_time
-from moba_megatron.planning.run_plan import plan_run
+from moba_megatron.planning.run_plan import RunPlan, plan_run
 from moba_megatron.training.dry_run import print_dry_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -53,9 +56,14 @@ def gpus_of(name: str) -> int:
 
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_every_full_size_configuration_fits_its_gpus(name):
-    config = load_config(CONFIGS / name)
-    plan = plan_run(config, schedule_of(config), config.model.vocab_size, Cluster(GPUS["h100"], gpus_of(name)))
-    assert plan.fits and 0.05 < plan.mfu < 0.6, (plan.peak, plan.mfu)
+    def plan(*overrides: str) -> RunPlan:
+        config = load_config(CONFIGS / name, list(overrides))
+        return plan_run(config, schedule_of(config), config.model.vocab_size, Cluster(GPUS["h100"], gpus_of(name)))
+
+    own = plan()
+    assert own.fits and 0.05 < own.mfu < 0.6, (own.peak, own.mfu)
+    if own.config.training.loss_chunk_size is not None:  # only where the default has no room
+        assert not plan("training.loss_chunk_size=null").fits
 
 
 @pytest.mark.parametrize(
@@ -121,6 +129,25 @@ def test_the_command_prints_a_plan_and_writes_it(tmp_path):
     assert plan["tokens_per_second"] == pytest.approx(2**23 / parts)
     assert plan["step_seconds_full_attention"] > 2.5 * plan["step_seconds"]
     assert len(written["layouts"]) == 5
+    # Each way to save memory, and what it costs in this layout.
+    found = written["alternatives"]
+    savings = ["none", "selective", "mlp", "core_attn mlp", "mlp by 8192", "selective, mlp by 8192", "full"]
+    savings += ["full, mlp by 8192", "none; offload attention", "mlp; offload attention"]
+    names = [*(f"recompute {words}" for words in savings), "gradients in bf16"]
+    names[2] += " (as configured)"
+    table = output.split("memory of this layout")[1].splitlines()
+    lines = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in table if line.startswith("│")]
+    room = 0.9 * 80e9
+    assert lines[: len(names)] == [
+        [name, f"{one['memory'] / 2**30:.1f}", f"{one['step_seconds']:.3g}", "yes" if one["memory"] <= room else "no"]
+        for name, one in zip(names, found, strict=True)
+    ]
+    assert {cells[3] for cells in lines[: len(names)]} == {"yes", "no"}
+    assert [one["recompute"] for one in found[:4]] == ["none", "selective", ["mlp"], ["core_attn", "mlp"]]
+    assert found[4]["mlp_chunk_size"] == 8192 and found[9]["offload"] == ["qkv_linear", "core_attn", "attn_proj"]
+    assert found[10].keys() == {"memory", "step_seconds", "gradient_precision"}
+    own = max(m["total"] for m in plan["memory_bytes"])
+    assert (found[2]["memory"], found[2]["step_seconds"]) == (own, pytest.approx(plan["step_seconds"]))
     needed = plan["evaluation_bytes"]
     assert needed["weights"] + needed["working"] == needed["total"] < max(m["total"] for m in plan["memory_bytes"])
     assert f"{needed['weights'] / 2**30:.1f} GiB of weights" in output
@@ -272,6 +299,40 @@ def test_recomputation_takes_time(tmp_path):
     attention = {recompute: step.parts["attention"] for recompute, step in found.items()}
     assert products["none"] == products["selective"] < products["full"]
     assert attention["none"] < attention["selective"] == attention["full"]
+
+
+def test_a_small_workspace_takes_more_launches(tmp_path):
+    def attention(**changes):
+        config, step = times(tmp_path, attention__last_n_full=0, **changes)
+        return config, step.parts["attention"]
+
+    config, default = attention()
+    # 64 samples, 4 layers, each cut into more passes, forward and backward.
+    small, model, length = 2**14, config.model, config.data.sequence_length
+    sizes = AttentionSizes(length, model.num_attention_heads, model.query_groups, model.head_size, 16, 3)
+    cut = replace(sizes, workspace_bytes=small)
+    assert sizes.forward_passes == sizes.backward_passes == 1 < cut.forward_passes <= cut.backward_passes
+    more = sum(launches(cut)) - sum(launches(sizes))
+    _, found = attention(attention__workspace_bytes=small)
+    microbatches = 64 // 8
+    assert found - default == pytest.approx(microbatches * model.num_layers * more * LAUNCH_SECONDS, rel=1e-6)
+
+
+def launches(sizes: AttentionSizes) -> list[int]:
+    return [work.launches for work in (*forward_work(sizes), *backward_work(sizes))]
+
+
+def test_a_ring_waits_for_its_busiest_rank(tmp_path):
+    def attention(exchange: str, **changes):
+        return times(tmp_path, parallel__context=4, parallel__exchange=exchange, **changes)[1].parts["attention"]
+
+    factor = random_choice_factor(4, 128 / 16, 3)
+    assert factor > 1.1
+    for last_full in (0, 4):  # full layers work evenly
+        ring, whole = (attention(name, attention__last_n_full=last_full) for name in ("p2p", "all_gather"))
+        assert ring / whole == pytest.approx(1.0 if last_full else factor)
+    half = attention("a2a+p2p", attention__last_n_full=0) / attention("all_gather", attention__last_n_full=0)
+    assert half == pytest.approx(random_choice_factor(2, 128 / 16, 3))
 
 
 def test_links_within_a_node_and_between_nodes():

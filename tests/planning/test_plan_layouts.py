@@ -90,6 +90,7 @@ def suggested() -> dict[Split, Layout]:
         "model.num_layers": LAYERS, "model.hidden_size": HIDDEN, "model.ffn_hidden_size": FFN,
         "model.num_attention_heads": HEADS, "model.num_query_groups": GROUPS, "model.vocab_size": VOCABULARY,
         "data.sequence_length": TOKENS, "training.global_batch_size": SAMPLES, "attention.kind": "full",
+        "training.loss_chunk_size": 512,
     }  # fmt: skip
     path = Path(__file__).parents[2] / "configs/continued_pretraining/llama3.1_8b/128k.yaml"
     config = load_config(path, [f"{key}={value}" for key, value in sizes.items()])

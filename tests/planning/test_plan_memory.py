@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
+from peak_memory import peak_bytes
 from small_run import small_config, train_here
-from torch.profiler import ProfilerActivity, profile
 
 from moba_megatron.config import Config
 from moba_megatron.model.builder import count_parameters
@@ -51,20 +51,18 @@ MIXTURE = {
 }
 SHARED = {"model__moe_shared_expert_intermediate_size": 256, "model__moe_shared_expert_gate": True}
 TWO_RANKS = {"parallel__expert": 2, "training__global_batch_size": 2}
+DATA_PARALLEL = {
+    "parallel__distributed_optimizer": True,
+    "training__precision": "bf16",
+    "training__global_batch_size": 2,
+}
 
 
 def peak_of_training(config: Config, world_size: int) -> int:
     """Train as one rank, and return the most bytes that tensors held at once. Only in a process of its own: it changes
     torch.distributed."""
     dist.all_to_all_single = freed_here(dist.all_to_all_single)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        train_here(config, world_size)
-    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak
+    return peak_bytes(lambda: train_here(config, world_size))
 
 
 def freed_here(collective: Callable[..., Any]) -> Callable[..., Any]:
@@ -190,9 +188,21 @@ def test_the_peak_of_one_rank(tmp_path, precision, recompute):
         {"parallel__context": 2, "parallel__exchange": "p2p"},
         {"parallel__context": 2, "parallel__exchange": "all_gather"},
         {"parallel__context": 2, "parallel__exchange": "dispatch"},
-        {"parallel__distributed_optimizer": True, "training__precision": "bf16", "training__global_batch_size": 2},
+        DATA_PARALLEL,
+        {**DATA_PARALLEL, "training__gradient_precision": "bf16"},
+        {
+            "parallel__pipeline": 2,
+            "parallel__virtual_pipeline": 2,
+            "model__num_layers": 8,
+            "training__global_batch_size": 4,
+            "evaluation__samples": 2,
+            "training__recompute": "full",
+            "training__recompute_layers": 1,
+        },
     ],
-    ids=["tp", "tp-sp", "pp", "pp-uneven", "cp-a2a", "cp-p2p", "cp-all_gather", "cp-dispatch", "dp-bf16"],
+    ids=(
+        "tp tp-sp pp pp-uneven cp-a2a cp-p2p cp-all_gather cp-dispatch dp-bf16 dp-bf16-gradients pp-interleaved"
+    ).split(),
 )
 def test_the_peak_of_two_ranks(tmp_path, changes):
     check(tmp_path, 2, **changes)
@@ -258,18 +268,11 @@ def test_what_each_form_of_parallelism_divides(tmp_path):
 def test_a_profile_sees_what_tensors_hold():
     """The instrument itself: a tensor of 8 MiB that lives while another one does, and one that does not."""
 
-    def body() -> int:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            first = torch.zeros(2**21)
-            second = torch.zeros(2**21)
-            del first
-            third = torch.zeros(2**20)
-            del second, third
-        changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-        total = peak = 0
-        for change in changes:
-            total += change
-            peak = max(peak, total)
-        return peak
+    def body() -> None:
+        first = torch.zeros(2**21)
+        second = torch.zeros(2**21)
+        del first
+        third = torch.zeros(2**20)
+        del second, third
 
-    assert body() == 2**24
+    assert peak_bytes(body) == 2**24
