@@ -112,9 +112,6 @@ def user_errors(apart: bool = False) -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-one_door = user_errors
-
-
 @contextmanager
 def with_note(note: str) -> Iterator[None]:
     """Add the next step for the user to system errors and to Ctrl-C."""

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from moba_megatron.errors import one_door
+from moba_megatron.errors import user_errors
 
 
-@one_door()
+@user_errors()
 def plan_command(
     config: Annotated[
         Path,

@@ -125,7 +125,7 @@ def vocabulary_size(config: Config) -> int:
     """Entries of the vocabulary, without padding: as configured, else of the tokenizer.
 
     Raises:
-        ConfigError: neither is to be had.
+        ConfigError: there is no model.vocab_size and no tokenizer.
     """
     if config.model.vocab_size:
         return config.model.vocab_size
