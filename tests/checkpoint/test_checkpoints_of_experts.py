@@ -56,7 +56,13 @@ def runs(request, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("source", "layout"),
-    [("one", TWO), ("two", ONE), ("two", FOUR), ("one", ONE), ("two", TWO)],
+    [
+        ("one", TWO),
+        ("two", ONE),
+        pytest.param("two", FOUR, marks=pytest.mark.slow),
+        pytest.param("one", ONE, marks=pytest.mark.slow),
+        ("two", TWO),
+    ],
     ids=["1-to-2", "2-to-1", "2-to-2x2", "1-to-1", "2-to-2"],
 )
 def test_a_run_goes_on(runs, source, layout):

@@ -35,7 +35,7 @@ INDEXES = {
 }
 
 
-@pytest.fixture(scope="module", params=INDEXES)
+@pytest.fixture(scope="module", params=["shared", pytest.param("finest", marks=pytest.mark.slow)])
 def run(request, tmp_path_factory):
     """A trained model of four layers, exported for both decode modes, plainly and with its own code."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -73,7 +73,7 @@ def logits_here(config: Config, texts: list[torch.Tensor]) -> list[torch.Tensor]
     return results if last else None
 
 
-@pytest.mark.parametrize("ranks", LAYOUTS)
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_family_at_every_layout_gives_the_logits_of_transformers(models, ranks):
     cases = [
         (name, parallel)
@@ -85,7 +85,7 @@ def test_every_family_at_every_layout_gives_the_logits_of_transformers(models, r
     hold_against_transformers(models, ranks, cases)
 
 
-@pytest.mark.parametrize("ranks", OF_EXPERTS)
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_mixtures_at_every_layout_of_experts_give_the_logits_of_transformers(models, ranks):
     hold_against_transformers(models, ranks, [(name, parallel) for name in MIXTURES for parallel in OF_EXPERTS[ranks]])
 
@@ -126,7 +126,7 @@ LONG_MODELS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", LAYOUTS)
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LONG_MODELS)
 def test_past_position_8192_the_logits_are_those_of_transformers(tmp_path, name, ranks):
     kind, changes = LONG_MODELS[name]

@@ -30,7 +30,9 @@ def trained(kind: str, tmp_path: Path, **others: str) -> Path:
     return Path(config.run.dir)
 
 
-@pytest.mark.parametrize("kind", list(INDEXES))
+@pytest.mark.parametrize(
+    "kind", [name if name == "by_key" else pytest.param(name, marks=pytest.mark.slow) for name in INDEXES]
+)
 def test_an_index_beside_means_and_bounds_on_any_layout(kind, tmp_path):
     run = trained(kind, tmp_path)
     (output,) = on_ranks(1, [[run, *ASKED, "--output", tmp_path / "one"]])

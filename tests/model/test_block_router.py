@@ -98,7 +98,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=["shared", pytest.param("finest", marks=pytest.mark.slow), "by_key"])
 def one_rank(request):
     """(settings of the index, weights of the whole model, what one rank finds)."""
     kind = KINDS[request.param]

@@ -98,7 +98,7 @@ SAVINGS = [
 
 
 @pytest.mark.parametrize("one_rank", [False], ids=["untied"], indirect=True)
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_savings_of_memory_agree(one_rank, ranks):
     """The feed-forward in chunks, and recomputation of some layers, in every layout."""
     shape, weights, losses, norms = one_rank
@@ -178,7 +178,7 @@ def test_layouts_agree_where_not_everything_is_rotated(shape):
     ("ranks", "layouts"),
     [
         (2, [{"pipeline": 2}, INTERLEAVED, {"context": 2}, {"context": 2, "exchange": "p2p"}]),
-        (
+        pytest.param(
             4,
             [
                 {**SHARDED, "pipeline": 2},
@@ -188,6 +188,7 @@ def test_layouts_agree_where_not_everything_is_rotated(shape):
                 {"context": 2, **INTERLEAVED},
                 {"context": 2, **INTERLEAVED, **OVERLAPPED},
             ],
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["two", "four"],

@@ -70,7 +70,14 @@ def results(size: int, whole: bool = False) -> list[dict[str, list[str]]]:
     return run_ranks(size, disagreements, whole, timeout=600)
 
 
-@pytest.mark.parametrize(("size", "exchange"), [(size, name) for size in EXCHANGES for name in EXCHANGES[size]])
+@pytest.mark.parametrize(
+    ("size", "exchange"),
+    [
+        pytest.param(size, name, marks=pytest.mark.slow if size == 3 else ())
+        for size in EXCHANGES
+        for name in EXCHANGES[size]
+    ],
+)
 def test_exchanges_equal_the_definition(size, exchange):
     for rank, wrong in enumerate(results(size)):
         assert not wrong[exchange], (rank, wrong[exchange][:10])

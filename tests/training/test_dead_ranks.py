@@ -127,7 +127,9 @@ def test_a_mistake_on_every_rank_is_told_once(tmp_path):
     )
 
 
-@pytest.mark.parametrize("wrong", [0, 1], ids=["on-the-head", "on-the-other-node"])
+@pytest.mark.parametrize(
+    "wrong", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["on-the-head", "on-the-other-node"]
+)
 @pytest.mark.parametrize("kind", [available_kind()])
 def test_a_file_that_is_missing_on_one_node(tmp_path, kind, wrong):
     config = small_config(tmp_path, training__steps=4000)

@@ -71,7 +71,7 @@ def divergences(config: Config) -> list[dict[str, Any]]:
     [
         ("one", "rollback"),
         ("dp2", "rollback"),
-        ("ep2", "skip"),
+        pytest.param("ep2", "skip", marks=pytest.mark.slow),
         pytest.param("tp2", "skip", marks=pytest.mark.slow),
         pytest.param("pp2", "rollback", marks=pytest.mark.slow),
     ],

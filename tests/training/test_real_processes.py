@@ -67,7 +67,11 @@ def test_a_killed_run_continues_from_its_last_checkpoint(unbroken, tmp_path):
     ("ranks", "parallel"),
     [
         (2, {}),
-        (4, {"context": 2, "exchange": "dispatch", "distributed_optimizer": True, "overlap_grad_reduce": True}),
+        pytest.param(
+            4,
+            {"context": 2, "exchange": "dispatch", "distributed_optimizer": True, "overlap_grad_reduce": True},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["dp2", "cp2-dp2"],
 )

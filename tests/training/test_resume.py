@@ -51,7 +51,7 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
                 **HALVES,
             },
         ),
-        (
+        pytest.param(
             2,
             {
                 "parallel__distributed_optimizer": True,
@@ -59,8 +59,9 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
                 "parallel__virtual_pipeline": 2,
                 "model__share_embeddings_and_output_weights": True,
             },
+            marks=pytest.mark.slow,
         ),
-        (2, {"parallel__tensor": 2, "parallel__sequence": True}),
+        pytest.param(2, {"parallel__tensor": 2, "parallel__sequence": True}, marks=pytest.mark.slow),
     ],
     ids=["fp32-stages", "bf16-synchronous", "distributed-optimizer", "interleaved-pipeline", "tensor-sequence"],
 )

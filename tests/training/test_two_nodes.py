@@ -14,7 +14,11 @@ from small_run import numbers_of, read_metrics, small_config, train_here
 pytestmark = pytest.mark.once
 
 
-@pytest.mark.parametrize("parallel", [{}, {"context": 2, "exchange": "p2p"}], ids=["dp2", "cp2-ring"])
+@pytest.mark.parametrize(
+    "parallel",
+    [pytest.param({}, marks=pytest.mark.slow), {"context": 2, "exchange": "p2p"}],
+    ids=["dp2", "cp2-ring"],
+)
 @pytest.mark.parametrize("kind", [available_kind()])
 def test_two_nodes_give_the_numbers_of_one(tmp_path, kind, parallel):
     changes = {f"parallel__{name}": value for name, value in parallel.items()}
