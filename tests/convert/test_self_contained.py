@@ -15,6 +15,8 @@ from moba_megatron.config import ConfigError
 from moba_megatron.convert.export_hf import export_huggingface
 from moba_megatron.convert.exported import open_exported
 
+pytestmark = pytest.mark.once
+
 EXPERTS = {"model__num_moe_experts": 4, "model__moe_ffn_hidden_size": 24}
 KINDS = {
     "llama": {},

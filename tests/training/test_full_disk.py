@@ -21,6 +21,8 @@ from small_run import numbers_of, read_metrics, small_config, train_here
 from moba_megatron.checkpoint import list_checkpoints
 from moba_megatron.config import Config
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:

@@ -10,11 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from processes import TRAIN, finish, rank_of, start, wait_for_step
 from small_run import small_config
 
 from moba_megatron.config import Config
 from moba_megatron.training.watch import _Seen, findings
+
+pytestmark = pytest.mark.once
 
 STUCK_IN_ATTENTION = """
 import os, runpy, sys, time

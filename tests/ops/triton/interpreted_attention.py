@@ -112,6 +112,7 @@ def test_passes_do_not_show():
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_memory_keeps_to_its_formula():
     """What the docstring of the module promises, under a workspace for a few tokens of one key head."""
     tokens, block_size, top_k, workspace = 192, 16, 9, 60_000
@@ -142,7 +143,7 @@ def test_hot_block_is_cut_and_summed_in_order(monkeypatch):
         torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("group", [2, 3, 5])
+@pytest.mark.parametrize("group", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_sums_of_hot_blocks_have_two_levels(monkeypatch, group):
     """Two blocks side by side that all later queries choose, and the others rarely: groups of their splits begin and
     end anywhere among the windows of `add_groups`."""
