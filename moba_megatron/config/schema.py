@@ -151,10 +151,14 @@ class TrainingConfig(Section):
         words = {"none": [], "selective": ["core_attn"], "full": ["core_attn", "mlp", "moe", "shared_experts"]}
         return module in (words[self.recompute] if isinstance(self.recompute, str) else self.recompute)
 
-    @property
-    def feed_forward_passes(self) -> int:
-        """How often a dense feed-forward is computed, the backward pass counted as two."""
-        return 3 + self.repeats("mlp") + (self.mlp_chunk_size is not None)
+    def passes(self, part: Literal["attention", "mlp", "moe", "shared_experts"]) -> int:
+        """How often the matrix products of a part of a layer are made, the backward pass counted as two. Layers
+        whose index alone learns have none."""
+        if self.train_only is not None:
+            return 1 + (self.recompute == "full")
+        if part == "attention":
+            return 3 + (self.recompute == "full")
+        return 3 + self.repeats(part) + (part == "mlp" and self.mlp_chunk_size is not None)
 
     def tokens_of_loss_chunk(self, device_type: str) -> int:
         """`loss_chunk_size`, or its default on a kind of device ("cuda" or "cpu")."""

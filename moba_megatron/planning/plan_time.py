@@ -236,19 +236,17 @@ def _matrix_seconds(config: Config, cluster: Cluster, experts: bool) -> float:
     """Matrix products of one layer and microbatch."""
     training, tokens, shape = config.training, tokens_of_rank(config), ExpertShape.of(config)
     feed_forward = feed_forward_parameters(config, experts)
-    attention = tokens * (layer_parameters(config, experts) - feed_forward)
-    again, learns = training.recompute == "full", training.train_only is None
-    passes = 3 + again if learns else 1 + again
+    attention = training.passes("attention") * tokens * (layer_parameters(config, experts) - feed_forward)
     if not experts or shape is None:
-        mlp = (training.feed_forward_passes if learns else passes) * tokens * feed_forward
-        return 2 * (passes * attention + mlp) / MATRIX_SHARE / cluster.gpu.machine.peak
-    of_shared, of_experts = (3 + training.repeats(part) if learns else passes for part in ("shared_experts", "moe"))
-    of_shared = max(of_shared, of_experts)
+        mlp = training.passes("mlp") * tokens * feed_forward
+        return 2 * (attention + mlp) / MATRIX_SHARE / cluster.gpu.machine.peak
+    of_experts = training.passes("moe")
+    of_shared = max(training.passes("shared_experts"), of_experts)
     # A router sees the tokens that sequence parallelism leaves this rank.
     router = router_parameters(config.model)
     whole = of_shared * tokens * (feed_forward - router) + of_experts * shape.tokens * router
     rows = of_experts * shape.rows * 3 * shape.hidden * shape.ffn
-    return 2 * ((passes * attention + whole) / MATRIX_SHARE + rows / EXPERT_SHARE) / cluster.gpu.machine.peak
+    return 2 * ((attention + whole) / MATRIX_SHARE + rows / EXPERT_SHARE) / cluster.gpu.machine.peak
 
 
 def _index_seconds(config: Config, cluster: Cluster, layer: LayerAttention) -> float:

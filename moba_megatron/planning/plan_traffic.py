@@ -77,17 +77,15 @@ def tensor_moved(config: Config, cluster: Cluster, stage: Stage) -> Moved:
     share = (ranks - 1) / ranks * stream_bytes(config)
     learns, sequence = config.training.train_only is None, config.parallel.sequence
     repeated, halves = repeated_layers(config), 0
-    # An attention or a feed-forward is half of a layer.
-    half, of_attention = (4 + sequence, 4 + sequence) if learns else (2, 2 + sequence)
+    # An attention or a feed-forward is half of a layer. What is computed once more brings the forward part again.
+    half, of_attention, passes = (4 + sequence, 4 + sequence, 3) if learns else (2, 2 + sequence, 1)
     for number in stage.layers:
         training = config_of_layers(config, number in repeated).training
-        again = 2 * (training.recompute == "full")
-        halves += of_attention + again
+        halves += of_attention + 2 * (training.passes("attention") - passes)
         if not model.expert_layers[number - 1]:
-            halves += half + (2 * (training.feed_forward_passes - 3) if learns else again)
+            halves += half + 2 * (training.passes("mlp") - passes)
         elif model.moe_shared_expert_intermediate_size is not None:
-            repeats = training.repeats("shared_experts") or training.repeats("moe") if learns else again > 0
-            halves += half + 2 * repeats
+            halves += half + 2 * (max(training.passes("shared_experts"), training.passes("moe")) - passes)
     bytes_ = share * halves + 2 * share * (stage.first + stage.last)
     return Moved(bytes_, bytes_ / cluster.link(1, ranks))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from hf_examples import MODELS, SELECTIONS, build, choosing, close, padded, tokens, truth
-from peak_memory import peak_bytes
 from transformers import DynamicCache, StaticCache
 
 import moba_megatron.hf as hf
+from moba_megatron.benchmark.calls import peak_bytes
 from moba_megatron.generation.engine import continue_prompt
 
 CACHES = {
@@ -214,7 +214,7 @@ def test_the_peak_of_a_prefill_goes_with_its_pieces_and_not_with_the_prompt():
         prompt = tokens(length)[0].tolist()
         settings = {"max_new_tokens": 1, "temperature": 0.0, "prefill_tokens": piece}
         cache = (length + 1) * 3 * 2 * (2 * 8) * 8  # keys and values of three layers, two heads of 8 in fp64
-        return peak_bytes(lambda: list(continue_prompt(model, prompt, **settings))) - cache
+        return peak_bytes(lambda: list(continue_prompt(model, prompt, **settings)), "cpu") - cache
 
     small, large = ([beside_the_cache(length, piece) for length in (1024, 2048)] for piece in (256, 512))
     for short, long in (small, large):

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from peak_memory import peak_bytes
 from small_run import small_config, train_here
 
+from moba_megatron.benchmark.calls import peak_bytes
 from moba_megatron.config import Config
 from moba_megatron.model.builder import count_parameters
 from moba_megatron.model.schedule import AttentionSchedule
@@ -62,7 +62,7 @@ def peak_of_training(config: Config, world_size: int) -> int:
     """Train as one rank, and return the most bytes that tensors held at once. Only in a process of its own: it changes
     torch.distributed."""
     dist.all_to_all_single = freed_here(dist.all_to_all_single)
-    return peak_bytes(lambda: train_here(config, world_size))
+    return peak_bytes(lambda: train_here(config, world_size), "cpu")
 
 
 def freed_here(collective: Callable[..., Any]) -> Callable[..., Any]:
@@ -275,4 +275,4 @@ def test_a_profile_sees_what_tensors_hold():
         third = torch.zeros(2**20)
         del second, third
 
-    assert peak_bytes(body) == 2**24
+    assert peak_bytes(body, "cpu") == 2**24
